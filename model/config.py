@@ -1,0 +1,382 @@
+"""Every arm of the paper as frozen records: one union per choice, one field per switch.
+
+Only `model.build` reads these; modules take plain arguments. Sources: Mask R-CNN (arXiv 1703.06870 v3),
+Faster R-CNN (1506.01497), FPN (1612.03144), MNC for RoIWarp (1512.04412).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Record(BaseModel):
+    """An immutable value with validated fields; a field it does not have is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+# --- backbone -------------------------------------------------------------------------------------------------------
+
+
+class FrozenBatchNorm(Record):
+    """Batch-norm as a fixed scale and bias from pretrained statistics (eps 1e-5)."""
+
+    kind: Literal["frozen_bn"] = "frozen_bn"
+
+
+class GroupNorm(Record):
+    """Group norm: trains from scratch and does not depend on the number of ranks."""
+
+    kind: Literal["gn"] = "gn"
+    groups: int = Field(32, ge=1)
+
+
+class BatchNorm(Record):
+    """Trained batch-norm. Its statistics are per rank: results depend on the world size."""
+
+    kind: Literal["bn"] = "bn"
+
+
+Norm: TypeAlias = Annotated[FrozenBatchNorm | GroupNorm | BatchNorm, Field(discriminator="kind")]
+
+
+class ResNet(Record):
+    kind: Literal["resnet"] = "resnet"
+    depth: Literal[18, 34, 50, 101] = 50
+    norm: Norm = FrozenBatchNorm()
+    frozen_stages: int = Field(2, ge=0, le=5)  # 0 trains all, 1 freezes the stem, 2 the stem and res2, ...
+    stride_in_1x1: bool = False  # where a downsampling bottleneck puts its stride; detectron2's MSRA weights need True
+
+
+class ResNeXt(Record):
+    kind: Literal["resnext"] = "resnext"
+    variant: Literal["50-32x4d", "101-32x8d", "101-64x4d"] = "101-64x4d"
+    norm: Norm = FrozenBatchNorm()
+    frozen_stages: int = Field(2, ge=0, le=5)
+
+
+class VGG16(Record):
+    """VGG-16 up to conv5_3, one map of stride 16, as in the original Faster R-CNN."""
+
+    kind: Literal["vgg16"] = "vgg16"
+    frozen_stages: int = Field(2, ge=0, le=5)  # convolution blocks
+
+
+Backbone: TypeAlias = Annotated[ResNet | ResNeXt | VGG16, Field(discriminator="kind")]
+
+
+class NoWeights(Record):
+    """Keyed random initialisation."""
+
+    kind: Literal["none"] = "none"
+
+
+class TorchvisionWeights(Record):
+    """A torchvision ImageNet checkpoint of the configured backbone, by its recipe's name."""
+
+    kind: Literal["torchvision"] = "torchvision"
+    name: Literal["IMAGENET1K_V1", "IMAGENET1K_V2"] = "IMAGENET1K_V1"
+
+
+class FileWeights(Record):
+    """A state dict in a local file: the backbone's own or a whole detector's in one of three layouts."""
+
+    kind: Literal["file"] = "file"
+    path: str = Field(min_length=1)
+    layout: Literal["backbone", "maskray", "torchvision", "detectron2"] = "backbone"
+
+
+Weights: TypeAlias = Annotated[NoWeights | TorchvisionWeights | FileWeights, Field(discriminator="kind")]
+
+
+class ImageInput(Record):
+    """How uint8 pixels enter the network, and the size of an image at test time."""
+
+    mean: tuple[float, float, float] = (0.485 * 255, 0.456 * 255, 0.406 * 255)  # in the order of `channels`
+    std: tuple[float, float, float] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+    channels: Literal["rgb", "bgr"] = "rgb"
+    short_side_px: int = Field(800, ge=16)
+    max_side_px: int = Field(1333, ge=16)
+    canvas_multiple_px: int = Field(32, ge=1)
+    resize: Literal["antialias", "torchvision-detection"] = "antialias"
+
+
+# --- layout ---------------------------------------------------------------------------------------------------------
+
+
+class C4(Record):
+    """RPN and RoIs on res4 (stride 16); res5 is the RoI head, on 7 x 7 at stride 1."""
+
+    kind: Literal["c4"] = "c4"
+
+
+class C5(Record):
+    """RPN and RoIs on res5 at its true stride of 32, then FPN-style heads (res5 is used up)."""
+
+    kind: Literal["c5"] = "c5"
+    channels: int = Field(256, ge=8)
+
+
+class FPN(Record):
+    """Feature pyramid P2 to P6; a RoI's level is floor(4 + log2(sqrt(wh) / 224)), clamped to `roi_strides`."""
+
+    kind: Literal["fpn"] = "fpn"
+    channels: int = Field(256, ge=8)
+    roi_strides: tuple[int, ...] = (4, 8, 16, 32)
+
+
+Layout: TypeAlias = Annotated[C4 | C5 | FPN, Field(discriminator="kind")]
+
+
+# --- proposals ------------------------------------------------------------------------------------------------------
+
+
+class Anchors(Record):
+    """Anchor sides in pixels, one tuple per level of the layout (finest first), and height/width ratios."""
+
+    sizes_px: tuple[tuple[int, ...], ...] = ((32,), (64,), (128,), (256,), (512,))
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    rounded: bool = False  # torchvision rounds its base anchors to whole pixels, detectron2 does not
+
+
+class RPN(Record):
+    """Region proposal network: sampling for its loss, and the filter from anchors to proposals."""
+
+    batch_per_image: int = Field(256, ge=1)
+    positive_fraction: float = Field(0.5, gt=0, le=1)
+    positive_iou: float = Field(0.7, gt=0, le=1)
+    negative_iou: float = Field(0.3, ge=0, lt=1)
+    pre_nms_train: int = Field(2000, ge=1)  # per level and image
+    pre_nms_test: int = Field(1000, ge=1)
+    post_nms_train: int = Field(1000, ge=1)  # per image
+    post_nms_test: int = Field(1000, ge=1)
+    nms_iou: float = Field(0.7, gt=0, le=1)
+    min_side_px: float = Field(0.0, ge=0)
+    box_loss: Literal["l1", "smooth_l1"] = "l1"
+    smooth_l1_beta: float = Field(1 / 9, gt=0)  # of "smooth_l1"
+
+
+class EndToEnd(Record):
+    """The RPN trains with the heads and proposes for them; no gradient through RoI coordinates."""
+
+    kind: Literal["end_to_end"] = "end_to_end"
+
+
+class FixedProposals(Record):
+    """Proposals by image id from a file of `maskray proposals`: arms of one backbone share them, as in the paper."""
+
+    kind: Literal["fixed"] = "fixed"
+    uri: str = Field(min_length=1)
+
+
+Proposals: TypeAlias = Annotated[EndToEnd | FixedProposals, Field(discriminator="kind")]
+
+
+# --- RoI operation --------------------------------------------------------------------------------------------------
+
+
+class RoIAlign(Record):
+    """Mean or max of bilinear samples per bin (Mask R-CNN, section 3)."""
+
+    kind: Literal["align"] = "align"
+    samples: int = Field(2, ge=1)  # points per bin side
+    reduce: Literal["mean", "max"] = "mean"
+    aligned: bool = True  # pixel centres at half-integers
+
+
+class RoIPool(Record):
+    """Max over integer bins of a rounded RoI (Fast R-CNN)."""
+
+    kind: Literal["pool"] = "pool"
+
+
+class RoIWarp(Record):
+    """The RoI is quantised as in RoIPool, then sampled bilinearly, then reduced (MNC, as compared in Table 2c)."""
+
+    kind: Literal["warp"] = "warp"
+    reduce: Literal["mean", "max"] = "mean"
+
+
+RoIOp: TypeAlias = Annotated[RoIAlign | RoIPool | RoIWarp, Field(discriminator="kind")]
+
+
+class RoISampling(Record):
+    """Which proposals train the heads."""
+
+    rois_per_image: int = Field(512, ge=1)
+    positive_fraction: float = Field(0.25, gt=0, le=1)
+    positive_iou: float = Field(0.5, gt=0, le=1)
+
+
+# --- heads ----------------------------------------------------------------------------------------------------------
+
+
+class Res5Head(Record):
+    """The last ResNet stage on each RoI, then average pooling: the box head of C4."""
+
+    kind: Literal["res5"] = "res5"
+
+
+class FCHead(Record):
+    """Fully connected layers on 7 x 7 features: the box head of FPN and C5."""
+
+    kind: Literal["fc"] = "fc"
+    layers: int = Field(2, ge=1)
+    width: int = Field(1024, ge=8)
+
+
+class VGGHead(Record):
+    """fc6 and fc7 of VGG-16 (4096 wide, dropout as in Faster R-CNN left to `dropout`)."""
+
+    kind: Literal["vgg"] = "vgg"
+    dropout: float = Field(0.5, ge=0, lt=1)
+
+
+BoxHead: TypeAlias = Annotated[Res5Head | FCHead | VGGHead, Field(discriminator="kind")]
+
+
+class BoxInference(Record):
+    score_threshold: float = Field(0.05, ge=0, lt=1)
+    nms_iou: float = Field(0.5, gt=0, le=1)
+    detections_per_image: int = Field(100, ge=1)
+
+
+class FCNMask(Record):
+    """Convolutions, one deconvolution, a 1 x 1 predictor (Fig. 4). `convs` is 4 for FPN and C5, 0 after res5."""
+
+    kind: Literal["fcn"] = "fcn"
+    convs: int = Field(4, ge=0)
+    width: int = Field(256, ge=8)
+
+
+class MLPMask(Record):
+    """Fully connected layers predicting 28 x 28 masks (Table 2e); `layers` counts the hidden ones before the output."""
+
+    kind: Literal["mlp"] = "mlp"
+    layers: Literal[2, 3] = 2
+    width: int = Field(1024, ge=8)
+
+
+MaskHead: TypeAlias = Annotated[FCNMask | MLPMask, Field(discriminator="kind")]
+
+
+class SigmoidMask(Record):
+    """Independent per-class masks: per-pixel sigmoid, binary loss on the true class alone (section 3)."""
+
+    kind: Literal["sigmoid"] = "sigmoid"
+    class_agnostic: bool = False
+
+
+class SoftmaxMask(Record):
+    """Per-pixel softmax over the K classes and background (Table 2b; targets and inference are not in the paper)."""
+
+    kind: Literal["softmax"] = "softmax"
+    others: Literal["background", "own_class"] = "background"  # pixels of other instances inside the RoI
+    inference: Literal["probability", "argmax", "versus_background"] = "argmax"  # all are evaluated, this is `segm/AP`
+
+
+MaskLoss: TypeAlias = Annotated[SigmoidMask | SoftmaxMask, Field(discriminator="kind")]
+
+
+class NoMask(Record):
+    kind: Literal["none"] = "none"
+
+
+class MaskBranch(Record):
+    kind: Literal["mask"] = "mask"
+    head: MaskHead = FCNMask()
+    loss: MaskLoss = SigmoidMask()
+    loss_weight: float = Field(1.0, gt=0)
+
+
+Mask: TypeAlias = Annotated[NoMask | MaskBranch, Field(discriminator="kind")]
+
+
+class NoKeypoints(Record):
+    kind: Literal["none"] = "none"
+
+
+class KeypointBranch(Record):
+    """One-hot m x m targets per keypoint, cross-entropy over the m^2 positions (section 5)."""
+
+    kind: Literal["keypoints"] = "keypoints"
+    num_keypoints: int = Field(17, ge=1)
+    convs: int = Field(8, ge=1)
+    width: int = Field(512, ge=8)
+    loss_weight: float = Field(1.0, gt=0)
+
+
+Keypoints: TypeAlias = Annotated[NoKeypoints | KeypointBranch, Field(discriminator="kind")]
+
+
+class ModelConfig(Record):
+    """One detector. `mask` and `keypoints` choose the task."""
+
+    num_classes: int = Field(80, ge=1)  # without background; must match the data's categories
+    backbone: Backbone = ResNet()
+    weights: Weights = TorchvisionWeights()
+    image: ImageInput = ImageInput()
+    layout: Layout = FPN()
+    anchors: Anchors = Anchors()
+    rpn: RPN = RPN()
+    proposals: Proposals = EndToEnd()
+    sampling: RoISampling = RoISampling()
+    roi: RoIOp = RoIAlign()
+    box_head: BoxHead = FCHead()
+    class_agnostic_boxes: bool = False
+    background: Literal["first", "last"] = "last"  # where the class logits keep the background
+    inference: BoxInference = BoxInference()
+    mask: Mask = MaskBranch()
+    keypoints: Keypoints = NoKeypoints()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ModelConfig:
+        frozen = not isinstance(self.backbone, VGG16) and isinstance(self.backbone.norm, FrozenBatchNorm)
+        if isinstance(self.weights, NoWeights) and (frozen or self.backbone.frozen_stages):
+            what = "frozen batch-norm" if frozen else f"backbone.frozen_stages = {self.backbone.frozen_stages}"
+            raise ValueError(f"{what} needs pretrained weights, weights.kind is 'none'; choose norm 'gn' and 0 stages")
+        vgg = isinstance(self.backbone, VGG16)
+        if not vgg and isinstance(self.layout, C4) != isinstance(self.box_head, Res5Head):
+            raise ValueError(f"layout '{self.layout.kind}' cannot have box_head '{self.box_head.kind}': 'res5' is C4's")
+        return self
+
+
+# --- presets --------------------------------------------------------------------------------------------------------
+
+_C4_ANCHORS = Anchors(sizes_px=((32, 64, 128, 256, 512),))
+_C4 = ModelConfig(
+    layout=C4(),
+    anchors=_C4_ANCHORS,
+    rpn=RPN(pre_nms_train=12000, pre_nms_test=6000, post_nms_train=2000, post_nms_test=300),
+    sampling=RoISampling(rois_per_image=64),
+    box_head=Res5Head(),
+    mask=MaskBranch(head=FCNMask(convs=0)),
+)
+
+PRESETS: dict[str, ModelConfig] = {
+    "r50-c4": _C4,
+    "r101-c4": _C4.model_copy(update={"backbone": ResNet(depth=101)}),
+    "r50-fpn": ModelConfig(),
+    "r101-fpn": ModelConfig(backbone=ResNet(depth=101)),
+    "tiny": ModelConfig(
+        num_classes=4,
+        backbone=ResNet(depth=18, norm=GroupNorm(groups=16), frozen_stages=0),
+        weights=NoWeights(),
+        image=ImageInput(short_side_px=128, max_side_px=128),
+        layout=FPN(channels=64, roi_strides=(16,)),
+        anchors=Anchors(sizes_px=((8,), (16,), (32,), (64,), (128,))),
+        rpn=RPN(batch_per_image=64, pre_nms_train=200, pre_nms_test=200, post_nms_train=100, post_nms_test=100),
+        sampling=RoISampling(rois_per_image=64),
+        box_head=FCHead(width=256),
+        mask=MaskBranch(head=FCNMask(convs=2, width=64)),
+    ),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The named architecture. Raises ValueError with the known names."""
+    if name not in PRESETS:
+        raise ValueError(f"no model preset {name!r}; there are {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]

@@ -1,0 +1,1 @@
+"""Many runs on a cluster: studies, ledger, queue, Ray, reports, HTTP and the `maskray` command."""

@@ -1,0 +1,166 @@
+"""A study as a person writes it, a submission as the service receives it, and what the service answers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator
+
+from model.config import Record
+
+StudyState = Literal["active", "paused", "done", "failed", "cancelled"]
+TrialState = Literal["queued", "starting", "running", "stopping", "done", "failed", "cancelled"]
+FINAL_STATES = ("done", "failed", "cancelled")
+
+
+# --- the study file -------------------------------------------------------------------------------------------------
+
+
+class Baseline(Record):
+    """Where the arms start: a preset or a run file, with dotted overrides. Exactly one of the two is set."""
+
+    preset: str = ""
+    file: str = ""
+    set: dict[str, Any] = {}
+
+
+class Resources(Record):
+    """What one trial of the study occupies: a gang of `ranks` that starts as a whole or waits."""
+
+    ranks: int = Field(1, ge=1)
+    cpus_per_rank: float = Field(1.0, gt=0)
+    gpus_per_rank: float = Field(0.0, ge=0)
+    custom_per_rank: dict[str, float] = {}  # custom Ray resources
+    max_nodes: int = Field(0, ge=0)  # 0: the gang may spread over any number of nodes
+
+
+class Study(Record):
+    """A baseline, named factors with named levels (each a set of dotted overrides), a design and seeds."""
+
+    name: str = Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    question: str = ""
+    baseline: Baseline
+    factors: dict[str, dict[str, dict[str, Any]]] = {}  # factor -> level -> dotted path -> value
+    design: Literal["grid", "one_at_a_time"] = "grid"
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    resources: Resources = Resources()
+    priority: int = Field(0, ge=-100, le=100)
+    gpu_hours: float = Field(0.0, ge=0)  # budget of the study; 0 is no limit
+    max_parallel: int = Field(0, ge=0)  # trials at once; 0 is no limit
+    max_attempts: int = Field(3, ge=1)
+    paper_table: str = ""  # key into paper_tables.json, shown beside one's own numbers
+    paper_rows: dict[str, str] = {}  # "factor=level,..." -> row of that table
+    metrics: tuple[str, ...] = ("bbox/AP", "segm/AP", "segm/AP50", "segm/AP75")  # columns of the report
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value) or min(value) < 0:
+            raise ValueError("seeds must be distinct and not negative")
+        return value
+
+
+# --- what travels to the service ------------------------------------------------------------------------------------
+
+
+class TrialPlan(Record):
+    """One trial as the submitter's code expanded it. To the service `run` is data."""
+
+    key: str = Field(min_length=1, max_length=300)  # "roi=align,masks=sigmoid/seed-0", unique in its study
+    arm: dict[str, str]  # factor -> level
+    seed: int
+    baseline: bool  # the arm that the others are compared with
+    identity: str = Field(pattern=r"^[0-9a-f]{64}$")
+    run: dict[str, Any]
+    tags: dict[str, str] = {}
+
+
+class Submission(Record):
+    """A study with its trials, checked and expanded by the code that will run them."""
+
+    study: Study
+    study_yaml: str = Field(max_length=1_000_000)
+    trials: tuple[TrialPlan, ...] = Field(min_length=1)
+    code: str = ""  # SHA-256 of the uploaded package; empty runs the code that the service was installed with
+    storage: str = ""  # where trial folders go; empty is the service's own
+    warnings: tuple[str, ...] = ()  # repeated in the report
+    idempotency_key: str = Field("", max_length=200)
+    fresh: bool = False  # run trials anew that have a finished result
+
+
+class AttemptView(BaseModel):
+    number: int
+    state: str
+    submission_id: str
+    cause: str = ""
+    started_at: float = 0.0
+    ended_at: float = 0.0
+    step: int = 0
+
+
+class TrialView(BaseModel):
+    trial: str  # id, also the name of its folder
+    key: str
+    study: str
+    arm: dict[str, str]
+    seed: int
+    baseline: bool
+    state: TrialState
+    attempts: int
+    metrics: dict[str, float] = {}
+    error: str = ""
+    error_class: str = ""
+    why: str = ""  # why it waits, in words
+    cached_from: str = ""
+    identity: str = ""
+    storage: str = ""
+    mlflow_run_id: str = ""
+    progress: dict[str, Any] = {}  # workers.config.Progress
+    events: list[dict[str, Any]] = []  # workers.config.Event: resumes, rollbacks, preemptions
+    attempt_list: list[AttemptView] = []
+
+
+class StudyView(BaseModel):
+    study: str  # id
+    name: str
+    owner: str
+    state: StudyState
+    priority: int
+    created_at: float
+    storage: str
+    spec: dict[str, Any]  # orchestrator.config.Study
+    warnings: list[str] = []
+    mlflow_experiment: str = ""
+    trials: list[TrialView] = []
+
+
+class EventView(BaseModel):
+    id: int
+    at: float
+    study: str
+    trial: str = ""
+    attempt: int = 0
+    kind: str
+    cause: str
+
+
+class QueueEntry(BaseModel):
+    trial: str
+    key: str
+    study: str
+    study_name: str
+    owner: str
+    state: TrialState
+    priority: int
+    position: int  # 1 starts next; 0 for what is running
+    needs: str  # "2 ranks x 1 CPU"
+    why: str
+
+
+class Info(BaseModel):
+    version: str
+    mlflow_uri: str  # as a browser on this machine opens it; empty without tracking
+    storage: str
+    cluster: dict[str, Any]  # nodes with their total and free resources
+    user: str
+    role: Literal["read", "submit", "admin"]

@@ -1,0 +1,1 @@
+"""COCO to Arrow shards and back: packing, streaming order, samples, batches, evaluation."""

@@ -1,0 +1,84 @@
+"""What a run reads: two packed datasets and how their samples are drawn, resized and augmented."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from model.config import Record
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+class Filter(Record):
+    """Which annotations and images of the packed data a run sees. Part of the run's identity."""
+
+    categories: tuple[str, ...] = ()  # names; empty keeps all
+    require_keypoints: bool = False  # keep only objects with a labelled keypoint
+    min_area_px: float = Field(0.0, ge=0)  # in pixels of the image file
+    holdout: float = Field(0.0, ge=0, lt=1)  # fraction of the training images set aside for tuning, by id hash
+    drop_empty: bool = True  # training leaves out images without a usable object
+
+
+class ColourJitter(Record):
+    """Strengths as in torchvision's ColorJitter; 0 leaves the property alone."""
+
+    brightness: float = Field(0.0, ge=0)
+    contrast: float = Field(0.0, ge=0)
+    saturation: float = Field(0.0, ge=0)
+
+
+class DataConfig(Record):
+    """Training and validation shards and the path from a stored image to a padded batch.
+
+    The test-time image size belongs to the model (`model.image`); here are only the training-time scales.
+    """
+
+    train: str = Field(min_length=1)  # folder or pyarrow.fs URI with a manifest
+    val: str = Field(min_length=1)
+    short_sides_px: tuple[int, ...] = Field((800,), min_length=1)  # one is drawn per sample
+    max_side_px: int = Field(1333, ge=32)
+    canvas_multiple_px: int = Field(32, ge=1)  # canvas sides are multiples of this; larger means fewer shapes
+    flip_probability: float = Field(0.5, ge=0, le=1)
+    colour: ColourJitter = ColourJitter()
+    filter: Filter = Filter()
+    shuffle_window_shards: int = Field(16, ge=1)
+    bucket_batches: int = Field(32, ge=1)  # global batches sorted together by aspect ratio
+    mask_crop_side: int = Field(112, ge=14)
+    num_loader_workers: int = Field(2, ge=0)  # per rank; 0 loads in the training process
+    cache_gib: float = Field(20.0, gt=0)  # cap of the node's cache of remote shards
+
+    @field_validator("short_sides_px")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if min(value) < 16:
+            raise ValueError(f"sides must be at least 16 px, one is {min(value)}")
+        return value
+
+
+class ManifestHeader(BaseModel):
+    """The part of `manifest.json` that others than the reader need; the rest is the reader's."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    schema_version: int
+    num_images: int
+    num_annotations: int
+    num_shards: int
+    categories: tuple[dict[str, Any], ...]  # COCO category records, in the order of their dense labels
+    has_masks: bool
+    has_keypoints: bool
+
+    @classmethod
+    def parse(cls, text: str | bytes) -> ManifestHeader:
+        """Raises ValueError if the text is not a manifest of this schema."""
+        header = cls.model_validate(json.loads(text))
+        if header.schema_version != SCHEMA_VERSION:
+            raise ValueError(
+                f"manifest has schema {header.schema_version}, this version reads {SCHEMA_VERSION}; "
+                'pack the data again with "maskray data pack"'
+            )
+        return header

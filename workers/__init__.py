@@ -1,0 +1,1 @@
+"""One training run on N ranks: loop, optimiser, checkpoints, tracking."""
