@@ -7,6 +7,7 @@ predicted mask, H x W the canvas. Boxes are (x0, y0, x1, y1) with continuous edg
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+
 import torch
 from torch import Tensor
 
