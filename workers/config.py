@@ -104,7 +104,7 @@ class RunConfig(Record):
 
 
 def run_preset(name: str) -> dict[str, Any]:
-    """The preset's architecture with the paper's recipe for it, as data; `data.train` and `data.val` are yet to be set."""
+    """The preset's architecture with the paper's recipe for it, as data without `data.train` and `data.val`."""
     run: dict[str, Any] = {"model": preset(name).model_dump(mode="json"), "data": {}}
     if name == "tiny":
         run["data"] = {"short_sides_px": [128], "max_side_px": 128, "num_loader_workers": 0, "bucket_batches": 8}
