@@ -25,6 +25,7 @@ class Batch:
     mask_crops: uint8 (B, G, S, S) of 0 and 1, each object's mask sampled over its own box; S is 0 without masks.
     keypoints: float32 (B, G, P, 3) as (x, y, COCO visibility), canvas pixels with the half-pixel shift
     applied; P is 0 without keypoints.
+    proposals_xyxy: float32 (B, Q, 4), canvas pixels, best first, zero boxes as padding; Q is 0 when the RPN proposes.
     """
 
     images: Tensor
@@ -37,6 +38,7 @@ class Batch:
     valid: Tensor
     mask_crops: Tensor
     keypoints: Tensor
+    proposals_xyxy: Tensor
 
     def __len__(self) -> int:
         return self.images.shape[0]
