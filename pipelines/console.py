@@ -6,6 +6,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 SUCCESS, WORK_FAILED, INPUT_WRONG = 0, 1, 2
 
@@ -24,6 +25,20 @@ def run_command(command: Callable[[], int], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def run_app(app: Any, argv: Sequence[str], program: str) -> int:
+    """Runs a typer application on `argv`; misuse of the command line is a person's error like any other."""
+    from typer.exceptions import TyperException
+
+    def command() -> int:
+        try:
+            status = app(args=list(argv), prog_name=program, standalone_mode=False)
+        except TyperException as error:
+            raise ValueError(f"{error.format_message()} See {program} --help") from None
+        return status if isinstance(status, int) else SUCCESS
+
+    return run_command(command, argv)
 
 
 def one_line(error: BaseException) -> str:
