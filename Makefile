@@ -1,0 +1,51 @@
+# Everything a newcomer needs: `make demo` and `make test`. PYTHON chooses the interpreter for the virtual environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DATA := .maskray/demo
+
+.PHONY: help install demo test test-all check format bench clean
+
+help:
+	@echo "make demo      install, make synthetic COCO data, run studies/demo.yaml, print its table"
+	@echo "make test      install and run the test suite;  make test-all adds the slow tests"
+	@echo "make check     formatter, linter, strict types"
+	@echo "make bench     every program in benchmarks/ that needs no GPU"
+	@echo "make clean     end the local service and remove what the targets above made"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/maskray data synth $(DATA) --images 600 --size 128 --seed 0
+	$(BIN)/maskray data pack --annotations $(DATA)/annotations/instances_train.json --images $(DATA)/train --out $(DATA)/train-packed
+	$(BIN)/maskray run studies/demo.yaml --data $(DATA)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	@for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python $$program --json || exit 1; done
+
+clean:
+	@if [ -x $(BIN)/maskray ]; then $(BIN)/maskray down; fi
+	rm -rf .maskray $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,79 @@
+"""Following a study to its end: a live table on a terminal, a line for each change elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from rich.console import Console
+from rich.live import Live
+
+from orchestrator.cli.options import print_json
+from orchestrator.cli.tables import duration, study_table
+from orchestrator.client import Client
+from orchestrator.config import FINAL_STATES, StudyView, TrialView
+
+_POLL_S = 1.0
+_LINE_EVERY_S = 15.0  # between two lines of progress of one trial where there is no terminal
+
+
+def follow(client: Client, study: str, mode: Literal["live", "json", "silent"]) -> StudyView:
+    """Shows `study` until its state is final or paused; returns its last view."""
+    if mode == "live" and sys.stderr.isatty():
+        with Live(console=Console(stderr=True), auto_refresh=False) as live:
+            return _poll(client, study, lambda view: live.update(study_table(view), refresh=True))
+    if mode == "live":
+        return _poll(client, study, _Lines(lambda line, _: print(line, file=sys.stderr, flush=True)))
+    if mode == "json":
+        return _poll(client, study, _Lines(lambda _, trial: print_json(trial.model_dump())))
+    return _poll(client, study, lambda _: None)
+
+
+def _poll(client: Client, study: str, show: Callable[[StudyView], None]) -> StudyView:
+    while True:
+        view = client.study(study)
+        show(view)
+        if view.state != "active":
+            return view
+        time.sleep(_POLL_S)
+
+
+class _Lines:
+    """Calls `emit(line, trial)` for each trial whose state changed, or whose last line is old."""
+
+    def __init__(self, emit: Callable[[str, TrialView], None]) -> None:
+        self._emit = emit
+        self._said: dict[str, tuple[str, float]] = {}
+
+    def __call__(self, view: StudyView) -> None:
+        for trial in view.trials:
+            state, at = self._said.get(trial.trial, ("", 0.0))
+            now = time.monotonic()
+            moving = trial.state not in FINAL_STATES and trial.progress and now - at >= _LINE_EVERY_S
+            if trial.state != state or moving:
+                self._said[trial.trial] = (trial.state, now)
+                self._emit(_line(view, trial), trial)
+
+
+def _line(view: StudyView, trial: TrialView) -> str:
+    done = sum(other.state in FINAL_STATES for other in view.trials)
+    words = [f"[{done}/{len(view.trials)}]", trial.key, trial.state]
+    progress = trial.progress
+    if trial.cached_from:
+        words.append(f"(taken from trial {trial.cached_from})")
+    if trial.state in FINAL_STATES:
+        words += [f"{name} {100 * value:.1f}" for name, value in trial.metrics.items() if name in _SHOWN and value >= 0]
+        words += [trial.error] if trial.error else []
+    elif trial.state == "queued" and trial.why:
+        words.append(f"({trial.why})")
+    elif progress:
+        words += [str(progress["phase"]), f"step {progress['step']}/{progress['steps']}"]
+        words += [f"loss {progress['loss']:.3f}"] if progress.get("loss") is not None else []
+        words += [f"{progress['images_per_s']:.1f} img/s"] if progress.get("images_per_s") else []
+        words += [f"{duration(progress['seconds_left'])} left"] if progress.get("seconds_left") is not None else []
+    return " ".join(words)
+
+
+_SHOWN = ("bbox/AP", "segm/AP", "segm/AP75", "keypoints/AP")

@@ -1,0 +1,165 @@
+"""Commands from a study file to its table: plan, submit, run, report, schema."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orchestrator.cli.options import Code, Data, Debug, Json, StudyFile, StudyId, print_json, say
+from pipelines.console import SUCCESS, WORK_FAILED
+
+if TYPE_CHECKING:
+    from orchestrator.client import Client
+    from orchestrator.config import StudyView, Submission
+
+Fresh = Annotated[bool, typer.Option("--fresh", help="Run trials anew that have a finished result.")]
+Key = Annotated[
+    str, typer.Option("--key", help="Idempotency key: the same study sent twice with one key is one study.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder for the report; default: .maskray/reports/STUDY_ID.")]
+
+
+def register(app: typer.Typer) -> None:
+    for command in (plan, submit, run, report, schema):
+        app.command()(command)
+
+
+def plan(study: StudyFile, data: Data = "", code: Code = "", json: Json = False, debug: Debug = False) -> None:
+    """Show what a study would run: trials, ranks, identities, what is cached. Starts nothing."""
+    from orchestrator.local import running_client
+    from orchestrator.plan import make_plan
+
+    submission, _ = _prepare(study, data, code)
+    client = running_client()
+    finished = client.finished([trial.identity for trial in submission.trials]) if client else {}
+    result = make_plan(submission, finished)
+    print_json(result.as_json()) if json else print(result.text())
+
+
+def submit(
+    study: StudyFile,
+    data: Data = "",
+    code: Code = "",
+    fresh: Fresh = False,
+    key: Key = "",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Submit a study and return at once with its id."""
+    _, accepted = _submit(study, data, code, fresh, key)
+    print_json(accepted) if json else print(accepted["study"])
+
+
+def run(
+    study: StudyFile,
+    data: Data = "",
+    code: Code = "",
+    fresh: Fresh = False,
+    key: Key = "",
+    out: Out = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Submit a study, follow it to the end and print its table. Interrupting leaves the study running."""
+    from orchestrator.cli.follow import follow
+
+    client, accepted = _submit(study, data, code, fresh, key)
+    study_id = accepted["study"]
+    say(f"study {study_id}: {accepted['trials']} trials; MLflow at {client.info().mlflow_uri or '(no tracking)'}")
+    try:
+        view = follow(client, study_id, mode="silent" if json else "live")
+    except KeyboardInterrupt:
+        say(f'the study goes on; "maskray watch {study_id}" follows it, "maskray cancel {study_id}" ends it')
+        raise
+    page, table = _report(client, view, out)
+    if json:
+        print_json({**_outcome(view), "report": str(page)})
+    else:
+        print(table)
+        print(f"\nreport: {page}\nMLflow: {client.info().mlflow_uri} (if it has ended: maskray ui)")
+    return SUCCESS if view.state == "done" else WORK_FAILED
+
+
+def report(study: StudyId, out: Out = None, json: Json = False, debug: Debug = False) -> None:
+    """Write a study's report (HTML, CSV, JSON) and print its table; works while the study runs."""
+    from orchestrator.cli.names import study_id
+    from orchestrator.local import connected_client
+
+    client = connected_client()
+    view = client.study(study_id(client, study))
+    page, table = _report(client, view, out)
+    if json:
+        print_json({**_outcome(view), "report": str(page)})
+    else:
+        print(table)
+        print(f"\nreport: {page}")
+
+
+def schema(
+    what: Annotated[str, typer.Argument(metavar="study|run", help="Which record to describe.")],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print the JSON Schema of a study or a run file, for editors."""
+    from orchestrator.config import Study
+    from workers.config import RunConfig
+
+    records: dict[str, Any] = {"study": Study, "run": RunConfig}
+    if what not in records:
+        raise ValueError(f"schema {what!r}: there are 'study' and 'run'")
+    described = records[what].model_json_schema()
+    print_json(described) if json else print(jsonlib.dumps(described, indent=2))
+
+
+def _prepare(study: Path, data: str, code: str, fresh: bool = False, key: str = "") -> tuple[Submission, Any]:
+    from orchestrator.code import package
+    from orchestrator.config import Submission
+    from orchestrator.expand import expand
+    from orchestrator.study import read_study
+
+    record, text = read_study(study)
+    bundle = package(Path.cwd(), code)
+    expansion = expand(record, data=data, root=Path.cwd(), code=bundle)
+    submission = Submission(
+        study=record,
+        study_yaml=text,
+        trials=expansion.trials,
+        code=bundle.sha256,
+        warnings=expansion.warnings,
+        idempotency_key=key or uuid.uuid4().hex,
+        fresh=fresh,
+    )
+    for warning in expansion.warnings:
+        say(f"warning: {warning}")
+    return submission, bundle
+
+
+def _submit(study: Path, data: str, code: str, fresh: bool, key: str) -> tuple[Client, dict[str, Any]]:
+    from orchestrator.local import connected_client
+
+    submission, bundle = _prepare(study, data, code, fresh, key)
+    client = connected_client()
+    client.upload_code(bundle.sha256, bundle.data)
+    return client, client.submit(submission)
+
+
+def _report(client: Client, view: StudyView, out: Path | None) -> tuple[Path, str]:
+    from orchestrator.local import state_folder
+    from orchestrator.report import build_report
+
+    built = build_report(view, out or state_folder() / "reports" / view.study)
+    client.upload_report(view.study, built.folder)
+    return built.page, built.table
+
+
+def _outcome(view: StudyView) -> dict[str, Any]:
+    fields = {"trial", "key", "arm", "seed", "state", "attempts", "metrics", "error", "cached_from"}
+    return {
+        "study": view.study,
+        "state": view.state,
+        "trials": [trial.model_dump(include=fields) for trial in view.trials],
+    }

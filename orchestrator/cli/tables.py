@@ -1,0 +1,107 @@
+"""What `status`, `watch` and `queue` show a person."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.config import FINAL_STATES, QueueEntry, StudyView, TrialView
+
+_STYLES = {"done": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "starting": "cyan"}
+
+
+def print_studies(views: Sequence[StudyView]) -> None:
+    if not views:
+        print('no studies yet; "maskray run STUDY.yaml" starts one')
+        return
+    table = Table("study", "name", "owner", "state", "priority", "done", "age", box=None, pad_edge=False)
+    for view in views:
+        done = sum(trial.state in FINAL_STATES for trial in view.trials)
+        state = Text(view.state, _STYLES.get(view.state, ""))
+        age = duration(time.time() - view.created_at)
+        table.add_row(view.study, view.name, view.owner, state, str(view.priority), f"{done}/{len(view.trials)}", age)
+    _print(table)
+
+
+def print_study(view: StudyView) -> None:
+    _print(study_table(view))
+
+
+def print_queue(running: Sequence[QueueEntry], waiting: Sequence[QueueEntry]) -> None:
+    if not running and not waiting:
+        print("nothing runs and nothing waits")
+        return
+    table = Table("", "trial", "study", "owner", "priority", "needs", "state", "why", box=None, pad_edge=False)
+    for entry in [*running, *waiting]:
+        place = str(entry.position) if entry.position else "-"
+        state = Text(entry.state, _STYLES.get(entry.state, ""))
+        table.add_row(
+            place, entry.key, entry.study_name, entry.owner, str(entry.priority), entry.needs, state, entry.why
+        )
+    _print(table)
+
+
+def study_table(view: StudyView) -> RenderableType:
+    """One line a trial, and below them what went wrong or gives pause."""
+    table = Table("trial", "state", "step", "loss", "img/s", "left", "AP box", "AP mask", box=None, pad_edge=False)
+    notes: list[Text] = []
+    for trial in view.trials:
+        progress = trial.progress if trial.state not in FINAL_STATES else {}
+        table.add_row(
+            trial.key,
+            Text(_state(trial), _STYLES.get(trial.state, "")),
+            f"{progress['step']}/{progress['steps']}" if progress else "",
+            number(progress.get("loss"), 3),
+            number(progress.get("images_per_s"), 1),
+            duration(progress.get("seconds_left")),
+            number(_points(trial, "bbox/AP"), 1),
+            number(_points(trial, "segm/AP"), 1),
+        )
+        if trial.error:
+            notes.append(Text(f"{trial.key}: {trial.error}", "red"))
+        elif trial.state == "queued" and trial.why:
+            notes.append(Text(f"{trial.key} waits: {trial.why}", "dim"))
+        notes.extend(Text(f"{trial.key}: {event.get('text', event.get('kind'))}", "yellow") for event in trial.events)
+    notes.extend(Text(f"warning: {warning}", "yellow") for warning in view.warnings)
+    title = Text(f"{view.name} ({view.study}): {view.state}", "bold")
+    return Group(title, table, *notes)
+
+
+def _state(trial: TrialView) -> str:
+    if trial.cached_from:
+        return f"{trial.state} (earlier result)"
+    if trial.state == "running" and trial.progress.get("phase") in ("evaluating", "finishing"):
+        return str(trial.progress["phase"])
+    return f"{trial.state} (attempt {trial.attempts})" if trial.attempts > 1 else trial.state
+
+
+def _points(trial: TrialView, metric: str) -> float | None:
+    value = trial.metrics.get(metric)
+    return None if value is None or value < 0 else 100 * value
+
+
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds in the two largest units: `1 h 20 min`, `3 min 5 s`."""
+    if seconds is None:
+        return ""
+    seconds = max(0, round(seconds))
+    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
+
+
+def _print(renderable: RenderableType) -> None:
+    console = Console()
+    # A pipe has no width: do not fold what another program will read.
+    (console if console.is_terminal else Console(width=240)).print(renderable)
