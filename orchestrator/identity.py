@@ -1,0 +1,150 @@
+"""Which trials are the same trial: a hash of everything that its numbers depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from model.config import (
+    VGG16,
+    BatchNorm,
+    FileWeights,
+    FixedProposals,
+    ModelConfig,
+    NoWeights,
+    ResNet,
+    ResNeXt,
+    TorchvisionWeights,
+)
+from orchestrator.study import nearest
+from workers.config import RunConfig
+
+# torchvision's ImageNet checkpoints: (backbone, name) -> (file, recipe). A file's name holds the start of its SHA-256.
+_OLD, _NEW = "original", "2021 (long, with mixup and EMA)"
+TORCHVISION_CHECKPOINTS: dict[tuple[str, str], tuple[str, str]] = {
+    ("resnet18", "IMAGENET1K_V1"): ("resnet18-f37072fd.pth", _OLD),
+    ("resnet34", "IMAGENET1K_V1"): ("resnet34-b627a593.pth", _OLD),
+    ("resnet50", "IMAGENET1K_V1"): ("resnet50-0676ba61.pth", _OLD),
+    ("resnet50", "IMAGENET1K_V2"): ("resnet50-11ad3fa6.pth", _NEW),
+    ("resnet101", "IMAGENET1K_V1"): ("resnet101-63fe2227.pth", _OLD),
+    ("resnet101", "IMAGENET1K_V2"): ("resnet101-cd907fc2.pth", _NEW),
+    ("resnext50_32x4d", "IMAGENET1K_V1"): ("resnext50_32x4d-7cdf4587.pth", _OLD),
+    ("resnext50_32x4d", "IMAGENET1K_V2"): ("resnext50_32x4d-1a0047aa.pth", _NEW),
+    ("resnext101_32x8d", "IMAGENET1K_V1"): ("resnext101_32x8d-8ba56ff5.pth", _OLD),
+    ("resnext101_32x8d", "IMAGENET1K_V2"): ("resnext101_32x8d-110c445d.pth", _NEW),
+    ("resnext101_64x4d", "IMAGENET1K_V1"): ("resnext101_64x4d-173b62eb.pth", _NEW),
+    ("vgg16", "IMAGENET1K_V1"): ("vgg16-397923af.pth", _OLD),
+}
+
+
+def backbone_name(model: ModelConfig) -> str:
+    """torchvision's name of the configured backbone."""
+    match model.backbone:
+        case ResNet(depth=depth):
+            return f"resnet{depth}"
+        case ResNeXt(variant=variant):
+            return "resnext" + variant.replace("-", "_", 1)
+        case VGG16():
+            return "vgg16"
+
+
+def weights_recipe(model: ModelConfig) -> str:
+    """How the initial weights were made; arms of one study should agree on it."""
+    match model.weights:
+        case NoWeights():
+            return "none"
+        case FileWeights(path=path):
+            return f"file {Path(path).name}"
+        case TorchvisionWeights(name=name):
+            return f"ImageNet, {_checkpoint(model, name)[1]} recipe"
+
+
+def weights_identity(model: ModelConfig) -> str:
+    """The initial weights as text that changes with their bytes. Raises ValueError if there are none such."""
+    match model.weights:
+        case NoWeights():
+            return "none"
+        case FileWeights(path=path, layout=layout):
+            file = Path(path)
+            if not file.is_file():
+                raise ValueError(f"model.weights.path: {path}: there is no such file")
+            return f"{layout}:{_sha256(_chunks(file))}"
+        case TorchvisionWeights(name=name):
+            return _checkpoint(model, name)[0]
+
+
+def proposals_identity(model: ModelConfig) -> str:
+    """The hash of fixed proposals, or "end_to_end". Raises ValueError if the file is missing."""
+    if not isinstance(model.proposals, FixedProposals):
+        return "end_to_end"
+    uri = model.proposals.uri
+    try:
+        return _sha256(_chunks_of_uri(uri))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.proposals.uri: {uri} cannot be read ({error}); write it with 'maskray proposals'"
+        ) from None
+
+
+def identity(
+    run: RunConfig, *, manifests: tuple[str, str], weights: str, proposals: str, source_hash: str, ranks: int
+) -> str:
+    """SHA-256 of the run and of all bytes that it depends on, as 64 hex digits.
+
+    manifests: hashes of the training and the validation manifest. Places of files do not count, their bytes do.
+    The number of ranks counts only under trained batch-norm, whose statistics are per rank.
+    """
+    record = run.model_dump(mode="json")
+    del record["data"]["train"], record["data"]["val"]
+    record["model"]["weights"] = weights
+    record["model"]["proposals"] = proposals
+    backbone = run.model.backbone
+    per_rank = not isinstance(backbone, VGG16) and isinstance(backbone.norm, BatchNorm)
+    everything = {"run": record, "manifests": manifests, "sources": source_hash, "ranks": ranks if per_rank else 0}
+    return hashlib.sha256(canonical(everything).encode()).hexdigest()
+
+
+def canonical(data: Any) -> str:
+    """JSON with one spelling: sorted keys, no spaces, no NaN."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def read_uri(uri: str) -> bytes:
+    """The bytes of a local file or of any `pyarrow.fs` URI."""
+    return b"".join(_chunks_of_uri(uri))
+
+
+def _checkpoint(model: ModelConfig, name: str) -> tuple[str, str]:
+    backbone = backbone_name(model)
+    if (backbone, name) not in TORCHVISION_CHECKPOINTS:
+        known = [n for b, n in TORCHVISION_CHECKPOINTS if b == backbone]
+        raise ValueError(f"model.weights.name: torchvision has no {name} weights of {backbone}; {nearest(name, known)}")
+    return TORCHVISION_CHECKPOINTS[backbone, name]
+
+
+def _sha256(chunks: Iterator[bytes]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            yield chunk
+
+
+def _chunks_of_uri(uri: str) -> Iterator[bytes]:
+    if "://" not in uri:
+        yield from _chunks(Path(uri))
+        return
+    from pyarrow import fs
+
+    filesystem, path = fs.FileSystem.from_uri(uri)
+    with filesystem.open_input_stream(path) as stream:
+        while chunk := stream.read(2**22):
+            yield chunk
