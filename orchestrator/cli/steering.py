@@ -115,8 +115,8 @@ def _action_command(action: str) -> Callable[..., None]:
         json: Json = False,
         debug: Debug = False,
     ) -> None:
-        from orchestrator.cli.names import study_id
-    from orchestrator.local import connected_client
+        from orchestrator.cli.names import is_trial, study_id, trial_id
+        from orchestrator.local import connected_client
 
         client = connected_client()
         if action in ("cancel", "retry") and is_trial(client, target):
