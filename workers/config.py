@@ -17,6 +17,7 @@ from pipelines.config import DataConfig
 class SGD(Record):
     kind: Literal["sgd"] = "sgd"
     lr: float = Field(0.02, gt=0)
+    lr_batch: int = Field(0, ge=0)  # the global batch that `lr` is meant for; 0 takes `lr` as it is, without scaling
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
     norm_weight_decay: float = Field(1e-4, ge=0)  # for the parameters of normalisation layers
@@ -25,6 +26,7 @@ class SGD(Record):
 class AdamW(Record):
     kind: Literal["adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0)
+    lr_batch: int = Field(0, ge=0)  # as in SGD
     weight_decay: float = Field(0.05, ge=0)
     norm_weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -103,21 +105,46 @@ class RunConfig(Record):
 # --- from nested data to a run --------------------------------------------------------------------------------------
 
 
-def run_preset(name: str) -> dict[str, Any]:
-    """The preset's architecture with the paper's recipe for it, as data without `data.train` and `data.val`."""
-    run: dict[str, Any] = {"model": preset(name).model_dump(mode="json"), "data": {}}
-    if name == "tiny":
-        run["data"] = {"short_sides_px": [128], "max_side_px": 128, "num_loader_workers": 0, "bucket_batches": 8}
-        run["optimiser"] = {"kind": "adamw", "lr": 1e-3}
-        run["schedule"] = {"kind": "one_cycle"}
-        run["loop"] = {
+# Where a preset's recipe differs from the defaults above, which are Mask R-CNN's (section 3.1): 160k steps of 16 images,
+# rate 0.02, divided by 10 at 120k, weight decay 1e-4, momentum 0.9, images of 800 px.
+_RECIPES: dict[str, dict[str, Any]] = {
+    # Faster R-CNN (1506.01497), section 4.2: 240k steps at 0.003 and 80k at 0.0003, 8 images, 600 px.
+    "vgg16-faster-rcnn": {
+        "data": {"short_sides_px": [600], "max_side_px": 1000},
+        "optimiser": {"kind": "sgd", "lr": 0.003, "weight_decay": 5e-4, "norm_weight_decay": 0.0},
+        "schedule": {"kind": "step", "drop_steps": [240_000]},
+        "loop": {"steps": 320_000, "global_batch": 8, "best_metric": "bbox/AP"},
+    },
+    # Table 2a: 8 images a step at half the rate, for as many steps.
+    "x101-64x4d-fpn": {"optimiser": {"kind": "sgd", "lr": 0.01}, "loop": {"global_batch": 8}},
+    # Section 5: 90k steps, drops at 60k and 80k, short sides from [640, 800].
+    "r50-fpn-keypoint": {
+        "data": {
+            "short_sides_px": [640, 672, 704, 736, 768, 800],
+            "filter": {"categories": ["person"], "require_keypoints": True},
+        },
+        "schedule": {"kind": "step", "drop_steps": [60_000, 80_000]},
+        "loop": {"steps": 90_000, "best_metric": "keypoints/AP"},
+    },
+    # CPU scale: 400 steps on 128 px.
+    "tiny": {
+        "data": {"short_sides_px": [128], "max_side_px": 128, "num_loader_workers": 0, "bucket_batches": 8},
+        "optimiser": {"kind": "adamw", "lr": 1e-3},
+        "schedule": {"kind": "one_cycle"},
+        "loop": {
             "steps": 400,
             "global_batch": 8,
             "clip_grad_norm": 10.0,
             "checkpoint_every_steps": 100,
             "log_every_steps": 10,
-        }
-    return run
+        },
+    },
+}
+
+
+def run_preset(name: str) -> dict[str, Any]:
+    """The preset's architecture with the paper's recipe for it, as data without `data.train` and `data.val`."""
+    return {"model": preset(name).model_dump(mode="json"), "data": {}, **_copy(_RECIPES.get(name, {}))}
 
 
 def apply_overrides(run: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

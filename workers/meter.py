@@ -1,0 +1,51 @@
+"""Per-step values that stay on the device until they are due, then reach every rank's host in one reduction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.step import Gradients
+from workers.world import World
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished step: `values` by metric name, times in seconds of this rank."""
+
+    step: int
+    values: dict[str, float]
+
+
+class Meter:
+    """Collects steps between two readings."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._host: list[tuple[int, dict[str, float]]] = []
+
+    def add(self, step: int, gradients: Gradients, norm: Tensor, host_values: dict[str, float]) -> None:
+        self._names = gradients.names
+        self._losses.append(gradients.losses_T)
+        self._norms.append(norm.detach())
+        self._host.append((step, host_values))
+
+    def read(self, world: World) -> list[Row]:
+        """The rows since the last reading, losses added over the ranks. Every rank gets the same losses."""
+        if not self._host:
+            return []
+        losses_NT = world.sum(torch.stack(self._losses)).cpu()
+        norms_N = torch.stack(self._norms).cpu().tolist()
+        rows = []
+        for losses_T, norm, (step, values) in zip(losses_NT.tolist(), norms_N, self._host, strict=True):
+            terms = {f"loss/{name}": loss for name, loss in zip(self._names, losses_T, strict=True)}
+            rows.append(Row(step, {"loss": sum(losses_T), **terms, "grad_norm": norm, **values}))
+        self.clear()
+        return rows
+
+    def clear(self) -> None:
+        self._losses, self._norms, self._host = [], [], []

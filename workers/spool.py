@@ -1,0 +1,158 @@
+"""What a run has to tell its tracker: appended to a file first, shipped later by a thread, in order and idempotently.
+
+A spool is a folder with `records.jsonl` (one record a line, with its original time), `cursor.json` (how many bytes of it
+have been shipped) and `rejected.jsonl` (what the tracker refused for good). Sending a record twice adds nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+# {"kind": "metrics", "at": ms, "step": n, "values": {...}} | {"kind": "params", "values"} | {"kind": "tags", "values"}
+# | {"kind": "artifact", "path", "folder"} | {"kind": "status", "at", "status"} | {"kind": "rewind", "step"}
+Record: TypeAlias = dict[str, Any]
+
+
+class RejectedError(Exception):
+    """The tracker will never accept these records."""
+
+
+class Target(Protocol):
+    """Where records go. Only the shipper's thread calls it."""
+
+    def send(self, records: Sequence[Record]) -> None:
+        """Sends all of `records`, or raises: RejectedError if trying again is useless, anything else if it is not."""
+        ...
+
+
+class Spool:
+    """An append-only file of records. Safe between one appending and one shipping thread."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self._path, self._cursor_path = folder / "records.jsonl", folder / "cursor.json"
+        self._drop_torn_line()
+        self._file = self._path.open("ab")
+        self._lock = threading.Lock()
+
+    def _drop_torn_line(self) -> None:
+        if self._path.exists():
+            with self._path.open("rb+") as file:
+                data = file.read()
+                file.truncate(data.rfind(b"\n") + 1)
+
+    def append(self, record: Record) -> None:
+        line = json.dumps(record).encode() + b"\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()  # to the system: outlives this process, not the machine
+
+    @property
+    def cursor(self) -> int:
+        try:
+            return int(json.loads(self._cursor_path.read_text())["bytes"])
+        except FileNotFoundError:
+            return 0
+
+    def advance(self, to: int) -> None:
+        aside = self._cursor_path.with_suffix(f".{os.getpid()}.part")
+        aside.write_text(json.dumps({"bytes": to}))
+        aside.replace(self._cursor_path)
+
+    def unsent(self, limit: int = 2000) -> list[tuple[int, Record]]:
+        """Up to `limit` records after the cursor, each with the cursor's value once it has been shipped."""
+        position, found = self.cursor, []
+        with self._path.open("rb") as file:
+            file.seek(position)
+            for line in file:
+                if not line.endswith(b"\n") or len(found) == limit:
+                    break
+                position += len(line)
+                found.append((position, json.loads(line)))
+        return found
+
+    def records(self) -> list[Record]:
+        with self._path.open("rb") as file:
+            return [json.loads(line) for line in file if line.endswith(b"\n")]
+
+    def reject(self, records: Iterable[Record], reason: str) -> None:
+        with (self.folder / "rejected.jsonl").open("a") as file:
+            file.writelines(json.dumps({"reason": reason, "record": record}) + "\n" for record in records)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def metric_points(records: Iterable[Record]) -> set[tuple[str, int]]:
+    """(metric, step) of every point in `records`, less those that a later rewind took back."""
+    points: set[tuple[str, int]] = set()
+    for record in records:
+        match record["kind"]:
+            case "metrics":
+                points.update((name, record["step"]) for name in record["values"])
+            case "rewind":
+                points = {point for point in points if point[1] <= record["step"]}
+    return points
+
+
+def ship_once(spool: Spool, target: Target, warn: Callable[[str], None]) -> bool:
+    """Sends one batch of unsent records. Returns whether there was anything; raises what the target raised."""
+    batch = spool.unsent()
+    if not batch:
+        return False
+    records = [record for _, record in batch]
+    try:
+        target.send(records)
+    except RejectedError:
+        for record in records:  # one by one, so that one bad record does not take others with it
+            try:
+                target.send([record])
+            except RejectedError as error:
+                spool.reject([record], str(error))
+                warn(f"tracking refused a record of kind {record['kind']}: {error}; kept in {spool.folder}")
+    spool.advance(batch[-1][0])
+    return True
+
+
+class Shipper:
+    """A thread that ships a spool until it is closed; failures wait and try again, and reach nobody but the log."""
+
+    def __init__(self, spool: Spool, target: Target, warn: Callable[[str], None], idle_s: float = 2.0) -> None:
+        self._spool, self._target, self._warn, self._idle_s = spool, target, warn, idle_s
+        self._closing = threading.Event()
+        self._failures = 0
+        self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout_s: float) -> bool:
+        """Ships what is left for up to `timeout_s`. Returns whether all of it arrived."""
+        self._closing.set()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive() and not self._spool.unsent(1)
+
+    def _run(self) -> None:
+        while True:
+            closing = self._closing.is_set()
+            try:
+                shipped = ship_once(self._spool, self._target, self._warn)
+            except Exception as error:  # noqa: BLE001 - any failure of the network or the server: keep, try again
+                self._failures += 1
+                if self._failures == 1:
+                    self._warn(f"tracking is unreachable, records wait in {self._spool.folder}: {error}")
+                if closing:
+                    return
+                self._closing.wait(min(2.0**self._failures, 30.0))
+            else:
+                if self._failures and shipped:
+                    self._warn("tracking is reachable again")
+                    self._failures = 0
+                if not shipped:
+                    if closing:
+                        return
+                    self._closing.wait(self._idle_s)

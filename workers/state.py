@@ -1,0 +1,129 @@
+"""All that changes while a run trains: weights, optimiser, average, scaler, guard, position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.checkpoints import Snapshot, copied_to_host
+from workers.config import RunConfig
+from workers.guard import GuardState
+from workers.optim import build_optimiser
+
+# Fields that may differ between a checkpoint and the run that resumes it: they change no number of the training.
+_FREE_FIELDS = {
+    ("data", "num_loader_workers"),
+    ("data", "cache_gib"),
+    ("loop", "log_every_steps"),
+    ("loop", "checkpoint_every_steps"),
+    ("loop", "keep_checkpoints"),
+    ("loop", "eval_every_steps"),
+    ("loop", "eval_batch"),
+    ("loop", "best_metric"),
+}
+
+
+class TrainState:
+    """The state after `step` finished optimiser steps. `best`: highest value so far of the run's best metric."""
+
+    def __init__(self, run: RunConfig, detector: nn.Module) -> None:
+        self._run = run
+        self.detector = detector
+        self.optimiser = build_optimiser(run.optimiser, detector)
+        self.scaler = torch.amp.GradScaler(_device_type(detector), enabled=run.loop.precision == "fp16")
+        self.average = [p.detach().clone() for p in self.trained] if run.loop.ema_decay else []
+        self.guard = GuardState()
+        self.step = 0
+        self.best = float("-inf")
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.detector.parameters() if p.requires_grad]
+
+    @property
+    def data_step(self) -> int:
+        """The global batch that the next step trains on."""
+        return self.step + self.guard.skipped
+
+    def update_average(self) -> None:
+        if self.average:
+            torch._foreach_lerp_(self.average, list(self.trained), 1 - self._run.loop.ema_decay)
+
+    @contextmanager
+    def evaluated_weights(self) -> Iterator[None]:
+        """Within the block the detector holds the averaged weights, if the run keeps an average."""
+        self._swap_average()
+        try:
+            yield
+        finally:
+            self._swap_average()
+
+    def _swap_average(self) -> None:
+        with torch.no_grad():
+            for parameter, average in zip(self.trained, self.average, strict=False):
+                kept = parameter.clone()
+                parameter.copy_(average)
+                average.copy_(kept)
+
+    def snapshot(self, journal: dict[str, Any]) -> Snapshot:
+        """A copy on the host. `journal`: plain data to keep with it."""
+        tensors = copied_to_host(
+            {
+                "detector": dict(self.detector.state_dict()),
+                "optimiser": self.optimiser.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "average": list(self.average),
+                "random": torch.get_rng_state(),
+            }
+        )
+        plain = {
+            "run": self._run.model_dump(mode="json"),
+            "guard": vars(self.guard),
+            "best": self.best,
+            "journal": journal,
+        }
+        return Snapshot(self.step, tensors, plain)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Raises ValueError if the checkpoint was written by another configuration."""
+        check_same_run(snapshot.plain["run"], self._run.model_dump(mode="json"))
+        self.detector.load_state_dict(snapshot.tensors["detector"])
+        self.optimiser.load_state_dict(snapshot.tensors["optimiser"])
+        self.scaler.load_state_dict(snapshot.tensors["scaler"])
+        for average, saved in zip(self.average, snapshot.tensors["average"], strict=True):
+            average.copy_(saved)
+        torch.set_rng_state(snapshot.tensors["random"])
+        self.guard = GuardState(**snapshot.plain["guard"])
+        self.best = snapshot.plain["best"]
+        self.step = snapshot.step
+
+
+def check_same_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises ValueError with the first field in which a checkpoint's run differs from the one that resumes it."""
+    for path, (before, now) in _differences(saved, wanted, ()):
+        if path not in _FREE_FIELDS:
+            raise ValueError(
+                f"the checkpoint was written with {'.'.join(path)} = {before!r}, this run has {now!r}; "
+                "set it back, or start in a new folder"
+            )
+
+
+def _differences(a: Any, b: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], tuple[Any, Any]]]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted(a.keys() | b.keys()):
+            yield from _differences(a.get(key), b.get(key), (*path, key))
+    elif a != b:
+        yield path, (a, b)
+
+
+def weights_of(detector: nn.Module) -> dict[str, Tensor]:
+    """The detector's state on the host, contiguous, as safetensors wants it."""
+    return {name: value.detach().cpu().contiguous() for name, value in detector.state_dict().items()}
+
+
+def _device_type(module: nn.Module) -> str:
+    return next(module.parameters()).device.type

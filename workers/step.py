@@ -1,0 +1,142 @@
+"""One optimiser step on this rank's share of a global batch: the same sums at any number of ranks.
+
+Every loss is `weight * sum / count` with the count of the whole global batch, so ranks and chunks may be of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from model.structures import Batch
+from workers.config import LoopConfig
+from workers.world import World
+
+_PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class LossSums(nn.Module):
+    """A detector's weighted loss sums and their counts as plain dicts, which DDP and `torch.compile` see through.
+
+    `in_arrival_order` lists the parameters last to first, the order in which backward produces their gradients.
+    """
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.in_arrival_order = nn.ParameterList(reversed(list(detector.parameters())))
+        self.detector = detector
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        terms = self.detector(batch)
+        return {n: t.sum * t.weight for n, t in terms.items()}, {n: t.count for n, t in terms.items()}
+
+
+def distributed(sums: LossSums, world: World) -> nn.Module:
+    """`sums` under DDP with buckets that are the same in every process, from the first step on.
+
+    DDP would rebuild its buckets after the first backward pass in the order in which gradients arrived; with three or
+    more ranks the order of a sum, and so its last bits, would then differ between a resumed run and one that never
+    stopped. Declaring the parameters in arrival order and rebuilding at once pins them.
+    """
+    if world.size == 1:
+        return sums
+    module = DistributedDataParallel(sums, broadcast_buffers=False, gradient_as_bucket_view=True)
+    module.reducer._push_all_rebuilt_params()
+    module.reducer._rebuild_buckets()
+    return module
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """names: of the loss terms. losses_T: this rank's share of each global loss. flags: `flags` summed over the ranks."""
+
+    names: tuple[str, ...]
+    losses_T: Tensor
+    flags: Tensor
+
+
+def accumulate_gradients(
+    module: nn.Module,
+    batches: Sequence[Batch],
+    loop: LoopConfig,
+    world: World,
+    scaler: torch.amp.GradScaler,
+    flags: Sequence[float],
+) -> Gradients:
+    """Adds the gradients of the global batch's loss to the parameters; one reduction carries counts and `flags`."""
+    sums = module.module if isinstance(module, DistributedDataParallel) else module
+    assert isinstance(sums, LossSums)
+    autocast = _autocast(loop, world)
+    single = len(batches) == 1
+    with autocast():
+        if single:
+            weighted, counts = module(batches[0])
+        else:
+            counts = _counts_of(sums.detector, batches)
+    names = tuple(sorted(counts))
+    told = torch.stack([*(counts[n].double() for n in names), *torch.tensor(flags, device=world.device).double()])
+    world.sum(told)
+    total_T = told[: len(names)].clamp(min=1).float()
+
+    losses_T = torch.zeros_like(total_T)
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with _without_sync(module, last):
+            if not single:
+                with autocast():
+                    weighted, _ = module(batch)
+            terms_T = torch.stack([weighted[n].float() for n in names]) / total_T
+            # DDP takes the mean over ranks; the sum is wanted
+            scaler.scale(terms_T.sum() * world.size).backward()
+            losses_T += terms_T.detach()
+    return Gradients(names, losses_T, told[len(names) :])
+
+
+def _counts_of(detector: Any, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    per_chunk = [detector.counts(batch) for batch in batches]
+    return {name: torch.stack([counts[name] for counts in per_chunk]).sum() for name in per_chunk[0]}
+
+
+def _without_sync(module: nn.Module, last: bool) -> AbstractContextManager[None]:
+    if last or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    context: AbstractContextManager[None] = module.no_sync()
+    return context
+
+
+def _autocast(loop: LoopConfig, world: World) -> Any:
+    dtype = _PRECISION[loop.precision]
+    return lambda: torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def check_precision(loop: LoopConfig, device: torch.device) -> None:
+    """Raises ValueError if the device cannot compute in the configured precision."""
+    if loop.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError("loop.precision: this GPU has no bf16; choose 'fp16' (with loss scaling) or 'fp32'")
+
+
+def apply_gradients(
+    parameters: Sequence[nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    rate: float,
+    clip_norm: float,
+) -> Tensor:
+    """One optimiser step at `rate`, gradients clipped to `clip_norm` (0: not). Returns their norm before clipping."""
+    scaler.unscale_(optimiser)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if clip_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    scaler.step(optimiser)
+    scaler.update()
+    optimiser.zero_grad(set_to_none=False)
+    return norm

@@ -1,0 +1,100 @@
+"""The ranks of one run as a value: who we are, which device is ours, and the collectives that the loop uses."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=30)  # longer than any evaluation: a rank that hangs is ended after this
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """`host_group` carries objects and host-side tensors (gloo); None in a world of one rank."""
+
+    rank: int
+    size: int
+    device: torch.device
+    host_group: dist.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Adds `values`, which lie on `device`, over the ranks in place. No host synchronisation."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def sum_on_host(self, values: Tensor) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(values, group=self.host_group)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier(group=self.host_group)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value on rank 0, in the order of ranks; an empty list elsewhere."""
+        if self.size == 1:
+            return [value]
+        into: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, into, group=self.host_group)
+        return into or []
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
+
+def host_name() -> str:
+    return socket.gethostname()
+
+
+def join_world() -> World:
+    """The world of an initialised default process group, or of this process alone."""
+    if not dist.is_initialized():
+        return World(0, 1, _device(0))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    host_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return World(rank, size, _device(local_rank) if dist.get_backend() != "gloo" else torch.device("cpu"), host_group)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def launched_world(environment: Mapping[str, str]) -> Iterator[World]:
+    """The world that torchrun's variables describe; without them, this process alone."""
+    if "RANK" not in environment or int(environment.get("WORLD_SIZE", "1")) == 1:
+        yield join_world()
+        return
+    if torch.cuda.is_available():
+        _device(int(environment["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    try:
+        yield join_world()
+    finally:
+        dist.destroy_process_group()
