@@ -21,9 +21,13 @@ class Record(BaseModel):
 
 
 class FrozenBatchNorm(Record):
-    """Batch-norm as a fixed scale and bias from pretrained statistics (eps 1e-5)."""
+    """Batch-norm as a fixed scale and bias from pretrained statistics.
+
+    Torchvision runs its released detectors (`COCO_V1`) with eps 0, and everything else with 1e-5.
+    """
 
     kind: Literal["frozen_bn"] = "frozen_bn"
+    eps: float = Field(1e-5, ge=0)
 
 
 class GroupNorm(Record):
@@ -119,6 +123,12 @@ class C5(Record):
     channels: int = Field(256, ge=8)
 
 
+class Conv5(Record):
+    """RPN and RoIs on VGG-16's conv5_3 (stride 16), as in Faster R-CNN."""
+
+    kind: Literal["conv5"] = "conv5"
+
+
 class FPN(Record):
     """Feature pyramid P2 to P6; a RoI's level is floor(4 + log2(sqrt(wh) / 224)), clamped to `roi_strides`."""
 
@@ -127,7 +137,7 @@ class FPN(Record):
     roi_strides: tuple[int, ...] = (4, 8, 16, 32)
 
 
-Layout: TypeAlias = Annotated[C4 | C5 | FPN, Field(discriminator="kind")]
+Layout: TypeAlias = Annotated[C4 | C5 | Conv5 | FPN, Field(discriminator="kind")]
 
 
 # --- proposals ------------------------------------------------------------------------------------------------------
@@ -138,7 +148,21 @@ class Anchors(Record):
 
     sizes_px: tuple[tuple[int, ...], ...] = ((32,), (64,), (128,), (256,), (512,))
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    rounded: bool = False  # torchvision rounds its base anchors to whole pixels, detectron2 does not
+    rounded: bool = False  # torchvision's: base anchors in whole pixels, strides of canvas // cells
+
+
+class L1(Record):
+    kind: Literal["l1"] = "l1"
+
+
+class SmoothL1(Record):
+    """Quadratic below `beta` (Fast R-CNN, equation 3, has beta 1)."""
+
+    kind: Literal["smooth_l1"] = "smooth_l1"
+    beta: float = Field(1 / 9, gt=0)
+
+
+BoxLoss: TypeAlias = Annotated[L1 | SmoothL1, Field(discriminator="kind")]
 
 
 class RPN(Record):
@@ -153,9 +177,8 @@ class RPN(Record):
     post_nms_train: int = Field(1000, ge=1)  # per image
     post_nms_test: int = Field(1000, ge=1)
     nms_iou: float = Field(0.7, gt=0, le=1)
-    min_side_px: float = Field(0.0, ge=0)
-    box_loss: Literal["l1", "smooth_l1"] = "l1"
-    smooth_l1_beta: float = Field(1 / 9, gt=0)  # of "smooth_l1"
+    min_side_px: float = Field(1e-3, gt=0)
+    box_loss: BoxLoss = L1()
 
 
 class EndToEnd(Record):
@@ -288,6 +311,7 @@ class MaskBranch(Record):
     kind: Literal["mask"] = "mask"
     head: MaskHead = FCNMask()
     loss: MaskLoss = SigmoidMask()
+    paste: Literal["pixel_centres", "torchvision"] = "pixel_centres"  # of `predict_image`; torchvision rounds boxes
     loss_weight: float = Field(1.0, gt=0)
 
 
@@ -305,6 +329,7 @@ class KeypointBranch(Record):
     num_keypoints: int = Field(17, ge=1)
     convs: int = Field(8, ge=1)
     width: int = Field(512, ge=8)
+    half_pixel_px: float = Field(0.5, ge=0)  # taken off predictions; torchvision does not shift keypoints and has 0
     loss_weight: float = Field(1.0, gt=0)
 
 
@@ -326,6 +351,7 @@ class ModelConfig(Record):
     roi: RoIOp = RoIAlign()
     box_head: BoxHead = FCHead()
     class_agnostic_boxes: bool = False
+    box_loss: BoxLoss = L1()
     background: Literal["first", "last"] = "last"  # where the class logits keep the background
     inference: BoxInference = BoxInference()
     mask: Mask = MaskBranch()
@@ -337,13 +363,46 @@ class ModelConfig(Record):
         if isinstance(self.weights, NoWeights) and (frozen or self.backbone.frozen_stages):
             what = "frozen batch-norm" if frozen else f"backbone.frozen_stages = {self.backbone.frozen_stages}"
             raise ValueError(f"{what} needs pretrained weights, weights.kind is 'none'; choose norm 'gn' and 0 stages")
-        vgg = isinstance(self.backbone, VGG16)
-        if not vgg and isinstance(self.layout, C4) != isinstance(self.box_head, Res5Head):
-            raise ValueError(f"layout '{self.layout.kind}' cannot have box_head '{self.box_head.kind}': 'res5' is C4's")
+        self._check_layout()
+        self._check_heads()
         return self
+
+    def _check_layout(self) -> None:
+        vgg, conv5 = isinstance(self.backbone, VGG16), isinstance(self.layout, Conv5)
+        if vgg != conv5:
+            raise ValueError(
+                f"backbone '{self.backbone.kind}' cannot have layout '{self.layout.kind}': 'vgg16' has one stride-16 map, "
+                "which is layout 'conv5', and only it has; residual networks take 'c4', 'c5' or 'fpn'"
+            )
+        levels = 5 if isinstance(self.layout, FPN) else 1
+        if len(self.anchors.sizes_px) != levels:
+            raise ValueError(
+                f"layout '{self.layout.kind}' has {levels} RPN level(s), anchors.sizes_px has {len(self.anchors.sizes_px)}"
+            )
+        if len({len(sizes) for sizes in self.anchors.sizes_px}) != 1:
+            raise ValueError("anchors.sizes_px must have equally many sizes on every level: the RPN head is shared")
+        if isinstance(self.layout, C4) and self.backbone.frozen_stages > 4:
+            raise ValueError("backbone.frozen_stages = 5 would freeze res5, which is C4's RoI head; at most 4")
+
+    def _check_heads(self) -> None:
+        if isinstance(self.layout, C4) != isinstance(self.box_head, Res5Head):
+            raise ValueError(f"layout '{self.layout.kind}' cannot have box_head '{self.box_head.kind}': 'res5' is C4's")
+        if isinstance(self.box_head, VGGHead) and not isinstance(self.backbone, VGG16):
+            raise ValueError("box_head 'vgg' is fc6 and fc7 of backbone 'vgg16'; other backbones take 'fc'")
+        if isinstance(self.mask, MaskBranch) and isinstance(self.mask.head, FCNMask):
+            after_res5 = isinstance(self.layout, C4)
+            if after_res5 and self.mask.head.convs:
+                raise ValueError(
+                    f"mask.head.convs = {self.mask.head.convs}: after C4's res5 the mask head has none (Fig. 4, left); 0"
+                )
 
 
 # --- presets --------------------------------------------------------------------------------------------------------
+
+
+def _changed(base: ModelConfig, **fields: object) -> ModelConfig:
+    return ModelConfig.model_validate({**dict(base), **fields})
+
 
 _C4_ANCHORS = Anchors(sizes_px=((32, 64, 128, 256, 512),))
 _C4 = ModelConfig(
@@ -355,11 +414,53 @@ _C4 = ModelConfig(
     mask=MaskBranch(head=FCNMask(convs=0)),
 )
 
+_R50_FPN = ModelConfig()
+_KEYPOINTS = KeypointBranch()
+# Torchvision's detectors: 90 foreground classes are the sparse COCO ids 1 to 90, less one.
+_R50_FPN_TORCHVISION = _changed(
+    _R50_FPN,
+    num_classes=90,
+    image=ImageInput(resize="torchvision-detection"),
+    anchors=Anchors(rounded=True),
+    rpn=RPN(pre_nms_train=2000, post_nms_train=2000, box_loss=SmoothL1()),
+    roi=RoIAlign(aligned=False),
+    box_loss=SmoothL1(),
+    background="first",
+    mask=MaskBranch(paste="torchvision"),
+)
+
 PRESETS: dict[str, ModelConfig] = {
+    "vgg16-faster-rcnn": ModelConfig(
+        backbone=VGG16(),
+        image=ImageInput(short_side_px=600, max_side_px=1000),
+        layout=Conv5(),
+        anchors=Anchors(sizes_px=((128, 256, 512),)),
+        rpn=RPN(pre_nms_train=12000, pre_nms_test=6000, post_nms_train=2000, post_nms_test=300, box_loss=SmoothL1()),
+        sampling=RoISampling(rois_per_image=128),
+        roi=RoIPool(),
+        box_head=VGGHead(),
+        box_loss=SmoothL1(beta=1.0),
+        mask=NoMask(),
+    ),
     "r50-c4": _C4,
-    "r101-c4": _C4.model_copy(update={"backbone": ResNet(depth=101)}),
-    "r50-fpn": ModelConfig(),
-    "r101-fpn": ModelConfig(backbone=ResNet(depth=101)),
+    "r101-c4": _changed(_C4, backbone=ResNet(depth=101)),
+    "r50-c5": _changed(
+        _C4, layout=C5(), sampling=RoISampling(rois_per_image=512), box_head=FCHead(), mask=MaskBranch(head=FCNMask())
+    ),
+    "r50-fpn": _R50_FPN,
+    "r101-fpn": _changed(_R50_FPN, backbone=ResNet(depth=101)),
+    "x101-64x4d-fpn": _changed(_R50_FPN, backbone=ResNeXt(), weights=TorchvisionWeights(name="IMAGENET1K_V1")),
+    "r50-fpn-keypoint": _changed(_R50_FPN, num_classes=1, mask=NoMask(), keypoints=_KEYPOINTS),
+    "r50-fpn-torchvision": _R50_FPN_TORCHVISION,
+    "r50-fpn-keypoint-torchvision": _changed(
+        _R50_FPN_TORCHVISION, num_classes=1, mask=NoMask(), keypoints=KeypointBranch(half_pixel_px=0)
+    ),
+    "r50-fpn-detectron2": _changed(
+        _R50_FPN,
+        backbone=ResNet(stride_in_1x1=True),
+        weights=FileWeights(path="R-50.pkl", layout="detectron2"),
+        image=ImageInput(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channels="bgr"),
+    ),
     "tiny": ModelConfig(
         num_classes=4,
         backbone=ResNet(depth=18, norm=GroupNorm(groups=16), frozen_stages=0),

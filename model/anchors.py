@@ -1,0 +1,29 @@
+"""Anchors of one level: every cell of a feature map carries the same boxes, shifted by the stride."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def cell_anchors(sizes_px: Sequence[int], ratios: Sequence[float], rounded: bool) -> Tensor:
+    """(A, 4) boxes around the origin, sizes slowest; a ratio is height over width at constant area."""
+    ratio = torch.tensor(ratios, dtype=torch.float32)
+    heights_of_one = torch.sqrt(ratio)
+    widths_of_one = 1 / heights_of_one
+    size = torch.tensor(sizes_px, dtype=torch.float32)
+    widths = (size[:, None] * widths_of_one).flatten()
+    heights = (size[:, None] * heights_of_one).flatten()
+    boxes = torch.stack([-widths, -heights, widths, heights], dim=1) / 2
+    return boxes.round() if rounded else boxes
+
+
+def grid_anchors(cell_A4: Tensor, rows: int, columns: int, stride_yx: tuple[int, int]) -> Tensor:
+    """(rows * columns * A, 4) boxes in canvas pixels: row, then column, then anchor. The first cell is at the origin."""
+    y = torch.arange(rows, device=cell_A4.device, dtype=torch.float32) * stride_yx[0]
+    x = torch.arange(columns, device=cell_A4.device, dtype=torch.float32) * stride_yx[1]
+    shift_y, shift_x = torch.meshgrid(y, x, indexing="ij")
+    shifts = torch.stack([shift_x, shift_y, shift_x, shift_y], dim=-1)
+    return (shifts[:, :, None] + cell_A4).reshape(-1, 4)

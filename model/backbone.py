@@ -1,0 +1,120 @@
+"""Torchvision's image networks as lists of feature maps, with batch-norm folded, grouped or trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+NormLayer = Callable[[int], nn.Module]
+
+RESNETS: dict[int, tuple[type[nn.Module], tuple[int, ...]]] = {
+    18: (torchvision.models.resnet.BasicBlock, (2, 2, 2, 2)),
+    34: (torchvision.models.resnet.BasicBlock, (3, 4, 6, 3)),
+    50: (torchvision.models.resnet.Bottleneck, (3, 4, 6, 3)),
+    101: (torchvision.models.resnet.Bottleneck, (3, 4, 23, 3)),
+}
+STAGES = ("layer1", "layer2", "layer3", "layer4")  # res2 to res5
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A bias-free convolution followed by frozen batch-norm, as one convolution: the fold costs a pass over the
+    weights, a separate norm two passes over the activations and their gradients.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, conv: nn.Conv2d, eps: float) -> None:
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            conv.stride,  # type: ignore[arg-type]
+            conv.padding,  # type: ignore[arg-type]
+            conv.dilation,  # type: ignore[arg-type]
+            conv.groups,
+            bias=False,
+        )
+        self.eps = eps
+        self.register_buffer("norm_weight", torch.ones(conv.out_channels))
+        self.register_buffer("norm_bias", torch.zeros(conv.out_channels))
+        self.register_buffer("running_mean", torch.zeros(conv.out_channels))
+        self.register_buffer("running_var", torch.ones(conv.out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.norm_weight * torch.rsqrt(self.running_var + self.eps)
+        shift = self.norm_bias - self.running_mean * scale
+        return F.conv2d(
+            x, self.weight * scale[:, None, None, None], shift, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+def fold_norms(network: nn.Module, eps: float) -> None:
+    """Replaces every (conv, norm) pair of a torchvision ResNet by one `FoldedConv2d` in the conv's place."""
+    for block in [network, *(m for stage in STAGES for m in getattr(network, stage))]:
+        for name in ("conv1", "conv2", "conv3"):
+            if hasattr(block, name):
+                setattr(block, name, FoldedConv2d(getattr(block, name), eps))
+                setattr(block, name.replace("conv", "bn"), nn.Identity())
+        if getattr(block, "downsample", None) is not None:
+            block.downsample = nn.Sequential(FoldedConv2d(block.downsample[0], eps))
+
+
+def move_strides_to_1x1(network: nn.Module) -> None:
+    """The stride of a downsampling bottleneck from its 3x3 to its first 1x1, as in the original (MSRA) ResNet."""
+    for stage in STAGES[1:]:
+        block = getattr(network, stage)[0]
+        block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
+
+
+class ResNetMaps(nn.Module):
+    """C2 to C5 (or to C4 without the last stage) of a torchvision ResNet or ResNeXt, strides 4 to 32."""
+
+    def __init__(self, network: nn.Module, stages: int, frozen_stages: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = network.conv1, network.bn1
+        for name in STAGES[:stages]:
+            self.add_module(name, getattr(network, name))
+        self.stage_names = STAGES[:stages]
+        for name in ("conv1", "bn1", *STAGES)[: 1 + frozen_stages if frozen_stages else 0]:
+            if name in ("conv1", "bn1", *self.stage_names):
+                getattr(self, name).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        maps = []
+        for name in self.stage_names:
+            x = getattr(self, name)(x)
+            maps.append(x)
+        return maps
+
+
+class VGGMaps(nn.Module):
+    """conv5_3 of VGG-16, stride 16: the features before the last max pooling."""
+
+    def __init__(self, frozen_blocks: int) -> None:
+        super().__init__()
+        self.features = torchvision.models.vgg16(weights=None).features[:30]
+        starts = [0, 5, 10, 17, 24, 30]  # of the five convolution blocks
+        self.features[: starts[frozen_blocks]].requires_grad_(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.features(images)]
+
+
+def resnet(block: type[nn.Module], layers: Sequence[int], groups: int, width: int, norm: NormLayer | None) -> nn.Module:
+    """A torchvision residual network without weights. `norm` None leaves its own batch-norm, to be folded."""
+    return torchvision.models.ResNet(block, list(layers), groups=groups, width_per_group=width, norm_layer=norm)
+
+
+def feature_channels(network: nn.Module) -> list[int]:
+    """Channels of C2 to C5."""
+    last = "conv3" if hasattr(network.layer1[0], "conv3") else "conv2"
+    return [getattr(getattr(network, stage)[-1], last).out_channels for stage in STAGES]

@@ -1,0 +1,133 @@
+"""The box branch: a trunk on each RoI, class logits and box offsets, their losses and the final detections.
+
+Axes: B images, R RoIs, K classes, D padded detections, Q padded proposals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from model.boxes import Weights4, at_least, clip, decode, encode
+from model.losses import box_loss, class_loss
+from model.noise import DROPOUT_STREAM, noise
+from model.samples import FlatRoIs
+
+OFFSET_WEIGHTS: Weights4 = (10.0, 10.0, 5.0, 5.0)
+_MIN_SIDE_PX = 1e-2  # of a detection
+
+
+class FCTrunk(nn.Module):
+    """Fully connected layers with ReLU on the flattened RoI features. `dropout` follows every layer (VGG's recipe)."""
+
+    def __init__(self, in_features: int, widths: list[int], dropout: float) -> None:
+        super().__init__()
+        self.fc = nn.ModuleList(
+            nn.Linear(before, after) for before, after in zip([in_features, *widths], widths, strict=False)
+        )
+        self.dropout = dropout
+
+    def forward(self, features: Tensor, keys_R: Tensor) -> Tensor:
+        x = features.flatten(1)
+        for layer, fc in enumerate(self.fc):
+            x = F.relu(fc(x), inplace=True)
+            if self.training and self.dropout:
+                x = keyed_dropout(x, keys_R, layer, self.dropout)
+        return x
+
+
+def keyed_dropout(x_RC: Tensor, keys_R: Tensor, layer: int, probability: float) -> Tensor:
+    """Dropout whose draws belong to the RoI (`keys_R`) and the unit, not to a position in the batch or a rank."""
+    units = torch.arange(x_RC.shape[1], device=x_RC.device) + layer * (1 << 20)
+    draw = noise(keys_R[:, None], DROPOUT_STREAM, units)
+    return x_RC * (draw >= int(probability * (1 << 62))) / (1 - probability)
+
+
+class MeanTrunk(nn.Module):
+    """Average pooling alone: what follows C4's res5."""
+
+    def forward(self, features: Tensor, keys_R: Tensor) -> Tensor:  # noqa: ARG002 (no dropout here)
+        return features.mean(dim=(2, 3))
+
+
+class BoxBranch(nn.Module):
+    """Logits over K classes and background, and offsets for each class or for all together."""
+
+    def __init__(
+        self, trunk: nn.Module, width: int, num_classes: int, class_agnostic: bool, background_first: bool, beta: float
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.class_logits = nn.Linear(width, num_classes + 1)
+        self.offsets = nn.Linear(width, 4 if class_agnostic else 4 * num_classes)
+        self.num_classes = num_classes
+        self.background_first = background_first
+        self.beta = beta
+
+    def forward(self, features: Tensor, keys_R: Tensor) -> tuple[Tensor, Tensor]:
+        """RoI features to logits (R, K + 1) in the order of `background_first` and offsets (R, K or 1, 4)."""
+        hidden = self.trunk(features, keys_R)
+        return self.class_logits(hidden), self.offsets(hidden).unflatten(1, (-1, 4))
+
+    def losses(
+        self, logits: Tensor, offsets: Tensor, rois: FlatRoIs, object_boxes_R4: Tensor, positive_R: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Class loss over all RoIs and box loss over the positives, on the true class's offsets, as sums."""
+        target = (rois.labels + 1) % (self.num_classes + 1) if self.background_first else rois.labels
+        classes = class_loss(logits, target, rois.weight)
+        own = rois.labels.clamp(max=self.num_classes - 1) if offsets.shape[1] > 1 else torch.zeros_like(rois.labels)
+        chosen = offsets.gather(1, own[:, None, None].expand(-1, 1, 4))[:, 0]
+        wanted = encode(rois.boxes_xyxy, object_boxes_R4, OFFSET_WEIGHTS)
+        return classes, box_loss(chosen, wanted, rois.weight * positive_R, self.beta)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Probabilities of the K foreground classes, (R, K), in float32."""
+        probabilities = logits.float().softmax(dim=1)
+        return probabilities[:, 1:] if self.background_first else probabilities[:, :-1]
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Detected boxes of a batch in canvas pixels, best first: (B, D, 4), scores, labels and valid (B, D)."""
+
+    boxes_xyxy: Tensor
+    scores: Tensor
+    labels: Tensor
+    valid: Tensor
+
+
+def detect(
+    boxes: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    sizes_B2: Tensor,
+    score_threshold: float,
+    max_iou: float,
+    most: int,
+) -> Boxes:
+    """Every (proposal, class) above the threshold, decoded, clipped and suppressed within its class; the best `most`.
+
+    Per image: proposals (Q, 4), foreground scores (Q, K), offsets (Q, K or 1, 4).
+    """
+    found = []
+    for box, score, offset, size in zip(boxes, scores, offsets, sizes_B2, strict=True):
+        row, label = (score > score_threshold).nonzero(as_tuple=True)
+        own = offset[row, label if offset.shape[1] > 1 else 0]
+        decoded = clip(decode(box[row], own, OFFSET_WEIGHTS)[None], size[None])[0]
+        large = at_least(decoded, _MIN_SIDE_PX)
+        decoded, chosen, label = decoded[large], score[row, label][large], label[large]
+        kept = torchvision.ops.batched_nms(decoded, chosen, label, max_iou)[:most]
+        found.append((decoded[kept], chosen[kept], label[kept]))
+    pad = [most - len(chosen) for _, chosen, _ in found]
+    place = torch.arange(most, device=sizes_B2.device)
+    return Boxes(
+        torch.stack([F.pad(box, (0, 0, 0, p)) for (box, _, _), p in zip(found, pad, strict=True)]),
+        torch.stack([F.pad(score, (0, p)) for (_, score, _), p in zip(found, pad, strict=True)]),
+        torch.stack([F.pad(label, (0, p)) for (_, _, label), p in zip(found, pad, strict=True)]),
+        torch.stack([place < most - p for p in pad]),
+    )

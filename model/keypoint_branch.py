@@ -1,0 +1,86 @@
+"""The keypoint branch: one M x M map per keypoint, trained as a classification over its positions (section 5).
+
+Axes: R RoIs, P keypoint types, M map side.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.losses import keypoint_loss
+from model.samples import FlatRoIs
+
+_UPSAMPLING = 4  # of RoI features to the map: a deconvolution of stride 2, then bilinear by 2
+
+
+class KeypointBranch(nn.Module):
+    """3 x 3 convolutions, a 4 x 4 deconvolution of stride 2, bilinear upsampling by 2."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        side: int,
+        convs: int,
+        width: int,
+        num_keypoints: int,
+        half_pixel_px: float,
+        loss_weight: float,
+    ) -> None:
+        """`side` is that of the RoI features."""
+        super().__init__()
+        inputs = [in_channels, *[width] * convs]
+        self.convs = nn.ModuleList(nn.Conv2d(inputs[i], width, 3, padding=1) for i in range(convs))
+        self.logits = nn.ConvTranspose2d(width, num_keypoints, 4, stride=2, padding=1)
+        self.side = _UPSAMPLING * side
+        self.half_pixel_px = half_pixel_px
+        self.loss_weight = loss_weight
+
+    def forward(self, features: Tensor) -> Tensor:
+        """RoI features to logits (R, P, M, M)."""
+        x = features
+        for conv in self.convs:
+            x = F.relu(conv(x), inplace=True)
+        return F.interpolate(self.logits(x), scale_factor=2, mode="bilinear", align_corners=False)
+
+    def loss(self, logits: Tensor, rois: FlatRoIs, keypoints_BGP3: Tensor) -> Tensor:
+        """Sum over the keypoints of weighted RoIs that are labelled and inside their RoI."""
+        target, inside = keypoint_targets(keypoints_BGP3[rois.image, rois.objects], rois.boxes_xyxy, self.side)
+        return keypoint_loss(logits, target, inside * rois.weight[:, None])
+
+    def count(self, rois: FlatRoIs, keypoints_BGP3: Tensor) -> Tensor:
+        """How many keypoints `loss` sums over."""
+        _, inside = keypoint_targets(keypoints_BGP3[rois.image, rois.objects], rois.boxes_xyxy, self.side)
+        return (inside * rois.weight[:, None]).sum()
+
+
+def keypoint_targets(keypoints_RP3: Tensor, rois_R4: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """The cell of each keypoint in a side x side grid over its RoI as int64 (R, P), and whether it counts, bool (R, P).
+
+    A point on the right or lower edge belongs to the last cell; visibility 0 never counts.
+    """
+    start, end = rois_R4[:, None, :2], rois_R4[:, None, 2:]
+    cell = ((keypoints_RP3[..., :2] - start) * (side / (end - start).clamp(min=1e-6))).floor().to(torch.int64)
+    cell = torch.where(keypoints_RP3[..., :2] == end, side - 1, cell)
+    inside = ((cell >= 0) & (cell < side)).all(dim=-1) & (keypoints_RP3[..., 2] > 0)
+    cell = cell.clamp(0, side - 1)
+    return cell[..., 1] * side + cell[..., 0], inside
+
+
+def keypoint_positions(logits_RPMM: Tensor, rois_R4: Tensor) -> Tensor:
+    """(R, P, 3) as x, y in the pixels of the RoIs, and the logit there.
+
+    As in the released code: the map is resized (bicubic) to the RoI's size in whole pixels, and the largest value
+    stands at its pixel's centre.
+    """
+    results = []
+    for logits, roi in zip(logits_RPMM.float(), rois_R4, strict=True):
+        sides = (roi[2:] - roi[:2]).clamp(min=1)
+        width, height = (int(side) for side in sides.ceil())
+        resized = F.interpolate(logits[:, None], size=(height, width), mode="bicubic", align_corners=False)
+        best, position = resized.flatten(1).max(dim=1)
+        cell = torch.stack([position % width, position.div(width, rounding_mode="floor")], dim=1)
+        xy = (cell + 0.5) * (sides / sides.ceil()) + roi[:2]
+        results.append(torch.cat([xy, best[:, None]], dim=1))
+    return torch.stack(results) if results else logits_RPMM.new_zeros(0, logits_RPMM.shape[1], 3)

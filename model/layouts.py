@@ -1,0 +1,55 @@
+"""From backbone maps to the maps that the RPN and the RoIs read: C4, C5, conv5 and FPN."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Maps(NamedTuple):
+    """rpn: maps with anchors, finest first. roi: maps that RoIs are cropped from, finest first."""
+
+    rpn: list[Tensor]
+    roi: list[Tensor]
+
+
+class LastMap(nn.Module):
+    """The backbone's last map for both: C4 (res4, stride 16) and VGG's conv5_3."""
+
+    def forward(self, maps: Sequence[Tensor]) -> Maps:
+        return Maps([maps[-1]], [maps[-1]])
+
+
+class ReducedLastMap(nn.Module):
+    """C5: res5 at stride 32. A 1 x 1 convolution takes its 2048 channels to the width of the FPN-style heads; it
+    feeds the RPN too.
+    """
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(in_channels, channels, 1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Maps:
+        reduced = self.reduce(maps[-1])
+        return Maps([reduced], [reduced])
+
+
+class Pyramid(nn.Module):
+    """FPN (arXiv 1612.03144): 1 x 1 laterals, nearest upsampling, 3 x 3 outputs P2 to P5; P6 is every second cell of P5."""
+
+    def __init__(self, in_channels: Sequence[int], channels: int, roi_levels: Sequence[int]) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
+        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
+        self.roi_levels = tuple(roi_levels)  # indices into P2 to P5
+
+    def forward(self, maps: Sequence[Tensor]) -> Maps:
+        merged = [lateral(m) for lateral, m in zip(self.lateral, maps, strict=True)]
+        for i in range(len(merged) - 2, -1, -1):
+            merged[i] = merged[i] + F.interpolate(merged[i + 1], size=merged[i].shape[-2:], mode="nearest")
+        levels = [output(m) for output, m in zip(self.output, merged, strict=True)]
+        coarsest = levels[-1][:, :, ::2, ::2]
+        return Maps([*levels, coarsest], [levels[i] for i in self.roi_levels])

@@ -1,0 +1,159 @@
+"""The mask branch: heads, targets, the two losses of Table 2b, and what each inference makes of the logits.
+
+Axes: R RoIs, C channels of the logits, K classes, M mask side, S side of a stored mask crop, G objects.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.losses import sigmoid_mask_loss, softmax_mask_loss
+from model.samples import FlatRoIs
+
+SoftmaxInference = Literal["probability", "argmax", "versus_background"]
+SOFTMAX_INFERENCES: tuple[SoftmaxInference, ...] = ("probability", "argmax", "versus_background")
+
+
+class FCNHead(nn.Module):
+    """`convs` 3 x 3 convolutions, a 2 x 2 deconvolution of stride 2 and a 1 x 1 predictor (Mask R-CNN, Fig. 4)."""
+
+    def __init__(self, in_channels: int, convs: int, width: int, out_channels: int) -> None:
+        super().__init__()
+        inputs = [in_channels, *[width] * convs]
+        self.convs = nn.ModuleList(nn.Conv2d(inputs[i], width, 3, padding=1) for i in range(convs))
+        self.deconv = nn.ConvTranspose2d(inputs[-1], width, 2, stride=2)
+        self.logits = nn.Conv2d(width, out_channels, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = features
+        for conv in self.convs:
+            x = F.relu(conv(x), inplace=True)
+        return self.logits(F.relu(self.deconv(x), inplace=True))
+
+
+class MLPHead(nn.Module):
+    """Fully connected layers on the flattened RoI features, then all C x M x M logits at once (Table 2e)."""
+
+    def __init__(self, in_features: int, layers: int, width: int, out_channels: int, side: int) -> None:
+        super().__init__()
+        inputs = [in_features, *[width] * layers]
+        self.fc = nn.ModuleList(nn.Linear(inputs[i], width) for i in range(layers))
+        self.logits = nn.Linear(width, out_channels * side * side)
+        self.side = side
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = features.flatten(1)
+        for fc in self.fc:
+            x = F.relu(fc(x), inplace=True)
+        return self.logits(x).unflatten(1, (-1, self.side, self.side))
+
+
+class SigmoidMasks(nn.Module):
+    """Independent masks per class, or one for all classes."""
+
+    def __init__(self, class_agnostic: bool) -> None:
+        super().__init__()
+        self.class_agnostic = class_agnostic
+
+    def loss(self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+        """Sum over RoIs. logits: (R, C, M, M). object_boxes: (B, G, 4). crops: (B, G, S, S). labels: (B, G)."""
+        boxes = object_boxes[rois.image, rois.objects]
+        inside = sample_crops(crops[rois.image, rois.objects], boxes, rois.boxes_xyxy, logits.shape[-1])
+        return sigmoid_mask_loss(self._own(logits, rois.labels), inside.to(rois.weight.dtype), rois.weight)
+
+    def probabilities(self, logits: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
+        return {"sigmoid": self._own(logits.float(), labels_R).sigmoid()}
+
+    def _own(self, logits: Tensor, labels_R: Tensor) -> Tensor:
+        """Each RoI's own channel, (R, M, M); what RoI of background or padding takes does not count."""
+        if self.class_agnostic:
+            return logits[:, 0]
+        return own_channel(logits, labels_R.clamp(max=logits.shape[1] - 1))
+
+
+class SoftmaxMasks(nn.Module):
+    """Classes and background (the last channel) compete in every pixel.
+
+    Targets: the RoI's object has its class; pixels outside it are background or, with `others_own_class`, the class
+    of another object of the image that covers them (of several, the first in the batch's order).
+    """
+
+    def __init__(self, others_own_class: bool, inference: SoftmaxInference) -> None:
+        super().__init__()
+        self.others_own_class = others_own_class
+        self.order = (inference, *(other for other in SOFTMAX_INFERENCES if other != inference))
+
+    def loss(self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor) -> Tensor:
+        """As `SigmoidMasks.loss`."""
+        return softmax_mask_loss(logits, self.targets(logits.shape, rois, object_boxes, crops, labels), rois.weight)
+
+    def targets(self, shape: torch.Size, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor) -> Tensor:
+        """int64 (R, M, M): a class, or K for background."""
+        background, side = shape[1] - 1, shape[-1]
+        boxes = object_boxes[rois.image, rois.objects]
+        own = sample_crops(crops[rois.image, rois.objects], boxes, rois.boxes_xyxy, side)
+        target = torch.full((len(own), side, side), background, device=own.device)
+        if self.others_own_class:
+            for g in range(crops.shape[1] - 1, -1, -1):
+                other = sample_crops(crops[rois.image, g], object_boxes[rois.image, g], rois.boxes_xyxy, side)
+                target = torch.where(other, labels[rois.image, g][:, None, None], target)
+        return torch.where(own, rois.labels.clamp(max=background)[:, None, None], target)
+
+    def probabilities(self, logits: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
+        """Each inference as a map that reaches 0.5 where it says "object", the configured one first.
+
+        probability: p_k. argmax: p_k / (p_k + the largest other p). versus_background: p_k / (p_k + p_background).
+        """
+        logits = logits.float()
+        own = own_channel(logits, labels_R)
+        channel = torch.arange(logits.shape[1], device=logits.device)
+        others = logits.masked_fill((channel == labels_R[:, None])[:, :, None, None], -torch.inf)
+        maps = {
+            "probability": torch.exp(own - logits.logsumexp(dim=1)),
+            "argmax": torch.sigmoid(own - others.amax(dim=1)),
+            "versus_background": torch.sigmoid(own - logits[:, -1]),
+        }
+        return {name: maps[name] for name in self.order}
+
+
+class MaskBranch(nn.Module):
+    """A head on the mask features of each RoI, and the meaning of its logits."""
+
+    def __init__(self, head: nn.Module, masks: SigmoidMasks | SoftmaxMasks, side: int, loss_weight: float) -> None:
+        super().__init__()
+        self.head = head
+        self.masks = masks
+        self.side = side
+        self.loss_weight = loss_weight
+
+    def forward(self, features: Tensor) -> Tensor:
+        """RoI features to logits (R, C, M, M)."""
+        return self.head(features)
+
+
+def own_channel(logits_RCMM: Tensor, channel_R: Tensor) -> Tensor:
+    """logits[r, channel[r]], (R, M, M)."""
+    index = channel_R[:, None, None, None].expand(-1, 1, *logits_RCMM.shape[2:])
+    return logits_RCMM.gather(1, index)[:, 0]
+
+
+def sample_crops(crops_RSS: Tensor, crop_boxes_R4: Tensor, rois_R4: Tensor, side: int) -> Tensor:
+    """bool (R, M, M): whether the object covers the centre of each cell of an M x M grid over the RoI.
+
+    crops_RSS: uint8, each object's mask sampled over `crop_boxes_R4`; nothing of it lies outside. Bilinear between
+    the crop's cell centres, at 0.5.
+    """
+    start, end = crop_boxes_R4[:, None, :2], crop_boxes_R4[:, None, 2:]
+    steps = (torch.arange(side, device=rois_R4.device, dtype=rois_R4.dtype) + 0.5) / side
+    points = rois_R4[:, None, :2] + steps[None, :, None] * (rois_R4[:, None, 2:] - rois_R4[:, None, :2])
+    relative = (points - start) / (end - start).clamp(min=1e-6) * 2 - 1  # (R, M, 2), -1 to 1 over the crop
+    x, y = relative[:, None, :, 0].expand(-1, side, -1), relative[:, :, None, 1].expand(-1, -1, side)
+    values = F.grid_sample(
+        crops_RSS[:, None].to(rois_R4.dtype), torch.stack([x, y], dim=-1), padding_mode="border", align_corners=False
+    )[:, 0]
+    inside = ((relative > -1) & (relative < 1)).to(rois_R4.dtype)
+    return values * (inside[:, None, :, 0] * inside[:, :, None, 1]) >= 0.5

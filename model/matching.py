@@ -1,0 +1,76 @@
+"""Which object a box stands for, and which boxes train: fixed shapes, no loop over images.
+
+Axes: B images, N boxes (anchors or RoI candidates), G padded objects, S samples.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.boxes import iou
+
+_OBJECTS_AT_ONCE = 8  # bounds the memory of the IoU matrix at B x 8 x N
+
+
+class Match(NamedTuple):
+    """object_BN: index of the best object, the lowest one on ties. iou_BN: its IoU, 0 without objects.
+
+    is_best_BN: the box reaches the highest IoU that some object has with any box (and that is above 0).
+    """
+
+    object_BN: Tensor
+    iou_BN: Tensor
+    is_best_BN: Tensor
+
+
+def match(boxes_BN4: Tensor, objects_BG4: Tensor, valid_BG: Tensor) -> Match:
+    """Matches boxes, (B, N, 4) or (1, N, 4) if all images share them, to the valid objects of their image."""
+    images, objects = valid_BG.shape
+    shape = (images, boxes_BN4.shape[1])
+    best_iou = boxes_BN4.new_zeros(shape)
+    best_object = torch.zeros(shape, dtype=torch.int64, device=boxes_BN4.device)
+    is_best = torch.zeros(shape, dtype=torch.bool, device=boxes_BN4.device)
+    for start in range(0, objects, _OBJECTS_AT_ONCE):
+        chunk = slice(start, start + _OBJECTS_AT_ONCE)
+        overlap = iou(objects_BG4[:, chunk], boxes_BN4) * valid_BG[:, chunk, None]
+        highest = overlap.amax(dim=2, keepdim=True)
+        is_best |= ((overlap == highest) & (highest > 0)).any(dim=1)
+        chunk_iou, chunk_object = overlap.max(dim=1)
+        better = chunk_iou > best_iou
+        best_object = torch.where(better, chunk_object + start, best_object)
+        best_iou = torch.where(better, chunk_iou, best_iou)
+    return Match(best_object, best_iou, is_best)
+
+
+class Sample(NamedTuple):
+    """Indices (B, S) into the boxes: positives first, then negatives, then padding (valid is False).
+
+    Positives stand in the first `most_positives` columns.
+    """
+
+    index: Tensor
+    valid: Tensor
+    positive: Tensor
+    most_positives: int
+
+
+def sample(positive_BN: Tensor, negative_BN: Tensor, noise_BN: Tensor, size: int, positive_fraction: float) -> Sample:
+    """At most `size` boxes an image, at most that fraction of them positive, negatives filling the rest.
+
+    Those with the largest noise win, so a box's luck does not depend on where it stands in the list.
+    """
+    boxes = positive_BN.shape[1]
+    most_positives = min(int(size * positive_fraction), boxes)
+    positive_noise, positive_index = torch.topk(torch.where(positive_BN, noise_BN, -1), most_positives, dim=1)
+    negative_noise, negative_index = torch.topk(torch.where(negative_BN, noise_BN, -1), min(size, boxes), dim=1)
+    positive_valid = positive_noise >= 0
+    room = size - positive_valid.sum(dim=1, keepdim=True)
+    place = torch.arange(negative_index.shape[1], device=noise_BN.device)
+    negative_valid = (negative_noise >= 0) & (place < room)
+    valid = torch.cat([positive_valid, negative_valid], dim=1)
+    order = torch.argsort(valid.int(), dim=1, descending=True, stable=True)[:, : min(size, boxes)]
+    index = torch.cat([positive_index, negative_index], dim=1).gather(1, order)
+    return Sample(index, valid.gather(1, order), order < positive_valid.sum(dim=1, keepdim=True), most_positives)

@@ -1,0 +1,29 @@
+"""Random integers as a pure function of (sample, stream, index), so that neither rank nor position changes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+OBJECT_INDEX = 1 << 40  # ground-truth objects as RoI candidates: their indices start here, anchors' below
+RPN_STREAM, ROI_STREAM, DROPOUT_STREAM = 1, 2, 3
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def noise(keys: Tensor, stream: int, index: Tensor) -> Tensor:
+    """int64 in [0, 2**62) from int64 keys and indices that broadcast together (splitmix64, two rounds)."""
+    return _mix(_mix(keys + stream * 0x632BE59BD9B4E019) + index * _GOLDEN) & ((1 << 62) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return torch.bitwise_right_shift(x, bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,212 @@
+"""Weights from elsewhere: torchvision's classifiers and detectors, and detectron2's model zoo, by name and strictly.
+
+What a layout cannot say in names is config: see the presets `r50-fpn-torchvision` and `r50-fpn-detectron2` for the
+conventions (channel order, strides, anchors, where the background stands) that go with each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.detector import Detector
+
+State = dict[str, Tensor]
+
+_NORM_FIELDS = {
+    "weight": "norm_weight",
+    "bias": "norm_bias",
+    "running_mean": "running_mean",
+    "running_var": "running_var",
+}
+
+# torchvision's detectors; the names in brackets are those of the files released before version 0.13
+_TORCHVISION = (
+    (r"backbone\.body\.(.*)", r"backbone.\1"),
+    (r"backbone\.fpn\.inner_blocks\.(\d)(?:\.0)?\.(weight|bias)", r"layout.lateral.\1.\2"),
+    (r"backbone\.fpn\.layer_blocks\.(\d)(?:\.0)?\.(weight|bias)", r"layout.output.\1.\2"),
+    (r"rpn\.head\.conv(?:\.0\.0)?\.(weight|bias)", r"rpn.conv.\1"),
+    (r"rpn\.head\.cls_logits\.(.*)", r"rpn.objectness.\1"),
+    (r"rpn\.head\.bbox_pred\.(.*)", r"rpn.offsets.\1"),
+    (r"roi_heads\.box_head\.fc6\.(.*)", r"box.trunk.fc.0.\1"),
+    (r"roi_heads\.box_head\.fc7\.(.*)", r"box.trunk.fc.1.\1"),
+    (r"roi_heads\.box_predictor\.cls_score\.(.*)", r"box.class_logits.\1"),
+    (r"roi_heads\.box_predictor\.bbox_pred\.(.*)", r"box.offsets.\1"),
+    (r"roi_heads\.mask_head\.(\d)\.0\.(.*)", r"mask.head.convs.\1.\2"),
+    (r"roi_heads\.mask_predictor\.conv5_mask\.(.*)", r"mask.head.deconv.\1"),
+    (r"roi_heads\.mask_predictor\.mask_fcn_logits\.(.*)", r"mask.head.logits.\1"),
+    (r"roi_heads\.keypoint_predictor\.kps_score_lowres\.(.*)", r"keypoints.logits.\1"),
+)
+
+_DETECTRON2 = (
+    (r"proposal_generator\.rpn_head\.conv\.(.*)", r"rpn.conv.\1"),
+    (r"proposal_generator\.rpn_head\.objectness_logits\.(.*)", r"rpn.objectness.\1"),
+    (r"proposal_generator\.rpn_head\.anchor_deltas\.(.*)", r"rpn.offsets.\1"),
+    (r"roi_heads\.box_predictor\.cls_score\.(.*)", r"box.class_logits.\1"),
+    (r"roi_heads\.box_predictor\.bbox_pred\.(.*)", r"box.offsets.\1"),
+    (r"roi_heads\.mask_head\.deconv\.(.*)", r"mask.head.deconv.\1"),
+    (r"roi_heads\.mask_head\.predictor\.(.*)", r"mask.head.logits.\1"),
+    (r"roi_heads\.keypoint_head\.score_lowres\.(.*)", r"keypoints.logits.\1"),
+)
+
+
+def load_initial(detector: Detector, state: Mapping[str, Tensor], layout: str) -> None:
+    """Loads `state` in place. Raises ValueError if a tensor is missing, left over or of another shape.
+
+    layout: "backbone" is a torchvision classifier's (its ImageNet classes are dropped), "maskray" a detector of ours,
+    "torchvision" and "detectron2" a whole detector of theirs.
+    """
+    match layout:
+        case "backbone":
+            _load_backbone(detector, state)
+        case "maskray":
+            _load_strictly(detector, state)
+        case "torchvision":
+            _load_strictly(detector, from_torchvision(state))
+        case "detectron2":
+            _load_strictly(detector, from_detectron2(state))
+        case _:
+            raise ValueError(f"no weights layout {layout!r}; there are backbone, maskray, torchvision, detectron2")
+
+
+def from_torchvision(state: Mapping[str, Tensor]) -> State:
+    """The state dict of `maskrcnn_resnet50_fpn` or `keypointrcnn_resnet50_fpn` in our names.
+
+    Channels of the background class go where we have none: box offsets and sigmoid masks. Raises ValueError at a
+    name that it does not know.
+    """
+    result: State = {}
+    for name, value in state.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        ours = _fold_name(_translate(_old_mask_names(_keypoint_conv(name)), _TORCHVISION, "torchvision"))
+        if ours.startswith("box.offsets."):
+            value = value[4:]
+        elif ours.startswith("mask.head.logits."):
+            value = value[1:]
+        result[ours] = value
+    return result
+
+
+def from_detectron2(state: Mapping[str, Any]) -> State:
+    """The "model" of a detectron2 model-zoo file (R-50/101 C4 or FPN, X-101 FPN) in our names; arrays may be numpy's."""
+    result: State = {}
+    for name, value in state.items():
+        if "anchor_generator" in name or name in ("pixel_mean", "pixel_std"):
+            continue
+        result[_detectron2_name(name)] = torch.as_tensor(value)
+    return result
+
+
+def _translate(name: str, rules: tuple[tuple[str, str], ...], layout: str) -> str:
+    for pattern, replacement in rules:
+        if re.fullmatch(pattern, name):
+            return re.sub(pattern, replacement, name)
+    if name.startswith("keypoints.") or name.startswith("mask."):
+        return name
+    raise ValueError(f"{layout} state dict: unknown tensor {name!r}; expected a Mask R-CNN or Keypoint R-CNN with FPN")
+
+
+def _keypoint_conv(name: str) -> str:
+    """torchvision's keypoint head is a sequence of (conv, relu)."""
+    found = re.fullmatch(r"roi_heads\.keypoint_head\.(\d+)\.(.*)", name)
+    return f"keypoints.convs.{int(found[1]) // 2}.{found[2]}" if found else name
+
+
+def _old_mask_names(name: str) -> str:
+    found = re.fullmatch(r"roi_heads\.mask_head\.mask_fcn(\d)\.(.*)", name)
+    return f"mask.head.convs.{int(found[1]) - 1}.{found[2]}" if found else name
+
+
+def _fold_name(name: str) -> str:
+    """`X.bn1.weight` and `X.downsample.1.weight` to where a folded convolution keeps its norm."""
+    found = re.fullmatch(r"(.*)(?:bn(\d)|downsample\.(1))\.(weight|bias|running_mean|running_var)", name)
+    if found is None:
+        return name
+    conv = f"conv{found[2]}" if found[2] else "downsample.0"
+    return f"{found[1]}{conv}.{_NORM_FIELDS[found[4]]}"
+
+
+def _detectron2_name(name: str) -> str:
+    name = name.removeprefix("backbone.bottom_up.")
+    for pattern, part in (
+        (r"(?:backbone\.)?fpn_lateral(\d)\.(.*)", "layout.lateral"),
+        (r"(?:backbone\.)?fpn_output(\d)\.(.*)", "layout.output"),
+    ):
+        if found := re.fullmatch(pattern, name):
+            return f"{part}.{int(found[1]) - 2}.{found[2]}"
+    for pattern, part in (
+        (r"roi_heads\.box_head\.fc(\d)\.(.*)", "box.trunk.fc"),
+        (r"roi_heads\.mask_head\.mask_fcn(\d)\.(.*)", "mask.head.convs"),
+        (r"roi_heads\.keypoint_head\.conv_fcn(\d)\.(.*)", "keypoints.convs"),
+    ):
+        if found := re.fullmatch(pattern, name):
+            return f"{part}.{int(found[1]) - 1}.{found[2]}"
+    residual = _detectron2_residual(name.removeprefix("backbone."))
+    return residual or _translate(name, _DETECTRON2, "detectron2")
+
+
+def _detectron2_residual(name: str) -> str:
+    """`res3.0.conv1.norm.weight` and its like, or "" for what is no part of the ResNet."""
+    found = re.fullmatch(r"(?:roi_heads\.)?(stem|res\d)\.(?:(\d+)\.)?(conv\d|shortcut)\.(norm\.)?(\w+)", name)
+    if found is None:
+        return ""
+    stage, block, conv, norm, field = found.groups()
+    conv = "downsample.0" if conv == "shortcut" else conv
+    field = _NORM_FIELDS[field] if norm else field
+    if stage == "stem":
+        return f"backbone.{conv}.{field}"
+    where = "crops.res5" if name.startswith("roi_heads.") else f"backbone.layer{int(stage[3:]) - 1}"
+    return f"{where}.{block}.{conv}.{field}"
+
+
+def _load_backbone(detector: Detector, state: Mapping[str, Tensor]) -> None:
+    own = detector.state_dict()
+    folded = "backbone.conv1.norm_weight" in own
+    trained_norm = any(name.endswith("num_batches_tracked") for name in own)
+    mapped: State = {}
+    for name, value in state.items():
+        if name.startswith(("fc.", "classifier.6.")) or (name.endswith("num_batches_tracked") and not trained_norm):
+            continue
+        mapped[_backbone_name(_fold_name(name) if folded else name, own)] = value
+    expected = {name for name in own if name.startswith(("backbone.", "crops.res5."))}
+    if "classifier.0.weight" in state:
+        expected |= {name for name in own if name.startswith("box.trunk.fc.")}
+    _check_names(expected, set(mapped), "backbone")
+    _load_strictly(detector, {**own, **mapped})
+
+
+def _backbone_name(name: str, own: Mapping[str, Tensor]) -> str:
+    if found := re.fullmatch(r"classifier\.(0|3)\.(.*)", name):  # VGG's fc6 and fc7
+        return f"box.trunk.fc.{int(found[1]) // 3}.{found[2]}"
+    if name.startswith("layer4.") and "crops.res5.0.conv1.weight" in own:
+        return f"crops.res5.{name.removeprefix('layer4.')}"
+    return f"backbone.{name}"
+
+
+def _check_names(expected: set[str], given: set[str], layout: str) -> None:
+    missing, unknown = sorted(expected - given), sorted(given - expected)
+    if missing or unknown:
+        what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the model has not"
+        more = len(missing) + len(unknown) - 1
+        raise ValueError(
+            f"weights in layout {layout!r}: the file {what}"
+            + (f" (and {more} more)" if more else "")
+            + "; check that backbone, norm, layout and tasks are those of the file"
+        )
+
+
+def _load_strictly(detector: Detector, state: Mapping[str, Tensor]) -> None:
+    own = detector.state_dict()
+    _check_names(set(own), set(state), "of the whole detector")
+    for name, value in state.items():
+        if own[name].shape != value.shape:
+            raise ValueError(
+                f"weights: {name!r} has shape {tuple(value.shape)}, the model {tuple(own[name].shape)}; "
+                "check num_classes and the widths in the config"
+            )
+    detector.load_state_dict(dict(state), strict=True)
