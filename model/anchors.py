@@ -21,7 +21,7 @@ def cell_anchors(sizes_px: Sequence[int], ratios: Sequence[float], rounded: bool
 
 
 def grid_anchors(cell_A4: Tensor, rows: int, columns: int, stride_yx: tuple[int, int]) -> Tensor:
-    """(rows * columns * A, 4) boxes in canvas pixels: row, then column, then anchor. The first cell is at the origin."""
+    """(rows * columns * A, 4) boxes in canvas pixels: row, column, anchor; the first cell at the origin."""
     y = torch.arange(rows, device=cell_A4.device, dtype=torch.float32) * stride_yx[0]
     x = torch.arange(columns, device=cell_A4.device, dtype=torch.float32) * stride_yx[1]
     shift_y, shift_x = torch.meshgrid(y, x, indexing="ij")

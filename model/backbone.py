@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,8 @@ def fold_norms(network: nn.Module, eps: float) -> None:
                 setattr(block, name, FoldedConv2d(getattr(block, name), eps))
                 setattr(block, name.replace("conv", "bn"), nn.Identity())
         if getattr(block, "downsample", None) is not None:
-            block.downsample = nn.Sequential(FoldedConv2d(block.downsample[0], eps))
+            conv = cast(nn.Sequential, block.downsample)[0]
+            block.downsample = nn.Sequential(FoldedConv2d(cast(nn.Conv2d, conv), eps))
 
 
 def move_strides_to_1x1(network: nn.Module) -> None:
@@ -76,7 +78,7 @@ def move_strides_to_1x1(network: nn.Module) -> None:
 class ResNetMaps(nn.Module):
     """C2 to C5 (or to C4 without the last stage) of a torchvision ResNet or ResNeXt, strides 4 to 32."""
 
-    def __init__(self, network: nn.Module, stages: int, frozen_stages: int) -> None:
+    def __init__(self, network: Any, stages: int, frozen_stages: int) -> None:
         super().__init__()
         self.conv1, self.bn1 = network.conv1, network.bn1
         for name in STAGES[:stages]:
@@ -109,12 +111,21 @@ class VGGMaps(nn.Module):
         return [self.features(images)]
 
 
+def keep_resolution(stage: Any) -> None:
+    """Stride 1 in the first block of a ResNet stage, wherever its stride was."""
+    for conv in (stage[0].conv1, stage[0].conv2, stage[0].downsample[0]):
+        conv.stride = (1, 1)
+
+
 def resnet(block: type[nn.Module], layers: Sequence[int], groups: int, width: int, norm: NormLayer | None) -> nn.Module:
     """A torchvision residual network without weights. `norm` None leaves its own batch-norm, to be folded."""
-    return torchvision.models.ResNet(block, list(layers), groups=groups, width_per_group=width, norm_layer=norm)
+    network: nn.Module = torchvision.models.ResNet(
+        block, list(layers), groups=groups, width_per_group=width, norm_layer=norm
+    )
+    return network
 
 
-def feature_channels(network: nn.Module) -> list[int]:
+def feature_channels(network: Any) -> list[int]:
     """Channels of C2 to C5."""
     last = "conv3" if hasattr(network.layer1[0], "conv3") else "conv2"
     return [getattr(getattr(network, stage)[-1], last).out_channels for stage in STAGES]

@@ -32,7 +32,7 @@ def iou(boxes_N4: Tensor, others_M4: Tensor) -> Tensor:
 
 
 def encode(references: Tensor, targets: Tensor, weights: Weights4) -> Tensor:
-    """The offsets (..., 4) that take each reference box to its target. Sides are kept above 1e-6 px: padding is finite."""
+    """The offsets (..., 4) that take each reference box to its target. Sides of 1e-6 px or more keep padding finite."""
     ref_sides = (references[..., 2:] - references[..., :2]).clamp(min=1e-6)
     sides = (targets[..., 2:] - targets[..., :2]).clamp(min=1e-6)
     ref_centres = references[..., :2] + 0.5 * ref_sides

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import assert_never
+from typing import assert_never, cast
 
 import torch
 from torch import nn
 
 from model import config
-from model.backbone import RESNETS, ResNetMaps, VGGMaps, feature_channels, fold_norms, move_strides_to_1x1, resnet
+from model.backbone import (
+    RESNETS,
+    ResNetMaps,
+    VGGMaps,
+    feature_channels,
+    fold_norms,
+    keep_resolution,
+    move_strides_to_1x1,
+    resnet,
+)
 from model.box_branch import BoxBranch, FCTrunk, MeanTrunk
 from model.crops import SeparateCrops, SharedCrops
 from model.detector import Detector, Settings
@@ -75,9 +84,8 @@ def build_backbone(cfg: config.Backbone, keep_res5: bool) -> tuple[nn.Module, li
     channels = feature_channels(network)
     if keep_res5:
         return ResNetMaps(network, 4, cfg.frozen_stages), channels, None
-    res5 = network.layer4
-    for conv in (res5[0].conv1, res5[0].conv2, res5[0].downsample[0]):
-        conv.stride = (1, 1)
+    res5 = cast(nn.Module, network.layer4)
+    keep_resolution(res5)
     return ResNetMaps(network, 3, cfg.frozen_stages), channels, res5
 
 

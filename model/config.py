@@ -53,6 +53,12 @@ class ResNet(Record):
     frozen_stages: int = Field(2, ge=0, le=5)  # 0 trains all, 1 freezes the stem, 2 the stem and res2, ...
     stride_in_1x1: bool = False  # where a downsampling bottleneck puts its stride; detectron2's MSRA weights need True
 
+    @model_validator(mode="after")
+    def _has_1x1(self) -> ResNet:
+        if self.stride_in_1x1 and self.depth < 50:
+            raise ValueError(f"stride_in_1x1 is about bottlenecks, ResNet-{self.depth} has none; depths 50 and 101 do")
+        return self
+
 
 class ResNeXt(Record):
     kind: Literal["resnext"] = "resnext"
@@ -371,13 +377,14 @@ class ModelConfig(Record):
         vgg, conv5 = isinstance(self.backbone, VGG16), isinstance(self.layout, Conv5)
         if vgg != conv5:
             raise ValueError(
-                f"backbone '{self.backbone.kind}' cannot have layout '{self.layout.kind}': 'vgg16' has one stride-16 map, "
-                "which is layout 'conv5', and only it has; residual networks take 'c4', 'c5' or 'fpn'"
+                f"backbone '{self.backbone.kind}' cannot have layout '{self.layout.kind}': 'vgg16' has one "
+                "stride-16 map, which is layout 'conv5', and only it has; residual networks take 'c4', 'c5' or 'fpn'"
             )
         levels = 5 if isinstance(self.layout, FPN) else 1
         if len(self.anchors.sizes_px) != levels:
             raise ValueError(
-                f"layout '{self.layout.kind}' has {levels} RPN level(s), anchors.sizes_px has {len(self.anchors.sizes_px)}"
+                f"layout '{self.layout.kind}' has {levels} RPN level(s), "
+                f"anchors.sizes_px has {len(self.anchors.sizes_px)}"
             )
         if len({len(sizes) for sizes in self.anchors.sizes_px}) != 1:
             raise ValueError("anchors.sizes_px must have equally many sizes on every level: the RPN head is shared")
@@ -393,7 +400,7 @@ class ModelConfig(Record):
             after_res5 = isinstance(self.layout, C4)
             if after_res5 and self.mask.head.convs:
                 raise ValueError(
-                    f"mask.head.convs = {self.mask.head.convs}: after C4's res5 the mask head has none (Fig. 4, left); 0"
+                    f"mask.head.convs = {self.mask.head.convs}: after C4's res5 the mask head has 0 (Fig. 4, left)"
                 )
 
 

@@ -21,10 +21,12 @@ class SeparateCrops(nn.Module):
         self.mask = mask
 
     def for_boxes(self, maps: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
-        return self.box(maps, rois_R5)
+        crops: Tensor = self.box(maps, rois_R5)
+        return crops
 
     def for_masks(self, maps: Sequence[Tensor], rois_P5: Tensor) -> Tensor:
-        return self.mask(maps, rois_P5)
+        crops: Tensor = self.mask(maps, rois_P5)
+        return crops
 
     def for_positives(self, maps: Sequence[Tensor], rois_P5: Tensor, box_features: Tensor, rows_P: Tensor) -> Tensor:  # noqa: ARG002
         """The mask features of training RoIs, of which `box_features[rows_P]` are the box features."""
@@ -40,7 +42,8 @@ class SharedCrops(nn.Module):
         self.res5 = res5
 
     def for_boxes(self, maps: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
-        return self.res5(self.crop(maps, rois_R5))
+        features: Tensor = self.res5(self.crop(maps, rois_R5))
+        return features
 
     def for_masks(self, maps: Sequence[Tensor], rois_P5: Tensor) -> Tensor:
         return self.for_boxes(maps, rois_P5)

@@ -18,8 +18,8 @@ from model.mask_branch import MaskBranch
 from model.paste import paste_all, paste_all_torchvision
 from model.pixels import Normalise, Resize, pad_to_multiple, resize_image, test_size, zero_padding
 from model.rpn import RPN, AnchorOutputs, Proposals, RPNTargets, rpn_losses, sample_anchors, select_proposals
-from model.sampling import sample_rois
 from model.samples import FlatRoIs, Samples, flatten
+from model.sampling import sample_rois
 from model.structures import Batch, Detections, LossTerm
 
 
@@ -324,9 +324,9 @@ class Detector(nn.Module):
         counts = proposals.valid.sum(dim=1).tolist()
         s = self.settings
         return detect(
-            rois[:, 1:].split(counts),
-            self.box.scores(logits).split(counts),
-            offsets.split(counts),
+            torch.split(rois[:, 1:], counts),
+            torch.split(self.box.scores(logits), counts),
+            torch.split(offsets, counts),
             sizes_B2,
             s.score_threshold,
             s.nms_iou,

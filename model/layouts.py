@@ -38,7 +38,7 @@ class ReducedLastMap(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """FPN (arXiv 1612.03144): 1 x 1 laterals, nearest upsampling, 3 x 3 outputs P2 to P5; P6 is every second cell of P5."""
+    """FPN (arXiv 1612.03144): 1 x 1 laterals, nearest upsampling, 3 x 3 outputs P2 to P5; P6 is every second cell."""
 
     def __init__(self, in_channels: Sequence[int], channels: int, roi_levels: Sequence[int]) -> None:
         super().__init__()

@@ -32,7 +32,8 @@ class FCNHead(nn.Module):
         x = features
         for conv in self.convs:
             x = F.relu(conv(x), inplace=True)
-        return self.logits(F.relu(self.deconv(x), inplace=True))
+        logits: Tensor = self.logits(F.relu(self.deconv(x), inplace=True))
+        return logits
 
 
 class MLPHead(nn.Module):
@@ -49,7 +50,8 @@ class MLPHead(nn.Module):
         x = features.flatten(1)
         for fc in self.fc:
             x = F.relu(fc(x), inplace=True)
-        return self.logits(x).unflatten(1, (-1, self.side, self.side))
+        logits: Tensor = self.logits(x).unflatten(1, (-1, self.side, self.side))
+        return logits
 
 
 class SigmoidMasks(nn.Module):
@@ -132,7 +134,8 @@ class MaskBranch(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """RoI features to logits (R, C, M, M)."""
-        return self.head(features)
+        logits: Tensor = self.head(features)
+        return logits
 
 
 def own_channel(logits_RCMM: Tensor, channel_R: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Axes: B images, N boxes (anchors or RoI candidates), G padded objects, S samples
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,8 @@ def match(boxes_BN4: Tensor, objects_BG4: Tensor, valid_BG: Tensor) -> Match:
     return Match(best_object, best_iou, is_best)
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True)
+class Sample:
     """Indices (B, S) into the boxes: positives first, then negatives, then padding (valid is False).
 
     Positives stand in the first `most_positives` columns.

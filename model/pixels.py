@@ -39,7 +39,7 @@ def zero_padding(pixels: Tensor, sizes_B2: Tensor) -> Tensor:
 
 
 def test_size(height: int, width: int, short_side_px: int, max_side_px: int, resize: Resize) -> tuple[int, int]:
-    """Height and width after scaling the short side to `short_side_px`, or the long one to `max_side_px` if that is less.
+    """Height and width after scaling the short side to `short_side_px`, the long one to `max_side_px` if that is less.
 
     Torchvision's detectors round the sides down, the antialiased resize rounds to nearest.
     """

@@ -29,14 +29,16 @@ def align(
     a RoI is at least one cell wide.
     """
     if reduce == "mean":
-        return torchvision.ops.roi_align(features, rois_R5, (side, side), scale, samples, aligned)
+        crops: Tensor = torchvision.ops.roi_align(features, rois_R5, (side, side), scale, samples, aligned)
+        return crops
     points = torchvision.ops.roi_align(features, rois_R5, (side * samples, side * samples), scale, 1, aligned)
     return F.max_pool2d(points, samples)
 
 
 def pool(features: Tensor, rois_R5: Tensor, scale: float, side: int) -> Tensor:
     """Max over integer bins; corners are rounded to cells, and the last cell belongs to the RoI (Fast R-CNN)."""
-    return torchvision.ops.roi_pool(features, rois_R5, (side, side), scale)
+    crops: Tensor = torchvision.ops.roi_pool(features, rois_R5, (side, side), scale)
+    return crops
 
 
 def warp(features: Tensor, rois_R5: Tensor, scale: float, side: int, reduce: str) -> Tensor:

@@ -46,7 +46,7 @@ class FlatRoIs:
 
 
 def flatten(samples: Samples, active_BS: Tensor, slots: int, keep_padding: bool) -> FlatRoIs:
-    """The first `slots` of every image as one list, weighted by `active_BS`; without the inactive unless `keep_padding`.
+    """The first `slots` of every image as one list, weighted by `active_BS`; inactive ones only with `keep_padding`.
 
     Dropping them makes a data-dependent length: free on the CPU, a sync on a GPU.
     """

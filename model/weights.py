@@ -93,7 +93,7 @@ def from_torchvision(state: Mapping[str, Tensor]) -> State:
 
 
 def from_detectron2(state: Mapping[str, Any]) -> State:
-    """The "model" of a detectron2 model-zoo file (R-50/101 C4 or FPN, X-101 FPN) in our names; arrays may be numpy's."""
+    """The "model" of a detectron2 model-zoo file (R-50/101 C4 or FPN) in our names; arrays may be numpy's."""
     result: State = {}
     for name, value in state.items():
         if "anchor_generator" in name or name in ("pixel_mean", "pixel_std"):
@@ -106,7 +106,7 @@ def _translate(name: str, rules: tuple[tuple[str, str], ...], layout: str) -> st
     for pattern, replacement in rules:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, replacement, name)
-    if name.startswith("keypoints.") or name.startswith("mask."):
+    if name.startswith(("keypoints.", "mask.")):
         return name
     raise ValueError(f"{layout} state dict: unknown tensor {name!r}; expected a Mask R-CNN or Keypoint R-CNN with FPN")
 
