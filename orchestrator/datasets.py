@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.config import KeypointBranch, MaskBranch
-from orchestrator.identity import read_uri
+from orchestrator.storage import join, read_bytes
 from orchestrator.study import UNSET, nearest
 from pipelines.config import MANIFEST_NAME, ManifestHeader
 from workers.config import RunConfig
@@ -31,27 +31,24 @@ def absolute(uri: str, root: Path) -> str:
     return uri if "://" in uri or uri == UNSET else str((root / Path(uri).expanduser()).resolve())
 
 
-def joined(folder: str, name: str) -> str:
-    return f"{folder.rstrip('/')}/{name}"
-
-
 def read_manifest(uri: str, field: str) -> Manifest:
     """Raises ValueError, naming `field`, if there is none or it is not one of ours."""
     if uri == UNSET:
         raise ValueError(
             f"{field}: no dataset; give --data DIR (with DIR/train and DIR/val) or set {field} in the study"
         )
+    place = join(uri, MANIFEST_NAME)
     try:
-        raw = read_uri(joined(uri, MANIFEST_NAME))
-    except FileNotFoundError:
-        raise ValueError(f"{field}: {uri} has no {MANIFEST_NAME}; pack the data with 'maskray data pack'") from None
-    except OSError as error:
-        raise ValueError(f"{field}: {joined(uri, MANIFEST_NAME)} cannot be read: {error}") from None
+        raw = read_bytes(place)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{field}: {place} cannot be read: {error}") from None
+    if raw is None:
+        raise ValueError(f"{field}: {uri} has no {MANIFEST_NAME}; pack the data with 'maskray data pack'")
     try:
         header = ManifestHeader.parse(raw)
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{field}: {joined(uri, MANIFEST_NAME)}: {reason}") from None
+        raise ValueError(f"{field}: {place}: {reason}") from None
     return Manifest(uri, hashlib.sha256(raw).hexdigest(), header)
 
 

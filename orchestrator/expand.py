@@ -12,8 +12,9 @@ from typing import Any
 from model.config import VGG16, BatchNorm
 from orchestrator.code import CodePackage
 from orchestrator.config import Study, TrialPlan
-from orchestrator.datasets import Manifest, absolute, check_fit, joined, read_manifest
+from orchestrator.datasets import Manifest, absolute, check_fit, read_manifest
 from orchestrator.identity import canonical, identity, proposals_identity, weights_identity, weights_recipe
+from orchestrator.storage import join
 from orchestrator.study import baseline_run, check_paths, check_study, complete
 from workers.config import RunConfig, apply_overrides, parse_run
 
@@ -45,7 +46,7 @@ def expand(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Ex
     check_study(study)
     base = baseline_run(study, root)
     if data:
-        base = apply_overrides(base, {"data.train": joined(data, "train"), "data.val": joined(data, "val")})
+        base = apply_overrides(base, {"data.train": join(data, "train"), "data.val": join(data, "val")})
     _refuse_inert(base, study.baseline.set, "baseline.set")
     references = {factor: _reference(study, factor, base) for factor in study.factors}
     arms = _arms(study, references)

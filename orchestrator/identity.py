@@ -112,11 +112,6 @@ def canonical(data: Any) -> str:
     return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def read_uri(uri: str) -> bytes:
-    """The bytes of a local file or of any `pyarrow.fs` URI."""
-    return b"".join(_chunks_of_uri(uri))
-
-
 def _checkpoint(model: ModelConfig, name: str) -> tuple[str, str]:
     backbone = backbone_name(model)
     if (backbone, name) not in TORCHVISION_CHECKPOINTS:

@@ -1,0 +1,121 @@
+"""What a study would cost, before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.config import StudyView, Submission, TrialPlan
+from orchestrator.report_facts import images_seen
+from orchestrator.report_table import aligned
+from orchestrator.sizes import checkpoint_bytes
+from workers.config import RunConfig
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """hours: of training, 0 where no speed is known. cached: the trial whose result is taken, or empty."""
+
+    trial: TrialPlan
+    ranks: int
+    cached: str
+    hours: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """gpu_hours and longest_h cover the trials that would run and whose speed is known; `unknown` counts the others."""
+
+    name: str
+    trials: tuple[PlannedTrial, ...]
+    ranks_at_once: int
+    gpu_hours: float
+    longest_h: float
+    unknown: int
+    disk_gib: float
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "study": self.name,
+            "trials": [
+                {
+                    "trial": planned.trial.key,
+                    "arm": planned.trial.arm,
+                    "seed": planned.trial.seed,
+                    "baseline": planned.trial.baseline,
+                    "ranks": planned.ranks,
+                    "identity": planned.trial.identity,
+                    "cached": planned.cached,
+                    "hours": planned.hours or None,
+                }
+                for planned in self.trials
+            ],
+            "totals": {
+                "trials": len(self.trials),
+                "to_run": sum(not planned.cached for planned in self.trials),
+                "cached": sum(bool(planned.cached) for planned in self.trials),
+                "ranks_at_once": self.ranks_at_once,
+                "gpu_hours": None if self.unknown else self.gpu_hours,
+                "longest_trial_hours": None if self.unknown else self.longest_h,
+                "trials_of_unknown_speed": self.unknown,
+                "disk_gib": self.disk_gib,
+            },
+        }
+
+    def text(self) -> str:
+        rows = [
+            [
+                planned.trial.key + (" (baseline)" if planned.trial.baseline else ""),
+                planned.trial.identity[:12],
+                str(planned.ranks),
+                f"{planned.hours:.1f}" if planned.hours else "-",
+                f"result of {planned.cached}" if planned.cached else "to run",
+            ]
+            for planned in self.trials
+        ]
+        table = aligned(["trial", "identity", "ranks", "hours", ""], rows, left=2)
+        to_run = sum(not planned.cached for planned in self.trials)
+        lines = [f"{len(self.trials)} trials, {to_run} to run, {self.ranks_at_once} ranks if all run at once"]
+        if self.unknown:
+            lines.append(f"time: not known for {self.unknown} trials, no trial of these arms has been measured yet")
+        elif to_run:
+            lines.append(f"time: {self.longest_h:.1f} h for the longest trial, {self.gpu_hours:.1f} GPU-hours in all")
+        lines.append(f"disk: about {self.disk_gib:.1f} GiB of checkpoints and weights")
+        return "\n".join([table, "", *lines])
+
+
+def make_plan(submission: Submission, finished: Mapping[str, str], speeds: Mapping[str, float] | None = None) -> Plan:
+    """finished: identity -> trial with a result. speeds: arm of a trial's key -> images/s of its gang, if measured."""
+    resources, planned = submission.study.resources, []
+    disk = gpu_hours = longest = 0.0
+    unknown = 0
+    for trial in submission.trials:
+        cached = "" if submission.fresh else finished.get(trial.identity, "")
+        speed = (speeds or {}).get(_arm_of(trial.key), 0.0)
+        hours = images_seen(trial.run) / speed / 3600 if speed else 0.0
+        planned.append(PlannedTrial(trial, resources.ranks, cached, hours))
+        if cached:
+            continue
+        unknown += not hours
+        longest = max(longest, hours)
+        gpu_hours += hours * resources.ranks * resources.gpus_per_rank
+        disk += checkpoint_bytes(RunConfig.model_validate(trial.run)) / 2**30
+    to_run = sum(not entry.cached for entry in planned)
+    at_once = min(to_run, submission.study.max_parallel or to_run) * resources.ranks
+    return Plan(submission.study.name, tuple(planned), at_once, gpu_hours, longest, unknown, disk)
+
+
+def measured_speeds(study: str, views: Sequence[StudyView]) -> dict[str, float]:
+    """Images/s by arm from finished trials of earlier submissions of the study of that name, the latest last."""
+    return {
+        _arm_of(trial.key): trial.metrics["images_per_s"]
+        for view in sorted(views, key=lambda view: view.created_at)
+        if view.name == study
+        for trial in view.trials
+        if trial.state == "done" and trial.metrics.get("images_per_s", 0) > 0
+    }
+
+
+def _arm_of(key: str) -> str:
+    return key.rpartition("/")[0]
