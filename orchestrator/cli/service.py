@@ -1,0 +1,118 @@
+"""Commands about the service itself: serve, down, ui, user."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.cli.options import Debug, Json, print_json, say
+from pipelines.console import SUCCESS
+
+
+def register(app: typer.Typer) -> None:
+    for command in (serve, down, ui, user):
+        app.command()(command)
+
+
+def serve(
+    home: Annotated[Path, typer.Option(help="Folder of the service's own files: token, logs, ledger.")] = Path(
+        ".maskray"
+    ),
+    host: Annotated[str, typer.Option(help="Address to listen on; anything but 127.0.0.1 needs a token.")] = "",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = -1,
+    ledger: Annotated[str, typer.Option(help="SQLAlchemy URL; default: SQLite in HOME.")] = "",
+    storage: Annotated[str, typer.Option(help="Folder or pyarrow.fs URI for trial folders; default: in HOME.")] = "",
+    ray: Annotated[str, typer.Option(help="URL of a Ray dashboard; 'local' starts a head.")] = "",
+    mlflow: Annotated[str, typer.Option(help="URI of an MLflow server; 'local' starts one.")] = "",
+    mlflow_public: Annotated[str, typer.Option(help="The same server as a browser opens it.")] = "",
+    settings: Annotated[Path | None, typer.Option(help="YAML file of settings; options go before it.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Check the settings, print them and end.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Run the service in the foreground; Ctrl-C ends it, running trials go on."""
+    from orchestrator.config import ServiceSettings
+    from workers.config import parse_record
+
+    given = {
+        "home": str(home.absolute()),
+        "host": host,
+        "ledger": ledger,
+        "storage": storage,
+        "ray": ray,
+        "mlflow": mlflow,
+        "mlflow_public": mlflow_public,
+    }
+    chosen = _read(settings) | {name: value for name, value in given.items() if value}
+    if port >= 0:
+        chosen["port"] = port
+    record = parse_record(ServiceSettings, chosen, str(settings or "serve"))
+    if check:
+        print_json(record.model_dump()) if json else print(record.model_dump_json(indent=2))
+        return SUCCESS
+    from orchestrator.service import serve as run
+
+    return run(record, first_token=os.environ.get("MASKRAY_TOKEN", ""))
+
+
+def down(json: Json = False, debug: Debug = False) -> None:
+    """End this folder's local service, its Ray head and its MLflow server. What ran is taken up by the next one."""
+    from orchestrator.local import shut_down
+
+    ended = shut_down(Path.cwd())
+    print_json({"ended": ended}) if json else print("ended" if ended else "nothing was running here")
+
+
+def ui(json: Json = False, debug: Debug = False) -> None:
+    """Print the MLflow UI's URL, and open it in a browser where there is a screen."""
+    from orchestrator.local import connected_client
+
+    uri = connected_client().info().mlflow_uri
+    if not uri:
+        raise RuntimeError("the service runs without MLflow; start it with --mlflow URI or --mlflow local")
+    if json:
+        print_json({"mlflow": uri})
+        return
+    print(uri)
+    if sys.stdout.isatty() and (os.environ.get("DISPLAY") or sys.platform == "darwin"):
+        import webbrowser
+
+        if not webbrowser.open(uri):
+            say("no browser could be opened; the URL is above")
+
+
+def user(
+    name: Annotated[str, typer.Argument(help="Name of the user.")],
+    role: Annotated[str, typer.Option(help="read, submit or admin.")] = "submit",
+    remove: Annotated[bool, typer.Option("--remove", help="Take the user's access away.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Give a user a new token (printed this once), or take it away. Needs an admin's token."""
+    from orchestrator.local import connected_client
+
+    client = connected_client()
+    if remove:
+        client.remove_user(name)
+        print_json({"user": name, "removed": True}) if json else print(f"user {name} has no access any more")
+        return
+    token = client.set_user(name, role)
+    print_json({"user": name, "role": role, "token": token}) if json else print(token)
+
+
+def _read(settings: Path | None) -> dict[str, Any]:
+    if settings is None:
+        return {}
+    import yaml
+
+    try:
+        read = yaml.safe_load(settings.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{settings}: not YAML: {error}") from None
+    if not isinstance(read, dict):
+        raise ValueError(f"{settings}: must hold settings by name")
+    return read
