@@ -1,0 +1,216 @@
+"""`python -m pipelines data ...` and `python -m pipelines eval ...`; the command `maskray` passes on to here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from pipelines.console import SUCCESS, WORK_FAILED, run_app
+from pipelines.progress import bar
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Pack, check and evaluate detection data.")
+data = typer.Typer(no_args_is_help=True, help="COCO to Arrow shards and back.")
+app.add_typer(data, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Uri = Annotated[str, typer.Argument(metavar="URI", help="Packed dataset: a folder, s3://... or gs://...")]
+
+
+@data.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    images: Annotated[
+        int, typer.Option(help="Images in all; a fifth of them (at least one) are for validation.")
+    ] = 500,
+    size: Annotated[int, typer.Option(help="Long side of an image in pixels.")] = 128,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = 0,
+    keypoints: Annotated[bool, typer.Option("--keypoints", help="One category is a person with 17 keypoints.")] = False,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Also pack into OUT/train and OUT/val, ready to train on.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Draw a synthetic COCO dataset: OUT/annotations/instances_{train,val}.json and OUT/images/{train,val}/."""
+    from pipelines.pack import PackOptions
+    from pipelines.pack import pack as pack_dataset
+    from pipelines.synth import synthesise
+
+    with bar("drawing", as_json) as progress:
+        found = synthesise(out, num_images=images, size=size, seed=seed, keypoints=keypoints, progress=progress)
+    packed = {}
+    for split in ("train", "val") if pack else ():
+        files = [out / "annotations" / f"instances_{split}.json"]
+        result = pack_dataset(files, str(out / "images" / split), str(out / split), PackOptions())
+        packed[split] = {"out": str(out / split), "manifest": result.manifest.hash, "unchanged": result.unchanged}
+    there = " (was there already, unchanged)" if found["unchanged"] else ""
+    text = f"{found['train']} training and {found['val']} validation images in {out}{there}"
+    if packed:
+        text += f"\npacked: {out / 'train'} and {out / 'val'}"
+    return _done(as_json, {"out": str(out), **found, "packed": packed}, text)
+
+
+@data.command()
+def pack(
+    annotations: Annotated[
+        list[Path], typer.Option(help="COCO JSON. Give it twice to merge instances and keypoints by annotation id.")
+    ],
+    images: Annotated[str, typer.Option(help="Folder or URI that the file names are relative to.")],
+    out: Annotated[str, typer.Option(help="Folder or URI to write to.")],
+    on_error: Annotated[
+        Literal["fail", "skip"], typer.Option(help="Stop at the first bad input, or leave bad ones out and list them.")
+    ] = "fail",
+    shard_mib: Annotated[float, typer.Option(min=0.01, help="Size of a shard.")] = 64.0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one for each core.")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Pack COCO JSON and images into shards. Interrupted, run it again: it goes on; once done it changes nothing."""
+    from pipelines.pack import SKIPPED_NAME, PackOptions, default_workers
+    from pipelines.pack import pack as pack_dataset
+
+    options = PackOptions(on_error, shard_mib, workers or default_workers())
+    with bar("packing", as_json) as progress:
+        packed = pack_dataset(annotations, images, out, options, progress)
+    manifest = packed.manifest
+    lines = [
+        f"{manifest.num_images} images, {manifest.num_annotations} annotations, {manifest.num_shards} shards: {out}"
+    ]
+    if packed.unchanged:
+        lines.append("was there already, unchanged")
+    if packed.skipped:
+        lines.append(f"left out {packed.skipped} bad inputs, listed in {out.rstrip('/')}/{SKIPPED_NAME}")
+    content = {
+        "out": out,
+        "images": manifest.num_images,
+        "annotations": manifest.num_annotations,
+        "shards": manifest.num_shards,
+        "skipped": packed.skipped,
+        "unchanged": packed.unchanged,
+        "resumed_shards": packed.resumed_shards,
+        "manifest": manifest.hash,
+    }
+    return _done(as_json, content, "\n".join(lines))
+
+
+@data.command()
+def verify(uri: Uri, as_json: Json = False, debug: Debug = False) -> int:
+    """Read every byte and compare it with the manifest; exit 1 names each damaged shard."""
+    from pipelines.verify import verify as verify_dataset
+
+    with bar("verifying", as_json) as progress:
+        verdict = verify_dataset(uri, progress)
+    errors = [{"shard": damage.shard, "row": damage.row, "error": damage.error} for damage in verdict.errors]
+    content = {"ok": not errors, "shards": verdict.shards, "samples": verdict.samples, "errors": errors}
+    lines = [
+        f"{damage.shard}{'' if damage.row is None else f', row {damage.row}'}: {damage.error}"
+        for damage in verdict.errors
+    ]
+    summary = (
+        f"{verdict.shards} shards, {verdict.samples} samples: {f'{len(errors)} damaged' if errors else 'all whole'}"
+    )
+    _done(as_json, content, "\n".join([*lines, summary]))
+    return WORK_FAILED if errors else SUCCESS
+
+
+@data.command()
+def show(
+    uri: Uri,
+    out: Annotated[Path | None, typer.Option(help="Also draw samples into this PNG.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples to draw.")] = 9,
+    masks: Annotated[bool, typer.Option("--masks", help="Draw masks too.")] = False,
+    seed: Annotated[int, typer.Option(help="Which samples to draw.")] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Counts and categories, and a picture of samples with boxes, masks and keypoints."""
+    from pipelines.dataset import open_dataset
+    from pipelines.show import draw_samples, summary
+
+    dataset = open_dataset(uri)
+    content = summary(dataset)
+    lines = [f"{name:12} {content[name]}" for name in content if name != "categories"]
+    lines += [f"  {c['id']:>4} {c['name']:20} {c['annotations']}" for c in content["categories"]]
+    if out is not None:
+        ids = draw_samples(dataset, out, count=samples, seed=seed, masks=masks)
+        content |= {"picture": str(out), "drawn": ids}
+        lines.append(f"drew {len(ids)} samples: {out}")
+    return _done(as_json, content, "\n".join(lines))
+
+
+@data.command()
+def export(
+    uri: Uri,
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Give COCO JSON back: pycocotools computes the same numbers on it, to the bit."""
+    from pipelines.dataset import open_dataset
+
+    coco = open_dataset(uri).coco()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(coco))
+    counts = {name: len(coco[name]) for name in ("images", "annotations", "categories")}
+    return _done(as_json, {"out": str(out), **counts}, f"{counts['annotations']} annotations: {out}")
+
+
+@data.command()
+def stage(
+    uri: Uri,
+    cache: Annotated[str, typer.Option(help="Cache folder; empty is the one that training uses by default.")] = "",
+    cache_gib: Annotated[float, typer.Option(min=0.001, help="Its size cap.")] = 20.0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Fetch and verify all shards of a remote dataset into this node's cache, ahead of a study."""
+    from pipelines.dataset import open_dataset
+
+    dataset = open_dataset(uri, cache, cache_gib)
+    with bar("fetching", as_json) as progress:
+        size = dataset.fetch_all(progress)
+    content = {"uri": uri, "bytes": size, "cache": str(dataset.cache.folder), "remote": dataset.store.local is None}
+    where = f"in {dataset.cache.folder}" if content["remote"] else "on this machine already"
+    return _done(as_json, content, f"{size / 2**20:.1f} MiB {where}")
+
+
+@app.command(name="eval")
+def evaluate(
+    gt: Annotated[str, typer.Option(help="Ground truth: COCO JSON, or a packed dataset.")],
+    dt: Annotated[Path, typer.Option(help="COCO results file.")],
+    iou: Annotated[Literal["bbox", "segm", "keypoints"], typer.Option(help="What to compare.")] = "bbox",
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also give each category's AP.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """pycocotools' statistics by name, as fractions (-1 where there is nothing to evaluate)."""
+    from pipelines.config import MANIFEST_NAME
+    from pipelines.dataset import open_dataset
+    from pipelines.evaluation import evaluate as evaluate_results
+    from pipelines.evaluation import read_results
+
+    packed = "://" in gt or (Path(gt) / MANIFEST_NAME).exists()
+    found = evaluate_results(open_dataset(gt) if packed else gt, read_results(dt), iou)
+    lines = [f"{name:6} {value:.4f}" for name, value in found.stats.items()]
+    if per_class:
+        lines += [f"  {name:20} {value:.4f}" for name, value in found.per_class["AP"].items()]
+    content: dict[str, Any] = dict(found.stats) | ({"per_class": found.per_class} if per_class else {})
+    return _done(as_json, content, "\n".join(lines))
+
+
+def _done(as_json: bool, content: dict[str, Any], text: str) -> int:
+    print(json.dumps(content) if as_json else text)
+    return SUCCESS
+
+
+def main() -> None:
+    sys.exit(run_app(app, sys.argv[1:], "maskray"))
+
+
+if __name__ == "__main__":
+    main()

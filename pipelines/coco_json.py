@@ -1,0 +1,116 @@
+"""Reads COCO JSON of any size piece by piece: memory holds one record, not the file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+CHUNK_CHARS = 1 << 20
+_SPACE = " \t\r\n"
+_LISTS = ("images", "annotations", "categories", "licenses")
+
+
+def read_coco(path: Path) -> Iterator[tuple[str, Any, str]]:
+    """Yields (key, value, its text) for each element of the top-level lists and each other top-level value.
+
+    Raises ValueError, naming the file, if it is not COCO JSON.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give --annotations a COCO JSON file")
+    seen = set()
+    with path.open(encoding="utf-8") as source:
+        try:
+            for key, value, text in _top_level(_Window(source)):
+                seen.add(key.removeprefix("end of "))
+                yield key, value, text
+        except (json.JSONDecodeError, UnicodeDecodeError, _NotCocoError) as error:
+            raise ValueError(f"{path}: not COCO JSON ({error}); is it the right file, and whole?") from None
+    for key in ("images", "annotations", "categories"):
+        if key not in seen:
+            raise ValueError(f"{path}: not COCO JSON (no list {key!r}); results files and captions are not packed")
+
+
+class _NotCocoError(Exception):
+    pass
+
+
+class _Window:
+    """A sliding piece of the text. `position` is where reading goes on."""
+
+    def __init__(self, source: IO[str]):
+        self._source = source
+        self._decoder = json.JSONDecoder()
+        self.text, self.position = "", 0
+
+    def grow(self) -> bool:
+        """Drops what was read and appends more; False at the end of the file."""
+        piece = self._source.read(max(CHUNK_CHARS, len(self.text) - self.position))
+        self.text, self.position = self.text[self.position :] + piece, 0
+        return bool(piece)
+
+    def peek(self) -> str:
+        """The next character that is not space, or nothing at the end."""
+        while True:
+            while self.position < len(self.text):
+                if self.text[self.position] not in _SPACE:
+                    return self.text[self.position]
+                self.position += 1
+            if not self.grow():
+                return ""
+
+    def take(self, expected: str) -> None:
+        found = self.peek()
+        if found != expected or not found:
+            raise _NotCocoError(f"expected {expected!r}, found {found or 'the end'!r}")
+        self.position += 1
+
+    def value(self) -> tuple[Any, str]:
+        """The next JSON value and its text. Reads on while the value may go on behind the window."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self.text, self.position)
+            except json.JSONDecodeError:
+                if not self.grow():
+                    raise
+                continue
+            if end == len(self.text) and not isinstance(value, dict | list | str) and self.grow():
+                continue  # a number may go on in the next piece
+            text = self.text[self.position : end]
+            self.position = end
+            return value, text
+
+
+def _top_level(window: _Window) -> Iterator[tuple[str, Any, str]]:
+    window.take("{")
+    if window.peek() == "}":
+        return
+    while True:
+        key, _ = window.value()
+        window.take(":")
+        if key in _LISTS:
+            if window.peek() != "[":
+                raise _NotCocoError(f"{key!r} is not a list")
+            yield from ((key, value, text) for value, text in _elements(window))
+            yield f"end of {key}", None, ""
+        else:
+            yield str(key), *window.value()
+        if window.peek() != ",":
+            break
+        window.take(",")
+    window.take("}")
+
+
+def _elements(window: _Window) -> Iterator[tuple[Any, str]]:
+    window.take("[")
+    if window.peek() == "]":
+        window.take("]")
+        return
+    while True:
+        yield window.value()
+        if window.peek() != ",":
+            break
+        window.take(",")
+    window.take("]")

@@ -1,0 +1,159 @@
+"""A packed dataset: opened in a moment, picklable into any worker, narrowed by the run's filter."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipelines.cache import Cache
+from pipelines.config import DataConfig, Filter
+from pipelines.index import Index, Selection, select
+from pipelines.manifest import FileEntry, Manifest, read_manifest
+from pipelines.progress import Progress, silent
+from pipelines.schema import annotation_record, image_record
+from pipelines.shards import Row, Shard
+from pipelines.storage import Store
+
+MAX_OPEN_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A view of a packed dataset: all of it, or what `selection` leaves.
+
+    Holds no open file when it is pickled. Rows are numbered through all shards.
+    """
+
+    store: Store
+    manifest: Manifest
+    selection: Selection
+    cache: Cache
+    _open: OrderedDict[int, Shard] = field(default_factory=OrderedDict, compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.store, self.manifest.dump(), self.selection, self.cache)
+
+    @cached_property
+    def index(self) -> Index:
+        return Index(self._local(self.manifest.index))
+
+    @property
+    def categories(self) -> tuple[dict[str, Any], ...]:
+        """COCO category records of the view, in the order of their dense labels."""
+        return tuple(self.manifest.categories[label] for label in self.selection.labels)
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """Dense label -> COCO category id, after the filter."""
+        return tuple(int(category["id"]) for category in self.categories)
+
+    def for_training(self, filter: Filter, masks: bool = False) -> Dataset:
+        """The view that trains: filter, without the holdout."""
+        return self._view(select(self.manifest.categories, filter, "train", training=True, masks=masks))
+
+    def for_evaluation(self, cfg: DataConfig) -> Dataset:
+        """The view that is evaluated: every image, the filter's categories.
+
+        Where `cfg.val` is `cfg.train` and there is a holdout, it is the held-out images that evaluate.
+        """
+        held_out = cfg.val == cfg.train and cfg.filter.holdout > 0
+        part = "holdout" if held_out else "all"
+        return self._view(select(self.manifest.categories, cfg.filter, part, training=False))
+
+    def _view(self, selection: Selection) -> Dataset:
+        return replace(self, selection=selection, _open=OrderedDict())
+
+    def rows(self) -> list[int]:
+        """All rows of the view, ascending."""
+        return [int(r) for shard in range(self.index.num_shards) for r in self.index.selected(shard, self.selection)]
+
+    def row(self, number: int) -> Row:
+        shard, local = self.index.locate(number)
+        return self.shard(shard).row(local)
+
+    def shard(self, number: int) -> Shard:
+        """Opens a shard, or takes one of the open ones; the one used longest ago is closed for it."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        opened = Shard(self._local(self.manifest.shards[number]))
+        while len(self._open) >= MAX_OPEN_SHARDS:
+            self._open.popitem(last=False)
+        self._open[number] = opened
+        return opened
+
+    def coco(self) -> dict[str, Any]:
+        """The view's images, annotations and categories as COCO JSON, in the order of packing."""
+        kept = set(self.category_ids)
+        images, annotations = [], []
+        for shard in range(self.index.num_shards):
+            rows = set((self.index.selected(shard, self.selection) - self.index.starts[shard]).tolist())
+            for number, record in enumerate(Shard(self._local(self.manifest.shards[shard])).records()):
+                if number not in rows:
+                    continue
+                images.append(image_record(record))
+                annotations += [
+                    annotation_record(a, record["image_id"]) for a in record["annotations"] if a["category_id"] in kept
+                ]
+        return {
+            "info": self.manifest.info,
+            "licenses": list(self.manifest.licenses),
+            "images": images,
+            "annotations": annotations,
+            "categories": list(self.categories),
+        }
+
+    def annotations(self, image_id: int) -> list[dict[str, Any]]:
+        """COCO annotations of one image of the view, for pictures; reads the index from the start."""
+        for shard in range(self.index.num_shards):
+            local = (self.index.column(shard, "image_id") == image_id).nonzero()[0]
+            if len(local):
+                kept = set(self.category_ids)
+                record = self.shard(shard).record(int(local[0]))
+                return [annotation_record(a, image_id) for a in record["annotations"] if a["category_id"] in kept]
+        raise ValueError(f"{self.store.uri}: no image {image_id}")
+
+    def fetch_all(self, progress: Progress = silent) -> int:
+        """Fills the node's cache with every file; returns their bytes. Local datasets need nothing."""
+        entries = (self.manifest.index, *self.manifest.shards)
+        size = sum(entry.bytes for entry in entries)
+        if self.store.local is None and size > self.cache.cap_bytes:
+            raise ValueError(
+                f"{self.store.uri}: has {size / 2**30:.1f} GiB, the cache holds {self.cache.cap_bytes / 2**30:.1f}; "
+                "give it more with --cache-gib (and data.cache_gib in the run)"
+            )
+        for done, entry in enumerate(entries):
+            self._local(entry)
+            progress(done + 1, len(entries))
+        return size
+
+    def _local(self, entry: FileEntry) -> Path:
+        folder = self.store.local
+        if folder is None:
+            return self.cache.fetch(self.store, entry)
+        path = folder / entry.name
+        if not path.exists():
+            raise RuntimeError(f'{path}: is missing; restore it or pack the data again with "maskray data pack"')
+        if path.stat().st_size != entry.bytes:
+            raise RuntimeError(
+                f"{path}: has {path.stat().st_size} bytes, the manifest says {entry.bytes}; restore it or pack again"
+            )
+        return path
+
+
+def open_dataset(uri: str, cache: str = "", cache_gib: float = 20) -> Dataset:
+    """Reads the manifest of a folder or pyarrow.fs URI; everything else is opened when it is needed.
+
+    cache: folder for copies of remote shards, empty for one in the system's temporary folder.
+    """
+    store = Store(uri)
+    manifest = read_manifest(store)
+    everything = Selection(tuple(range(len(manifest.categories))))
+    return Dataset(store, manifest, everything, Cache(cache, cache_gib))
+
+
+def _restore(store: Store, manifest: bytes, selection: Selection, cache: Cache) -> Dataset:
+    return Dataset(store, Manifest.model_validate_json(manifest), selection, cache)

@@ -1,0 +1,153 @@
+"""What order and filter know of every image: memory-mapped, one record batch for each shard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines import schema
+from pipelines.config import Filter
+from pipelines.noise import chain
+
+Ints = NDArray[np.int64]
+_HOLDOUT_SALT = 0x686F6C64
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which annotations train and which images are drawn. All of `filter` and what the run's heads need.
+
+    labels: dense labels (positions in the manifest's categories) that are kept; the position here is the new label.
+    part: "train" leaves the holdout out, "holdout" is the rest, "all" ignores it.
+    drop_empty: images without a usable object are left out.
+    """
+
+    labels: tuple[int, ...]
+    require_keypoints: bool = False
+    require_mask: bool = False
+    min_area_px: float = 0.0
+    holdout: float = 0.0
+    part: str = "all"
+    drop_empty: bool = False
+
+    def usable(self, label: NDArray[Any], area: NDArray[Any], flags: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which annotations train: on the image, not a crowd, of a kept category, large enough."""
+        needed = (
+            schema.HAS_BOX | (schema.HAS_KEYPOINTS * self.require_keypoints) | (schema.HAS_MASK * self.require_mask)
+        )
+        kept = (flags & (needed | schema.CROWD)) == needed
+        return np.asarray(kept & (area >= self.min_area_px) & np.isin(label, self.labels))
+
+    def drawn(self, image_ids: Ints) -> NDArray[np.bool_]:
+        """Which images belong to the part, by a hash of their id: the same whatever else is in the dataset."""
+        if self.part == "all" or self.holdout == 0:
+            return np.full(len(image_ids), self.part != "holdout")
+        held = (chain(_HOLDOUT_SALT, image_ids.view(np.uint64)) >> np.uint64(11)) * 2.0**-53 < self.holdout
+        return np.asarray(held if self.part == "holdout" else ~held)
+
+
+def select(
+    categories: Sequence[dict[str, Any]], chosen: Filter, part: str, training: bool, masks: bool = False
+) -> Selection:
+    """The selection that `chosen` makes of these categories. Evaluation narrows categories and images alone.
+
+    Raises ValueError for a name that is not among the categories.
+    """
+    names = [str(category["name"]) for category in categories]
+    for name in chosen.categories:
+        if name not in names:
+            raise ValueError(
+                f"data.filter.categories: no category {name!r} in the dataset; there are {', '.join(names)}"
+            )
+    labels = tuple(k for k, name in enumerate(names) if not chosen.categories or name in chosen.categories)
+    if not training:
+        return Selection(labels, holdout=chosen.holdout, part=part)
+    return Selection(
+        labels,
+        require_keypoints=chosen.require_keypoints,
+        require_mask=masks,
+        min_area_px=chosen.min_area_px,
+        holdout=chosen.holdout,
+        part=part,
+        drop_empty=chosen.drop_empty,
+    )
+
+
+class Index:
+    """The index file of a dataset. Rows are numbered through all shards."""
+
+    def __init__(self, path: Path):
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._shards = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self.starts: Ints = np.cumsum([0] + [batch.num_rows for batch in self._shards], dtype=np.int64)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._shards)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """(shard, row within it)."""
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return shard, row - int(self.starts[shard])
+
+    def column(self, shard: int, name: str) -> NDArray[Any]:
+        """image_id, width, height or crc32 of a shard's rows, as a view."""
+        return np.asarray(self._shards[shard][name].to_numpy())
+
+    def annotation_columns(self, shard: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Dense labels and flags of all annotations of a shard."""
+        return _flat(self._shards[shard], "ann_label"), _flat(self._shards[shard], "ann_flags")
+
+    def values(self, name: str, rows: Ints) -> NDArray[np.int64]:
+        """A column at any rows."""
+        found = np.empty(len(rows), np.int64)
+        for shard, places in self._by_shard(rows):
+            found[places] = self.column(shard, name)[rows[places] - self.starts[shard]]
+        return found
+
+    def object_counts(self, rows: Ints, selection: Selection) -> Ints:
+        """How many usable objects each row has."""
+        found = np.empty(len(rows), np.int64)
+        for shard, places in self._by_shard(rows):
+            batch, local = self._shards[shard], rows[places] - self.starts[shard]
+            lists = batch["ann_label"]
+            offsets = lists.offsets.to_numpy()
+            for place, row in zip(places, local, strict=True):
+                span = slice(offsets[row], offsets[row + 1])
+                found[place] = selection.usable(*(_flat(batch, name)[span] for name in _PER_ANNOTATION)).sum()
+        return found
+
+    def selected(self, shard: int, selection: Selection) -> Ints:
+        """The rows of a shard (numbered through all shards) that the selection draws, ascending."""
+        batch = self._shards[shard]
+        drawn = selection.drawn(batch["image_id"].to_numpy())
+        if selection.drop_empty:
+            usable = selection.usable(*(_flat(batch, name) for name in _PER_ANNOTATION))
+            before = np.concatenate([[0], np.cumsum(usable)])
+            offsets = batch["ann_label"].offsets.to_numpy()
+            drawn = drawn & (before[offsets[1:]] > before[offsets[:-1]])
+        return np.asarray(np.flatnonzero(drawn) + self.starts[shard])
+
+    def counts(self, selection: Selection) -> Ints:
+        """How many rows of each shard are drawn."""
+        return np.array([len(self.selected(shard, selection)) for shard in range(self.num_shards)], np.int64)
+
+    def _by_shard(self, rows: Ints) -> list[tuple[int, Ints]]:
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        return [(int(shard), np.flatnonzero(shards == shard)) for shard in np.unique(shards)]
+
+
+_PER_ANNOTATION = ("ann_label", "ann_area", "ann_flags")
+
+
+def _flat(batch: pa.RecordBatch, name: str) -> NDArray[Any]:
+    return np.asarray(batch[name].values.to_numpy())

@@ -1,0 +1,86 @@
+"""`manifest.json`: what the shards hold, with a checksum for each of them and one for itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from pipelines.config import MANIFEST_NAME, ManifestHeader
+from pipelines.storage import Store
+
+INDEX_NAME = "index.arrow"
+
+
+class FileEntry(BaseModel):
+    """One file of a packed dataset."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    sha256: str
+    bytes: int
+    rows: int
+
+
+class Manifest(ManifestHeader):
+    """The whole manifest. `source` identifies the inputs that were packed; no times and no machine are in it."""
+
+    categories: tuple[dict[str, Any], ...]
+    shards: tuple[FileEntry, ...]
+    index: FileEntry
+    num_skipped: int
+    source: str
+    info: dict[str, Any] = {}
+    licenses: tuple[dict[str, Any], ...] = ()
+
+    def dump(self) -> bytes:
+        """The bytes of the file: one canonical text, so that any changed byte is noticed."""
+        content = json.loads(self.model_dump_json())
+        content["checksum"] = _digest(content)
+        return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the bytes of `manifest.json`, in hex."""
+        return hashlib.sha256(self.dump()).hexdigest()
+
+    @property
+    def header(self) -> ManifestHeader:
+        return ManifestHeader(**{name: getattr(self, name) for name in ManifestHeader.model_fields})
+
+    @property
+    def num_keypoints(self) -> int:
+        """Keypoint types of the category that has most, 0 without keypoints."""
+        return max((len(c.get("keypoints", ())) for c in self.categories), default=0) if self.has_keypoints else 0
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """Raises ValueError if the text is not a manifest of this schema, RuntimeError if it was changed or damaged."""
+    try:
+        ManifestHeader.parse(text)
+        manifest = Manifest.model_validate_json(text)
+    except (ValueError, TypeError, AttributeError) as error:
+        if "pack the data again" in str(error):
+            raise ValueError(f"{where}: {error}") from None
+        raise RuntimeError(f"{where}: not a readable manifest; restore it or pack the data again") from error
+    if manifest.dump() != text:
+        raise RuntimeError(f"{where}: was changed after packing (its checksum differs); restore it or pack again")
+    return manifest
+
+
+def read_manifest(store: Store) -> Manifest:
+    """Raises ValueError with the remedy if there is no packed dataset."""
+    try:
+        text = store.read_bytes(MANIFEST_NAME)
+    except FileNotFoundError:
+        raise ValueError(
+            f'{store.uri}: no {MANIFEST_NAME} there; pack the data first with "maskray data pack --out {store.uri}"'
+        ) from None
+    return parse_manifest(text, store.describe(MANIFEST_NAME))
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,346 @@
+"""COCO JSON and image files to Arrow shards: parallel, atomic, resumable, each bad input named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from pipelines import schema, spool
+from pipelines.checks import check_annotation, check_category
+from pipelines.config import MANIFEST_NAME, SCHEMA_VERSION
+from pipelines.images import decode, stored_orientation
+from pipelines.manifest import INDEX_NAME, FileEntry, Manifest, parse_manifest
+from pipelines.progress import Progress, silent
+from pipelines.schema import Problem
+from pipelines.storage import Store
+
+PROGRESS_FOLDER = ".packing"
+SKIPPED_NAME = "skipped.json"
+OnError = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    on_error: OnError = "fail"
+    shard_mib: float = 64.0
+    num_workers: int = 1
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What `pack` did."""
+
+    manifest: Manifest
+    skipped: int
+    unchanged: bool  # the same dataset was there already
+    resumed_shards: int  # taken over from an interrupted run
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One shard: images first <= sequence number < last of the spool."""
+
+    number: int
+    first: int
+    last: int
+    spool: Path
+    sources: tuple[str, ...]
+    images: Store
+    out: Store
+    progress: str
+    categories: tuple[dict[str, Any], ...]
+    on_error: OnError
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.number:05d}.arrow"
+
+
+def pack(
+    annotation_files: Sequence[Path],
+    images_uri: str,
+    out_uri: str,
+    options: PackOptions = PackOptions(),
+    progress: Progress = silent,
+) -> Packed:
+    """Packs and returns the manifest. `progress(shards done, shards in all)` is called as it goes.
+
+    Raises ValueError for the first bad input under "fail", or if `out_uri` holds another dataset.
+    """
+    images, out = Store(images_uri), Store(out_uri)
+    if not images.exists():
+        raise ValueError(f"{images_uri}: no such folder; give --images the folder that the file names are relative to")
+    with tempfile.TemporaryDirectory(prefix="maskray-pack-") as folder:
+        spooled = Path(folder) / "spool.sqlite"
+        problems: list[Problem] = []
+        contents = spool.fill(spooled, annotation_files, _collector(problems, options.on_error))
+        ranges, listing = _plan(spooled, images, options.shard_mib)
+        source = _digest(contents.digest, listing, options.on_error, options.shard_mib)
+        if existing := _existing(out, source):
+            out.remove_folder(PROGRESS_FOLDER)
+            return Packed(existing, existing.num_skipped, unchanged=True, resumed_shards=0)
+        folder_name = f"{PROGRESS_FOLDER}/{source[:16]}"
+        tasks = [
+            _Task(
+                number=number,
+                first=first,
+                last=last,
+                spool=spooled,
+                sources=tuple(str(path) for path in annotation_files),
+                images=images,
+                out=out,
+                progress=folder_name,
+                categories=contents.categories,
+                on_error=options.on_error,
+            )
+            for number, (first, last) in enumerate(ranges)
+        ]
+        finished = {task.number: found for task in tasks if (found := _finished(task))}
+        resumed = len(finished)
+        progress(resumed, len(tasks))
+        for result in _run([task for task in tasks if task.number not in finished], options.num_workers):
+            finished[result["number"]] = result
+            progress(len(finished), len(tasks))
+        parts = [finished[task.number] for task in tasks]
+        manifest = _finish(out, folder_name, contents, parts, problems, source)
+    return Packed(manifest, manifest.num_skipped, unchanged=False, resumed_shards=resumed)
+
+
+def _collector(problems: list[Problem], on_error: OnError) -> Callable[[Problem], None]:
+    def report(problem: Problem) -> None:
+        if on_error == "fail":
+            raise ValueError(f'{problem}, or leave it out with "--on-error skip"')
+        problems.append(problem)
+
+    return report
+
+
+def _plan(spooled: Path, images: Store, shard_mib: float) -> tuple[list[tuple[int, int]], str]:
+    """Ranges of sequence numbers of about `shard_mib` of image files each, and a digest of all names and sizes."""
+    digest = hashlib.sha256()
+    ranges: list[tuple[int, int]] = []
+    first, size, last = 0, 0, 0
+    for chunk in _chunks(spool.images(spooled), 1024):
+        found = images.sizes([record["file_name"] for _, record in chunk])
+        for (seq, record), file_size in zip(chunk, found, strict=True):
+            digest.update(f"{record['file_name']}\0{file_size}\0".encode())
+            size, last = size + (file_size or 0), seq + 1
+            if size >= shard_mib * 2**20:
+                ranges.append((first, last))
+                first, size = last, 0
+    if first < last:
+        ranges.append((first, last))
+    return ranges, digest.hexdigest()
+
+
+def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps([SCHEMA_VERSION, *parts]).encode()).hexdigest()
+
+
+def _existing(out: Store, source: str) -> Manifest | None:
+    if out.size(MANIFEST_NAME) is None:
+        return None
+    manifest = parse_manifest(out.read_bytes(MANIFEST_NAME), out.describe(MANIFEST_NAME))
+    if manifest.source != source:
+        raise ValueError(
+            f"{out.uri}: holds a dataset packed from other inputs or options; choose another --out or remove it first"
+        )
+    expected = [entry.bytes for entry in (*manifest.shards, manifest.index)]
+    whole = out.sizes([entry.name for entry in (*manifest.shards, manifest.index)]) == expected
+    return manifest if whole else None
+
+
+# --- one shard --------------------------------------------------------------------------------------------------------
+
+
+def _finished(task: _Task) -> dict[str, Any] | None:
+    """The result of an earlier run for this shard, if shard and index part are whole."""
+    name = f"{task.progress}/{task.name}.json"
+    if task.out.size(name) is None:
+        return None
+    result: dict[str, Any] = json.loads(task.out.read_bytes(name))
+    return result if task.out.size(task.name) == result["entry"]["bytes"] else None
+
+
+def _run(tasks: list[_Task], num_workers: int) -> Iterator[dict[str, Any]]:
+    """Results in the order of the shards, so that the first problem is the same at any number of workers."""
+    if num_workers <= 1 or len(tasks) <= 1:
+        yield from map(pack_shard, tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context) as pool:
+        try:
+            yield from pool.map(pack_shard, tasks)
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def pack_shard(task: _Task) -> dict[str, Any]:
+    """Writes one shard and the note that it is finished. Raises ValueError for bad input under "fail"."""
+    problems: list[Problem] = []
+    local = task.out.local
+    if local is not None:
+        (local / task.progress).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=None if local is None else local / task.progress) as folder:
+        part = Path(folder) / task.name
+        index = _write_rows(part, _rows(task, _collector(problems, task.on_error)), task)
+        entry = {"name": task.name, "sha256": _sha256(part), "bytes": part.stat().st_size, "rows": index.num_rows}
+        index_part = Path(folder) / "index"
+        with pa.ipc.new_file(str(index_part), schema.INDEX) as writer:
+            writer.write_batch(index)
+        task.out.move_in(part, task.name)
+        task.out.move_in(index_part, f"{task.progress}/{task.name}.index")
+    flags = index["ann_flags"].flatten().to_numpy()
+    result = {
+        "number": task.number,
+        "entry": entry,
+        "annotations": len(flags),
+        "masks": bool((flags & schema.HAS_MASK).any()),
+        "keypoints": bool((flags & schema.HAS_KEYPOINTS).any()),
+        "problems": [asdict(problem) for problem in problems],
+    }
+    task.out.write_bytes(f"{task.progress}/{task.name}.json", json.dumps(result).encode())
+    return result
+
+
+def _write_rows(path: Path, rows: Iterator[dict[str, Any]], task: _Task) -> pa.RecordBatch:
+    """Writes a shard batch by batch; returns its part of the index."""
+    labels = {category["id"]: label for label, category in enumerate(task.categories)}
+    index = []
+    with pa.ipc.new_file(str(path), schema.SHARD) as writer:
+        for chunk in _chunks(rows, schema.ROWS_PER_BATCH):
+            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema.SHARD))
+            index += [schema.index_row(row, labels) for row in chunk]
+    return pa.RecordBatch.from_pylist(index, schema=schema.INDEX)
+
+
+def _rows(task: _Task, report: Callable[[Problem], None]) -> Iterator[dict[str, Any]]:
+    connection = sqlite3.connect(f"file:{task.spool}?mode=ro", uri=True)
+    points = {category["id"]: len(category.get("keypoints", ())) for category in task.categories}
+    try:
+        for _, record in spool.images(task.spool, task.first, task.last):
+            row = _image_row(task, record, report)
+            if row is None:
+                continue
+            for source, annotation in spool.annotations_of(connection, record["id"]):
+                finding = check_category(annotation["category_id"], points) or check_annotation(
+                    annotation, row["width"], row["height"], points[annotation["category_id"]]
+                )
+                if finding:
+                    report(Problem(task.sources[source], "annotation", annotation["id"], *finding))
+                else:
+                    row["annotations"].append(schema.annotation_row(annotation))
+            yield row
+    finally:
+        connection.close()
+
+
+def _image_row(task: _Task, record: dict[str, Any], report: Callable[[Problem], None]) -> dict[str, Any] | None:
+    """The row of a readable image of the right size, without annotations; None after a report."""
+    where, width, height = task.images.describe(record["file_name"]), record["width"], record["height"]
+    try:
+        content = task.images.read_bytes(record["file_name"])
+    except FileNotFoundError:
+        report(Problem(where, "image", record["id"], "there is no such file", "restore it or check --images"))
+        return None
+    try:
+        orientation, size = stored_orientation(content, width, height)
+        if size == (width, height):
+            decode(content, orientation)
+    except (OSError, RuntimeError) as error:
+        what = f"cannot be read ({str(error).splitlines()[0].rsplit(': ', 1)[-1]})"
+        report(Problem(where, "image", record["id"], what, "replace the file by a whole JPEG or PNG"))
+        return None
+    if size != (width, height):
+        what = f"the file is {size[0]} x {size[1]}, the JSON says {width} x {height}"
+        report(Problem(where, "image", record["id"], what, "mend width and height in the JSON, or the file"))
+        return None
+    return {
+        "image_id": record["id"],
+        "file_name": record["file_name"],
+        "width": width,
+        "height": height,
+        "orientation": orientation,
+        "extra": schema.image_extra(record),
+        "image": content,
+        "annotations": [],
+    }
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def _finish(
+    out: Store,
+    folder: str,
+    contents: spool.Contents,
+    parts: list[dict[str, Any]],
+    problems: list[Problem],
+    source: str,
+) -> Manifest:
+    """Joins the index, writes the report of skips, and last the manifest: only then is the dataset there."""
+    with tempfile.TemporaryDirectory(prefix="maskray-pack-") as temporary:
+        path = Path(temporary) / INDEX_NAME
+        with pa.ipc.new_file(str(path), schema.INDEX) as writer:
+            for part in parts:
+                piece = pa.ipc.open_file(pa.py_buffer(out.read_bytes(f"{folder}/{part['entry']['name']}.index")))
+                writer.write_batch(piece.get_batch(0))
+        rows = sum(part["entry"]["rows"] for part in parts)
+        index = FileEntry(name=INDEX_NAME, sha256=_sha256(path), bytes=path.stat().st_size, rows=rows)
+        content = path.read_bytes()
+    out.write_bytes(INDEX_NAME, content)
+    skipped = [asdict(problem) for problem in problems] + [p for part in parts for p in part["problems"]]
+    if skipped:
+        out.write_bytes(SKIPPED_NAME, json.dumps(skipped, indent=1).encode())
+    else:
+        out.remove(SKIPPED_NAME)
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        num_images=rows,
+        num_annotations=sum(part["annotations"] for part in parts),
+        num_shards=len(parts),
+        categories=contents.categories,
+        has_masks=any(part["masks"] for part in parts),
+        has_keypoints=any(part["keypoints"] for part in parts),
+        shards=tuple(FileEntry(**part["entry"]) for part in parts),
+        index=index,
+        num_skipped=len(skipped),
+        source=source,
+        info=contents.info,
+        licenses=contents.licenses,
+    )
+    out.write_bytes(MANIFEST_NAME, manifest.dump())
+    out.remove_folder(PROGRESS_FOLDER)
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+def default_workers() -> int:
+    return len(os.sched_getaffinity(0))

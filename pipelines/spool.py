@@ -1,0 +1,188 @@
+"""A temporary SQLite file that sorts annotations by image, so that packing needs no memory for the dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.checks import check_annotation_ids, check_image
+from pipelines.coco_json import read_coco
+from pipelines.schema import Problem
+
+_TABLES = """
+CREATE TABLE images (id INTEGER PRIMARY KEY, seq INTEGER UNIQUE, source INTEGER, text TEXT);
+CREATE TABLE annotations (id INTEGER PRIMARY KEY, seq INTEGER, image_id INTEGER, source INTEGER, text TEXT);
+CREATE TABLE additions (id INTEGER, source INTEGER, text TEXT, PRIMARY KEY (id, source));
+"""
+_MERGED_FIELDS = ("keypoints", "num_keypoints", "segmentation")
+Report = Callable[[Problem], None]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the annotation files say of the whole dataset."""
+
+    categories: tuple[dict[str, Any], ...]  # by id; the position is the dense label
+    info: dict[str, Any]
+    licenses: tuple[dict[str, Any], ...]
+    num_images: int
+    digest: str  # SHA-256 of the annotation files' bytes
+
+
+def fill(path: Path, sources: Sequence[Path], report: Report) -> Contents:
+    """Reads COCO files into the spool. Records that are wrong in themselves go to `report` and are left out.
+
+    A later file may repeat images and annotations of an earlier one and add fields to them (keypoints to instances).
+    """
+    path.unlink(missing_ok=True)
+    connection = sqlite3.connect(path)
+    try:
+        connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
+        reader = _Reader(connection, report)
+        for number, source in enumerate(sources):
+            reader.read(source, number)
+        connection.execute("CREATE INDEX by_image ON annotations (image_id, seq)")
+        connection.commit()
+        _report_orphans(connection, sources, report)
+        connection.commit()
+        count = connection.execute("SELECT count(*) FROM images").fetchone()[0]
+    finally:
+        connection.close()
+    categories = tuple(reader.categories[key] for key in sorted(reader.categories))
+    digest = hashlib.sha256("".join(_file_digest(source) for source in sources).encode()).hexdigest()
+    return Contents(categories, reader.info, tuple(reader.licenses), count, digest)
+
+
+def images(path: Path, first: int = 0, last: int = 1 << 62) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(sequence number, image record) for first <= number < last, in the order of the files."""
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    try:
+        for seq, text in connection.execute(
+            "SELECT seq, text FROM images WHERE seq >= ? AND seq < ? ORDER BY seq", (first, last)
+        ):
+            yield seq, json.loads(text)
+    finally:
+        connection.close()
+
+
+def annotations_of(connection: sqlite3.Connection, image_id: int) -> list[tuple[int, dict[str, Any]]]:
+    """(number of the source file, merged annotation) of one image, in the order of the files."""
+    rows = connection.execute(
+        "SELECT source, text, id FROM annotations WHERE image_id = ? ORDER BY seq", (image_id,)
+    ).fetchall()
+    found = []
+    for source, text, key in rows:
+        record = json.loads(text)
+        for (more,) in connection.execute("SELECT text FROM additions WHERE id = ? ORDER BY source", (key,)):
+            added = json.loads(more)
+            record |= {name: added[name] for name in added if name not in record or name in _MERGED_FIELDS[:2]}
+        found.append((source, record))
+    return found
+
+
+class _Reader:
+    def __init__(self, connection: sqlite3.Connection, report: Report):
+        self.connection, self.report = connection, report
+        self.categories: dict[int, dict[str, Any]] = {}
+        self.info: dict[str, Any] = {}
+        self.licenses: list[dict[str, Any]] = []
+        self.sequence = 0
+
+    def read(self, path: Path, source: int) -> None:
+        for key, value, text in read_coco(path):
+            match key:
+                case "images":
+                    self._image(path, source, value, text)
+                case "annotations":
+                    self._annotation(path, source, value, text)
+                case "categories":
+                    self._category(path, value)
+                case "licenses":
+                    if value not in self.licenses:
+                        self.licenses.append(value)
+                case "info" if isinstance(value, dict) and not self.info:
+                    self.info = value
+
+    def _image(self, path: Path, source: int, record: Any, text: str) -> None:
+        if finding := check_image(record):
+            self.report(Problem(str(path), "image", _id_of(record), *finding))
+            return
+        other = self._insert("images", record["id"], (record["id"], self.sequence, source, text))
+        self.sequence += 1
+        if other is None:
+            return
+        if other[0] == source:
+            finding = ("its id is there twice", "give each image an id of its own")
+            self.report(Problem(str(path), "image", record["id"], *finding))
+        elif json.loads(other[1])["file_name"] != record["file_name"]:
+            what = f"its id means {json.loads(other[1])['file_name']} in another file and {record['file_name']} here"
+            raise ValueError(f"{path}: image {record['id']}: {what}; merge only files of the same images")
+
+    def _annotation(self, path: Path, source: int, record: Any, text: str) -> None:
+        if finding := check_annotation_ids(record):
+            self.report(Problem(str(path), "annotation", _id_of(record), *finding))
+            return
+        row = (record["id"], self.sequence, record["image_id"], source, text)
+        other = self._insert("annotations", record["id"], row)
+        self.sequence += 1
+        if other is None:
+            return
+        first = json.loads(other[1])
+        if other[0] == source:
+            finding = ("its id is there twice", "give each annotation an id of its own")
+            self.report(Problem(str(path), "annotation", record["id"], *finding))
+        elif any(first[name] != record[name] for name in ("image_id", "category_id")):
+            what = "it is on another image or of another category in the other file"
+            raise ValueError(f"{path}: annotation {record['id']}: {what}; merge only files of the same annotations")
+        elif self.connection.execute(
+            "SELECT 1 FROM additions WHERE id = ? AND source = ?", (record["id"], source)
+        ).fetchone():
+            finding = ("its id is there twice", "give each annotation an id of its own")
+            self.report(Problem(str(path), "annotation", record["id"], *finding))
+        else:
+            self.connection.execute("INSERT INTO additions VALUES (?, ?, ?)", (record["id"], source, text))
+
+    def _category(self, path: Path, record: Any) -> None:
+        if not isinstance(record, dict) or not isinstance(record.get("id"), int) or "name" not in record:
+            raise ValueError(f"{path}: category {record!r} has no integer id or no name; mend the list of categories")
+        known = self.categories.setdefault(record["id"], {})
+        if known and known["name"] != record["name"]:
+            raise ValueError(
+                f"{path}: category {record['id']} is both {known['name']!r} and {record['name']!r}; "
+                "give each category an id of its own"
+            )
+        known.update(record)
+
+    def _insert(self, table: str, key: int, row: tuple[Any, ...]) -> tuple[int, str] | None:
+        """Inserts a new row; of a known id returns (source, text) of the row that has it."""
+        marks = ", ".join("?" * len(row))
+        if self.connection.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount:
+            return None
+        found: tuple[int, str] = self.connection.execute(
+            f"SELECT source, text FROM {table} WHERE id = ?",
+            (key,),
+        ).fetchone()
+        return found
+
+
+def _report_orphans(connection: sqlite3.Connection, sources: Sequence[Path], report: Report) -> None:
+    """Annotations of images that no file lists."""
+    query = "FROM annotations WHERE image_id NOT IN (SELECT id FROM images)"
+    for key, image_id, source in connection.execute(f"SELECT id, image_id, source {query} ORDER BY seq"):
+        what = f"image_id {image_id} is not among the images"
+        report(Problem(str(sources[source]), "annotation", key, what, "add the image or drop the annotation"))
+    connection.execute(f"DELETE {query}")
+
+
+def _id_of(record: Any) -> Any:
+    return record.get("id", "without id") if isinstance(record, dict) else repr(record)[:40]
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
