@@ -31,7 +31,8 @@ from model.roi_ops import RoIOperation, align_operation, pool_operation, warp_op
 from model.rpn import RPN
 
 BOX_SIDE, MASK_SIDE = 7, 14  # of RoI features
-FPN_STRIDES = (4, 8, 16, 32, 64)
+RESNEXTS = {"50-32x4d": (50, 32, 4), "101-32x8d": (101, 32, 8), "101-64x4d": (101, 64, 4)}  # depth, groups, width
+MAP_STRIDES = (4, 8, 16, 32)  # of res2 to res5
 VGG_CHANNELS = 512
 
 
@@ -44,52 +45,76 @@ def build_detector(cfg: config.ModelConfig, seed: int = 0) -> Detector:
 
 
 def _assemble(cfg: config.ModelConfig) -> Detector:
-    backbone, channels, res5 = build_backbone(cfg.backbone, keep_res5=not isinstance(cfg.layout, config.C4))
-    layout, width, rpn_strides, roi_strides = build_layout(cfg.layout, channels)
+    backbone, channels = build_backbone(cfg.backbone, _num_stages(cfg.layout))
+    layout, width, rpn_strides, roi_strides = build_layout(cfg.layout, channels, len(cfg.anchors.sizes_px))
     roi = partial(build_roi_op, cfg.roi, strides=roi_strides)
+    rpn = build_rpn(cfg, width, rpn_strides)
     crops: SeparateCrops | SharedCrops
-    if res5 is not None:
-        crops, box_width, mask_width, side = SharedCrops(roi(BOX_SIDE), res5), channels[-1], channels[-1], BOX_SIDE
+    if isinstance(cfg.layout, config.C4):
+        crops, width, side = SharedCrops(roi(BOX_SIDE), build_res5(cfg.backbone)), channels[-1], BOX_SIDE
     else:
-        crops, box_width, mask_width, side = SeparateCrops(roi(BOX_SIDE), roi(MASK_SIDE)), width, width, MASK_SIDE
+        crops, side = SeparateCrops(roi(BOX_SIDE), roi(MASK_SIDE)), MASK_SIDE
     return Detector(
         Normalise(cfg.image.mean, cfg.image.std, cfg.image.channels == "bgr"),
         backbone,
         layout,
-        build_rpn(cfg, width, rpn_strides),
+        rpn,
         crops,
-        build_box_branch(cfg, box_width),
-        build_mask_branch(cfg.mask, cfg.num_classes, mask_width, side),
-        build_keypoint_branch(cfg.keypoints, mask_width, side),
+        build_box_branch(cfg, width),
+        build_mask_branch(cfg.mask, cfg.num_classes, width, side),
+        build_keypoint_branch(cfg.keypoints, width, side),
         _settings(cfg),
     )
 
 
-def build_backbone(cfg: config.Backbone, keep_res5: bool) -> tuple[nn.Module, list[int], nn.Module | None]:
-    """The image network, the channels of its maps, and res5 apart, at stride 1, unless `keep_res5`."""
+def _num_stages(cfg: config.Layout) -> int:
+    """How many of res2 to res5 the layout reads."""
     match cfg:
-        case config.ResNet():
-            network = _residual(*RESNETS[cfg.depth], 1, 64, cfg.norm)
-            if cfg.stride_in_1x1:
-                move_strides_to_1x1(network)
-        case config.ResNeXt():
-            depth, groups, width = {"50-32x4d": (50, 32, 4), "101-32x8d": (101, 32, 8), "101-64x4d": (101, 64, 4)}[
-                cfg.variant
-            ]
-            network = _residual(*RESNETS[depth], groups, width, cfg.norm)
-        case config.VGG16():
-            return VGGMaps(cfg.frozen_stages), [VGG_CHANNELS], None
+        case config.C4():
+            return 3
+        case config.C5() | config.Conv5():
+            return 4
+        case config.FPN():
+            return MAP_STRIDES.index(cfg.strides[-1]) + 1
         case _:
             assert_never(cfg)
-    channels = feature_channels(network)
-    if keep_res5:
-        return ResNetMaps(network, 4, cfg.frozen_stages), channels, None
-    res5 = cast(nn.Module, network.layer4)
+
+
+def build_backbone(cfg: config.Backbone, stages: int) -> tuple[nn.Module, list[int]]:
+    """The image network up to that stage, and the channels of res2 to res5 (of VGG: of its one map)."""
+    match cfg:
+        case config.ResNet() | config.ResNeXt():
+            network = _residual(cfg)
+            return ResNetMaps(network, stages, cfg.frozen_stages), feature_channels(network)
+        case config.VGG16():
+            return VGGMaps(cfg.frozen_stages), [VGG_CHANNELS]
+        case _:
+            assert_never(cfg)
+
+
+def build_res5(cfg: config.Backbone) -> nn.Module:
+    """The last residual stage at stride 1, as the RoI head of C4."""
+    assert not isinstance(cfg, config.VGG16)
+    res5 = cast(nn.Module, _residual(cfg).layer4)
     keep_resolution(res5)
-    return ResNetMaps(network, 3, cfg.frozen_stages), channels, res5
+    return res5
 
 
-def _residual(block: type[nn.Module], layers: tuple[int, ...], groups: int, width: int, norm: config.Norm) -> nn.Module:
+def _residual(cfg: config.ResNet | config.ResNeXt) -> nn.Module:
+    match cfg:
+        case config.ResNet():
+            network = _normed(*RESNETS[cfg.depth], 1, 64, cfg.norm)
+            if cfg.stride_in_1x1:
+                move_strides_to_1x1(network)
+            return network
+        case config.ResNeXt():
+            depth, groups, width = RESNEXTS[cfg.variant]
+            return _normed(*RESNETS[depth], groups, width, cfg.norm)
+        case _:
+            assert_never(cfg)
+
+
+def _normed(block: type[nn.Module], layers: tuple[int, ...], groups: int, width: int, norm: config.Norm) -> nn.Module:
     match norm:
         case config.FrozenBatchNorm():
             network = resnet(block, layers, groups, width, None)
@@ -103,7 +128,9 @@ def _residual(block: type[nn.Module], layers: tuple[int, ...], groups: int, widt
             assert_never(norm)
 
 
-def build_layout(cfg: config.Layout, channels: list[int]) -> tuple[nn.Module, int, tuple[int, ...], tuple[int, ...]]:
+def build_layout(
+    cfg: config.Layout, channels: list[int], rpn_levels: int
+) -> tuple[nn.Module, int, tuple[int, ...], tuple[int, ...]]:
     """The layout, the channels of its maps, and the strides of its RPN and RoI maps."""
     match cfg:
         case config.C4():
@@ -113,8 +140,11 @@ def build_layout(cfg: config.Layout, channels: list[int]) -> tuple[nn.Module, in
         case config.Conv5():
             return LastMap(), channels[-1], (16,), (16,)
         case config.FPN():
-            levels = [FPN_STRIDES.index(stride) for stride in cfg.roi_strides]
-            return Pyramid(channels, cfg.channels, levels), cfg.channels, FPN_STRIDES, cfg.roi_strides
+            levels = [cfg.strides.index(stride) for stride in cfg.roi_strides]
+            used = [channels[MAP_STRIDES.index(stride)] for stride in cfg.strides]
+            coarser = rpn_levels - len(used)
+            rpn_strides = tuple(cfg.strides[0] << level for level in range(rpn_levels))
+            return Pyramid(used, cfg.channels, levels, coarser), cfg.channels, rpn_strides, cfg.roi_strides
         case _:
             assert_never(cfg)
 

@@ -6,6 +6,7 @@ Faster R-CNN (1506.01497), FPN (1612.03144), MNC for RoIWarp (1512.04412).
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -136,11 +137,24 @@ class Conv5(Record):
 
 
 class FPN(Record):
-    """Feature pyramid P2 to P6; a RoI's level is floor(4 + log2(sqrt(wh) / 224)), clamped to `roi_strides`."""
+    """Feature pyramid; a RoI's level is floor(4 + log2(sqrt(wh) / 224)), clamped to `roi_strides`.
+
+    The RPN reads every map and, up to the length of `anchors.sizes_px`, coarser ones that halve the last (P6).
+    """
 
     kind: Literal["fpn"] = "fpn"
     channels: int = Field(256, ge=8)
-    roi_strides: tuple[int, ...] = (4, 8, 16, 32)
+    strides: tuple[Literal[4, 8, 16, 32], ...] = Field((4, 8, 16, 32), min_length=1)  # the backbone maps merged
+    roi_strides: tuple[Literal[4, 8, 16, 32], ...] = Field((4, 8, 16, 32), min_length=1)
+
+    @model_validator(mode="after")
+    def _consecutive(self) -> FPN:
+        for name, strides in (("strides", self.strides), ("roi_strides", self.roi_strides)):
+            if any(coarser != 2 * finer for finer, coarser in pairwise(strides)):
+                raise ValueError(f"{name} must double from one to the next, finest first; they are {strides}")
+        if not set(self.roi_strides) <= set(self.strides):
+            raise ValueError(f"roi_strides {self.roi_strides} must be among strides {self.strides}")
+        return self
 
 
 Layout: TypeAlias = Annotated[C4 | C5 | Conv5 | FPN, Field(discriminator="kind")]
@@ -380,12 +394,13 @@ class ModelConfig(Record):
                 f"backbone '{self.backbone.kind}' cannot have layout '{self.layout.kind}': 'vgg16' has one "
                 "stride-16 map, which is layout 'conv5', and only it has; residual networks take 'c4', 'c5' or 'fpn'"
             )
-        levels = 5 if isinstance(self.layout, FPN) else 1
-        if len(self.anchors.sizes_px) != levels:
+        levels = len(self.anchors.sizes_px)
+        if isinstance(self.layout, FPN) and levels < len(self.layout.strides):
             raise ValueError(
-                f"layout '{self.layout.kind}' has {levels} RPN level(s), "
-                f"anchors.sizes_px has {len(self.anchors.sizes_px)}"
+                f"anchors.sizes_px has {levels} level(s), fewer than the {len(self.layout.strides)} maps of the pyramid"
             )
+        if not isinstance(self.layout, FPN) and levels != 1:
+            raise ValueError(f"layout '{self.layout.kind}' has one RPN level, anchors.sizes_px has {levels}")
         if len({len(sizes) for sizes in self.anchors.sizes_px}) != 1:
             raise ValueError("anchors.sizes_px must have equally many sizes on every level: the RPN head is shared")
         if isinstance(self.layout, C4) and self.backbone.frozen_stages > 4:
@@ -473,7 +488,7 @@ PRESETS: dict[str, ModelConfig] = {
         backbone=ResNet(depth=18, norm=GroupNorm(groups=16), frozen_stages=0),
         weights=NoWeights(),
         image=ImageInput(short_side_px=128, max_side_px=128),
-        layout=FPN(channels=64, roi_strides=(16,)),
+        layout=FPN(channels=64, strides=(4, 8, 16), roi_strides=(16,)),
         anchors=Anchors(sizes_px=((8,), (16,), (32,), (64,), (128,))),
         rpn=RPN(batch_per_image=64, pre_nms_train=200, pre_nms_test=200, post_nms_train=100, post_nms_test=100),
         sampling=RoISampling(rois_per_image=64),

@@ -136,7 +136,7 @@ class Detector(nn.Module):
         return replace(batch, **{name: _fit(getattr(batch, name), slots) for name in names})
 
     def _maps(self, pixels: Tensor) -> Maps:
-        maps: Maps = self.layout(self.backbone(pixels))
+        maps: Maps = self.layout(self.backbone(pixels.contiguous(memory_format=torch.channels_last)))
         return maps
 
     def _rpn_targets(self, outputs: AnchorOutputs, batch: Batch) -> RPNTargets:

@@ -38,18 +38,23 @@ class ReducedLastMap(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """FPN (arXiv 1612.03144): 1 x 1 laterals, nearest upsampling, 3 x 3 outputs P2 to P5; P6 is every second cell."""
+    """FPN (arXiv 1612.03144): 1 x 1 laterals, nearest upsampling, 3 x 3 outputs; coarser levels halve the last."""
 
-    def __init__(self, in_channels: Sequence[int], channels: int, roi_levels: Sequence[int]) -> None:
+    def __init__(self, in_channels: Sequence[int], channels: int, roi_levels: Sequence[int], num_coarser: int) -> None:
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
         self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
-        self.roi_levels = tuple(roi_levels)  # indices into P2 to P5
+        self.roi_levels = tuple(roi_levels)  # indices into the outputs
+        self.num_coarser = num_coarser
 
     def forward(self, maps: Sequence[Tensor]) -> Maps:
-        merged = [lateral(m) for lateral, m in zip(self.lateral, maps, strict=True)]
+        """The backbone's maps; its last `len(in_channels)` are merged."""
+        used = maps[-len(self.lateral) :]
+        merged = [lateral(m) for lateral, m in zip(self.lateral, used, strict=True)]
         for i in range(len(merged) - 2, -1, -1):
             merged[i] = merged[i] + F.interpolate(merged[i + 1], size=merged[i].shape[-2:], mode="nearest")
         levels = [output(m) for output, m in zip(self.output, merged, strict=True)]
-        coarsest = levels[-1][:, :, ::2, ::2]
-        return Maps([*levels, coarsest], [levels[i] for i in self.roi_levels])
+        roi = [levels[i] for i in self.roi_levels]
+        for _ in range(self.num_coarser):
+            levels.append(levels[-1][:, :, ::2, ::2])
+        return Maps(levels, roi)
