@@ -1,0 +1,165 @@
+"""From a submission to rows of the ledger: what the service refuses, and what it writes down."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from sqlalchemy import Connection, Engine, insert, select
+
+from orchestrator import ledger, storage
+from orchestrator.config import ServiceSettings, Submission
+from orchestrator.decide import Gang, Node, fit, needs
+from orchestrator.reconcile import code_path, gang_of
+from orchestrator.tables import STUDIES, TRIALS
+
+
+def check(submission: Submission, settings: ServiceSettings, nodes: Sequence[Node]) -> None:
+    """Raises ValueError, one line, for what this service will never run. `nodes` is empty while it is not known."""
+    study = submission.study
+    keys = [trial.key for trial in submission.trials]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"trials: key {twice!r} occurs twice; name each trial once")
+    if study.gpu_hours and not study.resources.gpus_per_rank:
+        raise ValueError(
+            f"gpu_hours: a budget of {study.gpu_hours:g} has no effect, resources.gpus_per_rank is 0; remove one"
+        )
+    if submission.code and not code_path(settings, submission.code).exists():
+        raise ValueError(f"code: package {submission.code[:12]} was not uploaded; PUT it to /v1/code first")
+    gang = gang_of(study.model_dump())
+    if nodes and fit(gang, {node.id: node.total for node in nodes}) is None:
+        raise ValueError(f"resources: a trial needs {needs(gang)}; {_shape(nodes, gang)}; ask for less")
+    _check_paths(submission, settings)
+
+
+def _shape(nodes: Sequence[Node], gang: Gang) -> str:
+    parts = [
+        f"{sum(node.total.get(name, 0.0) for node in nodes):g} {name}{'s' if name in ('CPU', 'GPU') else ''}"
+        for name in sorted(gang.per_rank, reverse=True)
+    ]
+    return f"the whole cluster holds {' and '.join(parts)} on {len(nodes)} node{'s' if len(nodes) != 1 else ''}"
+
+
+def _check_paths(submission: Submission, settings: ServiceSettings) -> None:
+    """With roots configured, every path and URI that a study names must lie in one of them."""
+    if not settings.roots:
+        return
+    named = [("storage", submission.storage)] if submission.storage else []
+    for trial in submission.trials:
+        named += [(f"trial {trial.key}, {path}", value) for path, value in _strings(trial.run, "run")]
+    for where, value in named:
+        outside = "://" in value or value.startswith(("/", "~", "\\")) or ".." in Path(value).parts
+        if outside and not any(_within(value, root) for root in settings.roots):
+            raise ValueError(f"{where}: {value!r} is outside the service's roots ({', '.join(settings.roots)})")
+
+
+def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(item, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _strings(item, f"{path}.{index}")
+
+
+def _within(value: str, root: str) -> bool:
+    value, root = (item.removeprefix("file://") for item in (value, root))
+    if ("://" in value) != ("://" in root):
+        return False
+    if "://" in root:
+        ours, theirs = urlsplit(root), urlsplit(value)
+        path = os.path.normpath("/" + theirs.path.lstrip("/"))
+        base = os.path.normpath("/" + ours.path.lstrip("/"))
+        same_place = (ours.scheme, ours.netloc) == (theirs.scheme, theirs.netloc)
+        return same_place and "%" not in theirs.path and _below(path, base)
+    if value.startswith("~"):
+        return False
+    return _below(os.path.realpath(value), os.path.realpath(root))
+
+
+def _below(path: str, base: str) -> bool:
+    return path == base or path.startswith(base.rstrip("/") + "/")
+
+
+def accept(
+    engine: Engine, settings: ServiceSettings, submission: Submission, owner: str, now: float
+) -> tuple[str, bool]:
+    """The study's id, and whether it is new: the same idempotency key of one owner is one study."""
+    with engine.begin() as connection:
+        known = _by_key(connection, owner, submission.idempotency_key)
+        if known:
+            return known, False
+        study = ledger.new_study_id(submission.study.name)
+        base = submission.storage or storage_root(settings)
+        if "://" not in base:
+            base = str(Path(base).absolute())
+        _insert(connection, study, base, submission, owner, now)
+        ledger.record(connection, "submitted", f"{len(submission.trials)} trials, by {owner}", study=study, at=now)
+        finished = {}
+        if not submission.fresh:
+            finished = ledger.finished_by_identity(connection, [trial.identity for trial in submission.trials])
+        rows = []
+        for position, plan in enumerate(submission.trials):
+            trial = f"{study}-{position:03d}"
+            row = {
+                "id": trial,
+                "study": study,
+                "position": position,
+                **plan.model_dump(),
+                "state": "queued",
+                "queued_at": now,
+                "metrics": {},
+                "progress": {},
+                "marks": [],
+                "folder": storage.join(base, study, trial),
+                "cached_from": "",
+                "mlflow_run_id": "",
+                "mlflow_closed": False,
+            }
+            source = finished.get(plan.identity)
+            if source is not None:
+                row |= ledger.cached_values(source)
+                text = f"taken from trial {source['id']}"
+                ledger.record(connection, "cached", text, study=study, trial=trial, at=now)
+            rows.append(row)
+        for start in range(0, len(rows), 500):
+            connection.execute(insert(TRIALS), rows[start : start + 500])
+        ledger.end_study_if_over(connection, study, now)
+    return study, True
+
+
+def _insert(connection: Connection, study: str, base: str, submission: Submission, owner: str, now: float) -> None:
+    connection.execute(
+        insert(STUDIES).values(
+            id=study,
+            name=submission.study.name,
+            owner=owner,
+            state="active",
+            priority=submission.study.priority,
+            created_at=now,
+            storage=base,
+            code=submission.code,
+            spec=submission.study.model_dump(mode="json"),
+            study_yaml=submission.study_yaml,
+            warnings=list(submission.warnings),
+            fresh=submission.fresh,
+            idempotency_key=submission.idempotency_key or None,
+        )
+    )
+
+
+def _by_key(connection: Connection, owner: str, key: str) -> str:
+    if not key:
+        return ""
+    query = select(STUDIES.c.id).where(STUDIES.c.owner == owner, STUDIES.c.idempotency_key == key)
+    return connection.execute(query).scalar() or ""
+
+
+def storage_root(settings: ServiceSettings) -> str:
+    return settings.storage or str(Path(settings.home) / "studies")

@@ -1,0 +1,121 @@
+"""MLflow's side of studies and trials, and webhooks: whatever may wait for a server that is down.
+
+Each step finds its work in the ledger and marks it there when it is done, so nothing is lost and nothing done twice.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import httpx
+from sqlalchemy import Engine, select, update
+
+from orchestrator import ledger
+from orchestrator.config import FINAL_STATES
+from orchestrator.mlflow_client import MLflow
+from orchestrator.tables import STUDIES, TRIALS
+
+LOG = logging.getLogger("maskray")
+_ENDED_STUDY = ("done", "failed", "cancelled")
+_STATUS = {"done": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
+
+
+def make_parents(engine: Engine, mlflow: MLflow) -> None:
+    """An experiment and a parent run for each study that has none; looked up by tag, since a POST may be repeated."""
+    with ledger.reading(engine) as connection:
+        query = select(STUDIES).where(STUDIES.c.mlflow_run_id == "", STUDIES.c.state.in_(("active", "paused")))
+        studies = list(connection.execute(query).mappings())
+    for study in studies:
+        tags = {"maskray.study": study["id"], "maskray.owner": study["owner"]}
+        experiment = mlflow.experiment(study["id"], {**tags, "mlflow.note.content": study["spec"]["question"]})
+        found = mlflow.run_by_tag(experiment, "maskray.parent", study["id"])
+        if found is not None:
+            run = str(found["info"]["run_id"])
+        else:
+            run = mlflow.create_run(
+                experiment, study["name"], {**tags, "maskray.parent": study["id"]}, study["created_at"]
+            )
+            mlflow.put_artifact(run, "study.yaml", study["study_yaml"].encode())
+        with engine.begin() as connection:
+            connection.execute(
+                update(STUDIES)
+                .where(STUDIES.c.id == study["id"])
+                .values(mlflow_experiment=study["id"], mlflow_run_id=run)
+            )
+
+
+def close_runs(engine: Engine, mlflow: MLflow, now: float) -> int:
+    """Ends the MLflow runs of trials and studies that are over, as a kill leaves them RUNNING. How many it ended."""
+    ended = 0
+    with ledger.reading(engine) as connection:
+        columns = (TRIALS.c.id, TRIALS.c.state, TRIALS.c.error, TRIALS.c.cached_from)
+        query = (
+            select(*columns, TRIALS.c.study, STUDIES.c.mlflow_experiment, STUDIES.c.mlflow_run_id.label("parent"))
+            .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
+            .where(TRIALS.c.mlflow_closed.is_(False), TRIALS.c.state.in_(FINAL_STATES))
+            .limit(200)
+        )
+        trials = list(connection.execute(query).mappings())
+    for trial in trials:
+        run_id = ""
+        if trial["mlflow_experiment"] and not trial["cached_from"]:
+            experiment = mlflow.experiment(trial["mlflow_experiment"], {})
+            for run in mlflow.runs(experiment, f"tags.`maskray.trial` = '{trial['id']}'"):
+                run_id = str(run["info"]["run_id"])
+                ended += _close(mlflow, run, trial, now)
+        values = {"mlflow_closed": True, **({"mlflow_run_id": run_id} if run_id else {})}
+        with engine.begin() as connection:
+            ledger.move_trial(connection, trial["id"], FINAL_STATES, values)
+    return ended + _close_parents(engine, mlflow, now)
+
+
+def _close(mlflow: MLflow, run: dict[str, object], trial: ledger.Row, now: float) -> int:
+    info = run["info"]
+    assert isinstance(info, dict)
+    tags = {tag["key"]: tag["value"] for tag in _tags(run)}
+    run_id = str(info["run_id"])
+    if trial["parent"] and "mlflow.parentRunId" not in tags:  # it started while MLflow was down
+        mlflow.set_tag(run_id, "mlflow.parentRunId", trial["parent"])
+    if trial["error"]:
+        mlflow.set_tag(run_id, "maskray.error", trial["error"])
+    if info["status"] not in ("RUNNING", "SCHEDULED"):
+        return 0
+    mlflow.end_run(run_id, _STATUS[trial["state"]], now)
+    return 1
+
+
+def _tags(run: dict[str, object]) -> list[dict[str, str]]:
+    data = run.get("data")
+    return list(data.get("tags", [])) if isinstance(data, dict) else []
+
+
+def _close_parents(engine: Engine, mlflow: MLflow, now: float) -> int:
+    with ledger.reading(engine) as connection:
+        query = select(STUDIES.c.id, STUDIES.c.state, STUDIES.c.ended_at, STUDIES.c.mlflow_run_id).where(
+            STUDIES.c.mlflow_closed.is_(False), STUDIES.c.mlflow_run_id != "", STUDIES.c.state.in_(_ENDED_STUDY)
+        )
+        studies = list(connection.execute(query).mappings())
+    for study in studies:
+        mlflow.end_run(study["mlflow_run_id"], _STATUS[study["state"]], study["ended_at"] or now)
+        with engine.begin() as connection:
+            connection.execute(update(STUDIES).where(STUDIES.c.id == study["id"]).values(mlflow_closed=True))
+    return len(studies)
+
+
+def send_webhooks(engine: Engine, url: str) -> None:
+    """Tells `url` of each study that is over, until it answers with success."""
+    with ledger.reading(engine) as connection:
+        query = select(STUDIES.c.id, STUDIES.c.name, STUDIES.c.owner, STUDIES.c.state, STUDIES.c.ended_at).where(
+            STUDIES.c.webhook_sent.is_(False), STUDIES.c.state.in_(_ENDED_STUDY)
+        )
+        studies = list(connection.execute(query).mappings())
+    for study in studies:
+        body = {**study, "study": study["id"]}
+        try:
+            response = httpx.post(url, json=body, timeout=10.0, trust_env=False)
+            response.raise_for_status()
+        except httpx.HTTPError as error:
+            LOG.warning("webhook of study %s: %s; tried again later", study["id"], type(error).__name__)
+            return
+        with engine.begin() as connection:
+            connection.execute(update(STUDIES).where(STUDIES.c.id == study["id"]).values(webhook_sent=True))

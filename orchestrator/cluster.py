@@ -1,0 +1,209 @@
+"""Ray as the orchestrator sees it: the Jobs API and the nodes over HTTP, and the head of a local service.
+
+Nothing here imports ray: the head is Ray's own command, everything else its dashboard's HTTP interface.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+
+from orchestrator.decide import Node
+from orchestrator.processes import ChildRecord, free_ports, start_child
+
+JobState = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
+ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
+_HIDDEN = re.compile(r"^(node:|memory$|object_?store_?memory$|bundle_|.*_group_)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Job:
+    submission_id: str
+    state: JobState
+    message: str
+    exit_code: int | None
+    node: str  # of the driver
+    metadata: Mapping[str, str]
+
+
+class UnreachableError(RuntimeError):
+    """The cluster does not answer now; what it was doing may still be going on."""
+
+
+class Cluster:
+    """A client of one Ray dashboard. Every method raises UnreachableError if there is no sound answer."""
+
+    def __init__(self, url: str, token: str, timeout_s: float = 20.0) -> None:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self.url = url.rstrip("/")
+        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def session(self) -> str:
+        """The name of the head's life: another name means that a new head forgot everything."""
+        return str(self._json("GET", "/api/version")["session_name"])
+
+    def nodes(self) -> list[Node]:
+        status = self._json("GET", "/api/cluster_status")["data"]["clusterStatus"]
+        usage: Mapping[str, Mapping[str, Sequence[float]]] = status["loadMetricsReport"].get("usageByNode") or {}
+        return [_node(name, amounts) for name, amounts in sorted(usage.items())]
+
+    def jobs(self) -> dict[str, Job]:
+        """The jobs submitted through the API, by submission id."""
+        return {
+            job["submission_id"]: Job(
+                submission_id=job["submission_id"],
+                state=job["status"],
+                message=" ".join((job.get("message") or "").split())[:1000],
+                exit_code=job.get("driver_exit_code"),
+                node=job.get("driver_node_id") or "",
+                metadata=job.get("metadata") or {},
+            )
+            for job in self._json("GET", "/api/jobs/")
+            if job.get("submission_id")
+        }
+
+    def submit(
+        self, submission_id: str, entry: str, environment: Mapping[str, str], package: str, metadata: Mapping[str, str]
+    ) -> None:
+        """Starts a job; one of this id that exists already is the same job and is left alone."""
+        runtime: dict[str, Any] = {"env_vars": dict(environment)}
+        if package:
+            runtime["working_dir"] = f"gcs://{package}"
+        body = {
+            "entrypoint": entry,
+            "submission_id": submission_id,
+            "runtime_env": runtime,
+            "metadata": dict(metadata),
+        }
+        response = self._send("POST", "/api/jobs/", json=body, timeout=60.0)
+        if response.status_code != 200 and "already exists" not in response.text:
+            raise UnreachableError(f"Ray at {self.url} refused job {submission_id}: {_last_line(response.text)}")
+
+    def stop(self, submission_id: str) -> None:
+        self._send("POST", f"/api/jobs/{submission_id}/stop")
+
+    def forget(self, submission_id: str) -> None:
+        """Drops an ended job from Ray's own memory, which otherwise grows with every attempt."""
+        self._send("DELETE", f"/api/jobs/{submission_id}")
+
+    def log(self, submission_id: str) -> str:
+        """What the driver printed so far; empty for a job that Ray does not know."""
+        response = self._send("GET", f"/api/jobs/{submission_id}/logs")
+        return str(response.json()["logs"] or "") if response.status_code == 200 else ""
+
+    def upload(self, package: str, path: Path) -> None:
+        """Puts a zip of sources where every node can have it, unless it is there."""
+        if self._send("GET", f"/api/packages/gcs/{package}").status_code == 200:
+            return
+        response = self._send("PUT", f"/api/packages/gcs/{package}", content=path.read_bytes(), timeout=120.0)
+        if response.status_code != 200:
+            raise UnreachableError(f"Ray at {self.url} did not take package {package}: {_last_line(response.text)}")
+
+    def _json(self, method: str, path: str) -> Any:
+        response = self._send(method, path)
+        if response.status_code != 200:
+            raise UnreachableError(
+                f"Ray at {self.url}{path}: status {response.status_code}, {_last_line(response.text)}"
+            )
+        try:
+            return response.json()
+        except ValueError as error:
+            raise UnreachableError(f"Ray at {self.url}{path}: {error}") from error
+
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.HTTPError as error:
+            raise UnreachableError(f"Ray at {self.url}{path}: {error or type(error).__name__}") from error
+        if response.status_code in (401, 403):
+            raise UnreachableError(f"Ray at {self.url} refuses the token: give the cluster's own in ray_token_file")
+        return response
+
+
+def _node(name: str, amounts: Mapping[str, Sequence[float]]) -> Node:
+    shown = {resource: pair for resource, pair in amounts.items() if not _HIDDEN.match(resource)}
+    return Node(
+        id=name,
+        total={resource: pair[1] for resource, pair in shown.items()},
+        free={resource: max(0.0, pair[1] - pair[0]) for resource, pair in shown.items()},
+    )
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip(" ^~")]
+    return lines[-1][:500] if lines else "no text"
+
+
+# --- a head of one's own --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """What a local head is started with. `mark` is in the environment of every process it starts."""
+
+    home: Path
+    mark: str
+    token_file: Path
+    cpus: int = 0
+    gpus: int = -1
+    memory_mib: int = 256
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+
+def start_head(plan: HeadPlan) -> ChildRecord:
+    """Starts `ray start --head --block` in a session of its own; it answers some ten seconds later."""
+    gcs, dashboard, client = free_ports(3)
+    folder = _short_folder()
+    command = [
+        _ray_command(), "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1",
+        f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}",
+        f"--ray-client-server-port={client}", "--dashboard-agent-listen-port=0", "--include-log-monitor=false",
+        f"--object-store-memory={plan.memory_mib << 20}",
+    ]  # fmt: skip
+    if plan.cpus:
+        command.append(f"--num-cpus={plan.cpus}")
+    if plan.gpus >= 0:
+        command.append(f"--num-gpus={plan.gpus}")
+    if plan.resources:
+        import json
+
+        command.append(f"--resources={json.dumps(dict(plan.resources))}")
+    source = str(Path(__file__).resolve().parent.parent)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MASKRAY_"))},
+        "MASKRAY_MARK": plan.mark,
+        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")])),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(plan.token_file),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own switch for a head that listens on 127.0.0.1 alone
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_enable_worker_prestart": "0",
+    }
+    url = f"http://127.0.0.1:{dashboard}"
+    return start_child("ray", command, environment, plan.home, url=url, folder=folder)
+
+
+def _ray_command() -> str:
+    beside = Path(sys.executable).with_name("ray")
+    found = str(beside) if beside.exists() else shutil.which("ray")
+    if not found:
+        raise RuntimeError(f"no `ray` command beside {sys.executable}: install maskray's dependencies into it")
+    return found
+
+
+def _short_folder() -> str:
+    """A private folder for Ray's sockets, whose paths must stay below 108 bytes in all."""
+    base = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="mr", dir=base if len(base) <= 24 else "/tmp")  # noqa: S108

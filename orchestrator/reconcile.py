@@ -1,0 +1,491 @@
+"""The loop that makes the cluster do what the ledger says: observe, record, decide, act.
+
+Each tick reads everything anew, so a service that dies between two lines of it is taken up by the next one. Only the
+ledger remembers; what is kept here besides are words for people and measurements that the next tick replaces.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, select, update
+
+from orchestrator import ledger, storage
+from orchestrator.cluster import ENDED, Cluster, Job
+from orchestrator.config import ServiceSettings
+from orchestrator.decide import (
+    ELSEWHERE,
+    UNKNOWN,
+    Gang,
+    GiveUp,
+    Node,
+    Running,
+    Situation,
+    Start,
+    Stop,
+    StudyLimits,
+    Wait,
+    Waiting,
+    decide,
+    duration,
+    fit,
+    take,
+)
+from orchestrator.tables import ATTEMPTS, STUDIES, TRIALS
+from orchestrator.verdict import Ended, Verdict, judge
+from workers.config import OUTCOME_FILE, PROGRESS_FILE, RESULT_FILE, SPEC_FILE, Outcome, Progress, Result
+
+LOG = logging.getLogger("maskray")
+DRIVER_LOG = "attempts/{attempt}/driver.log"
+_FORCE_AFTER_S = 30.0  # beyond the grace, should Ray not have ended a job that it was asked to stop
+
+
+class Reconciler:
+    """One service's hands. `tracking_uri` is "" until there is a server, or if there shall be none."""
+
+    def __init__(self, engine: Engine, settings: ServiceSettings) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.nodes: Sequence[Node] = ()
+        self.waits: dict[str, Wait] = {}
+        self.cluster_words = "the cluster is starting"
+        self.tracking_uri = ""
+        self.session = ""  # of the head that the last tick saw
+        self._ledger_id = ledger.ledger_id(engine)
+        self._durations: dict[str, float] = {}  # seconds that a trial of this study took, at most
+
+    # --- one tick ---
+
+    def tick(self, cluster: Cluster, now: float) -> None:
+        """Raises UnreachableError if Ray does not answer; another tick does again what this one left undone."""
+        self.session = cluster.session()
+        jobs = cluster.jobs()
+        nodes = cluster.nodes()
+        with ledger.reading(self.engine) as connection:
+            attempts = ledger.live_attempts(connection)
+        for row in attempts:
+            self._follow(cluster, row, jobs.get(row["submission_id"]), now)
+        self._end_orphans(cluster, jobs, {row["submission_id"] for row in attempts})
+        self.nodes = nodes
+        self.cluster_words = "ready"
+        self._take_cached(now)
+        self._admit(cluster, now)
+
+    # --- observing ---
+
+    def _follow(self, cluster: Cluster, row: ledger.Row, job: Job | None, now: float) -> None:
+        if job is None and row["state"] == "submitting" and row["trial_state"] != "stopping":
+            self._submit(cluster, row["trial"], row["number"])
+        elif job is None or job.state in ENDED:
+            self._conclude(cluster, row, job, now)
+        else:
+            if job.state == "RUNNING":
+                self._note_progress(row, now)
+            self._stop_if_wished(cluster, row, now)
+
+    def _note_progress(self, row: ledger.Row, now: float) -> None:
+        values: dict[str, Any] = {}
+        attempt_values: dict[str, Any] = {}
+        seen = _record(Progress, storage.read_json(storage.join(row["folder"], PROGRESS_FILE)))
+        if seen is not None and seen.attempt == row["number"]:
+            before = row["progress"]
+            if seen.model_dump() != before:
+                values["progress"] = seen.model_dump()
+            place = (seen.attempt, seen.phase, seen.step)
+            if place != (before.get("attempt"), before.get("phase"), before.get("step")):
+                values["moved_at"] = now
+                attempt_values["step"] = seen.step
+            if row["first_step"] < 0:
+                attempt_values["first_step"] = seen.step
+        if row["state"] != "running":
+            attempt_values |= {"state": "running", "running_at": now}
+            values.setdefault("moved_at", now)
+        if not values and not attempt_values:
+            self._watch_for_stall(row, now)
+            return
+        with self.engine.begin() as connection:
+            if attempt_values:
+                self._set_attempt(connection, row, attempt_values)
+            if values:
+                ledger.move_trial(connection, row["trial"], ["starting", "running", "stopping"], values, row["number"])
+            if row["state"] != "running" and ledger.move_trial(
+                connection, row["trial"], ["starting"], {"state": "running"}, row["number"]
+            ):
+                self._record(connection, row, "running", "its driver runs", now)
+
+    def _watch_for_stall(self, row: ledger.Row, now: float) -> None:
+        still = now - row["moved_at"]
+        if row["wish"] or still < self.settings.limits.stall_s:
+            return
+        with self.engine.begin() as connection:
+            values = {"state": "stopping", "wish": "stall"}
+            if ledger.move_trial(connection, row["trial"], ["starting", "running"], values, row["number"]):
+                self._record(connection, row, "stalled", f"no step for {duration(still)}: it is started again", now)
+
+    def _stop_if_wished(self, cluster: Cluster, row: ledger.Row, now: float) -> None:
+        if row["trial_state"] != "stopping":
+            return
+        asked = row["stop_asked_at"]
+        if asked and now - asked < self.settings.grace_s + _FORCE_AFTER_S:
+            return
+        cluster.stop(row["submission_id"])
+        with self.engine.begin() as connection:
+            self._set_attempt(connection, row, {"stop_asked_at": now})
+
+    def _end_orphans(self, cluster: Cluster, jobs: Mapping[str, Job], known: set[str]) -> None:
+        """Jobs of ours that the ledger holds for over: a start that was fenced, a trial that was forgotten."""
+        for submission, job in jobs.items():
+            if submission in known or job.metadata.get("maskray") != self._mark():
+                continue
+            if job.state in ENDED:
+                cluster.forget(submission)
+                continue
+            with ledger.reading(self.engine) as connection:
+                query = select(ATTEMPTS.c.state).where(ATTEMPTS.c.submission_id == submission)
+                state = connection.execute(query).scalar()
+            if state not in ledger.LIVE_ATTEMPTS:  # it may have been started since `known` was read
+                LOG.warning("ending orphaned job %s", submission)
+                cluster.stop(submission)
+
+    # --- the end of an attempt ---
+
+    def _conclude(self, cluster: Cluster, row: ledger.Row, job: Job | None, now: float) -> None:
+        folder, number = row["folder"], row["number"]
+        outcome = _record(Outcome, storage.read_json(storage.join(folder, OUTCOME_FILE.format(attempt=number))))
+        result = _record(Result, storage.read_json(storage.join(folder, RESULT_FILE)))
+        if result is not None and result.attempt != number:
+            result = None
+        self._note_progress({**row, "state": "running"}, now)
+        with ledger.reading(self.engine) as connection:
+            trial = ledger.trial_row(connection, row["trial"])
+        if trial is None:
+            return
+        step = max(outcome.step if outcome else 0, trial["progress"].get("step", 0) if _of(trial, number) else 0)
+        verdict = judge(
+            Ended(
+                outcome=outcome,
+                has_result=result is not None,
+                exit_code=job.exit_code if job else None,
+                message=job.message if job else "Ray no longer knows its job",
+                wish=trial["wish"],
+                step=step,
+                best_step=row["best_step"],
+                failures=row["failures"],
+                lost=row["lost"],
+                last_error=row["error"],
+                max_attempts=row["spec"]["max_attempts"],
+            ),
+            self.settings.limits,
+        )
+        if job is not None:
+            self._keep_log(cluster, row)
+        self._write_verdict(row, verdict, result, outcome, step, now)
+        if job is not None:
+            cluster.forget(row["submission_id"])
+
+    def _write_verdict(
+        self, row: ledger.Row, verdict: Verdict, result: Result | None, outcome: Outcome | None, step: int, now: float
+    ) -> None:
+        ranks = row["spec"]["resources"]["ranks"]
+        seconds = now - (row["running_at"] or now)
+        values: dict[str, Any] = {
+            "state": verdict.state,
+            "error": verdict.error,
+            "error_class": "" if verdict.error_class == "none" else verdict.error_class,
+            "failures": verdict.failures,
+            "lost": verdict.lost,
+            "best_step": max(step, row["best_step"]),
+            "not_before": now + verdict.delay_s,
+            "wish": "",
+            "rank_seconds": TRIALS.c.rank_seconds + ranks * seconds,
+        }
+        if result is not None:
+            values |= {
+                "metrics": {name: value for name, value in result.metrics.items() if value is not None},
+                "mlflow_run_id": result.mlflow_run_id,
+            }
+        marks = result.events if result is not None else outcome.events if outcome is not None else []
+        if marks:
+            values["marks"] = [mark.model_dump() for mark in marks]
+        with self.engine.begin() as connection:
+            states = ["starting", "running", "stopping"]
+            if not ledger.move_trial(connection, row["trial"], states, values, row["number"]):
+                return
+            self._set_attempt(
+                connection, row, {"state": verdict.attempt, "cause": verdict.cause, "ended_at": now, "step": step}
+            )
+            kind = "retry" if verdict.state == "queued" and verdict.attempt != "stopped" else verdict.state
+            cause = f"{verdict.cause}: {verdict.error}" if verdict.state == "failed" else verdict.cause
+            self._record(connection, row, kind, cause, now)
+            ledger.end_study_if_over(connection, row["study"], now)
+        LOG.info("trial %s attempt %d: %s, %s", row["trial"], row["number"], verdict.state, verdict.cause)
+
+    def _keep_log(self, cluster: Cluster, row: ledger.Row) -> None:
+        text = cluster.log(row["submission_id"])
+        path = storage.join(row["folder"], DRIVER_LOG.format(attempt=row["number"]))
+        storage.write_bytes(path, text.encode())
+
+    # --- starting ---
+
+    def _admit(self, cluster: Cluster, now: float) -> None:
+        with ledger.reading(self.engine) as connection:
+            attempts = ledger.live_attempts(connection)
+            waiting = ledger.waiting_trials(connection)
+            studies = self._study_limits(connection, attempts, now)
+            self._measure_durations(connection, {row["study"] for row in waiting})
+        held, free = self._hold_back(waiting, attempts, now)
+        situation = Situation(
+            nodes=self.nodes,
+            waiting=[self._waiting(row, now) for row in free],
+            running=self._running(attempts),
+            studies=studies,
+        )
+        decisions = decide(situation, self.settings.limits)
+        waits = {wait.trial: wait for wait in held}
+        for decision in decisions:
+            match decision:
+                case Start():
+                    number = ledger.start_attempt(self.engine, decision.trial, now, decision.why)
+                    if number:
+                        self._submit(cluster, decision.trial, number)
+                case Stop():
+                    self._wish(decision.trial, "budget", decision.why, now)
+                case GiveUp():
+                    self._give_up(decision.trial, decision.why, now)
+                case Wait():
+                    waits[decision.trial] = decision
+        self.waits = waits
+
+    def _submit(self, cluster: Cluster, trial: str, number: int) -> None:
+        """Writes the attempt's spec and starts its job. Doing it twice does it once: the submission id is the fence."""
+        with ledger.reading(self.engine) as connection:
+            row = ledger.trial_row(connection, trial)
+            study = ledger.study_row(connection, row["study"]) if row is not None else None
+        if row is None or study is None:
+            return
+        spec = self._spec(row, study, number)
+        path = storage.join(row["folder"], SPEC_FILE.format(attempt=number))
+        storage.write_bytes(path, json.dumps(spec, indent=1).encode())
+        package = ""
+        if study["code"]:
+            package = f"_ray_pkg_{study['code'][:32]}.zip"
+            cluster.upload(package, code_path(self.settings, study["code"]))
+        environment = {
+            **self.settings.environment,
+            "RAY_JOB_STOP_SIGNAL": "SIGINT",
+            "RAY_JOB_STOP_WAIT_TIME_S": f"{self.settings.grace_s + 15:.0f}",
+        }
+        entry = f"exec {shlex.join([*self.settings.entry, '--spec', path])}"
+        submission = f"{trial}-{number}"
+        cluster.submit(submission, entry, environment, package, {"maskray": self._mark(), "trial": trial})
+        with self.engine.begin() as connection:
+            connection.execute(
+                update(ATTEMPTS)
+                .where(ATTEMPTS.c.submission_id == submission, ATTEMPTS.c.state == "submitting")
+                .values(state="submitted")
+            )
+
+    def _spec(self, trial: ledger.Row, study: ledger.Row, number: int) -> dict[str, Any]:
+        """A workers.config.RunSpec as data: the study's own code validates it."""
+        resources = study["spec"]["resources"]
+        tracking: dict[str, Any] = {"kind": "none"}
+        if self.tracking_uri:
+            tracking = {
+                "kind": "mlflow",
+                "uri": self.tracking_uri,
+                "experiment": study["mlflow_experiment"] or study["id"],
+                "parent_run_id": study["mlflow_run_id"],
+            }
+        return {
+            "run": trial["run"],
+            "storage": trial["folder"],
+            "study": study["id"],
+            "trial": trial["id"],
+            "name": trial["key"],
+            "arm": trial["arm"],
+            "attempt": number,
+            "ranks": resources["ranks"],
+            "cpus_per_rank": resources["cpus_per_rank"],
+            "gpus_per_rank": resources["gpus_per_rank"],
+            "rank_resources": resources["custom_per_rank"],
+            "tracking": tracking,
+            "tags": {**trial["tags"], "maskray.owner": study["owner"]},
+            "study_yaml": study["study_yaml"],
+            "grace_s": self.settings.grace_s,
+        }
+
+    # --- what decide needs to know ---
+
+    def _waiting(self, row: ledger.Row, now: float) -> Waiting:
+        return Waiting(
+            trial=row["id"],
+            study=row["study"],
+            owner=row["owner"],
+            gang=gang_of(row["spec"]),
+            priority=row["priority"],
+            age_s=max(0.0, now - row["queued_at"]),
+            backoff_s=max(0.0, row["not_before"] - now),
+            seconds=self._durations.get(row["study"], UNKNOWN),
+        )
+
+    def _running(self, attempts: Sequence[ledger.Row]) -> list[Running]:
+        """A gang whose ranks have said something sits somewhere: its nodes' free resources lack it already.
+
+        Ray does not say over HTTP where, so it is put where that much is in use.
+        """
+        used = {
+            node.id: {name: node.total[name] - node.free.get(name, 0.0) for name in node.total} for node in self.nodes
+        }
+        found = []
+        for row in attempts:
+            seated = row["state"] == "running" and row["progress"].get("attempt") == row["number"]
+            left = row["progress"].get("seconds_left") if seated else None
+            gang = gang_of(row["spec"])
+            placement = (fit(gang, used) or {ELSEWHERE: gang.ranks}) if seated else {}
+            take(used, gang, placement)
+            seconds = UNKNOWN if left is None else float(left)
+            found.append(Running(row["trial"], row["study"], row["owner"], gang, placement, seconds))
+        return found
+
+    def _hold_back(
+        self, waiting: Sequence[ledger.Row], attempts: Sequence[ledger.Row], now: float
+    ) -> tuple[list[Wait], list[ledger.Row]]:
+        """Trials that wait for something that decide does not know, and the others."""
+        held: list[Wait] = []
+        free: list[ledger.Row] = []
+        under_way = self._identities([row["trial"] for row in attempts])
+        for row in waiting:
+            if row["code"] and not code_path(self.settings, row["code"]).exists():
+                held.append(Wait(row["id"], 0, "its code package is missing: submit the study's code again"))
+            elif self._awaits_parent(row, now):
+                held.append(Wait(row["id"], 0, "waits for the MLflow server"))
+            elif not row["fresh"] and row["identity"] in under_way:
+                held.append(Wait(row["id"], 0, f"is the same run as trial {under_way[row['identity']]}, under way"))
+            else:
+                free.append(row)
+                if not row["fresh"]:
+                    under_way[row["identity"]] = row["id"]
+        return held, free
+
+    def _awaits_parent(self, row: ledger.Row, now: float) -> bool:
+        wanted = self.settings.mlflow != "" and not row["mlflow_run_id"]
+        return wanted and now - row["created_at"] < self.settings.mlflow_wait_s
+
+    def _identities(self, trials: Sequence[str]) -> dict[str, str]:
+        with ledger.reading(self.engine) as connection:
+            query = select(TRIALS.c.identity, TRIALS.c.id).where(TRIALS.c.id.in_(trials))
+            return dict(connection.execute(query).all())  # type: ignore[arg-type]
+
+    def _study_limits(
+        self, connection: Connection, attempts: Sequence[ledger.Row], now: float
+    ) -> dict[str, StudyLimits]:
+        query = select(STUDIES.c.id, STUDIES.c.spec).where(STUDIES.c.state.in_(("active", "paused")))
+        limits: dict[str, StudyLimits] = {}
+        for study, data in connection.execute(query).tuples():
+            used = 0.0
+            if data["gpu_hours"]:
+                used = gpu_hours(connection, study, data, [row for row in attempts if row["study"] == study], now)
+            limits[study] = StudyLimits(data["max_parallel"], data["gpu_hours"], used)
+        return limits
+
+    def _measure_durations(self, connection: Connection, studies: set[str]) -> None:
+        for study in studies:
+            query = (
+                select(ATTEMPTS.c.ended_at - ATTEMPTS.c.started_at)
+                .join(TRIALS, TRIALS.c.id == ATTEMPTS.c.trial)
+                .where(TRIALS.c.study == study, ATTEMPTS.c.state == "done")
+            )
+            measured = list(connection.execute(query).scalars())
+            if measured:
+                self._durations[study] = 1.2 * max(measured)
+
+    # --- the ledger ---
+
+    def _take_cached(self, now: float) -> None:
+        """Ends waiting trials whose run has been done meanwhile, by another study or in another place of this one."""
+        with ledger.reading(self.engine) as connection:
+            waiting = {
+                row["id"]: row for row in ledger.waiting_trials(connection) if not row["fresh"] and not row["attempts"]
+            }
+            found = ledger.finished_by_identity(connection, sorted({row["identity"] for row in waiting.values()}))
+        for trial, row in waiting.items():
+            source = found.get(row["identity"])
+            if source is None:
+                continue
+            with self.engine.begin() as connection:
+                if ledger.move_trial(connection, trial, ["queued"], ledger.cached_values(source)):
+                    text = f"taken from trial {source['id']}"
+                    ledger.record(connection, "cached", text, study=row["study"], trial=trial, at=now)
+                    ledger.end_study_if_over(connection, row["study"], now)
+
+    def _wish(self, trial: str, wish: str, why: str, now: float) -> None:
+        with self.engine.begin() as connection:
+            row = ledger.trial_row(connection, trial)
+            values = {"state": "stopping", "wish": wish}
+            if row is not None and ledger.move_trial(connection, trial, ["starting", "running"], values):
+                ledger.record(connection, "stopping", why, study=row["study"], trial=trial, at=now)
+
+    def _give_up(self, trial: str, why: str, now: float) -> None:
+        with self.engine.begin() as connection:
+            row = ledger.trial_row(connection, trial)
+            values = {"state": "cancelled", "error": why, "error_class": "budget"}
+            if row is not None and ledger.move_trial(connection, trial, ["queued"], values):
+                ledger.record(connection, "cancelled", why, study=row["study"], trial=trial, at=now)
+                ledger.end_study_if_over(connection, row["study"], now)
+
+    def _set_attempt(self, connection: Connection, row: ledger.Row, values: Mapping[str, Any]) -> None:
+        where = (ATTEMPTS.c.trial == row["trial"], ATTEMPTS.c.number == row["number"])
+        connection.execute(update(ATTEMPTS).where(*where).values(**values))
+
+    def _record(self, connection: Connection, row: ledger.Row, kind: str, cause: str, now: float) -> None:
+        ledger.record(connection, kind, cause, study=row["study"], trial=row["trial"], attempt=row["number"], at=now)
+
+    def _mark(self) -> str:
+        """Tells this service's jobs from those of others on the same cluster."""
+        return self._ledger_id
+
+
+def gang_of(study: Mapping[str, Any]) -> Gang:
+    resources = study["resources"]
+    per_rank = {
+        "CPU": resources["cpus_per_rank"],
+        "GPU": resources["gpus_per_rank"],
+        **resources["custom_per_rank"],
+    }
+    return Gang(
+        resources["ranks"], {name: amount for name, amount in per_rank.items() if amount}, resources["max_nodes"]
+    )
+
+
+def gpu_hours(
+    connection: Connection, study: str, spec: Mapping[str, Any], attempts: Sequence[ledger.Row], now: float
+) -> float:
+    """GPU-hours of a study so far, its running attempts included."""
+    ended = connection.execute(select(TRIALS.c.rank_seconds).where(TRIALS.c.study == study)).scalars()
+    ranks = spec["resources"]["ranks"]
+    live = sum(now - row["running_at"] for row in attempts if row["running_at"])
+    return float(spec["resources"]["gpus_per_rank"] * (sum(ended) + ranks * live) / 3600)
+
+
+def code_path(settings: ServiceSettings, sha256: str) -> Path:
+    return Path(settings.home) / "code" / f"{sha256}.zip"
+
+
+def _of(trial: ledger.Row, number: int) -> bool:
+    return bool(trial["progress"].get("attempt") == number)
+
+
+def _record(record: type[Any], data: Any) -> Any:
+    """A file of the trial's folder as a record; None if there is none or it is not one (a study's code may differ)."""
+    if data is None:
+        return None
+    try:
+        return record.model_validate(data)
+    except ValueError as error:
+        LOG.warning("%s: %s", record.__name__, " ".join(str(error).split())[:300])
+        return None
