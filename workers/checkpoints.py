@@ -1,7 +1,8 @@
 """Checkpoints: hashed, complete or ignored, fenced by attempt, written in the background.
 
-A checkpoint is the folder `checkpoints/AAAA-SSSSSSSS` (attempt, step) with `state.pt` (tensors), `plain.json` (all other
-state) and, written last, `complete.json` with the size and SHA-256 of both. Without a valid marker it does not exist.
+A checkpoint is the folder `checkpoints/AAAA-SSSSSSSS` (attempt, step) with `state.pt` (tensors), `plain.json` (all
+other state) and, written last, `complete.json` with the size and SHA-256 of both. Without a valid marker it does not
+exist.
 """
 
 from __future__ import annotations

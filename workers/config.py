@@ -105,8 +105,8 @@ class RunConfig(Record):
 # --- from nested data to a run --------------------------------------------------------------------------------------
 
 
-# Where a preset's recipe differs from the defaults above, which are Mask R-CNN's (section 3.1): 160k steps of 16 images,
-# rate 0.02, divided by 10 at 120k, weight decay 1e-4, momentum 0.9, images of 800 px.
+# Where a preset's recipe differs from the defaults above, which are Mask R-CNN's (section 3.1): 160k steps of 16
+# images, rate 0.02, divided by 10 at 120k, weight decay 1e-4, momentum 0.9, images of 800 px.
 _RECIPES: dict[str, dict[str, Any]] = {
     # Faster R-CNN (1506.01497), section 4.2: 240k steps at 0.003 and 80k at 0.0003, 8 images, 600 px.
     "vgg16-faster-rcnn": {

@@ -1,7 +1,7 @@
 """What a run has to tell its tracker: appended to a file first, shipped later by a thread, in order and idempotently.
 
-A spool is a folder with `records.jsonl` (one record a line, with its original time), `cursor.json` (how many bytes of it
-have been shipped) and `rejected.jsonl` (what the tracker refused for good). Sending a record twice adds nothing.
+A spool is a folder with `records.jsonl` (one record a line, with its original time), `cursor.json` (how many bytes of
+it have been shipped) and `rejected.jsonl` (what the tracker refused for good). Sending a record twice adds nothing.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Spool:
 
     def unsent(self, limit: int = 2000) -> list[tuple[int, Record]]:
         """Up to `limit` records after the cursor, each with the cursor's value once it has been shipped."""
-        position, found = self.cursor, []
+        position = self.cursor
+        found: list[tuple[int, Record]] = []
         with self._path.open("rb") as file:
             file.seek(position)
             for line in file:

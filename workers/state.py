@@ -28,17 +28,25 @@ _FREE_FIELDS = {
 
 
 class TrainState:
-    """The state after `step` finished optimiser steps. `best`: highest value so far of the run's best metric."""
+    """The state after `step` finished optimiser steps.
+
+    best: highest value so far of the run's best metric. train_seconds: in steps, of which wait_seconds for data.
+    """
 
     def __init__(self, run: RunConfig, detector: nn.Module) -> None:
-        self._run = run
+        self.run = run
         self.detector = detector
-        self.optimiser = build_optimiser(run.optimiser, detector)
-        self.scaler = torch.amp.GradScaler(_device_type(detector), enabled=run.loop.precision == "fp16")
-        self.average = [p.detach().clone() for p in self.trained] if run.loop.ema_decay else []
+        self.train_seconds = self.wait_seconds = 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """Everything but the weights as it is before the first step."""
+        self.optimiser = build_optimiser(self.run.optimiser, self.detector)
+        self.scaler = torch.amp.GradScaler(_device_type(self.detector), enabled=self.run.loop.precision == "fp16")
+        self.average = [p.detach().clone() for p in self.trained] if self.run.loop.ema_decay else []
         self.guard = GuardState()
         self.step = 0
-        self.best = float("-inf")
+        self.best = -1.0
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -51,7 +59,7 @@ class TrainState:
 
     def update_average(self) -> None:
         if self.average:
-            torch._foreach_lerp_(self.average, list(self.trained), 1 - self._run.loop.ema_decay)
+            torch._foreach_lerp_(self.average, list(self.trained), 1 - self.run.loop.ema_decay)
 
     @contextmanager
     def evaluated_weights(self) -> Iterator[None]:
@@ -81,16 +89,17 @@ class TrainState:
             }
         )
         plain = {
-            "run": self._run.model_dump(mode="json"),
+            "run": self.run.model_dump(mode="json"),
             "guard": vars(self.guard),
             "best": self.best,
+            "seconds": [self.train_seconds, self.wait_seconds],
             "journal": journal,
         }
         return Snapshot(self.step, tensors, plain)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Raises ValueError if the checkpoint was written by another configuration."""
-        check_same_run(snapshot.plain["run"], self._run.model_dump(mode="json"))
+        check_same_run(snapshot.plain["run"], self.run.model_dump(mode="json"))
         self.detector.load_state_dict(snapshot.tensors["detector"])
         self.optimiser.load_state_dict(snapshot.tensors["optimiser"])
         self.scaler.load_state_dict(snapshot.tensors["scaler"])
@@ -99,6 +108,7 @@ class TrainState:
         torch.set_rng_state(snapshot.tensors["random"])
         self.guard = GuardState(**snapshot.plain["guard"])
         self.best = snapshot.plain["best"]
+        self.train_seconds, self.wait_seconds = snapshot.plain["seconds"]
         self.step = snapshot.step
 
 

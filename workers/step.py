@@ -54,7 +54,7 @@ def distributed(sums: LossSums, world: World) -> nn.Module:
 
 @dataclass(frozen=True)
 class Gradients:
-    """names: of the loss terms. losses_T: this rank's share of each global loss. flags: `flags` summed over the ranks."""
+    """names: of the loss terms. losses_T: this rank's share of each global loss. flags: summed over the ranks."""
 
     names: tuple[str, ...]
     losses_T: Tensor
@@ -80,7 +80,8 @@ def accumulate_gradients(
         else:
             counts = _counts_of(sums.detector, batches)
     names = tuple(sorted(counts))
-    told = torch.stack([*(counts[n].double() for n in names), *torch.tensor(flags, device=world.device).double()])
+    filled = [torch.full((), flag, dtype=torch.float64, device=world.device) for flag in flags]  # no copy, no sync
+    told = torch.stack([*(counts[n].double() for n in names), *filled])
     world.sum(told)
     total_T = told[: len(names)].clamp(min=1).float()
 
@@ -93,7 +94,7 @@ def accumulate_gradients(
                     weighted, _ = module(batch)
             terms_T = torch.stack([weighted[n].float() for n in names]) / total_T
             # DDP takes the mean over ranks; the sum is wanted
-            scaler.scale(terms_T.sum() * world.size).backward()
+            scaler.scale(terms_T.sum() * world.size).backward()  # type: ignore[no-untyped-call]
             losses_T += terms_T.detach()
     return Gradients(names, losses_T, told[len(names) :])
 
@@ -138,5 +139,5 @@ def apply_gradients(
         group["lr"] = rate
     scaler.step(optimiser)
     scaler.update()
-    optimiser.zero_grad(set_to_none=False)
+    optimiser.zero_grad()
     return norm

@@ -16,7 +16,8 @@ from workers.config import STOP_FILE
 from workers.storage import Storage
 
 Reason = Literal["", "stopped", "preempted"]
-PREEMPT_FILE = "attempts/{attempt}/preempt"  # written by the driver of the attempt: its node or its job goes away
+# written by the driver of an attempt when it is asked itself
+ATTEMPT_STOP_FILE, PREEMPT_FILE = "attempts/{attempt}/stop", "attempts/{attempt}/preempt"
 _LAG_STEPS = 2  # on a GPU a flag is read when its copy has long arrived
 
 
@@ -54,7 +55,7 @@ class FlagReader:
             return reason_of(flags.tolist())
         host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
         host.copy_(flags, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._waiting.append((host, event))
         if len(self._waiting) <= _LAG_STEPS:
@@ -82,7 +83,7 @@ def signals_asking(request: StopRequest) -> Iterator[None]:
 def files_asking(
     request: StopRequest, storage: Storage, attempt: int, notice: Callable[[], bool], warn: Callable[[str], None]
 ) -> Iterator[None]:
-    """Within the block the trial's stop file, the attempt's preempt file and `notice` are looked at every now and then."""
+    """Within the block the trial's stop file, the attempt's own requests and `notice` are looked at now and then."""
     ended = threading.Event()
     period_s = 0.25 if storage.local is not None else 2.0
 
@@ -90,7 +91,7 @@ def files_asking(
         failing = False
         while not ended.wait(period_s) and not request.reason:
             try:
-                if storage.exists(STOP_FILE):
+                if storage.exists(STOP_FILE) or storage.exists(ATTEMPT_STOP_FILE.format(attempt=attempt)):
                     request.ask("stopped")
                 elif storage.exists(PREEMPT_FILE.format(attempt=attempt)) or notice():
                     request.ask("preempted")

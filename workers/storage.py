@@ -56,7 +56,9 @@ class Storage:
             try:
                 self._fs, self._root = pafs.FileSystem.from_uri(uri)
             except (OSError, ValueError) as error:
-                raise ValueError(f"storage {uri!r} cannot be opened: {error}; give a path or a pyarrow.fs URI") from None
+                raise ValueError(
+                    f"storage {uri!r} cannot be opened: {error}; give a path or a pyarrow.fs URI"
+                ) from None
 
     def _full(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root

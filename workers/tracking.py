@@ -1,4 +1,4 @@
-"""MLflow as the target of a spool. The only file that knows it; imported on the shipper's thread, at the first record."""
+"""MLflow as the target of a spool: the only file that imports it, on the shipper's thread, at the first record."""
 
 from __future__ import annotations
 

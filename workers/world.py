@@ -72,7 +72,9 @@ def join_world() -> World:
     if not dist.is_initialized():
         return World(0, 1, _device(0))
     rank, size = dist.get_rank(), dist.get_world_size()
-    host_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=TIMEOUT)
+    host_group: Any = dist.group.WORLD
+    if dist.get_backend() != "gloo":
+        host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     return World(rank, size, _device(local_rank) if dist.get_backend() != "gloo" else torch.device("cpu"), host_group)
 

@@ -1,0 +1,90 @@
+"""From a run's record to the parts that the loop works with. The only reader of configs beside `model.build`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from model.build import build_detector
+from model.config import FixedProposals, KeypointBranch, MaskBranch, ModelConfig
+from model.weights import load_initial
+from pipelines.dataset import Dataset, open_dataset
+from pipelines.loader import EvalLoader, TrainLoader
+from workers.config import RunConfig
+from workers.weights import initial_weights
+from workers.world import World
+
+
+def open_datasets(run: RunConfig, cache: str) -> tuple[Dataset, Dataset]:
+    """Training and validation data, checked against the model. Raises ValueError with one line."""
+    train, val = (open_dataset(uri, cache, run.data.cache_gib) for uri in (run.data.train, run.data.val))
+    check_data(run, train.for_training(run.data.filter), run.data.train)
+    check_data(run, val.for_evaluation(run.data), run.data.val)
+    return train, val
+
+
+def check_data(run: RunConfig, dataset: Dataset, uri: str) -> None:
+    """Raises ValueError if `dataset` does not have what the model is built for."""
+    model, found = run.model, len(dataset.category_ids)
+    if found != model.num_classes:
+        names = ", ".join(str(category["name"]) for category in dataset.categories[:5])
+        raise ValueError(
+            f"model.num_classes is {model.num_classes}, {uri} has {found} categories ({names}{', ...' * (found > 5)}); "
+            f"set model.num_classes={found}, or choose categories with data.filter.categories"
+        )
+    if isinstance(model.keypoints, KeypointBranch) and dataset.manifest.num_keypoints != model.keypoints.num_keypoints:
+        raise ValueError(
+            f"model.keypoints.num_keypoints is {model.keypoints.num_keypoints}, {uri} has "
+            f"{dataset.manifest.num_keypoints} per object; "
+            "pack keypoint annotations or set model.keypoints.kind to 'none'"
+        )
+    if isinstance(model.mask, MaskBranch) and not dataset.manifest.has_masks:
+        raise ValueError(f"{uri} has no masks; set model.mask.kind to 'none', or pack annotations with masks")
+
+
+def initial_detector(run: RunConfig) -> nn.Module:
+    """The detector as training begins."""
+    detector = build_detector(run.model, run.seed)
+    weights = initial_weights(run.model.weights, run.model.backbone)
+    if weights is not None:
+        load_initial(detector, *weights)
+    return detector
+
+
+def train_loader_opener(run: RunConfig, dataset: Dataset, world: World) -> Callable[[int], TrainLoader]:
+    """Opens the stream of this rank's share of the global batches from a given one on."""
+
+    def open_loader(start_step: int) -> TrainLoader:
+        keypoints = run.model.keypoints
+        return TrainLoader(
+            run.data,
+            dataset,
+            seed=run.seed,
+            global_batch=run.loop.global_batch,
+            rank=world.rank,
+            world_size=world.size,
+            max_images_per_forward=run.loop.max_images_per_forward,
+            start_step=start_step,
+            masks=isinstance(run.model.mask, MaskBranch),
+            num_keypoints=keypoints.num_keypoints if isinstance(keypoints, KeypointBranch) else 0,
+            proposals_uri=proposals_uri(run.model),
+        )
+
+    return open_loader
+
+
+def eval_loader(run: RunConfig, dataset: Dataset, world: World) -> EvalLoader:
+    return EvalLoader(
+        run.data,
+        dataset,
+        run.model.image,
+        batch_size=run.loop.eval_batch,
+        rank=world.rank,
+        world_size=world.size,
+        proposals_uri=proposals_uri(run.model),
+    )
+
+
+def proposals_uri(model: ModelConfig) -> str:
+    return model.proposals.uri if isinstance(model.proposals, FixedProposals) else ""

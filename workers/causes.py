@@ -1,0 +1,146 @@
+"""Why a rank ended badly: one line, a class that the orchestrator decides by, and an exit status."""
+
+from __future__ import annotations
+
+import errno
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel
+
+from pipelines.console import one_line
+from workers.checkpoints import FencedError
+from workers.config import (
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INPUT,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_PREEMPTED,
+    EXIT_STOPPED,
+    OUTCOME_FILE,
+    Outcome,
+)
+from workers.guard import DivergedError
+from workers.storage import Storage
+
+ErrorClass = Literal["none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"]
+CAUSE_FILE = "attempts/{attempt}/rank-{rank}.cause.json"
+# A rank whose peer died says so itself; the peer's own cause, where it left one, says more.
+_TELLING: tuple[ErrorClass, ...] = ("person", "out_of_memory", "diverged", "unknown", "node", "collective", "none")
+_PEER_LOST = (
+    "connection closed by peer",
+    "connection reset",
+    "gloo",
+    "nccl",
+    "socket timeout",
+    "broken pipe",
+    "heartbeat",
+)
+
+
+class Cause(BaseModel):
+    """How one rank failed. details: its traceback."""
+
+    rank: int
+    error_class: ErrorClass
+    error: str
+    details: str = ""
+
+
+def cause_of(error: BaseException, rank: int) -> Cause:
+    details = "".join(traceback.format_exception(error))
+    return Cause(rank=rank, error_class=classify(error), error=f"{one_line(error)}"[:2000], details=details)
+
+
+def classify(error: BaseException) -> ErrorClass:
+    match error:
+        case DivergedError():
+            return "diverged"
+        case FencedError():
+            return "node"
+        case torch.OutOfMemoryError() | OutOfMemoryError():
+            return "out_of_memory"
+        case ValueError() | FileNotFoundError():
+            return "person"
+        case dist.DistBackendError() | dist.DistNetworkError() | ConnectionError():
+            return "collective"
+        case OSError():
+            return "node"
+        case RuntimeError():
+            text = str(error).lower()
+            if any(sign in text for sign in _PEER_LOST):
+                return "collective"
+            caused_by_disk = isinstance(error.__cause__, OSError) and error.__cause__.errno in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+            )
+            return "node" if caused_by_disk else "unknown"
+        case _:
+            return "unknown"
+
+
+class OutOfMemoryError(RuntimeError):
+    """A device ran out of memory; the message says on what and what to change."""
+
+
+def explain_out_of_memory(images: Sequence[tuple[int, ...]], device: torch.device) -> OutOfMemoryError:
+    """images: shapes (B, 3, H, W) of this rank's chunks of the step."""
+    shapes = ", ".join("x".join(str(side) for side in shape) for shape in images)
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0
+    return OutOfMemoryError(
+        f"out of memory on {device} ({total:.0f} GiB) with images of {shapes}; lower loop.max_images_per_forward "
+        "(the gradients stay the same), choose loop.precision bf16, or use more ranks"
+    )
+
+
+def most_telling(causes: Sequence[Cause]) -> Cause:
+    """The cause that explains the others."""
+    return min(causes, key=lambda cause: (_TELLING.index(cause.error_class), cause.rank))
+
+
+def record_cause(storage: Storage, attempt: int, cause: Cause) -> None:
+    storage.write(CAUSE_FILE.format(attempt=attempt, rank=cause.rank), cause.model_dump_json(indent=1).encode())
+
+
+def recorded_causes(storage: Storage, attempt: int) -> list[Cause]:
+    folder = f"attempts/{attempt}"
+    names = [name for name in storage.names(folder) if name.endswith(".cause.json")]
+    return [Cause.model_validate_json(storage.read(f"{folder}/{name}")) for name in names]
+
+
+def common_cause(storage: Storage, attempt: int, own: Cause, patience_s: float = 3.0) -> Cause:
+    """The most telling cause of all ranks; a rank that lost its peer waits a little for what the peer has to say."""
+    until = time.monotonic() + patience_s
+    while True:
+        best = most_telling([own, *recorded_causes(storage, attempt)])
+        if best.error_class != "collective" or time.monotonic() > until:
+            return best
+        time.sleep(0.1)
+
+
+def write_outcome(storage: Storage, attempt: int, outcome: Outcome) -> None:
+    storage.write(OUTCOME_FILE.format(attempt=attempt), outcome.model_dump_json(indent=1).encode())
+
+
+def exit_status(outcome: Outcome) -> int:
+    match outcome.state:
+        case "done":
+            return EXIT_DONE
+        case "stopped":
+            return EXIT_STOPPED
+        case "preempted":
+            return EXIT_PREEMPTED
+    match outcome.error_class:
+        case "person":
+            return EXIT_INPUT
+        case "diverged":
+            return EXIT_DIVERGED
+        case "out_of_memory":
+            return EXIT_OUT_OF_MEMORY
+        case _:
+            return EXIT_FAILED

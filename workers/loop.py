@@ -1,0 +1,213 @@
+"""The training loop. Read it from top to bottom; everything it calls returns values, and it performs the effects."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from pipelines.loader import TrainStep
+from workers.checkpoints import BackgroundWriter, CheckpointStore
+from workers.config import LoopConfig, RunConfig
+from workers.evaluate import Scores
+from workers.guard import DivergedError, judge, rolled_back
+from workers.journal import Journal
+from workers.meter import Meter, Row
+from workers.optim import base_rate, rate_factor
+from workers.state import TrainState
+from workers.step import LossSums, accumulate_gradients, apply_gradients, distributed
+from workers.stop import FlagReader, Reason, StopRequest
+from workers.system import SystemSampler
+from workers.world import World
+
+
+class Loader(Protocol):
+    """`pipelines.loader.TrainLoader`, or what a test puts in its place."""
+
+    def __iter__(self) -> Iterator[TrainStep]: ...
+    def sample_ids(self, step: int) -> list[int]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the loop runs on, built by its caller.
+
+    open_loader: the stream of global batches from one on. evaluate: at a step, on all ranks together; None if a stop
+    was asked for meanwhile. start_again: puts a TrainState back to its beginning.
+    """
+
+    state: TrainState
+    open_loader: Callable[[int], Loader]
+    evaluate: Callable[[TrainState, Callable[[], bool]], Scores | None]
+    checkpoints: CheckpointStore
+    journal: Journal
+    stop: StopRequest
+    start_again: Callable[[TrainState], None]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the loop ended. scores: of the evaluation after the last step, on rank 0, if it came to that."""
+
+    state: Literal["done", "stopped", "preempted"]
+    scores: Scores | None
+
+
+@dataclass(frozen=True)
+class _Due:
+    read: bool
+    log: bool
+    checkpoint: bool
+    evaluation: bool
+
+
+def train(run: RunConfig, world: World, parts: Parts) -> Ending:
+    """Trains from the state it is given to the last step, or until a stop is asked for.
+
+    Raises DivergedError when the guard may not roll back again.
+    """
+    loop, state, journal = run.loop, parts.state, parts.journal
+    module = distributed(_compiled(LossSums(state.detector), loop), world)
+    state.detector.train()
+    full_rate = base_rate(run.optimiser, loop.global_batch)
+    writer, meter, flags, system = (
+        BackgroundWriter(parts.checkpoints.publish),
+        Meter(),
+        FlagReader(world.device),
+        SystemSampler(world.device),
+    )
+    scores: Scores | None = None
+    gc.collect()
+    gc.freeze()  # what is built by now stays; the collector need not walk through it again
+    loader = parts.open_loader(state.data_step)
+    batches = iter(loader)
+    try:
+        if state.step and due(loop, state.step).evaluation:  # a stop or a kill came before this one was finished
+            scores = parts.evaluate(state, lambda: bool(parts.stop.reason))
+            if scores is None:
+                return Ending(_common_reason(parts.stop, world), None)
+        last_end = time.perf_counter()
+        while state.step < loop.steps:
+            # --- one step ---
+            wait_began = time.perf_counter()
+            data = next(batches)
+            wait_s = time.perf_counter() - wait_began
+            chunks = [batch.to(world.device, non_blocking=True) for batch in data.batches]
+            rate = full_rate * rate_factor(run.schedule, state.step, loop.steps) * state.guard.rate
+            torch.manual_seed(_step_seed(run.seed, state.data_step, world.rank))
+            gradients = accumulate_gradients(module, chunks, loop, world, state.scaler, parts.stop.flags)
+            norm = apply_gradients(state.trained, state.optimiser, state.scaler, rate, loop.clip_grad_norm)
+            state.update_average()
+            state.step += 1
+            step_s, last_end = time.perf_counter() - last_end, time.perf_counter()
+            state.train_seconds, state.wait_seconds = state.train_seconds + step_s, state.wait_seconds + wait_s
+            meter.add(state.step, gradients, norm, {"lr": rate, "step_s": step_s, "wait_s": wait_s})
+            asked = flags.read(gradients.flags)
+            now = due(loop, state.step, asked)
+            if not now.read:
+                continue
+
+            # --- values reach the host ---
+            rows = meter.read(world)
+            state.guard, bad = judge(loop.guard, state.guard, [row.values["loss"] for row in rows])
+            journal.rows(rows)
+            if bad is not None:
+                _roll_back(run, world, parts, writer, rows[bad], loader)
+                loader.close()
+                loader = parts.open_loader(state.data_step)
+                batches = iter(loader)
+                continue
+            if now.log:
+                _log_system(state.step, system, world, journal)
+                journal.progress("training", state.step, rows[-1])
+            if now.checkpoint:
+                _save(state, journal, writer, world, wait=bool(asked))
+            if asked:
+                return Ending(asked, None)
+            if now.evaluation:
+                journal.progress("evaluating", state.step, rows[-1])
+                scores = parts.evaluate(state, lambda: bool(parts.stop.reason))
+                if scores is None:
+                    return Ending(_common_reason(parts.stop, world), None)
+                last_end = time.perf_counter()
+        return Ending("done", scores)
+    finally:
+        loader.close()
+        writer.drain()
+        gc.unfreeze()
+
+
+def due(loop: LoopConfig, step: int, asked: Reason = "") -> _Due:
+    """What happens after `step` finished steps. A checkpoint stands before every evaluation and every end."""
+    last = step == loop.steps
+    evaluation = last or bool(loop.eval_every_steps and step % loop.eval_every_steps == 0)
+    checkpoint = evaluation or bool(asked) or step % loop.checkpoint_every_steps == 0
+    log = last or step % loop.log_every_steps == 0
+    return _Due(log or checkpoint or step % loop.guard.check_every_steps == 0, log, checkpoint, evaluation)
+
+
+def _save(state: TrainState, journal: Journal, writer: BackgroundWriter, world: World, wait: bool) -> None:
+    """Rank 0 writes in the background; while one checkpoint is still being written, the next is passed over."""
+    if not world.is_first:
+        return
+    writer.check()
+    if writer.busy and not wait and state.step != state.run.loop.steps:
+        journal.warn(f"step {state.step}: the checkpoint before is still being written, this one is passed over")
+        return
+    writer.submit(state.snapshot(journal.state(state.step)))
+    if wait:
+        writer.drain()
+
+
+def _roll_back(run: RunConfig, world: World, parts: Parts, writer: BackgroundWriter, bad: Row, loader: Loader) -> None:
+    """Puts the state back to the last good checkpoint, on all ranks, with the guard's decision in it."""
+    state, guard = parts.state, run.loop.guard
+    reached, before = state.step, state.guard
+    losses = {name.removeprefix("loss/"): value for name, value in bad.values.items() if name.startswith("loss")}
+    what = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    sample_ids = loader.sample_ids(bad.step - 1 + before.skipped)
+    if before.rollbacks >= guard.max_rollbacks:
+        raise DivergedError(
+            f"training diverged at step {bad.step} after {before.rollbacks} rollbacks "
+            f"({what}; sample ids {sample_ids}); lower the rate, warm up longer or clip gradients"
+        )
+    writer.drain()
+    name = world.from_first(parts.checkpoints.newest() if world.is_first else "")
+    if name:
+        state.restore(parts.checkpoints.load(name))
+    else:
+        parts.start_again(state)
+    state.guard = rolled_back(guard, state.guard, before, reached - state.step)
+    parts.journal.rewind(state.step)
+    parts.journal.event(
+        "rollback", bad.step, f"{what}; sample ids {sample_ids}; back to step {state.step}, {guard.action}"
+    )
+
+
+def _log_system(step: int, system: SystemSampler, world: World, journal: Journal) -> None:
+    samples = world.gather(system.sample())
+    journal.metrics(
+        step,
+        {f"system/rank-{rank}/{name}": value for rank, sample in enumerate(samples) for name, value in sample.items()},
+    )
+
+
+def _common_reason(stop: StopRequest, world: World) -> Literal["stopped", "preempted"]:
+    stopped = world.sum_on_host(torch.tensor(float(stop.reason == "stopped"))).item()
+    return "stopped" if stopped else "preempted"
+
+
+def _compiled(sums: LossSums, loop: LoopConfig) -> LossSums:
+    if loop.compile:
+        sums.compile(dynamic=False)
+    return sums
+
+
+def _step_seed(seed: int, data_step: int, rank: int) -> int:
+    """Nothing of ours draws from torch's generator in a step; what might is the same after a resume."""
+    return hash((seed, data_step, rank)) & 0x7FFF_FFFF_FFFF_FFFF

@@ -1,0 +1,252 @@
+"""`python -m workers.ray_entry --spec FILE_OR_URI`: the entrypoint of a Ray job; one TorchTrainer, one attempt.
+
+The retry budget is the orchestrator's: this tries once, and says in `outcome.json` and its exit status how it went.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.console import run_command
+from workers.config import LOG_FILE, OUTCOME_FILE, RESULT_FILE, Outcome, RunSpec
+from workers.storage import Storage
+
+# Read by Ray Train when it is imported: poll the ranks often, give up instead of waiting for ever, stay in our folder.
+_RAY_SETTINGS = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+_LOG_UPLOAD_S = 10.0
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m workers.ray_entry", description="Runs one attempt of a trial.")
+    parser.add_argument("--spec", required=True, metavar="FILE_OR_URI", help="a RunSpec as JSON")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    arguments = parser.parse_args(argv)
+    return run_command(lambda: run_spec(read_spec(arguments.spec)), argv)
+
+
+def read_spec(where: str) -> RunSpec:
+    """Raises ValueError if there is no readable spec."""
+    folder, _, name = where.partition("?")[0].rpartition("/")
+    query = f"?{where.partition('?')[2]}" if "?" in where else ""
+    try:
+        return RunSpec.model_validate_json(Storage((folder or ".") + query).read(name))
+    except FileNotFoundError:
+        raise ValueError(f"--spec {where}: no such file") from None
+
+
+def run_spec(spec: RunSpec) -> int:
+    """Runs the attempt on Ray and returns its exit status."""
+    for name, value in _RAY_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    storage = Storage(spec.storage)
+    ended: list[str] = []
+    failures: list[str] = []
+
+    def fit() -> None:
+        try:
+            failures.extend(_fit(spec))
+        finally:
+            ended.append("")
+
+    with _signals_forwarded(storage, spec):
+        # in a thread of its own: in the main thread Ray would answer SIGINT by aborting all ranks within 5 s
+        thread = threading.Thread(target=fit, name="ray-train")
+        thread.start()
+        thread.join()
+    return conclude(spec, storage, failures)
+
+
+def _fit(spec: RunSpec) -> list[str]:
+    """Trains to the end; returns how ranks or Ray itself failed, nothing if they did not."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+    resources = {"CPU": spec.cpus_per_rank, **spec.rank_resources}
+    if spec.gpus_per_rank:
+        resources["GPU"] = spec.gpus_per_rank
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="warning")
+        TorchTrainer(
+            train_rank,
+            train_loop_config={"spec": spec.model_dump_json()},
+            torch_config=TorchConfig(backend="nccl" if spec.gpus_per_rank else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=spec.ranks, use_gpu=bool(spec.gpus_per_rank), resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=f"ray-{spec.attempt}",
+                storage_path=spec.storage,
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            ),
+        ).fit()
+    except WorkerGroupError as error:
+        return [f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(error.worker_failures.items())]
+    except (TrainingFailedError, ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+        return [_last_line(error)]
+    finally:
+        ray.shutdown()
+    return []
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return (lines[-1].strip() if lines else type(error).__name__)[:1000]
+
+
+# --- on a rank ------------------------------------------------------------------------------------------------------
+
+
+def train_rank(config: dict[str, Any]) -> None:
+    """What Ray Train calls in every worker process. Raises if the attempt failed, so that Ray ends the other ranks."""
+    spec = RunSpec.model_validate_json(config["spec"])
+    storage = Storage(spec.storage)
+    rank = int(os.environ["RANK"])
+    with logged_to(storage, LOG_FILE.format(attempt=spec.attempt, rank=rank)):
+        from workers.console import progress_shower, show_nothing
+        from workers.run import print_warning, run_trial
+        from workers.stop import StopRequest, files_asking
+        from workers.world import join_world
+
+        world = join_world()
+        stop = StopRequest()
+        nodes = world.gather(_node_id())
+        watched = (
+            files_asking(stop, storage, spec.attempt, lambda: _draining(nodes), print_warning)
+            if world.is_first
+            else contextlib.nullcontext()
+        )
+        with watched:
+            outcome = run_trial(spec, world, stop, progress_shower() if world.is_first else show_nothing)
+    if outcome.state == "failed":
+        raise RuntimeError(outcome.error)
+
+
+def _node_id() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _draining(nodes: Sequence[str]) -> bool:
+    """Whether Ray says that one of the nodes is about to go away."""
+    from ray._private.state import state
+
+    return not state.get_draining_nodes().keys().isdisjoint(nodes)
+
+
+@contextlib.contextmanager
+def logged_to(storage: Storage, path: str) -> Iterator[None]:
+    """Within the block all that this process prints goes to a file of the trial, followed there if it is remote."""
+    import tempfile
+
+    if storage.local is not None:
+        file = storage.local / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+    else:
+        file = Path(tempfile.mkdtemp(prefix="maskray-log-")) / "rank.log"
+    kept = [os.dup(1), os.dup(2)]
+    handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    _flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+    ended = threading.Event()
+    follower = threading.Thread(target=_upload_log, args=(storage, file, path, ended), daemon=True)
+    if storage.local is None:
+        follower.start()
+    try:
+        yield
+    finally:
+        _flush()
+        for number, descriptor in zip((1, 2), kept, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        ended.set()
+        if follower.is_alive():
+            follower.join()
+
+
+def _upload_log(storage: Storage, file: Path, path: str, ended: threading.Event) -> None:
+    last = -1
+    while True:
+        over = ended.wait(_LOG_UPLOAD_S)
+        size = file.stat().st_size
+        if size != last:
+            with contextlib.suppress(OSError, RuntimeError):  # the next round tries again
+                storage.write(path, file.read_bytes())
+                last = size
+        if over:
+            return
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+# --- in the driver --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _signals_forwarded(storage: Storage, spec: RunSpec) -> Iterator[None]:
+    """Within the block a signal to this process becomes a file that rank 0 looks for: SIGINT stop, SIGTERM preempt."""
+    from workers.stop import ATTEMPT_STOP_FILE, PREEMPT_FILE
+
+    def forward(path: str) -> Callable[[int, Any], None]:
+        return lambda number, _: storage.write(path, str(number).encode())
+
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, forward(ATTEMPT_STOP_FILE.format(attempt=spec.attempt))),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, forward(PREEMPT_FILE.format(attempt=spec.attempt))),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def conclude(spec: RunSpec, storage: Storage, failures: Sequence[str]) -> int:
+    """The attempt's outcome as rank 0 left it, or, if that died, as the other ranks and Ray tell it."""
+    from workers.causes import exit_status, most_telling, recorded_causes, write_outcome
+
+    path = OUTCOME_FILE.format(attempt=spec.attempt)
+    outcome = Outcome.model_validate_json(storage.read(path)) if storage.exists(path) else None
+    causes = recorded_causes(storage, spec.attempt)
+    if causes and (outcome is None or outcome.state == "failed"):
+        cause = most_telling(causes)
+        if outcome is None or outcome.error_class in ("collective", "unknown"):
+            outcome = Outcome(state="failed", error_class=cause.error_class, error=f"rank {cause.rank}: {cause.error}")
+    if outcome is None or (failures and outcome.error_class == "collective"):
+        said = "; ".join(failures) or "the ranks ended without an outcome"
+        outcome = Outcome(state="failed", error_class="node", error=f"Ray: {said}")
+    write_outcome(storage, spec.attempt, outcome)
+    if outcome.state == "failed":
+        from workers.scribe import tell_failure
+
+        tell_failure(spec, storage, outcome)
+        print(f"error: {outcome.error}", file=sys.stderr, flush=True)
+    else:
+        result = f"; {spec.storage}/{RESULT_FILE}" if outcome.state == "done" else ""
+        print(f"{outcome.state} at step {outcome.step}{result}", flush=True)
+    return exit_status(outcome)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

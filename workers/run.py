@@ -1,0 +1,241 @@
+"""One attempt of one trial on one rank: builds the parts, runs the loop, leaves the trial's files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from contextlib import closing
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+from torch import nn
+
+from pipelines.dataset import Dataset
+from workers.build import eval_loader, initial_detector, open_datasets, train_loader_opener
+from workers.causes import Cause, cause_of, common_cause, record_cause, write_outcome
+from workers.checkpoints import CheckpointStore
+from workers.config import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
+from workers.evaluate import Scores, evaluate_detector
+from workers.journal import Journal, SilentJournal
+from workers.loop import Ending, Parts, train
+from workers.pictures import comparison
+from workers.scribe import Scribe
+from workers.state import TrainState, weights_of
+from workers.step import check_precision
+from workers.stop import StopRequest
+from workers.storage import Storage
+from workers.world import World, host_name
+
+
+def run_trial(spec: RunSpec, world: World, stop: StopRequest, show: Callable[[Progress], None]) -> Outcome:
+    """Runs the attempt to its end, whichever it is; never raises an Exception. Every rank returns its outcome.
+
+    Leaves `outcome.json` in the attempt's folder, and `result.json` when the trial is done.
+    """
+    try:
+        storage = Storage(spec.storage)
+    except ValueError as error:
+        return Outcome(state="failed", error_class="person", error=str(error))
+    scribe: Scribe | None = None
+    try:
+        store = CheckpointStore(storage, spec.attempt, spec.run.loop.keep_checkpoints, print_warning)
+        if world.is_first:
+            store.claim()
+            scribe = Scribe(spec, storage, show)
+        check_shared(storage, spec.attempt, world)
+        outcome = _run(spec, world, stop, storage, store, scribe)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the attempt ends with it and says so
+        outcome = _failed(spec, world, storage, cause_of(error, world.rank))
+        if scribe is not None:
+            outcome.events = scribe.journal.events
+    if scribe is not None:
+        scribe.finish(outcome)
+        write_outcome(storage, spec.attempt, outcome)
+    return outcome
+
+
+def _failed(spec: RunSpec, world: World, storage: Storage, own: Cause) -> Outcome:
+    print(own.details, flush=True)
+    try:
+        record_cause(storage, spec.attempt, own)
+        cause = common_cause(storage, spec.attempt, own)
+        outcome = Outcome(state="failed", error_class=cause.error_class, error=_by_rank(cause, world))
+        write_outcome(storage, spec.attempt, outcome)
+    except (OSError, RuntimeError) as error:  # the storage itself may be what failed
+        print_warning(f"the reason could not be written to {storage.uri}: {error}")
+        outcome = Outcome(state="failed", error_class=own.error_class, error=_by_rank(own, world))
+    return outcome
+
+
+def _by_rank(cause: Cause, world: World) -> str:
+    return f"rank {cause.rank}: {cause.error}" if world.size > 1 and cause.error_class != "person" else cause.error
+
+
+def _run(
+    spec: RunSpec, world: World, stop: StopRequest, storage: Storage, store: CheckpointStore, scribe: Scribe | None
+) -> Outcome:
+    run = spec.run
+    journal: Journal = scribe.journal if scribe is not None else SilentJournal()
+    if world.device.type == "cpu":
+        torch.set_num_threads(max(int(spec.cpus_per_rank), 1))
+    check_precision(run.loop, world.device)
+    if run.loop.global_batch < world.size:
+        raise ValueError(f"loop.global_batch is {run.loop.global_batch} for {world.size} ranks; each needs an image")
+    journal.progress("starting", 0, None)
+    train_data, val_data = open_datasets(run, spec.cache)
+    if scribe is not None:
+        scribe.begin(
+            {"maskray.manifest.train": train_data.manifest.hash, "maskray.manifest.val": val_data.manifest.hash}
+        )
+    detector = initial_detector(run).to(world.device)
+    state = TrainState(run, detector)
+    name = world.from_first(store.newest() if world.is_first else "")
+    if name:
+        snapshot = store.load(name)
+        state.restore(snapshot)
+        if scribe is not None:
+            scribe.journal.restore(snapshot.plain["journal"], state.step)
+            scribe.journal.event("resume", state.step, f"attempt {spec.attempt} on {world.size} rank(s)")
+        del snapshot
+    with closing(eval_loader(run, val_data, world)) as batches:
+        reporter = _Reporter(spec, storage, store, journal, batches.dataset)
+
+        def evaluate(now: TrainState, stopping: Callable[[], bool]) -> Scores | None:
+            with now.evaluated_weights():
+                scores = evaluate_detector(run.model, now.detector, batches, world, stopping)
+                batches.close()
+                if scores is not None and world.is_first:
+                    reporter.evaluated(now, scores)
+            return scores
+
+        def start_again(now: TrainState) -> None:
+            now.detector.load_state_dict(initial_detector(run).state_dict())
+            now.begin()
+
+        parts = Parts(state, train_loader_opener(run, train_data, world), evaluate, store, journal, stop, start_again)
+        ending = train(run, world, parts)
+    outcome = Outcome(state=ending.state, step=state.step)
+    if scribe is not None:
+        outcome.events = scribe.journal.events
+        if ending.state == "done":
+            _finish(spec, world, storage, store, scribe, state, ending)
+    return outcome
+
+
+def _finish(
+    spec: RunSpec,
+    world: World,
+    storage: Storage,
+    store: CheckpointStore,
+    scribe: Scribe,
+    state: TrainState,
+    ending: Ending,
+) -> None:
+    """Rank 0 leaves the last weights, the series and `result.json`."""
+    assert ending.scores is not None
+    journal = scribe.journal
+    journal.progress("finishing", state.step, None)
+    store.check_claim()
+    with state.evaluated_weights():
+        digest = _write_weights(storage, state.detector, "weights-last")
+    artifacts = _artifact_paths(ending.scores, storage)
+    journal.finish_series(state.step, artifacts["series"])
+    for path in (artifacts["weights/last"], artifacts["series"]):
+        journal.artifact(path, "")
+    total_s = max(state.train_seconds, 1e-9)
+    rates = {
+        "images_per_s": state.step * spec.run.loop.global_batch / total_s,
+        "data_wait_fraction": state.wait_seconds / total_s,
+        "train_seconds": state.train_seconds,
+    }
+    result = Result(
+        metrics={**ending.scores.metrics, **rates},
+        per_class=ending.scores.per_class,
+        step=state.step,
+        attempt=spec.attempt,
+        world_size=world.size,
+        weights_sha256=digest,
+        artifacts=artifacts,
+        mlflow_run_id=scribe.close(Outcome(state="done", step=state.step)),
+        events=journal.events,
+    )
+    store.check_claim()
+    storage.write(RESULT_FILE, result.model_dump_json(indent=1).encode())
+
+
+def _artifact_paths(scores: Scores, storage: Storage) -> dict[str, str]:
+    paths = {f"detections/{kind}": f"{ARTIFACT_FOLDER}/detections/{kind}.json" for kind in scores.results}
+    pictures = storage.names(f"{ARTIFACT_FOLDER}/pictures")
+    if pictures:
+        paths["picture/last"] = f"{ARTIFACT_FOLDER}/pictures/{pictures[-1]}"
+    if storage.exists(f"{ARTIFACT_FOLDER}/weights-best.safetensors"):
+        paths["weights/best"] = f"{ARTIFACT_FOLDER}/weights-best.safetensors"
+    paths["weights/last"] = f"{ARTIFACT_FOLDER}/weights-last.safetensors"
+    paths["series"] = f"{ARTIFACT_FOLDER}/series.parquet"
+    paths["config"] = f"{ARTIFACT_FOLDER}/config.yaml"
+    return paths
+
+
+class _Reporter:
+    """Rank 0's account of each evaluation: metrics, a picture, the best weights, at the end the detections."""
+
+    def __init__(
+        self, spec: RunSpec, storage: Storage, store: CheckpointStore, journal: Journal, dataset: Dataset
+    ) -> None:
+        self._loop, self._storage, self._store = spec.run.loop, storage, store
+        self._journal, self._dataset = journal, dataset
+
+    def evaluated(self, state: TrainState, scores: Scores) -> None:
+        self._store.check_claim()
+        self._journal.metrics(state.step, scores.metrics)
+        for kind in ("bbox/AP", "segm/AP", "keypoints/AP"):
+            per_class = scores.per_class.get(kind, {})
+            self._journal.metrics(state.step, {f"{kind}/{_metric_name(c)}": v for c, v in per_class.items()})
+        picture = f"{ARTIFACT_FOLDER}/pictures/step-{state.step:08d}.png"
+        self._storage.write(picture, comparison(self._dataset, scores.results))
+        self._journal.artifact(picture, "pictures")
+        best = scores.metrics.get(self._loop.best_metric, scores.metrics["bbox/AP"])
+        if best > state.best:
+            state.best = best
+            _write_weights(self._storage, state.detector, "weights-best")
+            self._journal.artifact(f"{ARTIFACT_FOLDER}/weights-best.safetensors", "")
+        if state.step == self._loop.steps:
+            for kind, results in scores.results.items():
+                path = f"{ARTIFACT_FOLDER}/detections/{kind}.json"
+                self._storage.write(path, json.dumps(results).encode())
+                self._journal.artifact(path, "detections")
+
+
+def _write_weights(storage: Storage, detector: nn.Module, name: str) -> str:
+    data = safetensors_bytes(weights_of(detector))
+    storage.write(f"{ARTIFACT_FOLDER}/{name}.safetensors", data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _metric_name(category: str) -> str:
+    return re.sub(r"[^\w\-. ]", "_", category)
+
+
+def check_shared(storage: Storage, attempt: int, world: World) -> None:
+    """Raises ValueError on every rank if some rank does not see what rank 0 writes to the trial's folder."""
+    if world.size == 1:
+        return
+    probe = f"attempts/{attempt}/shared-{world.size}"
+    if world.is_first:
+        storage.write(probe, host_name().encode())
+    world.barrier()
+    blind = sorted(set(world.gather("" if storage.exists(probe) else host_name())) - {""})
+    blind = world.from_first(blind)
+    if world.is_first:
+        storage.delete(probe)
+    if blind:
+        raise ValueError(
+            f"storage {storage.uri} is not shared: {', '.join(blind)} cannot see it; "
+            "a run over several nodes needs a shared folder or a URI (s3://...)"
+        )
+
+
+def print_warning(text: str) -> None:
+    print(f"warning: {text}", flush=True)

@@ -1,0 +1,60 @@
+"""Every metric of every step, as Parquet parts that end where checkpoints end, joined when the run is done."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from workers.meter import Row
+from workers.storage import Storage
+
+_FOLDER = "series"
+_NAME = re.compile(r"^(\d{8,})-(\d{8,})\.parquet$")
+
+
+class SeriesParts:
+    """Rows of the steps after the last part, in memory, and the parts before them, in the trial's folder."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._rows: list[Row] = []
+
+    def add(self, rows: Sequence[Row]) -> None:
+        self._rows += rows
+
+    def write_part(self, end_step: int) -> None:
+        """Writes the rows collected so far as the part that ends with `end_step`."""
+        if self._rows:
+            name = f"{_FOLDER}/{self._rows[0].step:08d}-{end_step:08d}.parquet"
+            self._storage.write(name, _parquet(_table(self._rows)))
+            self._rows = []
+
+    def rewind(self, step: int) -> None:
+        """Forgets every step after `step`, which a part or the beginning ends with."""
+        self._rows = [row for row in self._rows if row.step <= step]
+        for name in self._storage.names(_FOLDER):
+            if (match := _NAME.match(name)) and int(match[2]) > step:
+                self._storage.delete(f"{_FOLDER}/{name}")
+
+    def join(self, path: str) -> None:
+        """All parts as the one file `path`."""
+        names = [name for name in self._storage.names(_FOLDER) if _NAME.match(name)]
+        tables = [pq.read_table(io.BytesIO(self._storage.read(f"{_FOLDER}/{name}"))) for name in names]
+        if tables:
+            self._storage.write(path, _parquet(pa.concat_tables(tables, promote_options="default")))
+
+
+def _table(rows: Sequence[Row]) -> pa.Table:
+    names = sorted({name for row in rows for name in row.values})
+    columns = {"step": pa.array([row.step for row in rows], pa.int64())}
+    return pa.table(columns | {n: pa.array([row.values.get(n) for row in rows], pa.float64()) for n in names})
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()

@@ -1,0 +1,159 @@
+"""`python -m workers.train RUN.yaml`: one run without Ray; under torchrun, one run on as many ranks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.console import run_command
+from workers.config import (
+    CHECKPOINT_FOLDER,
+    RESULT_FILE,
+    SPEC_FILE,
+    STOP_FILE,
+    MLflowTracking,
+    NoTracking,
+    Outcome,
+    Progress,
+    RunSpec,
+    apply_overrides,
+    parse_run,
+    run_preset,
+)
+from workers.storage import Storage
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = _parser().parse_args(argv)
+    return run_command(lambda: _train(arguments), argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="maskray train", description="Trains one run; started again, it resumes.")
+    parser.add_argument("run", metavar="RUN.yaml", help="a run file; it may begin with `preset: NAME`")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="a dotted override, e.g. model.roi.kind=pool"
+    )
+    parser.add_argument("--out", default="", metavar="DIR", help="the run's folder or URI (default: runs/NAME)")
+    parser.add_argument("--mlflow", default="", metavar="URI", help="track to this MLflow server or store")
+    parser.add_argument("--experiment", default="maskray", help="MLflow experiment (default: %(default)s)")
+    parser.add_argument(
+        "--cpus-per-rank", type=int, default=0, help="threads of a rank on the CPU (default: all / ranks)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    # imported here so that `--help` and mistakes in the run file answer at once
+    from workers.causes import exit_status
+    from workers.console import progress_shower, show_nothing
+    from workers.run import run_trial
+    from workers.stop import StopRequest, files_asking, signals_asking
+    from workers.world import launched_world
+
+    run = parse_run(read_run(Path(arguments.run), arguments.set), arguments.run)
+    out = arguments.out or f"runs/{Path(arguments.run).stem}"
+    stop = StopRequest()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(signals_asking(stop))
+        if arguments.json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        world = stack.enter_context(launched_world(os.environ))
+        storage = Storage(out)
+        attempt = world.from_first(next_attempt(storage) if world.is_first else 0)
+        spec = RunSpec(
+            run=run,
+            storage=out if storage.local is None else str(storage.local),
+            trial=Path(out).name,
+            name=Path(out).name,
+            attempt=attempt,
+            ranks=world.size,
+            cpus_per_rank=arguments.cpus_per_rank or max((os.cpu_count() or 1) // world.size, 1),
+            tracking=MLflowTracking(uri=arguments.mlflow, experiment=arguments.experiment)
+            if arguments.mlflow
+            else NoTracking(),
+        )
+        show: Callable[[Progress], None] = show_nothing
+        if world.is_first:
+            storage.delete(STOP_FILE)  # of the run that this one resumes
+            storage.write(SPEC_FILE.format(attempt=attempt), spec.model_dump_json(indent=1).encode())
+            stack.enter_context(files_asking(stop, storage, attempt, lambda: False, print))
+            show = progress_shower()
+        outcome = run_trial(spec, world, stop, show)
+    if world.is_first:
+        _report(outcome, storage, arguments)
+    return exit_status(outcome)
+
+
+def read_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested data of a run file with `PATH=VALUE` overrides. Raises ValueError with one line."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give a run file, e.g. with `preset: tiny` and `data: ...`") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: holds {type(data).__name__}, a run is a mapping with `data:`, maybe `preset:`")
+    base = run_preset(data.pop("preset")) if "preset" in data else {}
+    pairs = {}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set {override}: has no '='; write --set path=value")
+        pairs[name] = yaml.safe_load(value)
+    return apply_overrides(merged(base, data), pairs)
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the nested fields of `over`; a record of another `kind` replaces the whole record."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            result[key] = merged(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def next_attempt(storage: Storage) -> int:
+    """One more than the last attempt that claimed this folder."""
+    try:
+        return int(storage.read_json(f"{CHECKPOINT_FOLDER}/claim.json")["attempt"]) + 1
+    except FileNotFoundError:
+        return 1
+
+
+def _report(outcome: Outcome, storage: Storage, arguments: argparse.Namespace) -> None:
+    done = outcome.state == "done"
+    metrics = storage.read_json(RESULT_FILE)["metrics"] if done else {}
+    if arguments.json:
+        error = {"error": outcome.error} if outcome.error else {}
+        print(
+            json.dumps({"state": outcome.state, "step": outcome.step, "out": storage.uri, "metrics": metrics, **error})
+        )
+        return
+    if done:
+        shown = ", ".join(
+            f"{name} {metrics[name]:.4f}" for name in ("bbox/AP", "segm/AP", "keypoints/AP") if name in metrics
+        )
+        print(f"done: {shown}; {storage.uri}/{RESULT_FILE}")
+    elif outcome.error:
+        print(f"error: {outcome.error}", file=sys.stderr)
+    else:
+        print(f"{outcome.state} at step {outcome.step}; the same command resumes it")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
