@@ -156,7 +156,7 @@ class HeadPlan:
     home: Path
     mark: str
     token_file: Path
-    cpus: int = 0
+    cpus: int
     gpus: int = -1
     memory_mib: int = 256
     resources: Mapping[str, float] = field(default_factory=dict)
@@ -172,8 +172,7 @@ def start_head(plan: HeadPlan) -> ChildRecord:
         f"--ray-client-server-port={client}", "--dashboard-agent-listen-port=0", "--include-log-monitor=false",
         f"--object-store-memory={plan.memory_mib << 20}",
     ]  # fmt: skip
-    if plan.cpus:
-        command.append(f"--num-cpus={plan.cpus}")
+    command.append(f"--num-cpus={plan.cpus}")
     if plan.gpus >= 0:
         command.append(f"--num-gpus={plan.gpus}")
     if plan.resources:

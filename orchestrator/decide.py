@@ -309,13 +309,8 @@ def fit(gang: Gang, free: Mapping[str, Mapping[str, float]]) -> dict[str, int] |
 
 
 def _ranks(gang: Gang, amounts: Mapping[str, float]) -> int:
-    """How many of the gang's ranks these amounts hold."""
-    most = gang.ranks
-    for name, need in gang.per_rank.items():
-        most = min(most, math.floor((amounts.get(name, 0.0) + EPSILON) / need))
-        if most <= 0:
-            return 0
-    return most
+    """How many ranks of the gang's kind these amounts hold."""
+    return min(math.floor((amounts.get(name, 0.0) + EPSILON) / need) for name, need in gang.per_rank.items())
 
 
 def take(free: dict[str, dict[str, float]], gang: Gang, placement: Mapping[str, int], sign: int = 1) -> None:

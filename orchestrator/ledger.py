@@ -43,7 +43,8 @@ def open_ledger(url: str) -> Engine:
         migrate(engine)
     except DatabaseError as error:
         shown = engine.url.render_as_string(hide_password=True)
-        raise RuntimeError(f"ledger {shown}: {error.orig}; is the database up and this user allowed in?") from error
+        why = " ".join(str(error.orig).split())
+        raise RuntimeError(f"ledger {shown}: {why}; is the database up and this user allowed in?") from error
     return engine
 
 
@@ -276,7 +277,7 @@ def waiting_trials(connection: Connection) -> list[Row]:
 def end_study_if_over(connection: Connection, study: str, now: float) -> str:
     """Gives a study its final state once all its trials have theirs. The state, or "" while it goes on."""
     query = select(TRIALS.c.state, func.count()).where(TRIALS.c.study == study).group_by(TRIALS.c.state)
-    counts: dict[str, int] = dict(connection.execute(query).all())  # type: ignore[arg-type]
+    counts: dict[str, int] = dict(connection.execute(query).all())
     if any(state not in FINAL_STATES for state in counts):
         return ""
     state = "failed" if counts.get("failed") else "cancelled" if counts.get("cancelled") else "done"

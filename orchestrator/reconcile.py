@@ -34,6 +34,7 @@ from orchestrator.decide import (
     decide,
     duration,
     fit,
+    needs,
     take,
 )
 from orchestrator.tables import ATTEMPTS, STUDIES, TRIALS
@@ -256,7 +257,7 @@ class Reconciler:
                 case Stop():
                     self._wish(decision.trial, "budget", decision.why, now)
                 case GiveUp():
-                    self._give_up(decision.trial, decision.why, now)
+                    self._give_up(decision.trial, "budget", decision.why, now)
                 case Wait():
                     waits[decision.trial] = decision
         self.waits = waits
@@ -362,6 +363,10 @@ class Reconciler:
         for row in waiting:
             if row["code"] and not code_path(self.settings, row["code"]).exists():
                 held.append(Wait(row["id"], 0, "its code package is missing: submit the study's code again"))
+            elif self.settings.ray == "local" and not self._holdable(row):
+                self._give_up(
+                    row["id"], "person", f"needs {needs(gang_of(row['spec']))}: more than this machine has", now
+                )
             elif self._awaits_parent(row, now):
                 held.append(Wait(row["id"], 0, "waits for the MLflow server"))
             elif not row["fresh"] and row["identity"] in under_way:
@@ -372,6 +377,9 @@ class Reconciler:
                     under_way[row["identity"]] = row["id"]
         return held, free
 
+    def _holdable(self, row: ledger.Row) -> bool:
+        return not self.nodes or fit(gang_of(row["spec"]), {node.id: node.total for node in self.nodes}) is not None
+
     def _awaits_parent(self, row: ledger.Row, now: float) -> bool:
         wanted = self.settings.mlflow != "" and not row["mlflow_run_id"]
         return wanted and now - row["created_at"] < self.settings.mlflow_wait_s
@@ -379,7 +387,7 @@ class Reconciler:
     def _identities(self, trials: Sequence[str]) -> dict[str, str]:
         with ledger.reading(self.engine) as connection:
             query = select(TRIALS.c.identity, TRIALS.c.id).where(TRIALS.c.id.in_(trials))
-            return dict(connection.execute(query).all())  # type: ignore[arg-type]
+            return dict(connection.execute(query).all())
 
     def _study_limits(
         self, connection: Connection, attempts: Sequence[ledger.Row], now: float
@@ -430,12 +438,14 @@ class Reconciler:
             if row is not None and ledger.move_trial(connection, trial, ["starting", "running"], values):
                 ledger.record(connection, "stopping", why, study=row["study"], trial=trial, at=now)
 
-    def _give_up(self, trial: str, why: str, now: float) -> None:
+    def _give_up(self, trial: str, error_class: str, why: str, now: float) -> None:
+        """Ends a trial that will never run: cancelled for its budget, failed for what a person must change."""
+        state = "cancelled" if error_class == "budget" else "failed"
         with self.engine.begin() as connection:
             row = ledger.trial_row(connection, trial)
-            values = {"state": "cancelled", "error": why, "error_class": "budget"}
+            values = {"state": state, "error": why, "error_class": error_class}
             if row is not None and ledger.move_trial(connection, trial, ["queued"], values):
-                ledger.record(connection, "cancelled", why, study=row["study"], trial=trial, at=now)
+                ledger.record(connection, state, why, study=row["study"], trial=trial, at=now)
                 ledger.end_study_if_over(connection, row["study"], now)
 
     def _set_attempt(self, connection: Connection, row: ledger.Row, values: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import signal
@@ -52,7 +53,6 @@ class Service:
         self.failed = ""
         self._ending = threading.Event()
         self._wake = threading.Event()
-        self._nodes_known = threading.Event()
         self._touched = time.monotonic()
         self._cluster: Cluster | None = None
         self._mlflow: MLflow | None = None
@@ -64,11 +64,12 @@ class Service:
         return self.loop.waits
 
     def nodes(self) -> list[Node]:
-        return list(self.loop.nodes)
-
-    def await_nodes(self, seconds: float) -> list[Node]:
-        self._nodes_known.wait(seconds)
-        return self.nodes()
+        """The cluster as it is; of a local one that is starting, what it will have (GPUs are for Ray to find)."""
+        if self.loop.nodes or self.settings.ray != "local":
+            return list(self.loop.nodes)
+        total = {"CPU": float(stack.local_cpus(self.settings)), **self.settings.ray_resources}
+        total["GPU"] = float(self.settings.ray_gpus) if self.settings.ray_gpus >= 0 else math.inf
+        return [Node("local", total, total)]
 
     def cluster(self) -> dict[str, Any]:
         nodes = [{"id": node.id, "total": dict(node.total), "free": dict(node.free)} for node in self.loop.nodes]
@@ -132,7 +133,6 @@ class Service:
             if self._cluster is not None:
                 self.loop.tick(self._cluster, time.time())
                 self._patience.answered()
-                self._nodes_known.set()
         except UnreachableError as error:
             self._note_unreachable(error)
         except DatabaseError as error:
@@ -228,7 +228,10 @@ class Service:
 
 
 def serve(settings: ServiceSettings, first_token: str = "") -> int:
-    """Runs a service until it is asked to end. `first_token` is the administrator's, in place of one in a file. Raises RuntimeError if the ledger is another's or a port is taken."""
+    """Runs a service until it is asked to end. `first_token` is the administrator's, in place of one in a file.
+
+    Raises RuntimeError if the ledger is another's or the port is taken.
+    """
     home = Path(settings.home).absolute()
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     settings = settings.model_copy(update={"home": str(home)})
@@ -283,7 +286,7 @@ def _listen(settings: ServiceSettings, has_token: bool) -> socket.socket:
     wide = settings.host not in ("127.0.0.1", "::1", "localhost")
     if wide and not has_token:
         raise ValueError(
-            f"host {settings.host}: listening beyond this machine needs a token of yours: set MASKRAY_TOKEN or token_file"
+            f"host {settings.host}: beyond this machine needs your own token: set MASKRAY_TOKEN or token_file"
         )
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -46,7 +46,7 @@ def ensure_ray(settings: ServiceSettings) -> Local:
         home=home,
         mark=ray_mark(home),
         token_file=ray_token_file(settings),
-        cpus=settings.ray_cpus,
+        cpus=local_cpus(settings),
         gpus=settings.ray_gpus,
         memory_mib=settings.ray_memory_mib,
         resources=settings.ray_resources,
@@ -99,6 +99,10 @@ def end_mlflow(settings: ServiceSettings, wait_s: float = 5.0) -> None:
     children = marked_processes(mlflow_mark(home))
     end_child("mlflow", home, wait_s)
     end_processes([process for process in children if process.is_running()], wait_s)
+
+
+def local_cpus(settings: ServiceSettings) -> int:
+    return settings.ray_cpus or len(os.sched_getaffinity(0))
 
 
 def ray_mark(home: Path) -> str:
