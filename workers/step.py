@@ -5,6 +5,7 @@ Every loss is `weight * sum / count` with the count of the whole global batch, s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -46,7 +47,11 @@ def distributed(sums: LossSums, world: World) -> nn.Module:
     """
     if world.size == 1:
         return sums
-    module = DistributedDataParallel(sums, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older versions know no other
+        module = DistributedDataParallel(sums, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # of 1 x 1 convolutions in channels-last order, whose strides are ambiguous; costs nothing
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     module.reducer._push_all_rebuilt_params()
     module.reducer._rebuild_buckets()
     return module
