@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.compare import Comparison, Difference, Summary, compare
+from orchestrator.compare import Arm, Comparison, Difference, Summary, compare
 from orchestrator.config import StudyView
 from orchestrator.report_facts import Facts, gather, images_seen
 from orchestrator.report_table import arm_label, notes_of, text_report
@@ -77,9 +77,7 @@ def as_json(study: StudyView, facts: Facts, comparison: Comparison) -> dict[str,
                 "baseline": arm.baseline,
                 "metrics": {name: _summary(summary) for name, summary in arm.metrics.items()},
                 "differences": {name: _difference(found) for name, found in arm.differences.items()},
-                "paper": paper.metrics
-                if (paper := facts.papers.get(tuple(arm.arm.items()))) and not facts.no_paper
-                else {},
+                "paper": _paper(facts, arm),
                 "trials": [
                     {
                         "trial": trial.trial,
@@ -95,6 +93,11 @@ def as_json(study: StudyView, facts: Facts, comparison: Comparison) -> dict[str,
             for arm in comparison.arms
         ],
     }
+
+
+def _paper(facts: Facts, arm: Arm) -> dict[str, dict[str, float]]:
+    row = facts.papers.get(tuple(arm.arm.items()))
+    return {"metrics": row.metrics, "gains": row.gains} if row and not facts.no_paper else {}
 
 
 def _cell(text: str) -> str:

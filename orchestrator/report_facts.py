@@ -32,10 +32,14 @@ class TrialFacts:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One arm's row of the paper: metric name -> AP as a fraction."""
+    """One arm's row of the paper: metric name -> AP as a fraction.
+
+    A row called "difference" was published as a gain over the baseline arm: then `metrics` is empty.
+    """
 
     name: str
     metrics: dict[str, float]
+    gains: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,9 @@ def _no_paper(study: Study, machinery: str, trials: Sequence[TrialView], facts: 
         if side != PAPER_SHORT_SIDE_PX:
             return f"{trial.key} is tested at {side} px, the paper at {PAPER_SHORT_SIDE_PX}"
         images = known.tags.get("maskray.val_images", "")
-        if images and int(images) != PAPER_VAL_IMAGES:
-            return f"the validation set has {images} images, the paper's has {PAPER_VAL_IMAGES:,}"
+        if images != str(PAPER_VAL_IMAGES):
+            found = f"has {images} images" if images else "is not known"
+            return f"the validation set of {trial.key} {found}, the paper's has {PAPER_VAL_IMAGES:,} images"
     return ""
 
 
@@ -135,7 +140,9 @@ def _paper_rows(study: Study, trials: Sequence[TrialView]) -> dict[tuple[tuple[s
         wanted = parse_arm(text, study).items()
         for trial in trials:
             if wanted <= trial.arm.items():
-                rows[tuple(trial.arm.items())] = PaperRow(name, paper_metrics(table, name))
+                values = paper_metrics(table, name)
+                row = PaperRow(name, {}, values) if name == "difference" else PaperRow(name, values, {})
+                rows[tuple(trial.arm.items())] = row
     return rows
 
 

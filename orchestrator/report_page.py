@@ -41,7 +41,8 @@ th { font-weight: 600; vertical-align: bottom; } th.name, td.name { text-align: 
 tr.baseline td { background: #e0813a14; } .diff { color: var(--accent); font-weight: 600; padding-left: 0; }
 .better { color: #2e9455; font-weight: 600; } .worse { color: #cf4a4a; font-weight: 600; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
-svg { width: 100%; height: auto; } figure { margin: 0; } img { max-width: 100%; height: auto; border-radius: 4px; }
+svg { width: 100%; height: auto; } figure { margin: 0; max-width: 46rem; }
+img { max-width: 100%; height: auto; border-radius: 4px; }
 li { margin: .25rem 0; overflow-wrap: anywhere; } details { margin-top: .6rem; }
 pre { overflow-x: auto; font-size: .85rem; }
 """

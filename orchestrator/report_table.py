@@ -148,20 +148,23 @@ def paper_table(facts: Facts, comparison: Comparison) -> str:
 
 
 def paper_cells(facts: Facts, comparison: Comparison) -> list[list[str]]:
+    """Arm, metric, ours, paper, our difference, paper's difference: a row an arm and metric that both have."""
     reference = baseline_of(comparison)
     base = facts.papers.get(tuple(reference.arm.items())) if reference else None
     rows = []
     for arm in comparison.arms:
         paper = facts.papers.get(tuple(arm.arm.items()))
-        for metric, published in (paper.metrics if paper else {}).items():
-            if metric not in arm.metrics:
-                continue
-            theirs = (
-                published - base.metrics[metric] if base and metric in base.metrics and not arm.baseline else math.nan
-            )
-            ours = mean_cell(arm.metrics[metric])
-            cells = [ours, points(published), difference_cell(arm, metric), points(theirs, signed=True)]
-            rows.append([arm_label(arm), metric_label(metric), *cells])
+        if paper is None:
+            continue
+        gains = dict(paper.gains)
+        if base and not arm.baseline:
+            gains |= {m: paper.metrics[m] - base.metrics[m] for m in paper.metrics if m in base.metrics}
+        for metric in dict.fromkeys([*paper.metrics, *paper.gains]):
+            if metric in arm.metrics:
+                published = points(paper.metrics.get(metric, math.nan))
+                theirs = "" if arm.baseline else points(gains.get(metric, math.nan), signed=True)
+                cells = [mean_cell(arm.metrics[metric]), published, difference_cell(arm, metric), theirs]
+                rows.append([arm_label(arm), metric_label(metric), *cells])
     return rows
 
 
