@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import re
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
@@ -334,13 +335,20 @@ def _submit(hub: Hub, body: bytes, who: User) -> dict[str, Any]:
 
 
 def _refuse_what_sql_cannot_hold(submission: Submission) -> None:
-    data = submission.model_dump(mode="json")
-    if storage.finite(data) != data:
+    if not all(math.isfinite(value) for trial in submission.trials for value in _floats(trial.run)):
         raise HTTPException(400, "submission: a number is not finite")
     if "\\u0000" in submission.model_dump_json():
         raise HTTPException(400, "submission: a text holds a NUL character")
     if any(not -(2**31) <= trial.seed < 2**31 for trial in submission.trials):
         raise HTTPException(400, "submission: a seed is larger than 2147483647")
+
+
+def _floats(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _floats(item)
 
 
 def _view(hub: Hub, study: str) -> StudyView:

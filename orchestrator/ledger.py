@@ -127,13 +127,14 @@ def drop_lease(engine: Engine, holder: str) -> None:
 def _may_live(row: Row) -> bool:
     if row["host"] != socket.gethostname():
         return True
-    pid = int(row["process"].split("@")[0])
-    return psutil.pid_exists(pid) and _process_name(pid) == row["process"]
+    return _process_name(int(row["process"].split("@")[0])) == str(row["process"])
 
 
 def _process_name(pid: int) -> str:
+    """Empty for one that is dead, also while nobody has taken note of its end."""
     try:
-        return f"{pid}@{psutil.Process(pid).create_time():.2f}"
+        process = psutil.Process(pid)
+        return "" if process.status() == psutil.STATUS_ZOMBIE else f"{pid}@{process.create_time():.2f}"
     except psutil.NoSuchProcess:
         return ""
 

@@ -1,0 +1,255 @@
+"""The local service with its real Ray head and MLflow: studies, steering, and the loss of every process there is.
+
+One house for the whole file: starting a head costs ten seconds. The trials are `fake_entry.py`: a Ray job each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from orchestrator import local
+from orchestrator.client import Client
+from orchestrator.config import Resources, StudyView, TrialView
+from orchestrator.mlflow_client import MLflow
+from orchestrator.processes import marked_processes, recorded_child
+from orchestrator.stack import mlflow_mark, ray_mark
+from tests.orchestrator.submissions import identity, plan, submission
+
+FAKE = Path(__file__).with_name("fake_entry.py")
+PATIENCE_S = 240  # until a test gives up; nothing is timed
+
+
+class House:
+    """A folder with its own service, whose trials are the fake entry."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.home = root / ".maskray"
+        self.home.mkdir()
+        python = str(Path(os.sys.executable))  # type: ignore[attr-defined]
+        settings = {
+            "entry": [python, str(FAKE)],
+            "ray_cpus": 2,
+            "ray_memory_mib": 80,
+            "poll_s": 0.2,
+            "grace_s": 10,
+            "environment": {"MASKRAY_TEST": "1"},
+            "limits": {"backoff_s": 0.2},
+        }
+        (self.home / "service.yaml").write_text(yaml.safe_dump(settings))
+
+    def client(self) -> Client:
+        return Client(local.ensure_local_service(self.root))
+
+    def gate(self, name: str) -> Path:
+        """A trial with `gate=str(this)` takes its next step once the file exists."""
+        return self.root / name
+
+    def until(self, what: str, condition: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            found = condition()
+            if found:
+                return found
+            time.sleep(0.1)
+        log = (self.home / "service-process.log").read_text()[-3000:]
+        raise AssertionError(f"no {what} in {PATIENCE_S} s; the service said:\n{log}")
+
+    def ended(self, client: Client, study: str) -> StudyView:
+        return self.until(
+            f"end of {study}", lambda: _if(client.study(study), lambda v: v.state not in ("active", "paused"))
+        )
+
+    def stepping(self, client: Client, study: str, attempt: int = 1) -> TrialView:
+        """The study's first trial, once this attempt of it has said something."""
+        return self.until(
+            f"progress of {study}",
+            lambda: _if(client.study(study).trials[0], lambda t: t.progress.get("attempt") == attempt),
+        )
+
+    def pid(self, trial: TrialView, attempt: int = 1) -> int:
+        return int((Path(trial.storage) / f"attempts/{attempt}/pid").read_text())
+
+
+def _if(value: Any, condition: Callable[[Any], bool]) -> Any:
+    return value if condition(value) else None
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[House]:
+    root = Path(tempfile.mkdtemp(prefix="mr"))
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HOME", str(root))
+    patch.setenv("TMPDIR", str(root))
+    patch.setattr(tempfile, "tempdir", None)
+    for name in ("MASKRAY_SERVER", "MASKRAY_TOKEN"):
+        patch.delenv(name, raising=False)
+    built = House(root)
+    try:
+        yield built
+    finally:
+        local.shut_down(root)
+        patch.undo()
+        left = [*marked_processes(ray_mark(built.home)), *marked_processes(mlflow_mark(built.home))]
+        shutil.rmtree(root)
+        assert left == []
+
+
+@pytest.fixture
+def client(house: House) -> Iterator[Client]:
+    with house.client() as client:
+        yield client
+
+
+def kinds(client: Client, study: str) -> list[str]:
+    return [event.kind for event in client.events(study).events]
+
+
+def package(**files: str) -> tuple[str, bytes]:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name.replace("__", "/") + ".py", text)
+    return hashlib.sha256(packed.getvalue()).hexdigest(), packed.getvalue()
+
+
+def test_a_study_runs_its_errors_are_classed_and_mlflow_and_logs_keep_it(house, client):
+    sha256, data = package(marker="WHO = 'the code of the study'")
+    client.upload_code(sha256, data)
+    plans = (
+        plan("good", identity("good"), seed=1),
+        plan("wrong", identity("wrong"), fail="loop.steps: must be at least 1", **{"class": "person", "exit": 2}),
+    )
+    made = client.submit(submission(*plans, code=sha256, name="first", idempotency_key="once"))
+    assert client.submit(submission(*plans, code=sha256, name="first", idempotency_key="once")) == {
+        **made,
+        "created": False,
+    }
+    view = house.ended(client, made["study"])
+
+    good, wrong = view.trials
+    assert (view.state, good.state, wrong.state) == ("failed", "done", "failed")
+    assert (good.metrics["segm/AP"], good.attempts) == (0.26, 1)
+    assert (wrong.error_class, wrong.error, wrong.attempts) == ("person", "loop.steps: must be at least 1", 1)
+    assert kinds(client, view.study).count("done") == 1
+    assert kinds(client, view.study)[-1] == "study-failed"
+    assert client.logs(good.trial).text == "rank 0 of attempt 1: grüße\n"
+    driver = client.logs(good.trial, rank=-1)
+    assert f"attempt 1 of {good.trial}" in driver.text
+    assert driver.done
+    assert client.finished([good.identity]) == {good.identity: good.trial}
+    spec = json.loads((Path(good.storage) / "attempts/1/spec.json").read_text())
+    assert (spec["name"], spec["ranks"], spec["tracking"]["experiment"]) == ("good", 1, view.study)
+
+    again = client.submit(submission(plans[0], name="again"))
+    cached = client.study(again["study"])
+    assert (cached.state, cached.trials[0].cached_from) == ("done", good.trial)
+
+    report = house.root / "report"
+    report.mkdir()
+    (report / "index.html").write_text("<p>table</p>")
+    client.upload_report(view.study, report)
+    assert (Path(view.storage) / view.study / "report/index.html").read_text() == "<p>table</p>"
+    mlflow = MLflow(client.info().mlflow_uri)
+    experiment = mlflow.experiment(view.study, {})
+    parents = mlflow.runs(experiment, f"tags.`maskray.parent` = '{view.study}'")
+    assert len(parents) == 1
+    house.until("closed parent run", lambda: mlflow.runs(experiment, "attributes.status = 'FAILED'"))
+    mlflow.close()
+
+
+def test_a_trial_no_machine_holds_is_refused_at_submit(client):
+    with pytest.raises(ValueError, match="needs 99 ranks x 1 CPU; the whole cluster holds 2 CPUs on 1 node"):
+        client.submit(submission(resources=Resources(ranks=99)))
+
+
+def test_a_study_is_paused_resumed_and_cancelled_at_a_checkpoint(house, client):
+    gate = house.gate("pause")
+    study = client.submit(submission(plan("p", identity("p"), gate=str(gate)), name="pause"))["study"]
+    house.stepping(client, study)
+    assert client.act_on_study(study, "pause").state == "paused"
+    house.until("pause", lambda: client.study(study).trials[0].state == "queued")
+    assert [entry.why for entry in client.queue().queue] == ["its study is paused"]
+    client.act_on_study(study, "resume")
+    house.stepping(client, study, attempt=2)
+    client.act_on_study(study, "cancel")
+    view = house.ended(client, study)
+    assert (view.state, view.trials[0].state, view.trials[0].attempts) == ("cancelled", "cancelled", 2)
+    assert [attempt.state for attempt in view.trials[0].attempt_list] == ["stopped", "stopped"]
+
+
+def test_a_killed_service_takes_up_what_ran_and_a_cancel_given_meanwhile(house, client):
+    """The service dies by SIGKILL while one trial trains and another waits; both end once, in their order."""
+    gate = house.gate("kill")
+    plans = [plan(name, identity(name), gate=str(gate)) for name in ("k0", "k1", "k2")]
+    study = client.submit(submission(*plans, name="kill", max_parallel=1))["study"]
+    trial = house.stepping(client, study)
+    ray = recorded_child("ray", house.home)
+    service = recorded_child("service", house.home)
+    os.kill(service.pid, signal.SIGKILL)
+    house.until("death of the service", lambda: not service.alive())
+    assert psutil.pid_exists(house.pid(trial)), "the trial goes on without its service"
+    with house.client() as successor:
+        successor.act_on_trial(f"{study}-001", "cancel")
+        gate.touch()
+        view = house.ended(successor, study)
+        assert [t.state for t in view.trials] == ["done", "cancelled", "done"]
+        assert [t.attempts for t in view.trials] == [1, 0, 1]
+        assert recorded_child("ray", house.home) == ray, "the head is found again, not started anew"
+        assert [event.trial for event in successor.events(study).events if event.kind == "done"] == [
+            f"{study}-000",
+            f"{study}-002",
+        ]
+
+
+def test_a_killed_driver_and_a_killed_head_cost_an_attempt_each_and_no_more(house, client):
+    gate = house.gate("head")
+    study = client.submit(submission(plan("h", identity("h"), gate=str(gate), steps=4), name="head"))["study"]
+    os.kill(house.pid(house.stepping(client, study)), signal.SIGKILL)
+    trial = house.stepping(client, study, attempt=2)
+    head = recorded_child("ray", house.home)
+    gcs = next(p for p in psutil.Process(head.pid).children(recursive=True) if p.name() == "gcs_server")
+    gcs.kill()
+    house.until("death of the head", lambda: not head.alive())
+    orphan = house.pid(trial, 2)
+    gate.touch()
+    view = house.ended(client, study)
+    done = view.trials[0]
+    assert (done.state, done.attempts) == ("done", 3)
+    assert [attempt.state for attempt in done.attempt_list] == ["lost", "lost", "done"]
+    assert not psutil.pid_exists(orphan), "ranks of the old head are ended before the new one starts"
+    assert kinds(client, study).count("done") == 1
+
+
+def test_down_leaves_no_process_and_the_next_service_goes_on(house, client):
+    gate = house.gate("down")
+    study = client.submit(submission(plan("d", identity("d"), gate=str(gate)), name="down"))["study"]
+    trial = house.stepping(client, study)
+    url = client.connection.url
+    assert local.shut_down(house.root)
+    assert not psutil.pid_exists(house.pid(trial))
+    assert marked_processes(ray_mark(house.home)) == []
+    assert marked_processes(mlflow_mark(house.home)) == []
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/v1/health")
+    assert local.running_client() is None or os.environ.get("MASKRAY_SERVER")
+    gate.touch()
+    with house.client() as successor:
+        view = house.ended(successor, study)
+        assert (view.state, view.trials[0].attempts) == ("done", 2)
