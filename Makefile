@@ -24,8 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/maskray data synth $(DATA) --images 600 --size 128 --seed 0
-	$(BIN)/maskray data pack --annotations $(DATA)/annotations/instances_train.json --images $(DATA)/train --out $(DATA)/train-packed
+	$(BIN)/maskray data synth $(DATA) --images 500 --size 128 --seed 0 --pack
 	$(BIN)/maskray run studies/demo.yaml --data $(DATA)
 
 test: $(STAMP)
