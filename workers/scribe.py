@@ -120,6 +120,7 @@ class Scribe:
                 )
                 self._keep_unshipped()
             self.journal.close()
+            self._spool.close()
         return self._target.run_id
 
     def finish(self, outcome: Outcome) -> None:
