@@ -8,10 +8,12 @@ without them (EASY backfill, Lifka 1995).
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from orchestrator.config import Limits
 
@@ -28,7 +30,7 @@ class Gang:
     per_rank: Mapping[str, float]
     max_nodes: int = 0
 
-    @property
+    @cached_property
     def shape(self) -> tuple[object, ...]:
         return (self.ranks, tuple(sorted(self.per_rank.items())), self.max_nodes)
 
@@ -146,6 +148,7 @@ class _Round:
         self.too_big: set[object] = set()  # shapes that do not fit any more in this round: what is free only shrinks
         self.harmful: set[object] = set()  # shapes that would delay the head for the same reason
         self.position = 0
+        self.words: dict[object, str] = {}  # what a shape needs and what is free of it, until an admission changes that
 
     def decisions(self) -> list[Decision]:
         found: list[Decision] = list(self._over_budget())
@@ -162,12 +165,13 @@ class _Round:
         for queue in queues.values():
             queue.reverse()  # equal trials pop in the given order: sorting is stable
             queue.sort(key=self._score)
-        order = {owner: index for index, owner in enumerate(sorted(queues))}
-        while queues:
-            owner = max(queues, key=lambda name: (self._score(queues[name][-1]) - self.share[name], -order[name]))
+        heads = [(self.share[owner] - self._score(queue[-1]), owner) for owner, queue in queues.items()]
+        heapq.heapify(heads)
+        while heads:
+            _, owner = heapq.heappop(heads)
             yield queues[owner].pop()
-            if not queues[owner]:
-                del queues[owner]
+            if queues[owner]:  # its share, and no other owner's, may have grown by now
+                heapq.heappush(heads, (self.share[owner] - self._score(queues[owner][-1]), owner))
 
     def _score(self, trial: Waiting) -> float:
         return trial.priority + trial.age_s / self.limits.ageing_s
@@ -207,6 +211,7 @@ class _Round:
             return Wait(trial.trial, self.position, why, True)
         take(self.free, trial.gang, placement)
         self._count(trial.study, trial.owner, trial.gang)
+        self.words.clear()
         self.ends.append((max(0.0, trial.seconds), trial.trial, trial.gang, placement))
         passed = f", passing trial {self.head.trial} without delaying it" if self.head is not None else ""
         return Start(trial.trial, placement, f"{needs(trial.gang)} are free{passed}")
@@ -231,7 +236,10 @@ class _Round:
 
     def _lacks(self, trial: Waiting) -> Wait:
         self.position += 1
-        why = f"needs {needs(trial.gang)}; {self._free(trial.gang)}"
+        shape = trial.gang.shape
+        if shape not in self.words:
+            self.words[shape] = f"needs {needs(trial.gang)}; {self._free(trial.gang)}"
+        why = self.words[shape]
         if self.head is not None:
             return Wait(trial.trial, self.position, f"{why}; behind trial {self.head.trial}", True)
         self.head = trial
