@@ -46,7 +46,8 @@ class Plan:
                     "baseline": planned.trial.baseline,
                     "ranks": planned.ranks,
                     "identity": planned.trial.identity,
-                    "cached": planned.cached,
+                    "cached": bool(planned.cached),
+                    "cached_from": planned.cached,
                     "hours": planned.hours or None,
                 }
                 for planned in self.trials

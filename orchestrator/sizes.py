@@ -24,6 +24,9 @@ from workers.config import AdamW, RunConfig
 _RESNET_M = {18: 11.2, 34: 21.3, 50: 23.5, 101: 42.5}
 _RESNEXT_M = {"50-32x4d": 23.0, "101-32x8d": 86.7, "101-64x4d": 81.4}
 _VGG16_M = 14.7
+# Of these, the last stage, which a pyramid that ends before stride 32 leaves out.
+_RESNET_RES5_M = {18: 8.4, 34: 13.1, 50: 15.0, 101: 15.0}
+_RESNEXT_RES5_M = {"50-32x4d": 14.5, "101-32x8d": 28.7, "101-64x4d": 26.9}
 _RES5_CHANNELS = 2048
 
 
@@ -41,11 +44,12 @@ def parameters(model: ModelConfig) -> float:
 
 
 def _backbone(model: ModelConfig) -> float:
+    cut = isinstance(model.layout, FPN) and 32 not in model.layout.strides
     match model.backbone:
         case ResNet(depth=depth):
-            return 1e6 * _RESNET_M[depth]
+            return 1e6 * (_RESNET_M[depth] - cut * _RESNET_RES5_M[depth])
         case ResNeXt(variant=variant):
-            return 1e6 * _RESNEXT_M[variant]
+            return 1e6 * (_RESNEXT_M[variant] - cut * _RESNEXT_RES5_M[variant])
         case VGG16():
             return 1e6 * _VGG16_M
         case _:
@@ -67,10 +71,11 @@ def _neck_and_rpn(model: ModelConfig) -> float:
     channels = _feature_channels(model)
     anchors = len(model.anchors.sizes_px[0]) * len(model.anchors.ratios)
     rpn = 9 * channels**2 + channels * anchors * 5
-    basic = isinstance(model.backbone, ResNet) and model.backbone.depth < 50
+    stride_4 = 64 if isinstance(model.backbone, ResNet) and model.backbone.depth < 50 else 256  # channels of res2
     match model.layout:
-        case FPN():
-            return (960 if basic else 3840) * channels + 4 * 9 * channels**2 + rpn
+        case FPN(strides=strides):
+            inputs = sum(stride_4 * stride // 4 for stride in strides)
+            return inputs * channels + len(strides) * 9 * channels**2 + rpn
         case C4():
             return rpn
         case _:

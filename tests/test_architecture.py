@@ -1,0 +1,171 @@
+"""The import table of the design, enforced on syntax trees: imports inside functions count like any other."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+OURS = ("model", "pipelines", "workers", "orchestrator")
+CONFIGS = tuple(f"{room}.config" for room in OURS)
+CONSOLE = "pipelines.console"  # light: how a command ends
+CONFIG_MAY = {"__future__", "pydantic", *(name for name in sys.stdlib_module_names if name != "asyncio")}
+HEAVY = (
+    "torch",
+    "torchvision",
+    "ray",
+    "mlflow",
+    "numpy",
+    "pyarrow",
+    "matplotlib",
+    "sqlalchemy",
+    "fastapi",
+    "pycocotools",
+)
+
+
+def sources(room: str) -> list[Path]:
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that the file names, wherever the import stands; `from a import b` names `a` and `a.b`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = path.relative_to(ROOT).parts[: -node.level]
+                base = ".".join([*package, base]).rstrip(".")
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+            found |= {
+                arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+            }
+    return found
+
+
+def names(found: set[str], package: str) -> set[str]:
+    return {name for name in found if name == package or name.startswith(f"{package}.")}
+
+
+def ours(found: set[str], allowed: tuple[str, ...], *, rooms: tuple[str, ...] = ()) -> set[str]:
+    """Imports of ours outside the `allowed` modules and the allowed whole `rooms`."""
+    inside = {name for room in OURS for name in names(found, room)}
+    permitted = {name for module in allowed for name in names(inside, module)}
+    permitted |= {name for room in rooms for name in names(inside, room)}
+    packages = {module.partition(".")[0] for module in allowed}  # `from model import config` names `model` too
+    return inside - permitted - packages
+
+
+def offences(path: Path) -> set[str]:
+    found = imports(path)
+    room = path.relative_to(ROOT).parts[0]
+    match room:
+        case "model":
+            bad = ours(found, (), rooms=("model",)) | names(found, "torch.distributed")
+            return bad | names(found, "ray") | names(found, "mlflow")
+        case "pipelines":
+            bad = ours(found, ("model.structures", *CONFIGS), rooms=("pipelines",))
+            return bad | names(found, "ray") | names(found, "mlflow")
+        case "workers":
+            bad = names(found, "orchestrator")
+            bad |= set() if path.name == "ray_entry.py" else names(found, "ray")
+            return bad | (set() if path.name == "tracking.py" else names(found, "mlflow"))
+        case _:
+            bad = ours(found, (*CONFIGS, CONSOLE), rooms=("orchestrator",)) | names(found, "torch")
+            bad |= names(found, "torchvision")
+            return bad | (set() if path.name == "cluster.py" else names(found, "ray"))
+
+
+@pytest.mark.parametrize("room", OURS)
+def test_no_room_imports_what_it_must_not(room: str) -> None:
+    assert len(sources(room)) > 2
+    bad = {str(path.relative_to(ROOT)): sorted(found) for path in sources(room) if (found := offences(path))}
+    assert not bad
+
+
+@pytest.mark.parametrize("room", OURS)
+def test_configs_import_nothing_heavy(room: str) -> None:
+    found = imports(ROOT / room / "config.py")
+    foreign = {name for name in found if name.partition(".")[0] not in CONFIG_MAY}
+    assert not {
+        name for name in foreign if not names({name}, "model.config") and name not in ("model", "pipelines")
+    } - {name for module in CONFIGS for name in names(foreign, module)}
+
+
+@pytest.mark.parametrize("module", [*CONFIGS, "orchestrator.__main__", CONSOLE])
+def test_nothing_heavy_is_loaded_at_import(module: str) -> None:
+    code = f"import sys, {module}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("name", ["utils", "common", "misc", "helpers"])
+def test_there_are_no_drawers(name: str) -> None:
+    assert not [path for room in OURS for path in (ROOT / room).rglob(f"{name}.py")]
+
+
+def test_rooms_import_without_ray_and_mlflow() -> None:
+    modules = [
+        module_of(path)
+        for room in ("model", "pipelines", "workers")
+        for path in sources(room)
+        if path.name not in ("__main__.py", "ray_entry.py", "tracking.py")
+    ]
+    code = "import importlib, sys\nsys.modules.update(ray=None, mlflow=None)\n"
+    code += f"for name in {modules!r}: importlib.import_module(name)\n"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "bad"),
+    [
+        ("model/x.py", "def f():\n    from pipelines.config import DataConfig\n", "pipelines.config"),
+        ("model/x.py", "import torch.distributed as dist\n", "torch.distributed"),
+        ("pipelines/x.py", "from model.build import build_detector\n", "model.build"),
+        ("pipelines/x.py", "from model import build\n", "model.build"),
+        ("workers/x.py", "import ray.train\n", "ray.train"),
+        ("workers/x.py", "from orchestrator.config import Study\n", "orchestrator.config"),
+        ("orchestrator/x.py", "def f():\n    import torch\n", "torch"),
+        ("orchestrator/cli/x.py", "from workers import loop\n", "workers.loop"),
+        ("orchestrator/x.py", "import importlib\nimportlib.import_module('ray')\n", "ray"),
+    ],
+)
+def test_the_rules_bite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, text: str, bad: str) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    assert bad in offences(file)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("pipelines/x.py", "from model.structures import Batch\nfrom workers.config import RunConfig\n"),
+        ("workers/ray_entry.py", "import ray.train\n"),
+        ("workers/tracking.py", "import mlflow\n"),
+        ("orchestrator/cluster.py", "import ray\n"),
+        ("orchestrator/x.py", "from model.config import Record\nfrom pipelines.console import run_command\n"),
+    ],
+)
+def test_the_rules_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, text: str) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    assert not offences(file)
