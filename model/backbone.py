@@ -22,8 +22,10 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")  # res2 to res5
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A bias-free convolution followed by frozen batch-norm, as one convolution: the fold costs a pass over the
-    weights, a separate norm two passes over the activations and their gradients.
+    """A bias-free convolution followed by frozen batch-norm.
+
+    Training folds both into one convolution: that costs a pass over the weights, a separate norm two passes over the
+    activations and their gradients. Inference keeps them apart, so that it rounds as other implementations do.
     """
 
     norm_weight: Tensor
@@ -49,6 +51,10 @@ class FoldedConv2d(nn.Conv2d):
         self.register_buffer("running_var", torch.ones(conv.out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            x = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+            norm = (self.running_mean, self.running_var, self.norm_weight, self.norm_bias)
+            return F.batch_norm(x, *norm, training=False, eps=self.eps)
         scale = self.norm_weight * torch.rsqrt(self.running_var + self.eps)
         shift = self.norm_bias - self.running_mean * scale
         return F.conv2d(

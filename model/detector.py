@@ -5,6 +5,8 @@ Axes: B images, G objects, Q proposals, S sampled RoIs an image, R RoIs in a fla
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +18,7 @@ from model.keypoint_branch import KeypointBranch, keypoint_positions
 from model.layouts import Maps
 from model.mask_branch import MaskBranch
 from model.paste import paste_all, paste_all_torchvision
-from model.pixels import Normalise, Resize, pad_to_multiple, resize_image, test_size, zero_padding
+from model.pixels import Normalise, Resize, enter, pad_to_multiple, test_size, zero_padding
 from model.rpn import RPN, AnchorOutputs, Proposals, RPNTargets, rpn_losses, sample_anchors, select_proposals
 from model.samples import FlatRoIs, Samples, flatten
 from model.sampling import sample_rois
@@ -112,9 +114,7 @@ class Detector(nn.Module):
 
     def _prepare(self, batch: Batch) -> _Step:
         batch = self._with_needed_objects(batch)
-        canvas = (batch.images.shape[2], batch.images.shape[3])
-        maps = self._maps(zero_padding(self.normalise(batch.images), batch.sizes))
-        outputs = self.rpn(maps.rpn, canvas) if self.rpn is not None else None
+        maps, outputs = self._read(zero_padding(self.normalise(batch.images), batch.sizes))
         samples = self._sample(batch, self._proposals(outputs, batch, training=True))
         keep = self.keep_padding or batch.images.device.type != "cpu"
         return _Step(
@@ -135,9 +135,12 @@ class Detector(nn.Module):
         names = ("boxes_xyxy", "labels", "valid", "mask_crops", "keypoints")
         return replace(batch, **{name: _fit(getattr(batch, name), slots) for name in names})
 
-    def _maps(self, pixels: Tensor) -> Maps:
-        maps: Maps = self.layout(self.backbone(pixels.contiguous(memory_format=torch.channels_last)))
-        return maps
+    def _read(self, pixels: Tensor) -> tuple[Maps, AnchorOutputs | None]:
+        """Normalised pixels (B, 3, H, W) to feature maps and what the RPN makes of them."""
+        on_cpu = pixels.device.type == "cpu"  # channels-last gains nothing there, and rounds differently
+        pixels = pixels.contiguous(memory_format=torch.contiguous_format if on_cpu else torch.channels_last)
+        maps: Maps = self.layout(self.backbone(pixels))
+        return maps, self.rpn(maps.rpn, (pixels.shape[2], pixels.shape[3])) if self.rpn is not None else None
 
     def _rpn_targets(self, outputs: AnchorOutputs, batch: Batch) -> RPNTargets:
         s = self.settings
@@ -226,29 +229,36 @@ class Detector(nn.Module):
 
     # --- inference --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Every module in evaluation mode and no gradients, whatever the mode outside."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
     def predict(self, batch: Batch) -> Detections:
         """The detections of each image, in pixels of the image file."""
-        pixels = zero_padding(self.normalise(batch.images), batch.sizes)
-        maps = self._maps(pixels)
-        outputs = None
-        if self.rpn is not None:
-            outputs = self.rpn(maps.rpn, (pixels.shape[2], pixels.shape[3]))
-        proposals = self._proposals(outputs, batch, training=False)
-        return self._detect(maps, proposals, batch.sizes, batch.original_sizes, batch.sample_ids)
+        with self._inference():
+            maps, outputs = self._read(zero_padding(self.normalise(batch.images), batch.sizes))
+            proposals = self._proposals(outputs, batch, training=False)
+            return self._detect(maps, proposals, batch.sizes, batch.original_sizes, batch.sample_ids)
 
-    @torch.no_grad()
     def propose(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The RPN's proposals at test time: boxes (B, Q, 4) in pixels of the image file, scores and valid (B, Q)."""
         if self.rpn is None:
             raise ValueError("this model has proposals.kind 'fixed' and no RPN; propose with a model that trains one")
-        pixels = zero_padding(self.normalise(batch.images), batch.sizes)
-        outputs = self.rpn(self._maps(pixels).rpn, (pixels.shape[2], pixels.shape[3]))
-        proposals = self._select(outputs, batch.sizes, training=False)
+        with self._inference():
+            _, outputs = self._read(zero_padding(self.normalise(batch.images), batch.sizes))
+            assert outputs is not None
+            proposals = self._select(outputs, batch.sizes, training=False)
         boxes = proposals.boxes_xyxy * _scale(batch.sizes, batch.original_sizes)[:, None]
         return boxes, proposals.scores, proposals.valid
 
-    @torch.no_grad()
     def predict_image(self, image: Tensor) -> dict[str, Tensor]:
         """One uint8 RGB image (3, H, W) to its N detections, best first, all in the image's own pixels.
 
@@ -261,14 +271,15 @@ class Detector(nn.Module):
         s = self.settings
         height, width = image.shape[-2:]
         size = test_size(height, width, s.short_side_px, s.max_side_px, s.resize)
-        pixels = pad_to_multiple(self.normalise(resize_image(image, size, s.resize)), s.canvas_multiple_px)[None]
-        maps = self._maps(pixels)
-        outputs = self.rpn(maps.rpn, (pixels.shape[2], pixels.shape[3]))
         sizes = torch.tensor([size], device=image.device)
-        proposals = self._select(outputs, sizes, training=False)
         original = torch.tensor([[height, width]], device=image.device)
-        found = self._detect(maps, proposals, sizes, original, torch.zeros(1, dtype=torch.int64))
-        return self._as_torchvision(found, height, width)
+        with self._inference():
+            pixels = pad_to_multiple(enter(image, self.normalise, size, s.resize), s.canvas_multiple_px)[None]
+            maps, outputs = self._read(pixels)
+            assert outputs is not None
+            proposals = self._select(outputs, sizes, training=False)
+            found = self._detect(maps, proposals, sizes, original, torch.zeros(1, dtype=torch.int64))
+            return self._as_torchvision(found, height, width)
 
     def _as_torchvision(self, found: Detections, height: int, width: int) -> dict[str, Tensor]:
         kept = found.valid[0]

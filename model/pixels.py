@@ -13,21 +13,21 @@ Resize = Literal["antialias", "torchvision-detection"]
 
 
 class Normalise(nn.Module):
-    """(pixels - mean) / std in float32, in the network's channel order; exactly 0 on padding."""
+    """(pixels - mean) / std in float32, in the network's channel order, rounded as torchvision rounds it."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], bgr: bool) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor([m / 255 for m in mean]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([s / 255 for s in std]).view(3, 1, 1), persistent=False)
         self.bgr = bgr
 
     def forward(self, images: Tensor) -> Tensor:
         """RGB (..., 3, H, W), uint8 or float in 0 to 255."""
         pixels = images.flip(-3) if self.bgr else images
-        return (pixels.float() - self.mean) / self.std
+        return (pixels.float() / 255 - self.mean) / self.std
 
 
 def zero_padding(pixels: Tensor, sizes_B2: Tensor) -> Tensor:
@@ -49,13 +49,14 @@ def test_size(height: int, width: int, short_side_px: int, max_side_px: int, res
     return max(round(height * scale), 1), max(round(width * scale), 1)
 
 
-def resize_image(image: Tensor, size: tuple[int, int], resize: Resize) -> Tensor:
-    """(3, H, W) to float (3, *size): bilinear, with antialiasing or, as torchvision's detectors, without."""
-    antialias = resize == "antialias"
-    pixels = F.interpolate(
-        image[None] if antialias else image[None].float(), size=size, mode="bilinear", antialias=antialias
-    )
-    return pixels[0].float()
+def enter(image: Tensor, normalise: Normalise, size: tuple[int, int], resize: Resize) -> Tensor:
+    """A uint8 RGB image (3, H, W) as normalised float (3, *size): antialiased, then normalised; torchvision's
+    detectors normalise first and do not antialias.
+    """
+    if resize == "torchvision-detection":
+        return F.interpolate(normalise(image)[None], size=size, mode="bilinear")[0]
+    resized: Tensor = normalise(F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0])
+    return resized
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
