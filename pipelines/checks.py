@@ -73,7 +73,7 @@ def _check_box(box: Any, width: int, height: int) -> Finding | None:
     x, y, w, h = box
     if w < 0 or h < 0:
         return f"bbox {box} is inverted (negative side)", "write it as [x, y, width, height], not as two corners"
-    if x >= width or y >= height or x + w <= 0 or y + h <= 0:
+    if x >= width or y >= height or x + w < 0 or x + w <= 0 < w or y + h < 0 or y + h <= 0 < h:
         return f"bbox {box} lies off its {width} x {height} image", "mend the box or drop the annotation"
     return None
 

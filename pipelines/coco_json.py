@@ -76,7 +76,8 @@ class _Window:
                 if not self.grow():
                     raise
                 continue
-            if end == len(self.text) and not isinstance(value, dict | list | str) and self.grow():
+            ended = isinstance(value, dict | list | str) or self.text[end : end + 1] in tuple(",]}" + _SPACE)
+            if not ended and self.grow():
                 continue  # a number may go on in the next piece
             text = self.text[self.position : end]
             self.position = end

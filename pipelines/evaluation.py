@@ -94,7 +94,7 @@ def evaluate(truth: Dataset | str | Path, results: Sequence[Mapping[str, Any]], 
     The order of `results` does not matter, and they are not changed. Raises ValueError if they do not fit.
     """
     with contextlib.redirect_stdout(io.StringIO()):
-        ground_truth = _ground_truth(truth)
+        ground_truth = _ground_truth(truth, iou_type)
         found = _load_results(ground_truth, results, iou_type)
         run = COCOeval(ground_truth, found, iou_type)
         run.evaluate()
@@ -105,7 +105,7 @@ def evaluate(truth: Dataset | str | Path, results: Sequence[Mapping[str, Any]], 
     return Evaluation(stats, _per_class(run, ground_truth))
 
 
-def _ground_truth(truth: Dataset | str | Path) -> COCO:
+def _ground_truth(truth: Dataset | str | Path, iou_type: IouType) -> COCO:
     ground_truth = COCO()
     if isinstance(truth, Dataset):
         ground_truth.dataset = truth.coco()
@@ -114,8 +114,22 @@ def _ground_truth(truth: Dataset | str | Path) -> COCO:
         for key in ("images", "annotations", "categories"):
             if key not in ground_truth.dataset:
                 raise ValueError(f"{truth}: has no {key!r}; give --gt a COCO annotation file")
+    if iou_type == "keypoints":
+        ground_truth.dataset = _with_keypoints(ground_truth.dataset)
     ground_truth.createIndex()
     return ground_truth
+
+
+def _with_keypoints(coco: dict[str, Any]) -> dict[str, Any]:
+    """Only what has keypoints, as COCO's person_keypoints files; pycocotools fails on annotations without."""
+    annotations = [
+        {"num_keypoints": sum(v > 0 for v in a["keypoints"][2::3]), **a}
+        for a in coco["annotations"]
+        if a.get("keypoints")
+    ]
+    named = {a["category_id"] for a in annotations}
+    categories = [c for c in coco["categories"] if c.get("keypoints") or c["id"] in named]
+    return coco | {"annotations": annotations, "categories": categories}
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -85,6 +85,9 @@ def pack(
         spooled = Path(folder) / "spool.sqlite"
         problems: list[Problem] = []
         contents = spool.fill(spooled, annotation_files, _collector(problems, options.on_error))
+        if contents.num_images == 0:
+            files = ", ".join(str(path) for path in annotation_files)
+            raise ValueError(f"{files}: lists no image that can be packed; give files with images")
         ranges, listing = _plan(spooled, images, options.shard_mib)
         source = _digest(contents.digest, listing, options.on_error, options.shard_mib)
         if existing := _existing(out, source):

@@ -53,7 +53,7 @@ def draw_samples(dataset: Dataset, out: Path, *, count: int, seed: int, masks: b
         row = dataset.row(int(number))
         picture = Image.fromarray(read_image(row, dataset).permute(1, 2, 0).numpy())
         names = {int(c["id"]): str(c["name"]) for c in dataset.categories}
-        tiles.append(_fit(annotated(picture, dataset.annotations(row.image_id), names, masks)))
+        tiles.append(annotated(picture, dataset.annotations(row.image_id), names, masks))
         ids.append(row.image_id)
     columns = max(1, int(np.ceil(np.sqrt(len(tiles)))))
     lines = -(-len(tiles) // columns)
@@ -65,15 +65,10 @@ def draw_samples(dataset: Dataset, out: Path, *, count: int, seed: int, masks: b
     return ids
 
 
-def _fit(picture: Image.Image) -> Image.Image:
-    picture.thumbnail((TILE_PX - 4, TILE_PX - 4))
-    return picture
-
-
 def annotated(
     picture: Image.Image, annotations: list[dict[str, Any]], names: dict[int, str], masks: bool
 ) -> Image.Image:
-    """The picture with boxes and names, keypoints, and masks if asked for; crowds are grey."""
+    """The picture at the size of a tile, with boxes and names, keypoints, masks if asked for; crowds are grey."""
     pixels = np.asarray(picture, np.float64).copy()
     colours = [(128, 128, 128) if a["iscrowd"] else _COLOURS[n % len(_COLOURS)] for n, a in enumerate(annotations)]
     if masks:
@@ -81,16 +76,19 @@ def annotated(
             if annotation.get("segmentation"):
                 inside = _mask(annotation, *pixels.shape[:2])
                 pixels[inside] = 0.5 * pixels[inside] + 0.5 * np.array(colour)
-    picture = Image.fromarray(pixels.round().astype(np.uint8))
+    scale = (TILE_PX - 4) / max(picture.size)
+    size = (round(picture.width * scale), round(picture.height * scale))
+    picture = Image.fromarray(pixels.round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(picture)
     for annotation, colour in zip(annotations, colours, strict=True):
-        x, y, w, h = annotation["bbox"]
+        x, y, w, h = (scale * v for v in annotation["bbox"])
         pen.rectangle((x, y, x + w, y + h), outline=colour, width=2)
-        pen.text((x + 3, y + 2), names[annotation["category_id"]], fill=colour)
+        pen.text((x + 3, y + 2), names[annotation["category_id"]], fill="white")
         points = annotation.get("keypoints", [])
         for px, py, visibility in zip(points[::3], points[1::3], points[2::3], strict=True):
             if visibility > 0:
-                pen.ellipse((px - 2, py - 2, px + 3, py + 3), fill=colour if visibility == 2 else None, outline=colour)
+                spot = (scale * (px + 0.5) - 2, scale * (py + 0.5) - 2, scale * (px + 0.5) + 3, scale * (py + 0.5) + 3)
+                pen.ellipse(spot, fill=colour if visibility == 2 else None, outline="white")
     return picture
 
 

@@ -49,7 +49,8 @@ def synthesise(
 ) -> dict[str, Any]:
     """Writes `num_images` in all, a fifth of them (at least one) for validation.
 
-    Layout: annotations/instances_{train,val}.json and images/{train,val}/*.jpg. Returns the settings with the counts
+    Layout: annotations/instances_{train,val}.json (with keypoints also person_keypoints_{train,val}.json, the persons
+    alone) and images/{train,val}/*.jpg. Returns the settings with the counts
     and whether the same dataset was there `unchanged`. Raises ValueError if `out` holds another one.
     """
     if num_images < 2:
@@ -82,14 +83,19 @@ def synthesise(
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, **record})
             done += 1
             progress(done, num_images)
+        described = categories(keypoints)
         coco = {
             "info": {"description": f"synthetic shapes, seed {seed}"},
             "licenses": [],
             "images": images,
             "annotations": annotations,
-            "categories": categories(keypoints),
+            "categories": described,
         }
         _write(out / "annotations" / f"instances_{split}.json", json.dumps(coco))
+        if keypoints:
+            persons = [annotation for annotation in annotations if "keypoints" in annotation]
+            coco |= {"annotations": persons, "categories": described[:1]}
+            _write(out / "annotations" / f"person_keypoints_{split}.json", json.dumps(coco))
     _write(note, json.dumps(settings) + "\n")
     return {**settings, "unchanged": False}
 
