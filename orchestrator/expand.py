@@ -58,8 +58,8 @@ def expand(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Ex
     trials: list[TrialPlan] = []
     for arm, run in zip(arms, runs, strict=True):
         where = f"arm {arm_name(arm)}"
-        train, val = manifest(run.data.train, "data.train"), manifest(run.data.val, "data.val")
         try:
+            train, val = manifest(run.data.train, "data.train"), manifest(run.data.val, "data.val")
             check_fit(run, train, val)
             if study.resources.ranks > run.loop.global_batch:
                 raise ValueError(

@@ -197,6 +197,13 @@ def _explain(record: type[BaseModel], data: Any, problem: Any) -> str:
         return f"{path}: no such field; {hint}"
     if problem["type"] == "missing":
         return f"{path}: is required"
+    if problem["type"] == "union_tag_invalid":
+        kinds = [tag.strip("' ") for tag in problem["ctx"]["expected_tags"].split(",")]
+        near = difflib.get_close_matches(str(problem["ctx"]["tag"]), kinds, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kinds)}"
+        return f"{path}.kind: no kind {problem['ctx']['tag']!r}; {hint}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{path}.kind: is required, it says which fields there are"
     message = problem["msg"].removeprefix("Value error, ")
     value = problem.get("input")
     shown = "" if isinstance(value, Mapping | BaseModel) else f", got {value!r}"
