@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +26,17 @@ class PlannedTrial:
 
 @dataclass(frozen=True)
 class Plan:
-    """gpu_hours and longest_h cover the trials that would run and whose speed is known; `unknown` counts the others."""
+    """gpu_hours, longest_h and whole_h cover the trials that would run at a known speed; `unknown` counts the others.
+
+    whole_h: from the first start to the last end at the cluster's size, 0 where that is not known.
+    """
 
     name: str
     trials: tuple[PlannedTrial, ...]
     ranks_at_once: int
     gpu_hours: float
     longest_h: float
+    whole_h: float
     unknown: int
     disk_gib: float
 
@@ -59,6 +64,7 @@ class Plan:
                 "ranks_at_once": self.ranks_at_once,
                 "gpu_hours": None if self.unknown else self.gpu_hours,
                 "longest_trial_hours": None if self.unknown else self.longest_h,
+                "whole_study_hours": self.whole_h if self.whole_h and not self.unknown else None,
                 "trials_of_unknown_speed": self.unknown,
                 "disk_gib": self.disk_gib,
             },
@@ -81,13 +87,21 @@ class Plan:
         if self.unknown:
             lines.append(f"time: not known for {self.unknown} trials, no trial of these arms has been measured yet")
         elif to_run:
-            lines.append(f"time: {self.longest_h:.1f} h for the longest trial, {self.gpu_hours:.1f} GPU-hours in all")
+            whole = f", {self.whole_h:.1f} h for the study on this cluster" if self.whole_h else ""
+            lines.append(
+                f"time: {self.longest_h:.1f} h for the longest trial{whole}, {self.gpu_hours:.1f} GPU-hours in all"
+            )
         lines.append(f"disk: about {self.disk_gib:.1f} GiB of checkpoints and weights")
         return "\n".join([table, "", *lines])
 
 
-def make_plan(submission: Submission, finished: Mapping[str, str], speeds: Mapping[str, float] | None = None) -> Plan:
-    """finished: identity -> trial with a result. speeds: arm of a trial's key -> images/s of its gang, if measured."""
+def make_plan(
+    submission: Submission, finished: Mapping[str, str], speeds: Mapping[str, float] | None = None, gangs: int = 0
+) -> Plan:
+    """finished: identity -> trial with a result. speeds: arm of a trial's key -> images/s of its gang, if measured.
+
+    gangs: how many trials of this study the cluster can hold at once; 0 if that is not known.
+    """
     resources, planned = submission.study.resources, []
     disk = gpu_hours = longest = 0.0
     unknown = 0
@@ -104,7 +118,17 @@ def make_plan(submission: Submission, finished: Mapping[str, str], speeds: Mappi
         disk += checkpoint_bytes(RunConfig.model_validate(trial.run)) / 2**30
     to_run = sum(not entry.cached for entry in planned)
     at_once = min(to_run, submission.study.max_parallel or to_run) * resources.ranks
-    return Plan(submission.study.name, tuple(planned), at_once, gpu_hours, longest, unknown, disk)
+    slots = min(gangs, submission.study.max_parallel or gangs)
+    whole = whole_hours([entry.hours for entry in planned if not entry.cached], slots) if slots else 0.0
+    return Plan(submission.study.name, tuple(planned), at_once, gpu_hours, longest, whole, unknown, disk)
+
+
+def whole_hours(hours: Sequence[float], gangs: int) -> float:
+    """When the last trial ends if the longest start first and each takes the gang that is free first."""
+    free_at = [0.0] * gangs
+    for length in sorted(hours, reverse=True):
+        heapq.heapreplace(free_at, free_at[0] + length)
+    return max(free_at)
 
 
 def measured_speeds(study: str, views: Sequence[StudyView]) -> dict[str, float]:

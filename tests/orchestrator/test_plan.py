@@ -10,7 +10,7 @@ import pytest
 from model.config import preset
 from orchestrator.config import StudyView, Submission
 from orchestrator.expand import expand
-from orchestrator.plan import make_plan, measured_speeds
+from orchestrator.plan import make_plan, measured_speeds, whole_hours
 from orchestrator.sizes import parameters
 from tests.orchestrator.studies import CODE, finished, tiny_study, write_dataset
 
@@ -29,6 +29,14 @@ def test_hours_follow_from_images_and_speed(tmp_path: Path) -> None:
     plan = make_plan(submission(tmp_path), {}, {"roi=pool": 1.0, "roi=align": 2.0})
     assert [planned.hours for planned in plan.trials] == [1.0, 1.0, 0.5, 0.5]
     assert (plan.gpu_hours, plan.longest_h, plan.unknown, plan.ranks_at_once) == (6.0, 1.0, 0, 8)
+
+
+def test_the_whole_study_at_the_clusters_size(tmp_path: Path) -> None:
+    plan = make_plan(submission(tmp_path), {}, {"roi=pool": 1.0, "roi=align": 2.0}, gangs=2)
+    assert plan.whole_h == 1.5  # 1 h and 0.5 h on each of two gangs
+    assert "1.0 h for the longest trial, 1.5 h for the study on this cluster, 6.0 GPU-hours" in plan.text()
+    assert whole_hours([3.0, 2.0, 2.0, 1.0], gangs=2) == 4.0
+    assert whole_hours([3.0, 2.0], gangs=5) == 3.0
 
 
 def test_cached_trials_cost_nothing(tmp_path: Path) -> None:
