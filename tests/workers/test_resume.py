@@ -63,7 +63,9 @@ def test_three_ranks_killed_twice_resume_to_the_same_bits(tmp_path):
 def test_a_stop_request_checkpoints_and_the_next_start_resumes_to_the_same_bits(tmp_path):
     run = small_run()
     stop = StopRequest()
-    stopped = fake_trial(tmp_path / "stopped", run, stop=stop, visit=lambda now: stop.ask("stopped") if now == 5 else None)
+    stopped = fake_trial(
+        tmp_path / "stopped", run, stop=stop, visit=lambda now: stop.ask("stopped") if now == 5 else None
+    )
     assert (stopped.ending.state, stopped.state.step) == ("stopped", 6)
     assert fake_trial(tmp_path / "stopped", run, attempt=2).digest == fake_trial(tmp_path / "whole", run).digest
 
@@ -76,7 +78,11 @@ def test_a_stop_asked_of_one_rank_ends_all_at_the_same_step(tmp_path):
 def stop_on_last_rank(world: World, folder: Path, run: RunConfig) -> tuple[str, int]:
     stop = StopRequest()
     trial = fake_trial(
-        folder, run, world=world, stop=stop, visit=lambda now: stop.ask("preempted") if (now, world.rank) == (3, 2) else None
+        folder,
+        run,
+        world=world,
+        stop=stop,
+        visit=lambda now: stop.ask("preempted") if (now, world.rank) == (3, 2) else None,
     )
     return trial.ending.state, trial.state.step
 
@@ -103,6 +109,10 @@ def test_average_and_scaler_are_part_of_the_state(tmp_path):
     resumed = fake_trial(tmp_path / "killed", run, attempt=2)
     whole = fake_trial(tmp_path / "whole", run)
     assert [a.tolist() for a in resumed.state.average] == [a.tolist() for a in whole.state.average]
-    assert resumed.digest == whole.digest != Trial.digest.fget(  # type: ignore[attr-defined]
-        fake_trial(tmp_path / "other", small_run(), detector=FakeDetector(1))
+    assert (
+        resumed.digest
+        == whole.digest
+        != Trial.digest.fget(  # type: ignore[attr-defined]
+            fake_trial(tmp_path / "other", small_run(), detector=FakeDetector(1))
+        )
     )

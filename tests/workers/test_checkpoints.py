@@ -1,0 +1,163 @@
+"""Checkpoints are whole or ignored, newest first, fenced by attempt, on a disk or behind a URI."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.workers.fakes import fake_trial, small_run
+from workers.checkpoints import BackgroundWriter, CheckpointStore, FencedError, Snapshot
+from workers.storage import Storage
+
+
+def snapshot(step: int) -> Snapshot:
+    return Snapshot(step, {"w": torch.full((3,), float(step)), "nested": {"n": [1, torch.ones(2)]}}, {"guard": step})
+
+
+def store_in(folder: Path | str, attempt: int = 1, keep: int = 2) -> tuple[CheckpointStore, list[str]]:
+    warnings: list[str] = []
+    store = CheckpointStore(Storage(str(folder)), attempt, keep, warnings.append)
+    store.claim()
+    return store, warnings
+
+
+def test_what_was_published_is_loaded_and_old_ones_are_deleted(tmp_path):
+    store, warnings = store_in(tmp_path)
+    for step in (10, 20, 30):
+        store.publish(snapshot(step))
+    loaded = store.load(store.newest())
+    assert loaded.step == 30
+    assert loaded.tensors["w"].tolist() == [30.0] * 3
+    assert loaded.plain == {"guard": 30}
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("0*")) == ["0001-00000020", "0001-00000030"]
+    assert not warnings
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no marker", "bad marker"])
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+    store, warnings = store_in(tmp_path)
+    for step in (10, 20):
+        store.publish(snapshot(step))
+    folder = tmp_path / "checkpoints" / "0001-00000020"
+    data = bytearray((folder / "state.pt").read_bytes())
+    match damage:
+        case "flip":
+            data[len(data) // 2] ^= 1
+            (folder / "state.pt").write_bytes(data)
+        case "truncate":
+            (folder / "state.pt").write_bytes(data[:-9])
+        case "remove":
+            (folder / "plain.json").unlink()
+        case "no marker":
+            (folder / "complete.json").unlink()
+        case "bad marker":
+            (folder / "complete.json").write_text("{}")
+    assert store.newest() == "0001-00000010"
+    assert bool(warnings) == (damage != "no marker")  # without a marker it never was one
+
+
+def test_an_older_attempt_can_publish_nothing_once_a_newer_one_has_claimed(tmp_path):
+    old, _ = store_in(tmp_path, attempt=1)
+    old.publish(snapshot(10))
+    new, _ = store_in(tmp_path, attempt=2)
+    with pytest.raises(FencedError, match="attempt 2 has taken over"):
+        old.publish(snapshot(20))
+    with pytest.raises(FencedError):
+        store_in(tmp_path, attempt=1)
+    new.publish(snapshot(12))
+    assert new.newest() == "0002-00000012"
+
+
+def test_the_newest_is_of_the_latest_attempt_even_at_a_lower_step(tmp_path):
+    old, _ = store_in(tmp_path, attempt=1)
+    old.publish(snapshot(50))
+    new, _ = store_in(tmp_path, attempt=2)
+    new.publish(snapshot(40))
+    assert new.newest() == "0002-00000040"
+
+
+def test_checkpoints_hold_no_pickled_code(tmp_path):
+    store, _ = store_in(tmp_path)
+    store.publish(snapshot(1))
+    path = tmp_path / "checkpoints" / store.newest() / "state.pt"
+    assert torch.load(path, weights_only=True)["nested"]["n"][0] == 1
+
+
+class FullStorage(Storage):
+    """A disk that is full from the first checkpoint on."""
+
+    @contextmanager
+    def replacing(self, path: str) -> Iterator[Any]:
+        with super().replacing(path) as sink:
+            if path.endswith("state.pt"):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            yield sink
+
+
+def test_a_full_disk_ends_the_run_with_the_remedy_and_leaves_no_half(tmp_path):
+    with pytest.raises(RuntimeError, match=r"no space left on .* lower loop\.keep_checkpoints"):
+        fake_trial(tmp_path, small_run(), storage=FullStorage(str(tmp_path)))
+    assert not list((tmp_path / "checkpoints").rglob("*.part"))
+
+
+def test_a_slow_write_does_not_hold_up_the_submitter_and_its_error_comes_later(tmp_path):
+    import threading
+
+    allowed = threading.Event()
+
+    def publish(_: Snapshot) -> None:
+        allowed.wait(30)
+        raise RuntimeError("the disk broke")
+
+    writer = BackgroundWriter(publish)
+    writer.submit(snapshot(1))
+    assert writer.busy
+    allowed.set()
+    with pytest.raises(RuntimeError, match="the disk broke"):
+        writer.drain()
+    writer.drain()
+
+
+def test_a_checkpoint_of_another_configuration_is_refused_by_field(tmp_path):
+    fake_trial(tmp_path, small_run(steps=4))
+    with pytest.raises(ValueError, match=r"written with loop\.clip_grad_norm = 10\.0, this run has 1\.0"):
+        fake_trial(tmp_path, small_run(steps=4, clip_grad_norm=1.0), attempt=2)
+    fake_trial(tmp_path, small_run(steps=4, keep_checkpoints=5), attempt=2)
+
+
+def test_storage_replaces_files_whole_or_not_at_all(tmp_path):
+    storage = Storage(str(tmp_path))
+    storage.write("a/b.json", b"old")
+
+    def write_half() -> None:
+        with storage.replacing("a/b.json") as sink:
+            sink.write(b"ne")
+            raise KeyError("interrupted")
+
+    with pytest.raises(KeyError):
+        write_half()
+    assert storage.read("a/b.json") == b"old"
+    assert storage.names("a") == ["b.json"]
+
+
+def test_a_uri_that_pyarrow_cannot_open_is_named():
+    with pytest.raises(ValueError, match="storage 'gopher://x'"):
+        Storage("gopher://x")
+
+
+def test_checkpoints_behind_a_uri_are_published_found_and_pruned(s3_uri):
+    store, _ = store_in(s3_uri)
+    for step in (10, 20, 30):
+        store.publish(snapshot(step))
+    again, _ = store_in(s3_uri, attempt=2)
+    assert again.load(again.newest()).tensors["w"].tolist() == [30.0] * 3
+    names = Storage(s3_uri).names("checkpoints")
+    assert [name for name in names if name.startswith("0")] == ["0001-00000020", "0001-00000030"]
+    assert json.loads(Storage(s3_uri).read("checkpoints/claim.json")) == {"attempt": 2}

@@ -1,0 +1,104 @@
+"""Decisions and rates as pure functions, and the guard at work in the loop."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tests.workers.fakes import FakeDetector, fake_trial, small_run
+from workers.config import SGD, AdamW, CosineSchedule, Guard, OneCycle, StepSchedule
+from workers.guard import DivergedError, GuardState, judge, rolled_back
+from workers.optim import base_rate, build_optimiser, rate_factor
+
+
+def test_a_loss_that_is_not_finite_is_bad_from_the_first_step():
+    _, bad = judge(Guard(), GuardState(), [1.0, math.nan, 1.0])
+    assert bad == 1
+
+
+def test_a_spike_is_bad_only_beside_a_mean_that_has_settled():
+    state, bad = judge(Guard(), GuardState(), [1.0, 500.0, 1.0])
+    assert bad is None
+    state, bad = judge(Guard(), GuardState(), [1.0] * 30)
+    assert (state.seen, bad) == (30, None)
+    assert judge(Guard(), state, [1.0, 9.9])[1] is None
+    assert judge(Guard(), state, [1.0, 10.5])[1] == 1
+
+
+def test_judging_in_pieces_is_judging_at_once():
+    losses = [1 + 0.1 * k for k in range(50)]
+    whole, _ = judge(Guard(), GuardState(), losses)
+    pieces = GuardState()
+    for start in range(0, 50, 7):
+        pieces, _ = judge(Guard(), pieces, losses[start : start + 7])
+    assert pieces == whole
+
+
+def test_rolling_back_skips_the_window_or_lowers_the_rate():
+    now = GuardState(mean=9.0, seen=60, rollbacks=1, rate=0.5, skipped=10)
+    saved = GuardState(mean=1.0, seen=40, skipped=10)
+    assert rolled_back(Guard(), saved, now, 20) == GuardState(1.0, 40, 2, 0.5, 30)
+    assert rolled_back(Guard(action="lower_rate"), saved, now, 20) == GuardState(1.0, 40, 2, 0.25, 10)
+
+
+class Exploding(FakeDetector):
+    """Its loss is not finite on the global batches given."""
+
+    def __init__(self, bad: set[int]) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def forward(self, batch):  # type: ignore[no-untyped-def]
+        self.scale = math.nan if int(batch.sample_ids[0]) // 100 in self.bad else 1.0
+        return super().forward(batch)
+
+
+def test_the_loop_rolls_back_skips_the_window_and_says_so(tmp_path):
+    trial = fake_trial(tmp_path, small_run(), detector=Exploding({5}))
+    assert trial.ending.state == "done"
+    assert trial.state.guard.rollbacks == 1
+    assert trial.state.data_step == 12 + trial.state.guard.skipped
+    [event] = trial.journal.events
+    assert (event.kind, event.step) == ("rollback", 6)
+    assert "sample ids [500, 501" in event.text
+    assert all(torch.isfinite(p).all() for p in trial.state.trained)
+
+
+def test_a_loss_that_was_never_good_begins_again_from_the_start(tmp_path):
+    trial = fake_trial(tmp_path, small_run(), detector=Exploding({0}))
+    assert (trial.ending.state, trial.state.guard.rollbacks, trial.state.guard.skipped) == ("done", 1, 2)
+
+
+def test_the_guard_gives_up_with_step_samples_and_losses(tmp_path):
+    run = small_run(guard={"max_rollbacks": 2})
+    with pytest.raises(DivergedError, match=r"step 5 after 2 rollbacks .*common nan.*sample ids \[800"):
+        fake_trial(tmp_path, run, detector=Exploding(set(range(5, 40))))
+
+
+def test_step_schedule_warms_up_and_drops():
+    cfg = StepSchedule(drop_steps=(100, 200), warmup_steps=10, warmup_factor=0.1)
+    factors = [rate_factor(cfg, step, 300) for step in (0, 5, 10, 99, 100, 200)]
+    assert factors == pytest.approx([0.1, 0.55, 1, 1, 0.1, 0.01])
+
+
+def test_cosine_and_one_cycle_meet_their_ends():
+    cosine = CosineSchedule(warmup_steps=0, final_factor=0.1)
+    assert [rate_factor(cosine, step, 100) for step in (0, 50, 100)] == pytest.approx([1, 0.55, 0.1])
+    cycle = OneCycle(rise=0.25, start_factor=0.04, final_factor=0.0)
+    assert [rate_factor(cycle, step, 400) for step in (0, 50, 100, 250, 400)] == pytest.approx([0.04, 0.52, 1, 0.5, 0])
+
+
+def test_the_rate_scales_with_the_batch_only_on_request():
+    assert base_rate(SGD(lr=0.02), 4) == 0.02
+    assert base_rate(SGD(lr=0.02, lr_batch=16), 4) == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("cfg", [SGD(weight_decay=0.1, norm_weight_decay=0.0), AdamW(weight_decay=0.1)])
+def test_normalisation_layers_have_a_decay_of_their_own(cfg):
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
+    module[0].bias.requires_grad_(False)
+    groups = build_optimiser(cfg, module).param_groups
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.1), (2, 0.0)]

@@ -1,0 +1,177 @@
+"""What a run tells arrives once, in order, whatever the tracker does; the loop never waits for it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.workers.fakes import fake_trial, small_run
+from tests.workers.ranks import run_ranks
+from tests.workers.test_resume import kill_in_step
+from workers.config import Progress
+from workers.journal import TrialJournal
+from workers.meter import Row
+from workers.spool import RejectedError, Shipper, Spool, metric_points, ship_once
+from workers.storage import Storage
+
+
+class FakeTracker:
+    """Keeps what it is sent as MLflow does: the same record twice is one."""
+
+    def __init__(self) -> None:
+        self.points: set[tuple[Any, ...]] = set()
+        self.calls = 0
+        self.failing = False
+        self.refused = ""
+
+    def send(self, records: Any) -> None:
+        self.calls += 1
+        if self.failing:
+            raise ConnectionError("no route to the tracker")
+        for record in records:
+            if record["kind"] == self.refused:
+                raise RejectedError(f"no {record['kind']} here")
+            for name, value in record.get("values", {}).items():
+                self.points.add((name, record.get("at"), record.get("step"), value))
+
+
+def metrics(step: int) -> dict[str, Any]:
+    return {"kind": "metrics", "at": 1000 + step, "step": step, "values": {"loss": 1 / step}}
+
+
+def steps_of(tracker: FakeTracker) -> list[int]:
+    return sorted(step for name, _, step, _ in tracker.points if name == "loss")
+
+
+@pytest.fixture
+def spool(tmp_path):
+    opened = Spool(tmp_path / "spool")
+    yield opened
+    opened.close()
+
+
+def test_a_tracker_that_is_down_at_first_gets_all_of_it_later(spool):
+    tracker, warnings = FakeTracker(), []
+    tracker.failing = True
+    for step in range(1, 4):
+        spool.append(metrics(step))
+    shipper = Shipper(spool, tracker, warnings.append, idle_s=0.01)
+    assert not shipper.close(30)
+    assert len(warnings) == 1
+    tracker.failing = False
+    assert Shipper(spool, tracker, warnings.append).close(30)
+    assert steps_of(tracker) == [1, 2, 3]
+
+
+def test_a_shipment_repeated_after_a_kill_adds_nothing(spool):
+    tracker = FakeTracker()
+    for step in range(1, 6):
+        spool.append(metrics(step))
+    ship_once(spool, tracker, print)
+    spool.advance(0)  # killed between sending and remembering it
+    ship_once(spool, tracker, print)
+    assert steps_of(tracker) == [1, 2, 3, 4, 5]
+    assert (tracker.calls, len(tracker.points)) == (2, 5)
+
+
+def test_a_line_torn_by_a_crash_is_dropped_and_the_next_is_whole(tmp_path):
+    first = Spool(tmp_path)
+    first.append(metrics(1))
+    first.close()
+    with (tmp_path / "records.jsonl").open("ab") as file:
+        file.write(b'{"kind": "metr')
+    again = Spool(tmp_path)
+    again.append(metrics(2))
+    again.close()
+    assert [record["step"] for record in again.records()] == [1, 2]
+
+
+def test_a_record_that_is_refused_for_good_is_set_aside_and_holds_up_no_other(spool):
+    tracker, warnings = FakeTracker(), []
+    tracker.refused = "params"
+    for record in (metrics(1), {"kind": "params", "values": {"a": "b"}}, metrics(2)):
+        spool.append(record)
+    ship_once(spool, tracker, warnings.append)
+    assert steps_of(tracker) == [1, 2]
+    assert "no params here" in warnings[0]
+    assert json.loads((spool.folder / "rejected.jsonl").read_text())["record"]["kind"] == "params"
+
+
+def test_appending_never_waits_for_a_tracker_that_hangs(spool):
+    release, entered = threading.Event(), threading.Event()
+
+    class Hanging:
+        def send(self, records: Any) -> None:
+            entered.set()
+            release.wait(60)
+
+    spool.append(metrics(1))
+    shipper = Shipper(spool, Hanging(), print)
+    assert entered.wait(60)
+    for step in range(2, 500):
+        spool.append(metrics(step))  # returns though nothing is being sent
+    assert len(spool.records()) == 499
+    release.set()
+    assert shipper.close(60)
+
+
+def test_points_after_a_rewind_are_told_again():
+    records = [metrics(1), metrics(2), metrics(3), {"kind": "rewind", "step": 1}, metrics(2)]
+    assert metric_points(records) == {("loss", 1), ("loss", 2)}
+
+
+# --- the journal across restarts ------------------------------------------------------------------------------------
+
+
+def window_points(folder: Path) -> list[int]:
+    spool = Spool(folder / "spool")
+    spool.close()
+    return [r["step"] for r in spool.records() if r["kind"] == "metrics" and "loss" in r["values"]]
+
+
+def test_a_killed_and_resumed_run_tells_every_window_once(tmp_path):
+    run = small_run()
+    run_ranks(kill_in_step, 1, tmp_path, run, 7, 0)
+    assert window_points(tmp_path) == [2, 4, 6]  # step 6 lies beyond the checkpoint of step 4
+    fake_trial(tmp_path, run, attempt=2)
+    assert window_points(tmp_path) == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_run_resumed_on_another_node_fills_in_what_its_lost_spool_held(tmp_path):
+    run = small_run()
+    run_ranks(kill_in_step, 1, tmp_path, run, 7, 0)
+    (tmp_path / "spool").rename(tmp_path / "lost")
+    fake_trial(tmp_path, run, attempt=2)
+    assert window_points(tmp_path) == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_series_has_every_step_once_after_kill_and_resume(tmp_path):
+    run = small_run()
+    run_ranks(kill_in_step, 1, tmp_path / "killed", run, 7, 0)
+    killed = fake_trial(tmp_path / "killed", run, attempt=2)
+    whole = fake_trial(tmp_path / "whole", run)
+    killed.journal.finish_series(12, "series.parquet")
+    whole.journal.finish_series(12, "series.parquet")
+    tables = [pq.read_table(tmp_path / name / "series.parquet") for name in ("killed", "whole")]
+    assert tables[0]["step"].to_pylist() == list(range(1, 13))
+    for name in ("loss", "loss/rare", "grad_norm", "lr"):
+        assert tables[0][name].to_pylist() == tables[1][name].to_pylist()
+
+
+def test_progress_is_a_whole_file_at_every_moment(tmp_path):
+    spool = Spool(tmp_path / "spool")
+    seen: list[Progress] = []
+    journal = TrialJournal(spool, Storage(str(tmp_path)), 3, 100, 8, 50, seen.append)
+    row = Row(10, {"loss": float("nan"), "step_s": 0.5, "wait_s": 0.1})
+    journal.rows([row])
+    journal.progress("training", 10, row)
+    journal.close()
+    spool.close()
+    progress = Progress.model_validate_json((tmp_path / "progress.json").read_text())
+    assert (progress.attempt, progress.step, progress.loss) == (3, 10, None)
+    assert (seen[0].images_per_s, seen[0].seconds_left) == (16.0, 45.0)

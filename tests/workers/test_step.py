@@ -1,0 +1,96 @@
+"""The same optimiser step at any number of ranks and chunks: losses and gradients equal to 1e-5."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.builders import tiny_run
+from tests.workers.fakes import FakeDetector, FakeLoader, alone, fake_trial, small_run
+from tests.workers.ranks import run_ranks
+from workers.build import initial_detector, open_datasets, train_loader_opener
+from workers.config import RunConfig
+from workers.state import TrainState
+from workers.step import LossSums, accumulate_gradients, apply_gradients, distributed
+from workers.world import World
+
+
+def step_of(world: World, state: TrainState, batches: Any) -> dict[str, Any]:
+    """Global losses and the gradients of one step, reduced over the ranks."""
+    module = distributed(LossSums(state.detector), world)
+    gradients = accumulate_gradients(module, batches, state.run.loop, world, state.scaler, (0.0, 1.0))
+    losses = world.sum(gradients.losses_T.clone()).tolist()
+    return {
+        "losses": dict(zip(gradients.names, losses, strict=True)),
+        "flags": gradients.flags.tolist(),
+        "gradients": {n: p.grad.clone() for n, p in state.detector.named_parameters() if p.grad is not None},
+    }
+
+
+def fake_step(world: World, run: RunConfig) -> dict[str, Any]:
+    state = TrainState(run, FakeDetector())
+    return step_of(world, state, next(iter(FakeLoader(run, world, 3))).batches)
+
+
+def real_step(world: World, run: RunConfig, trained_steps: int) -> dict[str, Any]:
+    """A step of the real detector after `trained_steps`, which every rank takes alone and alike."""
+    torch.set_num_threads(1)
+    data, _ = open_datasets(run, "")
+    state = TrainState(run, initial_detector(run))
+    alone_loader = iter(train_loader_opener(run, data, alone())(0))
+    for _ in range(trained_steps):
+        accumulate_gradients(LossSums(state.detector), next(alone_loader).batches, run.loop, alone(), state.scaler, ())
+        apply_gradients(state.trained, state.optimiser, state.scaler, 1e-3, 0.0)
+    return step_of(world, state, next(iter(train_loader_opener(run, data, world)(trained_steps))).batches)
+
+
+def assert_same_step(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5, abs=1e-6)
+    for name, gradient in wanted["gradients"].items():
+        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_accumulating_chunks_gives_the_step_of_the_whole_batch(chunk):
+    whole = fake_step(alone(), small_run(global_batch=7))
+    assert_same_step(fake_step(alone(), small_run(global_batch=7, max_images_per_forward=chunk)), whole)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_share_a_batch_unevenly_give_the_step_of_one(ranks):
+    """Seven images: 4 + 3 on two ranks, 3 + 2 + 2 on three, in chunks of two."""
+    run = small_run(global_batch=7, max_images_per_forward=2)
+    whole = fake_step(alone(), small_run(global_batch=7))
+    for found in run_ranks(fake_step, ranks, run):
+        assert_same_step(found, whole)
+        assert found["flags"] == [0.0, float(ranks)]
+
+
+@pytest.mark.parametrize("trained_steps", [0, 2])
+def test_the_detector_takes_the_same_step_on_one_two_and_three_ranks(packed, trained_steps):
+    train, val = packed
+    overrides = {"loop.global_batch": 4, "data.short_sides_px": [64], "data.max_side_px": 64}
+    run = tiny_run(overrides, train, val)
+    whole = real_step(alone(), run, trained_steps)
+    for ranks in (2, 3):
+        for found in run_ranks(real_step, ranks, run, trained_steps):
+            assert_same_step(found, whole)
+
+
+def test_an_image_split_over_ranks_moves_no_metric(tmp_path):
+    """The whole loop on the fake detector: the curves of two ranks are those of one."""
+    run = small_run()
+    one = fake_trial(tmp_path / "one", run)
+    two = run_ranks(losses_of_trial, 2, tmp_path / "two", run)[0]
+    assert two == pytest.approx([row.item() for row in flat_weights(one.state)], rel=1e-4, abs=1e-5)
+
+
+def losses_of_trial(world: World, folder: Path, run: RunConfig) -> list[float]:
+    return [value.item() for value in flat_weights(fake_trial(folder, run, world=world).state)]
+
+
+def flat_weights(state: TrainState) -> torch.Tensor:
+    return torch.cat([p.detach().flatten()[:20] for p in state.detector.parameters()])
