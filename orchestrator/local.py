@@ -9,17 +9,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import httpx
 
 from orchestrator.client import Client, Connection
 from orchestrator.config import Limits, ServiceSettings
-from orchestrator.processes import ChildRecord, find_child, recorded_child, start_child, wait_until_gone
-
-if TYPE_CHECKING:
-    from orchestrator.config import Info
+from orchestrator.processes import (
+    ChildRecord,
+    find_child,
+    recorded_child,
+    start_child,
+    wait_until_gone,
+    write_private,
+)
 
 STATE = ".maskray"
 _START_S = 120.0  # on a starved machine; an idle one needs about two seconds
@@ -97,7 +101,9 @@ def ensure_local_service(root: Path) -> Connection:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")])),
         }
-        command = [sys.executable, "-m", "orchestrator.service", settings.model_dump_json()]
+        file = home / "settings.json"
+        write_private(file, settings.model_dump_json())
+        command = [sys.executable, "-m", "orchestrator.service", str(file)]
         child = start_child("service-process", command, environment, home, url="")
         return _await(child, home)
 
@@ -140,11 +146,6 @@ def _end(name: str, home: Path) -> None:
     (home / f"{name}.json").unlink(missing_ok=True)
 
 
-def local_info(connection: Connection) -> Info:
-    with Client(connection) as client:
-        return client.info()
-
-
 def _find(home: Path) -> Connection | None:
     child = find_child("service", home)
     if child is None or not child.url:
@@ -184,11 +185,7 @@ def _alone(home: Path) -> Iterator[None]:
 
 def write_service_record(home: Path, url: str) -> None:
     """What `_find` reads, written by the service itself once it listens."""
-    from dataclasses import asdict
-
     import psutil
-
-    from orchestrator.processes import write_private
 
     me = psutil.Process()
     write_private(home / "service.json", json.dumps(asdict(ChildRecord("service", me.pid, me.create_time(), url))))

@@ -152,6 +152,10 @@ class Reconciler:
             if state not in ledger.LIVE_ATTEMPTS:  # it may have been started since `known` was read
                 LOG.warning("ending orphaned job %s", submission)
                 cluster.stop(submission)
+                with self.engine.begin() as connection:
+                    trial = job.metadata.get("trial", "")
+                    text = f"job {submission} runs, the ledger says it is over: ended"
+                    ledger.record(connection, "orphan", text, study=trial.rpartition("-")[0], trial=trial)
 
     # --- the end of an attempt ---
 
@@ -394,7 +398,7 @@ class Reconciler:
     ) -> dict[str, StudyLimits]:
         query = select(STUDIES.c.id, STUDIES.c.spec).where(STUDIES.c.state.in_(("active", "paused")))
         limits: dict[str, StudyLimits] = {}
-        for study, data in connection.execute(query).tuples():
+        for study, data in connection.execute(query).all():
             used = 0.0
             if data["gpu_hours"]:
                 used = gpu_hours(connection, study, data, [row for row in attempts if row["study"] == study], now)

@@ -1,6 +1,7 @@
 """The service process: an HTTP server beside the reconcile loop, with a Ray head and MLflow of its own if asked for.
 
-`python -m orchestrator.service SETTINGS` runs one; `maskray serve` and `orchestrator.local` do exactly that.
+`maskray serve` runs one in the foreground, `python -m orchestrator.service SETTINGS.json` a local one. Settings come
+in a file, since a command line can be read by every user of the machine and a ledger's URL may hold a password.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Service:
         self._touched = time.monotonic()
         self._cluster: Cluster | None = None
         self._mlflow: MLflow | None = None
+        self._tracking_uri = "" if settings.mlflow == "local" else settings.mlflow
         self._patience = stack.Patience()
 
     # --- what the routes use (api.Hub) ---
@@ -76,7 +78,7 @@ class Service:
         return {"state": self.loop.cluster_words, "nodes": nodes}
 
     def tracking_uri(self) -> str:
-        return self.loop.tracking_uri
+        return self._tracking_uri
 
     def driver_log(self, submission_id: str) -> str:
         cluster = self._cluster
@@ -185,7 +187,7 @@ class Service:
             local = stack.ensure_mlflow(self.settings)
             if local.started:
                 LOG.info("started an MLflow server, %s", local.child.url)
-            uri = local.child.url
+            uri = self._tracking_uri = local.child.url
         if uri and (self._mlflow is None or self.loop.tracking_uri != uri):
             mlflow = MLflow(uri)
             if not mlflow.ready():
@@ -309,7 +311,8 @@ def _version() -> str:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    sys.exit(run_command(lambda: serve(ServiceSettings.model_validate_json(arguments[0])), arguments))
+    text = Path(arguments[0]).read_text()
+    sys.exit(run_command(lambda: serve(ServiceSettings.model_validate_json(text)), arguments))
 
 
 if __name__ == "__main__":
