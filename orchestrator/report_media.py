@@ -31,7 +31,7 @@ def loss_curves(facts: Facts, comparison: Comparison) -> list[Curve]:
             table = parquet.read_table(io.BytesIO(raw))
             if {"step", "loss"} <= set(table.column_names):
                 steps, values = table["step"].to_pylist(), table["loss"].to_pylist()
-                curves.append(Curve(trial.key, arm_label(arm), steps, values))
+                curves.append(Curve(trial.key, arm_label(arm), arm.baseline, steps, values))
     return curves
 
 

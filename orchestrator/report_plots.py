@@ -16,16 +16,17 @@ from orchestrator.compare import Arm
 from orchestrator.report_table import arm_label, metric_label
 
 _INK = "#010203"  # replaced by the page's text colour
+_BASELINE = "#e0813a"
 _COLOURS = (
     "#3b82c4",
-    "#e0813a",
     "#4aa564",
     "#c2577f",
     "#8f74c9",
     "#a98f3c",
     "#4aa5a5",
     "#b56a4c",
-)  # both on white and black
+)  # all read on white and on black
+_MIN_SPAN_POINTS = 1.0
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: sharp, small and searchable
     "text.parse_math": False,  # names of arms are not formulas
@@ -47,6 +48,7 @@ class Curve:
 
     label: str
     group: str  # trials of one group share a colour
+    baseline: bool
     steps: Sequence[float]
     values: Sequence[float]
 
@@ -60,7 +62,7 @@ def arms_plot(arms: Sequence[Arm], metric: str) -> str:
         figure = Figure(figsize=(6.4, 0.9 + 0.42 * len(shown)))
         axes = figure.subplots()
         for row, arm in enumerate(reversed(shown)):
-            summary, colour = arm.metrics[metric], _COLOURS[0] if not arm.baseline else _COLOURS[1]
+            summary, colour = arm.metrics[metric], _BASELINE if arm.baseline else _COLOURS[0]
             if not math.isnan(summary.low):
                 axes.plot([100 * summary.low, 100 * summary.high], [row, row], color=colour, lw=1.5, alpha=0.6)
             axes.plot([100 * summary.mean] * 2, [row - 0.28, row + 0.28], color=colour, lw=3)
@@ -68,6 +70,9 @@ def arms_plot(arms: Sequence[Arm], metric: str) -> str:
             axes.plot(seeds, [row] * len(seeds), "o", color=colour, ms=5, alpha=0.8)
         axes.set_yticks(range(len(shown)), [arm_label(arm) for arm in reversed(shown)])
         axes.set_ylim(-0.6, len(shown) - 0.4)
+        low, high = axes.get_xlim()
+        if high - low < _MIN_SPAN_POINTS:  # noise must not look like a gap
+            axes.set_xlim((low + high - _MIN_SPAN_POINTS) / 2, (low + high + _MIN_SPAN_POINTS) / 2)
         axes.set_xlabel(f"{metric_label(metric)}, points")
         axes.grid(axis="x", alpha=0.25)
         return _svg(figure, f"arms {metric}", f"{metric_label(metric)} of every arm")
@@ -81,11 +86,12 @@ def loss_plot(curves: Sequence[Curve]) -> str:
         figure = Figure(figsize=(6.4, 3.4))
         axes = figure.subplots()
         groups = list(dict.fromkeys(curve.group for curve in curves))
+        others = [group for group in groups if not any(c.baseline for c in curves if c.group == group)]
         for curve in curves:
-            place = groups.index(curve.group)
+            colour = _BASELINE if curve.baseline else _COLOURS[others.index(curve.group) % len(_COLOURS)]
             steps, values = smooth(curve.steps, curve.values)
             label = curve.group if curve is next(c for c in curves if c.group == curve.group) else None
-            axes.plot(steps, values, color=_COLOURS[place % len(_COLOURS)], lw=1.3, alpha=0.9, label=label)
+            axes.plot(steps, values, color=colour, lw=1.3, alpha=0.9, label=label)
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         _log_if_wide(axes, curves)
