@@ -1,4 +1,4 @@
-"""A detector of a few hundred parameters and a stream without files, so that the loop's own promises test in moments."""
+"""A small detector and a stream without files, so that the promises of the loop itself test in moments."""
 
 from __future__ import annotations
 

@@ -1,0 +1,262 @@
+"""Whole trials of the tiny preset: the files they leave, what MLflow holds, and how they end when they fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.builders import tiny_run
+from tests.workers.fakes import alone, die
+from tests.workers.ranks import run_ranks
+from workers.build import eval_loader, initial_detector, open_datasets
+from workers.causes import cause_of, classify, exit_status, explain_out_of_memory, most_telling
+from workers.checkpoints import FencedError
+from workers.config import MLflowTracking, NoTracking, Outcome, Result, RunConfig, RunSpec
+from workers.evaluate import evaluate_detector
+from workers.run import run_trial
+from workers.stop import StopRequest, files_asking
+from workers.storage import Storage
+from workers.world import World
+
+
+def run_of(packed: tuple[str, str], **overrides: Any) -> RunConfig:
+    base = {
+        "loop.steps": 4,
+        "loop.global_batch": 2,
+        "loop.log_every_steps": 2,
+        "data.short_sides_px": [64],
+        "data.max_side_px": 64,
+        "model.image.short_side_px": 64,
+        "model.image.max_side_px": 64,
+        "model.inference.score_threshold": 0.0,
+        "model.inference.detections_per_image": 5,
+    }
+    return tiny_run({**base, **{name.replace("__", "."): value for name, value in overrides.items()}}, *packed)
+
+
+def spec_of(folder: Path, run: RunConfig, **fields: Any) -> RunSpec:
+    return RunSpec(run=run, storage=str(folder), trial="t-1", name="roi=align/seed-0", **fields)
+
+
+def go(spec: RunSpec, stop: StopRequest | None = None) -> Outcome:
+    return run_trial(spec, alone(), stop or StopRequest(), lambda progress: None)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+def mlflow_run(uri: str, experiment: str) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    [run] = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+    return client, run
+
+
+def test_a_trial_leaves_its_files_and_tells_mlflow_everything(tmp_path, packed, store):
+    run = run_of(packed, model__mask__loss__kind="softmax", loop__eval_every_steps=2)
+    tracking = MLflowTracking(uri=store, experiment="whole", step_metrics_every=2)
+    spec = spec_of(
+        tmp_path, run, tracking=tracking, arm={"masks": "softmax"}, tags={"maskray.code": "abc"}, study_yaml="name: s\n"
+    )
+    outcome = go(spec)
+    assert (outcome.state, outcome.step, outcome.error) == ("done", 4, "")
+    result = Result.model_validate_json((tmp_path / "result.json").read_text())
+    kinds = ("bbox", "segm", "segm-argmax", "segm-probability", "segm-versus_background")
+    assert {f"{kind}/AP" for kind in kinds} | {"images_per_s", "data_wait_fraction", "train_seconds"} <= set(
+        result.metrics
+    )
+    assert result.metrics["segm/AP"] == result.metrics["segm-argmax/AP"]
+    assert all((tmp_path / path).exists() for path in result.artifacts.values())
+    assert set(result.artifacts) >= {"detections/bbox", "detections/segm", "picture/last", "weights/last", "series"}
+    assert pq.read_table(tmp_path / "artifacts/series.parquet")["step"].to_pylist() == [1, 2, 3, 4]
+    assert len(list((tmp_path / "artifacts/pictures").glob("*.png"))) == 2
+    detections = json.loads((tmp_path / "artifacts/detections/segm.json").read_text())
+    assert set(detections[0]) == {"image_id", "category_id", "score", "segmentation"}
+    loaded = load_file(tmp_path / "artifacts/weights-last.safetensors")
+    initial_detector(run).load_state_dict(loaded)
+
+    client, tracked = mlflow_run(store, "whole")
+    assert tracked.info.run_id == result.mlflow_run_id
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.params["model.roi.kind"] == "align"
+    assert tracked.data.params["optimiser.lr"] == "0.001"
+    wanted = {"maskray.trial": "t-1", "maskray.arm.masks": "softmax", "maskray.seed": "0", "maskray.code": "abc"}
+    assert wanted.items() <= tracked.data.tags.items()
+    assert len(tracked.data.tags["maskray.manifest.train"]) == 64
+    for name in ("loss", "loss/mask", "lr", "grad_norm", "images_per_s", "data_wait_fraction"):
+        assert [m.step for m in client.get_metric_history(tracked.info.run_id, name)] == [2, 4]
+    assert {"bbox/AP", "segm/AP", "segm-argmax/AP", "system/rank-0/memory_gib"} <= tracked.data.metrics.keys()
+    assert any(name.startswith("segm/AP/") for name in tracked.data.metrics)
+    artifacts = {a.path for a in client.list_artifacts(tracked.info.run_id)}
+    assert artifacts >= {
+        "config.yaml",
+        "study.yaml",
+        "series.parquet",
+        "weights-last.safetensors",
+        "pictures",
+        "detections",
+    }
+
+
+def test_a_diverging_trial_fails_with_its_reason_in_outcome_and_mlflow(tmp_path, packed, store):
+    run = run_of(packed, optimiser__lr=1e30, loop__guard__max_rollbacks=0, loop__clip_grad_norm=0.0)
+    outcome = go(spec_of(tmp_path, run, tracking=MLflowTracking(uri=store, experiment="diverged")))
+    assert (outcome.state, outcome.error_class, exit_status(outcome)) == ("failed", "diverged", 77)
+    assert "sample ids" in outcome.error
+    assert Outcome.model_validate_json((tmp_path / "attempts/1/outcome.json").read_text()) == outcome
+    _, tracked = mlflow_run(store, "diverged")
+    assert tracked.info.status == "FAILED"
+    assert tracked.data.tags["maskray.error"] == outcome.error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model__num_classes": 80}, r"model.num_classes is 80, .* has 4 categories .* set model.num_classes=4"),
+        ({"data__train": "/nowhere/at/all"}, r"/nowhere/at/all: no manifest.json there; pack the data"),
+        ({"data__filter__categories": ["unicorn"]}, "unicorn"),
+        ({"model__weights__kind": "file", "model__weights__path": "/no/w.pt"}, "weights.path: /no/w.pt does not exist"),
+    ],
+)
+def test_what_a_person_got_wrong_is_one_line_and_status_2(tmp_path, packed, overrides, message):
+    outcome = go(spec_of(tmp_path, run_of(packed, **overrides)))
+    assert (outcome.state, outcome.error_class, exit_status(outcome)) == ("failed", "person", 2)
+    assert pytest.importorskip("re").search(message, outcome.error), outcome.error
+    assert "\n" not in outcome.error
+
+
+def test_a_stop_file_ends_the_trial_with_a_checkpoint_and_the_next_attempt_resumes(tmp_path, packed):
+    storage, stop = Storage(str(tmp_path)), StopRequest()
+    storage.write("stop", b"")
+    with files_asking(stop, storage, 1, lambda: False, print):
+        outcome = go(spec_of(tmp_path, run_of(packed, loop__steps=100_000)), stop)
+    assert (outcome.state, exit_status(outcome)) == ("stopped", 76)
+    assert 0 < outcome.step < 100_000
+    storage.delete("stop")
+    again = go(spec_of(tmp_path, run_of(packed, loop__steps=100_000), attempt=2), asked_at_once())
+    assert again.step == outcome.step + 1
+    assert again.events[0].kind == "resume"
+
+
+def asked_at_once() -> StopRequest:
+    stop = StopRequest()
+    stop.ask("preempted")
+    return stop
+
+
+def test_an_older_attempt_is_fenced_and_writes_no_result(tmp_path, packed):
+    Storage(str(tmp_path)).write_json("checkpoints/claim.json", {"attempt": 2})
+    outcome = go(spec_of(tmp_path, run_of(packed)))
+    assert (outcome.state, outcome.error_class) == ("failed", "node")
+    assert "attempt 2 has taken over" in outcome.error
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_the_score_of_three_ranks_is_that_of_one_to_the_bit(packed):
+    run = run_of(packed, loop__eval_batch=1)
+    alone_scores = scores(alone(), run)
+    assert run_ranks(scores, 3, run)[0] == alone_scores
+    assert alone_scores[1]["bbox"]
+
+
+def scores(world: World, run: RunConfig) -> tuple[Any, ...]:
+    torch.set_num_threads(1)
+    _, data = open_datasets(run, "")
+    found = evaluate_detector(run.model, initial_detector(run), eval_loader(run, data, world), world)
+    assert found is not None
+    ordered = {kind: sorted(results, key=str) for kind, results in found.results.items()}
+    return found.metrics, ordered, found.per_class
+
+
+def test_a_rank_that_dies_ends_the_others_with_an_outcome(tmp_path, packed):
+    spec = spec_of(tmp_path, run_of(packed, loop__steps=100_000), ranks=2)
+    first, second = run_ranks(die_on_rank_1, 2, spec)
+    assert second is None
+    assert (first.state, first.error_class) == ("failed", "collective")
+    written = Outcome.model_validate_json((tmp_path / "attempts/1/outcome.json").read_text())
+    assert written.error_class == "collective"
+
+
+def die_on_rank_1(world: World, spec: RunSpec) -> Outcome:
+    if world.rank == 1:
+        import workers.loop
+
+        ready = workers.loop.apply_gradients
+
+        def apply_then_die(*arguments: Any) -> Any:
+            ready(*arguments)
+            die()
+
+        workers.loop.apply_gradients = apply_then_die
+    return run_trial(spec, world, StopRequest(), lambda progress: None)
+
+
+def test_a_rank_that_raises_gives_the_others_its_reason(tmp_path, packed):
+    spec = spec_of(tmp_path, run_of(packed, loop__steps=100_000), ranks=2)
+    outcomes = run_ranks(raise_on_rank_1, 2, spec)
+    assert [outcome.error for outcome in outcomes] == ["rank 1: the arm has a bug"] * 2
+    assert {outcome.error_class for outcome in outcomes} == {"unknown"}
+
+
+def raise_on_rank_1(world: World, spec: RunSpec) -> Outcome:
+    import torch.distributed as dist
+
+    import workers.loop
+
+    if world.rank == 1:
+
+        def broken(*arguments: Any) -> Any:
+            raise RuntimeError("the arm has a bug")
+
+        workers.loop.apply_gradients = broken
+    outcome = run_trial(spec, world, StopRequest(), lambda progress: None)
+    if world.rank == 1:
+        dist.destroy_process_group()  # as the end of its process would
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return outcome
+
+
+def test_a_folder_that_one_rank_cannot_see_is_refused(tmp_path, packed):
+    outcomes = run_ranks(blind_rank_1, 2, tmp_path, run_of(packed))
+    assert {outcome.error_class for outcome in outcomes} == {"person"}
+    assert "is not shared" in outcomes[0].error
+
+
+def blind_rank_1(world: World, folder: Path, run: RunConfig) -> Outcome:
+    mine = folder / f"disk-of-node-{world.rank}"
+    return run_trial(spec_of(mine, run, ranks=2), world, StopRequest(), lambda progress: None)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("x"), "person"),
+        (FencedError("x"), "node"),
+        (OSError(5, "Input/output error"), "node"),
+        (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), "collective"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "unknown"),
+        (KeyError("x"), "unknown"),
+        (explain_out_of_memory([(8, 3, 800, 1344)], torch.device("cpu")), "out_of_memory"),
+    ],
+)
+def test_errors_fall_into_classes_that_the_orchestrator_decides_by(error, expected):
+    assert classify(error) == expected
+
+
+def test_the_cause_of_a_rank_explains_better_than_its_peers_loss():
+    lost = cause_of(RuntimeError("Connection closed by peer"), 0)
+    own = cause_of(torch.OutOfMemoryError("CUDA out of memory"), 3)
+    assert most_telling([lost, own]) == own
+
+
+def test_no_tracking_needs_no_mlflow(tmp_path, packed):
+    assert spec_of(tmp_path, run_of(packed)).tracking == NoTracking()

@@ -1,0 +1,135 @@
+"""Real MLflow: one run per trial, nothing lost and nothing doubled when the server is dead, killed or restarted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.workers.test_spool import metrics
+from workers.config import MLflowTracking
+from workers.spool import Shipper, Spool
+from workers.storage import Storage
+from workers.sync import sync
+from workers.tracking import MLflowTarget, flattened
+
+
+def target(uri: str, folder: Path, trial: str = "t-1") -> MLflowTarget:
+    return MLflowTarget(MLflowTracking(uri=uri, experiment="study"), trial, "arm/seed-0", Storage(str(folder)))
+
+
+def history(uri: str, name: str = "loss") -> list[tuple[int, float]]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    [experiment] = [e for e in client.search_experiments() if e.name == "study"]
+    [run] = client.search_runs([experiment.experiment_id])
+    return sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, name))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+def test_a_second_process_continues_the_run_and_drops_what_it_holds(tmp_path, store):
+    first = target(store, tmp_path)
+    first.send([metrics(1), metrics(2), {"kind": "params", "values": {"a.b": "1"}}])
+    again = target(store, tmp_path)
+    again.send([{**metrics(2), "at": 9999}, metrics(3), {"kind": "status", "at": 5, "status": "FINISHED"}])
+    assert again.run_id == first.run_id
+    assert history(store) == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+
+
+def test_values_that_mlflow_refuses_are_told_apart_from_a_dead_server(tmp_path, store):
+    from workers.spool import RejectedError
+
+    sender = target(store, tmp_path)
+    sender.send([{"kind": "params", "values": {"lr": "1"}}])
+    with pytest.raises(RejectedError):
+        sender.send([{"kind": "params", "values": {"lr": "2"}}])
+    with pytest.raises(RejectedError, match="artifact is gone"):
+        sender.send([{"kind": "artifact", "path": "nowhere.txt", "folder": ""}])
+
+
+def test_config_becomes_dotted_params_within_the_limits():
+    assert flattened({"a": {"b": {"c": 1}, "d": {}}, "e": "x" * 7000}) == {"a.b.c": "1", "a.d": "{}", "e": "x" * 6000}
+
+
+class Server:
+    """`mlflow server` on a port of its own that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri, self._folder = f"http://127.0.0.1:{self.port}", folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder}/server.db"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        with (self._folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        until = time.monotonic() + 240
+        while time.monotonic() < until:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                    return
+            except OSError:
+                assert self._process.poll() is None, (self._folder / "server.log").read_text()
+                time.sleep(0.2)
+        raise AssertionError("the MLflow server did not start")
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+def test_a_server_dead_at_first_then_killed_then_back_has_each_record_once(tmp_path):
+    from workers.scribe import TARGET_FILE, SpoolTarget
+
+    server = Server(tmp_path)
+    spool = Spool(tmp_path / "spool")
+    tracking = MLflowTracking(uri=server.uri, experiment="study")
+    record = SpoolTarget(tracking=tracking, trial="t-1", name="n", storage=str(tmp_path))
+    (spool.folder / TARGET_FILE).write_text(record.model_dump_json())
+    warnings: list[str] = []
+
+    def ship() -> bool:
+        return Shipper(spool, target(server.uri, tmp_path), warnings.append, idle_s=0.05).close(240)
+
+    try:
+        for step in range(1, 1500):
+            spool.append(metrics(step))
+        assert not ship()  # nobody listens
+        server.start()
+        assert ship()
+        server.kill()
+        spool.append(metrics(1500))
+        assert not ship()
+        with pytest.raises(RuntimeError, match="the others stay in"):
+            sync(str(tmp_path))
+        server.start()
+        spool.advance(0)  # as if it had been killed before it could remember: all of it again
+        assert sync(str(tmp_path)) == 1500
+        found = history(server.uri)
+        assert [step for step, _ in found] == list(range(1, 1501))
+    finally:
+        server.kill()
+        spool.close()
+
+
+def sent_kinds(records: list[dict[str, Any]]) -> list[str]:
+    return [record["kind"] for record in records]
