@@ -121,9 +121,10 @@ def train_rank(config: dict[str, Any]) -> None:
         from workers.console import progress_shower, show_nothing
         from workers.run import print_warning, run_trial
         from workers.stop import StopRequest, files_asking
-        from workers.world import join_world
+        from workers.world import host_name, join_world
 
         world = join_world()
+        print(f"rank {world.rank} of {world.size}, process {os.getpid()}, node {host_name()}", flush=True)
         stop = StopRequest()
         nodes = world.gather(_node_id())
         watched = (

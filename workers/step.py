@@ -48,7 +48,9 @@ def distributed(sums: LossSums, world: World) -> nn.Module:
     if world.size == 1:
         return sums
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # older versions know no other
+        warnings.filterwarnings(
+            "ignore", "`broadcast_buffers` is deprecated", FutureWarning
+        )  # older versions know no other
         module = DistributedDataParallel(sums, broadcast_buffers=False, gradient_as_bucket_view=True)
     # of 1 x 1 convolutions in channels-last order, whose strides are ambiguous; costs nothing
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)

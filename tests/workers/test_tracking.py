@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -129,7 +128,3 @@ def test_a_server_dead_at_first_then_killed_then_back_has_each_record_once(tmp_p
     finally:
         server.kill()
         spool.close()
-
-
-def sent_kinds(records: list[dict[str, Any]]) -> list[str]:
-    return [record["kind"] for record in records]
