@@ -13,7 +13,8 @@ from sqlalchemy import Connection, Engine, insert, select
 from orchestrator import ledger, storage
 from orchestrator.config import ServiceSettings, Submission
 from orchestrator.decide import Gang, Node, fit, needs
-from orchestrator.reconcile import code_path, gang_of
+from orchestrator.places import code_uri, storage_root
+from orchestrator.reconcile import gang_of
 from orchestrator.tables import STUDIES, TRIALS
 
 
@@ -28,7 +29,7 @@ def check(submission: Submission, settings: ServiceSettings, nodes: Sequence[Nod
         raise ValueError(
             f"gpu_hours: a budget of {study.gpu_hours:g} has no effect, resources.gpus_per_rank is 0; remove one"
         )
-    if submission.code and not code_path(settings, submission.code).exists():
+    if submission.code and not storage.exists(code_uri(settings, submission.code)):
         raise ValueError(f"code: package {submission.code[:12]} was not uploaded; PUT it to /v1/code first")
     gang = gang_of(study.model_dump())
     if nodes and fit(gang, {node.id: node.total for node in nodes}) is None:
@@ -159,7 +160,3 @@ def _by_key(connection: Connection, owner: str, key: str) -> str:
         return ""
     query = select(STUDIES.c.id).where(STUDIES.c.owner == owner, STUDIES.c.idempotency_key == key)
     return connection.execute(query).scalar() or ""
-
-
-def storage_root(settings: ServiceSettings) -> str:
-    return settings.storage or str(Path(settings.home) / "studies")

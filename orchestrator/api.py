@@ -26,7 +26,7 @@ from orchestrator.client import EventPage, LogPage, QueueView
 from orchestrator.config import Info, ServiceSettings, StudyView, Submission
 from orchestrator.decide import Node, Wait
 from orchestrator.logs import read_log
-from orchestrator.reconcile import code_path
+from orchestrator.places import code_uri, storage_root
 
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 _STUDY_ACTIONS: Mapping[str, Callable[[Connection, str, str, float], None]] = {
@@ -105,7 +105,7 @@ def build_app(hub: Hub, version: str) -> FastAPI:
     @app.get("/v1/info")
     def info(who: Reader) -> Info:
         uri = hub.settings.mlflow_public or hub.tracking_uri()
-        root = accept.storage_root(hub.settings)
+        root = storage_root(hub.settings)
         return Info(version=version, mlflow_uri=uri, storage=root, cluster=hub.cluster(), user=who.name, role=who.role)
 
     # --- studies ---
@@ -214,7 +214,7 @@ def build_app(hub: Hub, version: str) -> FastAPI:
 
     @app.head("/v1/code/{sha256}", dependencies=READ)
     def has_code(sha256: str) -> Response:
-        return Response(status_code=200 if code_path(hub.settings, _sha256(sha256)).exists() else 404)
+        return Response(status_code=200 if storage.exists(code_uri(hub.settings, _sha256(sha256))) else 404)
 
     @app.put("/v1/code/{sha256}", dependencies=SUBMIT)
     async def put_code(sha256: str, request: Request) -> dict[str, Any]:
@@ -373,8 +373,7 @@ def _keep_code(settings: ServiceSettings, sha256: str, data: bytes) -> dict[str,
         total += entry.file_size
         if total > 4 * settings.max_code_mib << 20:
             raise HTTPException(413, f"code: unpacks to more than {4 * settings.max_code_mib} MiB")
-    path = code_path(settings, sha256)
-    storage.write_bytes(str(path), data)
+    storage.write_bytes(code_uri(settings, sha256), data)
     return {"code": sha256, "bytes": len(data)}
 
 

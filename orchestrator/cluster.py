@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -103,11 +103,11 @@ class Cluster:
         response = self._send("GET", f"/api/jobs/{submission_id}/logs")
         return str(response.json()["logs"] or "") if response.status_code == 200 else ""
 
-    def upload(self, package: str, path: Path) -> None:
-        """Puts a zip of sources where every node can have it, unless it is there."""
+    def upload(self, package: str, read: Callable[[], bytes]) -> None:
+        """Puts a zip of sources where every node can have it; `read` is called unless it is there."""
         if self._send("GET", f"/api/packages/gcs/{package}").status_code == 200:
             return
-        response = self._send("PUT", f"/api/packages/gcs/{package}", content=path.read_bytes(), timeout=120.0)
+        response = self._send("PUT", f"/api/packages/gcs/{package}", content=read(), timeout=120.0)
         if response.status_code != 200:
             raise UnreachableError(f"Ray at {self.url} did not take package {package}: {_last_line(response.text)}")
 

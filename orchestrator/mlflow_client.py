@@ -77,6 +77,11 @@ class MLflow:
         for start in range(0, len(values), 1000):
             self._call("POST", "runs/log-batch", {"run_id": run, "metrics": values[start : start + 1000]})
 
+    def history(self, run: str, metric: str) -> list[dict[str, Any]]:
+        """Every recorded point of a metric, at most 25,000."""
+        params = {"run_id": run, "metric_key": metric, "max_results": "25000"}
+        return list(self._call("GET", "metrics/get-history", params=params).get("metrics", []))
+
     def put_artifact(self, run: str, name: str, data: bytes) -> None:
         """Stores a file of a run, through the server or straight where the server says."""
         info = self._call("GET", "runs/get", params={"run_id": run})["run"]["info"]

@@ -10,7 +10,6 @@ import json
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, select, update
@@ -37,6 +36,7 @@ from orchestrator.decide import (
     needs,
     take,
 )
+from orchestrator.places import code_uri
 from orchestrator.tables import ATTEMPTS, STUDIES, TRIALS
 from orchestrator.verdict import Ended, Verdict, judge
 from workers.config import OUTCOME_FILE, PROGRESS_FILE, RESULT_FILE, SPEC_FILE, Outcome, Progress, Result
@@ -58,6 +58,7 @@ class Reconciler:
         self.tracking_uri = ""
         self.session = ""  # of the head that the last tick saw
         self._ledger_id = ledger.ledger_id(engine)
+        self._known_code: set[str] = set()
         self._durations: dict[str, float] = {}  # seconds that a trial of this study took, at most
 
     # --- one tick ---
@@ -70,7 +71,10 @@ class Reconciler:
         with ledger.reading(self.engine) as connection:
             attempts = ledger.live_attempts(connection)
         for row in attempts:
-            self._follow(cluster, row, jobs.get(row["submission_id"]), now)
+            try:
+                self._follow(cluster, row, jobs.get(row["submission_id"]), now)
+            except (OSError, ValueError) as error:  # of one trial's storage or files: it must not hold up the others
+                LOG.warning("trial %s: %s; looked at again", row["trial"], " ".join(str(error).split()))
         self._end_orphans(cluster, jobs, {row["submission_id"] for row in attempts})
         self.nodes = nodes
         self.cluster_words = "ready"
@@ -279,7 +283,7 @@ class Reconciler:
         package = ""
         if study["code"]:
             package = f"_ray_pkg_{study['code'][:32]}.zip"
-            cluster.upload(package, code_path(self.settings, study["code"]))
+            cluster.upload(package, lambda: self._read_code(study["code"]))
         environment = {
             **self.settings.environment,
             "RAY_JOB_STOP_SIGNAL": "SIGINT",
@@ -365,7 +369,7 @@ class Reconciler:
         free: list[ledger.Row] = []
         under_way = self._identities([row["trial"] for row in attempts])
         for row in waiting:
-            if row["code"] and not code_path(self.settings, row["code"]).exists():
+            if row["code"] and not self._has_code(row["code"]):
                 held.append(Wait(row["id"], 0, "its code package is missing: submit the study's code again"))
             elif self.settings.ray == "local" and not self._holdable(row):
                 self._give_up(
@@ -380,6 +384,20 @@ class Reconciler:
                 if not row["fresh"]:
                     under_way[row["identity"]] = row["id"]
         return held, free
+
+    def _has_code(self, sha256: str) -> bool:
+        if sha256 not in self._known_code and storage.exists(code_uri(self.settings, sha256)):
+            self._known_code.add(sha256)
+        return sha256 in self._known_code
+
+    def _read_code(self, sha256: str) -> bytes:
+        data = storage.read_bytes(code_uri(self.settings, sha256))
+        if data is None:
+            self._known_code.discard(sha256)
+            raise FileNotFoundError(
+                f"code package {sha256[:12]} is gone from the storage; submit the study's code again"
+            )
+        return data
 
     def _holdable(self, row: ledger.Row) -> bool:
         return not self.nodes or fit(gang_of(row["spec"]), {node.id: node.total for node in self.nodes}) is not None
@@ -484,10 +502,6 @@ def gpu_hours(
     ranks = spec["resources"]["ranks"]
     live = sum(now - row["running_at"] for row in attempts if row["running_at"])
     return float(spec["resources"]["gpus_per_rank"] * (sum(ended) + ranks * live) / 3600)
-
-
-def code_path(settings: ServiceSettings, sha256: str) -> Path:
-    return Path(settings.home) / "code" / f"{sha256}.zip"
 
 
 def _of(trial: ledger.Row, number: int) -> bool:

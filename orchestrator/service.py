@@ -141,6 +141,8 @@ class Service:
             LOG.warning("ledger: %s; tried again", " ".join(str(error.orig).split()))
         except OSError as error:
             LOG.warning("storage or network: %s; tried again", error)
+        except (RuntimeError, ValueError):
+            LOG.exception("a turn of the loop failed; tried again")  # a service that ended would help nobody
         if self.settings.idle_minutes and self._idle():
             LOG.info("idle for %g minutes: ends itself", self.settings.idle_minutes)
             self.end()

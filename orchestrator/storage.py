@@ -28,6 +28,11 @@ def read_bytes(uri: str, offset: int = 0, limit: int = -1) -> bytes | None:
         return None
 
 
+def exists(uri: str) -> bool:
+    filesystem, path = _locate(uri)
+    return bool(filesystem.get_file_info(path).type == fs.FileType.File)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes whole or not at all: a local file appears by renaming, an object by its upload."""
     filesystem, path = _locate(uri)

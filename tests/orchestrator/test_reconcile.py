@@ -120,6 +120,7 @@ class House:
         self.now = 1000.0
 
     def submit(self, *plans: Any, **fields: Any) -> str:
+        self.now += 1
         return accept.accept(self.engine, self.settings, submission(*plans, **fields), "ann", self.now)[0]
 
     def tick(self, count: int = 1) -> None:
