@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,10 +25,11 @@ class Cache:
         self.folder = Path(folder or Path(tempfile.gettempdir()) / f"maskray-cache-{os.getuid()}")
         self.cap_bytes = int(cap_gib * 2**30)
 
-    def fetch(self, store: Store, entry: FileEntry) -> Path:
+    def fetch(self, store: Store, entry: FileEntry, describe: Callable[[Path], str] = lambda _: "") -> Path:
         """The local copy of a file of `store`, verified on arrival.
 
-        Raises RuntimeError if its hash is wrong twice or the store stays unreachable.
+        Raises RuntimeError if its hash is wrong twice (then `describe` is asked what is wrong with the copy) or the
+        store stays unreachable.
         """
         path = self.folder / f"{entry.sha256}.arrow"
         if _touch(path):
@@ -45,19 +46,17 @@ class Cache:
                         self._evict(entry.bytes)
                         part.replace(path)
                     return path
-                self._quarantine(part, found)
+                aside = self._quarantine(part, found)
         raise RuntimeError(
-            f"{store.describe(entry.name)}: sha256 {found[:12]}..., the manifest says {entry.sha256[:12]}...; fetched "
-            f'{FETCHES} times, the last copy is in {self.folder / "quarantine"}; pack it again with "maskray data pack"'
+            f"{store.describe(entry.name)}{describe(aside)}: sha256 {found[:12]}..., "
+            f"the manifest says {entry.sha256[:12]}...; fetched {FETCHES} times, the last copy is {aside}; "
+            'pack it again with "maskray data pack"'
         )
 
-    def quarantined(self, sha256: str) -> Path:
-        return self.folder / "quarantine" / f"{sha256}.arrow"
-
-    def _quarantine(self, part: Path, found: str) -> None:
-        target = self.quarantined(found)
+    def _quarantine(self, part: Path, found: str) -> Path:
+        target = self.folder / "quarantine" / f"{found}.arrow"
         target.parent.mkdir(exist_ok=True)
-        part.replace(target)
+        return part.replace(target)
 
     def _evict(self, incoming: int) -> None:
         """Removes the files used longest ago until `incoming` bytes fit."""

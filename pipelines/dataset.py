@@ -14,7 +14,7 @@ from pipelines.index import Index, Selection, select
 from pipelines.manifest import FileEntry, Manifest, read_manifest
 from pipelines.progress import Progress, silent
 from pipelines.schema import annotation_record, image_record
-from pipelines.shards import Row, Shard
+from pipelines.shards import Row, Shard, damaged_rows
 from pipelines.storage import Store
 
 MAX_OPEN_SHARDS = 64
@@ -133,7 +133,7 @@ class Dataset:
     def _local(self, entry: FileEntry) -> Path:
         folder = self.store.local
         if folder is None:
-            return self.cache.fetch(self.store, entry)
+            return self.cache.fetch(self.store, entry, lambda copy: self._rows_of_damage(entry, copy))
         path = folder / entry.name
         if not path.exists():
             raise RuntimeError(f'{path}: is missing; restore it or pack the data again with "maskray data pack"')
@@ -142,6 +142,13 @@ class Dataset:
                 f"{path}: has {path.stat().st_size} bytes, the manifest says {entry.bytes}; restore it or pack again"
             )
         return path
+
+    def _rows_of_damage(self, entry: FileEntry, copy: Path) -> str:
+        """The rows of a shard that came damaged, in words."""
+        if entry not in self.manifest.shards:
+            return ""
+        rows = damaged_rows(copy, self.index.column(self.manifest.shards.index(entry), "crc32"))
+        return f" (row {', '.join(str(row) for row in rows)})" if rows else ""
 
 
 def open_dataset(uri: str, cache: str = "", cache_gib: float = 20) -> Dataset:

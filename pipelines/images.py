@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-import io
-
-import numpy as np
-import simplejpeg
 import torch
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from pipelines.config import ColourJitter
+from pipelines.decoding import decode_pixels
 from pipelines.noise import uniform
-
-_EXIF_ORIENTATION = 0x0112
-_JPEG = b"\xff\xd8"
 
 
 def decode(content: bytes | memoryview, orientation: int) -> Tensor:
-    """uint8 (3, H, W), channels last in memory. Grayscale is repeated, alpha dropped, CMYK converted.
-
-    Raises RuntimeError if it cannot be read whole. (torchvision.io, as fast, is deprecated since 0.29.)
-    """
-    try:
-        pixels = _decode_jpeg(content) if bytes(content[:2]) == _JPEG else _decode_any(content)
-    except (ValueError, OSError, SyntaxError) as error:
-        raise RuntimeError(str(error)) from error
-    return reorient(torch.from_numpy(pixels).permute(2, 0, 1), orientation)
-
-
-def _decode_jpeg(content: bytes | memoryview) -> NDArray[np.uint8]:
-    if simplejpeg.decode_jpeg_header(content)[2] in ("CMYK", "YCCK"):
-        return _decode_any(content)
-    return np.asarray(simplejpeg.decode_jpeg(content, "RGB"))
-
-
-def _decode_any(content: bytes | memoryview) -> NDArray[np.uint8]:
-    """By Pillow: PNG of any kind, and JPEG of four channels."""
-    with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
-        if image.mode.startswith("I"):  # 16-bit grayscale
-            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-        return np.array(image.convert("RGB"))
+    """uint8 (3, H, W), channels last in memory. RuntimeError if it cannot be read whole."""
+    return reorient(torch.from_numpy(decode_pixels(content)).permute(2, 0, 1), orientation)
 
 
 def reorient(image: Tensor, orientation: int) -> Tensor:
@@ -63,25 +34,6 @@ def reorient(image: Tensor, orientation: int) -> Tensor:
         case 8:
             image = image.transpose(-2, -1).flip(-2)
     return image
-
-
-def stored_orientation(content: bytes, width: int, height: int) -> tuple[int, tuple[int, int]]:
-    """The orientation to apply so that the file comes out as (width, height), and the size that results.
-
-    The EXIF orientation counts (as detectron2 and browsers have it), unless only the bare pixels have the size that
-    the JSON gives. Raises OSError if the header cannot be read.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
-            bare = image.size
-    except (UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise OSError(str(error)) from None
-    orientation = orientation if 1 <= orientation <= 8 else 1
-    turned = (bare[1], bare[0]) if orientation >= 5 else bare
-    if turned != (width, height) and bare == (width, height):
-        return 1, bare
-    return orientation, turned
 
 
 def resized_size(height: int, width: int, short_side: int, max_side: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipelines import schema, spool
 from pipelines.checks import check_annotation, check_category
 from pipelines.config import MANIFEST_NAME, SCHEMA_VERSION
-from pipelines.images import decode, stored_orientation
+from pipelines.decoding import decode_pixels, stored_orientation
 from pipelines.manifest import INDEX_NAME, FileEntry, Manifest, parse_manifest
 from pipelines.progress import Progress, silent
 from pipelines.schema import Problem
@@ -272,7 +272,7 @@ def _image_row(task: _Task, record: dict[str, Any], report: Callable[[Problem], 
     try:
         orientation, size = stored_orientation(content, width, height)
         if size == (width, height):
-            decode(content, orientation)
+            decode_pixels(content)
     except (OSError, RuntimeError) as error:
         what = f"cannot be read ({str(error).splitlines()[0].rsplit(': ', 1)[-1]})"
         report(Problem(where, "image", record["id"], what, "replace the file by a whole JPEG or PNG"))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -158,3 +159,12 @@ class Shard:
         names = [name for name in schema.SHARD.names if name != "image"]
         for columns in self._batches:
             yield from columns.batch.select(names).to_pylist()
+
+
+def damaged_rows(path: Path, crc32: NDArray[np.uint32]) -> list[int | None]:
+    """Rows whose image bytes have another CRC-32 than the index says, as far as the shard can still be opened."""
+    try:
+        opened = Shard(path)
+        return [row for row in range(len(crc32)) if zlib.crc32(opened.content(row)) != crc32[row]]
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError, IndexError, ValueError, KeyError):
+        return []

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import pyarrow as pa
 
 from pipelines.config import MANIFEST_NAME
 from pipelines.index import Index
 from pipelines.manifest import FileEntry, Manifest, read_manifest
 from pipelines.progress import Progress, silent
-from pipelines.shards import Shard
+from pipelines.shards import damaged_rows
 from pipelines.storage import Store, retried
 
 
@@ -56,7 +53,7 @@ def _damages(store: Store, manifest: Manifest, folder: Path, progress: Progress)
         if number == 0 and error is None:
             index = Index(copy.rename(folder / "index"))
         elif error is not None:
-            rows = _damaged_rows(copy, index, number - 1) if number and copy.exists() else []
+            rows = damaged_rows(copy, index.column(number - 1, "crc32")) if number and index and copy.exists() else []
             yield from (Damage(entry.name, row, error) for row in rows or [None])
         copy.unlink(missing_ok=True)
         progress(number + 1, len(entries))
@@ -79,15 +76,3 @@ def _compare(store: Store, entry: FileEntry, copy: Path) -> str | None:
     if size != entry.bytes:
         return f"has {size} bytes, the manifest says {entry.bytes}; restore it or pack the data again"
     return f"sha256 {found[:12]}..., the manifest says {entry.sha256[:12]}...; restore it or pack the data again"
-
-
-def _damaged_rows(path: Path, index: Index | None, shard: int) -> list[int | None]:
-    """Rows whose image bytes have another CRC-32 than the index says, as far as the shard can still be opened."""
-    if index is None or shard >= index.num_shards:
-        return []
-    try:
-        opened = Shard(path)
-        expected = index.column(shard, "crc32")
-        return [row for row in range(len(expected)) if zlib.crc32(opened.content(row)) != expected[row]]
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError, IndexError, ValueError, KeyError):
-        return []
