@@ -31,12 +31,13 @@ def register(app: typer.Typer) -> None:
 def plan(study: StudyFile, data: Data = "", code: Code = "", json: Json = False, debug: Debug = False) -> None:
     """Show what a study would run: trials, ranks, identities, what is cached. Starts nothing."""
     from orchestrator.local import running_client
-    from orchestrator.plan import make_plan
+    from orchestrator.plan import make_plan, measured_speeds
 
     submission, _ = _prepare(study, data, code)
     client = running_client()
     finished = client.finished([trial.identity for trial in submission.trials]) if client else {}
-    result = make_plan(submission, finished)
+    speeds = measured_speeds(submission.study.name, client.studies()) if client else {}
+    result = make_plan(submission, finished, speeds)
     print_json(result.as_json()) if json else print(result.text())
 
 
@@ -69,7 +70,7 @@ def run(
 
     client, accepted = _submit(study, data, code, fresh, key)
     study_id = accepted["study"]
-    say(f"study {study_id}: {accepted['trials']} trials; MLflow at {client.info().mlflow_uri or '(no tracking)'}")
+    say(f"study {study_id}: {accepted['trials']} trials")
     try:
         view = follow(client, study_id, mode="silent" if json else "live")
     except KeyboardInterrupt:
@@ -118,12 +119,12 @@ def schema(
 def _prepare(study: Path, data: str, code: str, fresh: bool = False, key: str = "") -> tuple[Submission, Any]:
     from orchestrator.code import package
     from orchestrator.config import Submission
-    from orchestrator.expand import expand
     from orchestrator.study import read_study
+    from orchestrator.travel import expand_with_its_code
 
     record, text = read_study(study)
     bundle = package(Path.cwd(), code)
-    expansion = expand(record, data=data, root=Path.cwd(), code=bundle)
+    expansion = expand_with_its_code(record, data=data, root=Path.cwd(), code=bundle)
     submission = Submission(
         study=record,
         study_yaml=text,
