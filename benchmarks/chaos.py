@@ -213,6 +213,7 @@ def main() -> int:
     unknown = [cell for cell in arguments.cells if cell not in CELLS]
     if unknown:
         parser.error(f"no cell {unknown[0]!r}; there are {', '.join(CELLS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended
     house = House()
     results: dict[str, list[str]] = {}
     try:
