@@ -115,5 +115,5 @@ def test_the_driver_tells_what_the_most_telling_rank_said(tmp_path, packed, caps
 
 
 def test_a_missing_spec_is_one_line():
-    with pytest.raises(ValueError, match="--spec /no/spec.json: no such file"):
+    with pytest.raises(ValueError, match=r"--spec /no/spec\.json: no such file"):
         read_spec("/no/spec.json")
