@@ -58,6 +58,7 @@ class Reconciler:
         self.tracking_uri = ""
         self.session = ""  # of the head that the last tick saw
         self._ledger_id = ledger.ledger_id(engine)
+        self._gangs: dict[str, Gang] = {}  # by study
         self._known_code: set[str] = set()
         self._durations: dict[str, float] = {}  # seconds that a trial of this study took, at most
 
@@ -330,12 +331,18 @@ class Reconciler:
 
     # --- what decide needs to know ---
 
+    def _gang(self, row: ledger.Row) -> Gang:
+        """One object for all trials of a study, whose spec never changes."""
+        if row["study"] not in self._gangs:
+            self._gangs[row["study"]] = gang_of(row["spec"])
+        return self._gangs[row["study"]]
+
     def _waiting(self, row: ledger.Row, now: float) -> Waiting:
         return Waiting(
             trial=row["id"],
             study=row["study"],
             owner=row["owner"],
-            gang=gang_of(row["spec"]),
+            gang=self._gang(row),
             priority=row["priority"],
             age_s=max(0.0, now - row["queued_at"]),
             backoff_s=max(0.0, row["not_before"] - now),
@@ -354,7 +361,7 @@ class Reconciler:
         for row in attempts:
             seated = row["state"] == "running" and row["progress"].get("attempt") == row["number"]
             left = row["progress"].get("seconds_left") if seated else None
-            gang = gang_of(row["spec"])
+            gang = self._gang(row)
             placement = (fit(gang, used) or {ELSEWHERE: gang.ranks}) if seated else {}
             take(used, gang, placement)
             seconds = UNKNOWN if left is None else float(left)
@@ -400,7 +407,7 @@ class Reconciler:
         return data
 
     def _holdable(self, row: ledger.Row) -> bool:
-        return not self.nodes or fit(gang_of(row["spec"]), {node.id: node.total for node in self.nodes}) is not None
+        return not self.nodes or fit(self._gang(row), {node.id: node.total for node in self.nodes}) is not None
 
     def _awaits_parent(self, row: ledger.Row, now: float) -> bool:
         wanted = self.settings.mlflow != "" and not row["mlflow_run_id"]

@@ -117,15 +117,17 @@ def submission_of(connection: Connection, study: str) -> Submission | None:
 
 def queue(connection: Connection, waits: Mapping[str, Wait]) -> dict[str, Sequence[QueueEntry]]:
     """What runs, and what waits in the order in which it would start."""
-    columns: list[Any] = [TRIALS.c.id, TRIALS.c.key, TRIALS.c.study, TRIALS.c.state, TRIALS.c.wish, STUDIES.c.owner]
-    columns += [STUDIES.c.name, STUDIES.c.priority, STUDIES.c.spec, STUDIES.c.state.label("study_state")]
-    query = (
-        select(*columns)
-        .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
-        .where(TRIALS.c.state.in_(("queued", "starting", "running", "stopping")))
-        .order_by(STUDIES.c.created_at, STUDIES.c.id, TRIALS.c.position)
+    columns = (STUDIES.c.id, STUDIES.c.owner, STUDIES.c.name, STUDIES.c.priority, STUDIES.c.spec, STUDIES.c.state)
+    live = select(*columns).where(STUDIES.c.state.in_(("active", "paused")))
+    ordered = live.order_by(STUDIES.c.created_at, STUDIES.c.id)
+    studies = {row["id"]: (index, row) for index, row in enumerate(connection.execute(ordered).mappings())}
+    wants = {study: needs(gang_of(row["spec"])) for study, (_, row) in studies.items()}
+    query = select(TRIALS.c.id, TRIALS.c.key, TRIALS.c.study, TRIALS.c.state, TRIALS.c.wish, TRIALS.c.position).where(
+        TRIALS.c.state.in_(("queued", "starting", "running", "stopping"))
     )
-    entries = [_entry(row, waits) for row in connection.execute(query).mappings()]
+    rows = [row for row in connection.execute(query).mappings() if row["study"] in studies]
+    rows.sort(key=lambda row: (studies[row["study"]][0], row["position"]))
+    entries = [_entry(row, studies[row["study"]][1], wants[row["study"]], waits) for row in rows]
     waiting = [entry for entry in entries if entry.state == "queued"]
     return {
         "running": [entry for entry in entries if entry.state != "queued"],
@@ -133,19 +135,19 @@ def queue(connection: Connection, waits: Mapping[str, Wait]) -> dict[str, Sequen
     }
 
 
-def _entry(row: ledger.Row, waits: Mapping[str, Wait]) -> QueueEntry:
+def _entry(row: ledger.Row, study: ledger.Row, wants: str, waits: Mapping[str, Wait]) -> QueueEntry:
     wait = waits.get(row["id"]) if row["state"] == "queued" else None
-    paused = row["state"] == "queued" and row["study_state"] == "paused"
+    paused = row["state"] == "queued" and study["state"] == "paused"
     return QueueEntry(
         trial=row["id"],
         key=row["key"],
         study=row["study"],
-        study_name=row["name"],
-        owner=row["owner"],
+        study_name=study["name"],
+        owner=study["owner"],
         state=row["state"],
-        priority=row["priority"],
+        priority=study["priority"],
         position=wait.position if wait is not None and not paused else 0,
-        needs=needs(gang_of(row["spec"])),
+        needs=wants,
         why="its study is paused" if paused else _why(row, wait),
     )
 
