@@ -9,6 +9,7 @@ import re
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
@@ -27,6 +28,7 @@ from orchestrator.config import Info, ServiceSettings, StudyView, Submission
 from orchestrator.decide import Node, Wait
 from orchestrator.logs import read_log
 from orchestrator.places import code_uri, storage_root
+from orchestrator.retention import apply_retention, plan_retention
 
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 _STUDY_ACTIONS: Mapping[str, Callable[[Connection, str, str, float], None]] = {
@@ -59,6 +61,11 @@ class Hub(Protocol):
 
 class Priority(BaseModel):
     priority: int = Field(ge=-100, le=100)
+
+
+class Retention(BaseModel):
+    checkpoints_days: float = Field(30.0, ge=0, le=36500)  # after the end of their study
+    apply: bool = False
 
 
 class NewUser(BaseModel):
@@ -247,6 +254,14 @@ def build_app(hub: Hub, version: str) -> FastAPI:
             if not auth.remove_user(connection, name):
                 raise HTTPException(404, f"user {name!r}: there is none")
         return {"user": name, "removed": True}
+
+    @app.post("/v1/gc", dependencies=ADMIN)
+    def collect(body: Retention) -> dict[str, Any]:
+        """What a retention policy lets go; with `apply` it goes."""
+        with ledger.reading(hub.engine) as connection:
+            removals = plan_retention(connection, time.time(), body.checkpoints_days)
+        freed = apply_retention(removals) if body.apply else 0
+        return {"removals": [asdict(removal) for removal in removals], "applied": body.apply, "freed_bytes": freed}
 
     @app.post("/v1/shutdown", dependencies=ADMIN)
     def shutdown() -> dict[str, Any]:

@@ -140,6 +140,11 @@ class Client:
     def remove_user(self, name: str) -> None:
         self._call("DELETE", f"/v1/users/{name}")
 
+    def collect_garbage(self, checkpoints_days: float, apply: bool = False) -> dict[str, Any]:
+        """{"removals": [{"study", "trial", "folder", "bytes"}], "applied", "freed_bytes"}; only told unless `apply`."""
+        body = {"checkpoints_days": checkpoints_days, "apply": apply}
+        return dict(self._call("POST", "/v1/gc", json=body, timeout=600.0))
+
     def shut_down(self) -> None:
         self._call("POST", "/v1/shutdown")
 

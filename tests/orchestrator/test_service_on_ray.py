@@ -228,12 +228,13 @@ def test_a_killed_driver_and_a_killed_head_cost_an_attempt_each_and_no_more(hous
     gcs.kill()
     house.until("death of the head", lambda: not head.alive())
     orphan = house.pid(trial, 2)
+    house.stepping(client, study, attempt=3)
+    assert not psutil.pid_exists(orphan), "ranks of the old head are ended before the new one starts"
     gate.touch()
     view = house.ended(client, study)
     done = view.trials[0]
     assert (done.state, done.attempts) == ("done", 3)
     assert [attempt.state for attempt in done.attempt_list] == ["lost", "lost", "done"]
-    assert not psutil.pid_exists(orphan), "ranks of the old head are ended before the new one starts"
     assert kinds(client, study).count("done") == 1
 
 

@@ -1,0 +1,61 @@
+"""What may be deleted of studies that are over: checkpoints first, everything only when asked for.
+
+Deletes nothing by itself: `plan_retention` says what would go, `apply_retention` does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, select
+
+from orchestrator import storage
+from orchestrator.config import FINAL_STATES
+from orchestrator.tables import STUDIES, TRIALS
+from workers.config import CHECKPOINT_FOLDER
+
+_ENDED_STUDY = ("done", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A folder that a policy lets go. `bytes` as found when the plan was made."""
+
+    study: str
+    trial: str
+    folder: str
+    bytes: int
+
+
+def plan_retention(connection: Connection, now: float, checkpoints_days: float) -> list[Removal]:
+    """The checkpoints of trials whose study ended more than `checkpoints_days` ago, largest first.
+
+    Results, logs, artifacts and the last weights stay; a trial that failed can then only be retried from its start.
+    A trial whose folder a cached one points to is its own folder: it is listed once.
+    """
+    query = (
+        select(TRIALS.c.id, TRIALS.c.study, TRIALS.c.folder)
+        .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
+        .where(
+            STUDIES.c.state.in_(_ENDED_STUDY),
+            STUDIES.c.ended_at > 0,
+            STUDIES.c.ended_at < now - 86400 * checkpoints_days,
+            TRIALS.c.state.in_(FINAL_STATES),
+            TRIALS.c.cached_from == "",
+        )
+    )
+    found = []
+    for row in connection.execute(query).mappings():
+        folder = storage.join(row["folder"], CHECKPOINT_FOLDER)
+        size = storage.folder_bytes(folder)
+        if size:
+            found.append(Removal(row["study"], row["id"], folder, size))
+    return sorted(found, key=lambda removal: (-removal.bytes, removal.trial))
+
+
+def apply_retention(removals: Sequence[Removal]) -> int:
+    """Deletes what a plan lists; the bytes that are free now."""
+    for removal in removals:
+        storage.delete_folder(removal.folder)
+    return sum(removal.bytes for removal in removals)
