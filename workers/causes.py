@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel
+from torch import Tensor
 
 from pipelines.console import one_line
 from workers.checkpoints import FencedError
@@ -96,6 +98,15 @@ def explain_out_of_memory(images: Sequence[tuple[int, ...]], device: torch.devic
         f"out of memory on {device} ({total:.0f} GiB) with images of {shapes}; lower loop.max_images_per_forward "
         "(the gradients stay the same), choose loop.precision bf16, or use more ranks"
     )
+
+
+@contextmanager
+def memory_explained(images: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+    """Within the block running out of memory is told with the shapes of `images` and what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise explain_out_of_memory([tuple(chunk.shape) for chunk in images], device) from error
 
 
 def most_telling(causes: Sequence[Cause]) -> Cause:

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 
 from pipelines.loader import TrainStep
+from workers.causes import memory_explained
 from workers.checkpoints import BackgroundWriter, CheckpointStore
 from workers.config import LoopConfig, RunConfig
 from workers.evaluate import Scores
@@ -100,8 +101,9 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
             chunks = [batch.to(world.device, non_blocking=True) for batch in data.batches]
             rate = full_rate * rate_factor(run.schedule, state.step, loop.steps) * state.guard.rate
             torch.manual_seed(_step_seed(run.seed, state.data_step, world.rank))
-            gradients = accumulate_gradients(module, chunks, loop, world, state.scaler, parts.stop.flags)
-            norm = apply_gradients(state.trained, state.optimiser, state.scaler, rate, loop.clip_grad_norm)
+            with memory_explained([chunk.images for chunk in chunks], world.device):
+                gradients = accumulate_gradients(module, chunks, loop, world, state.scaler, parts.stop.flags)
+                norm = apply_gradients(state.trained, state.optimiser, state.scaler, rate, loop.clip_grad_norm)
             state.update_average()
             state.step += 1
             step_s, last_end = time.perf_counter() - last_end, time.perf_counter()

@@ -13,10 +13,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipelines.console import run_command
+from workers.causes import exit_status, most_telling, recorded_causes, write_outcome
 from workers.config import LOG_FILE, OUTCOME_FILE, RESULT_FILE, Outcome, RunSpec
+from workers.stop import ATTEMPT_STOP_FILE, PREEMPT_FILE, Reason, StopRequest
 from workers.storage import Storage
 
 # Read by Ray Train when it is imported: poll the ranks often, give up instead of waiting for ever, stay in our folder.
@@ -52,21 +54,20 @@ def run_spec(spec: RunSpec) -> int:
     """Runs the attempt on Ray and returns its exit status."""
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
-    storage = Storage(spec.storage)
-    ended: list[str] = []
-    failures: list[str] = []
-
-    def fit() -> None:
-        try:
-            failures.extend(_fit(spec))
-        finally:
-            ended.append("")
-
-    with _signals_forwarded(storage, spec):
-        # in a thread of its own: in the main thread Ray would answer SIGINT by aborting all ranks within 5 s
-        thread = threading.Thread(target=fit, name="ray-train")
+    storage, asked, failures = Storage(spec.storage), StopRequest(), list[str]()
+    # in a thread of its own: in the main thread Ray would answer SIGINT by aborting all ranks within 5 s
+    thread = threading.Thread(target=lambda: failures.extend(_fit(spec)), name="ray-train", daemon=True)
+    with _signals_forwarded(storage, spec, asked):
         thread.start()
-        thread.join()
+        while thread.is_alive() and not asked.reason:
+            thread.join(0.2)
+        thread.join(spec.grace_s if asked.reason else None)
+    if thread.is_alive():  # the last checkpoint stands; leaving ends the ranks
+        late = f"not at a checkpoint {spec.grace_s:.0f} s after the request; it resumes from the one before"
+        state: Literal["stopped", "preempted"] = "stopped" if asked.reason == "stopped" else "preempted"
+        write_outcome(storage, spec.attempt, Outcome(state=state, error=late))
+        print(f"{state}: {late}", flush=True)
+        return exit_status(Outcome(state=state))
     return conclude(spec, storage, failures)
 
 
@@ -120,7 +121,7 @@ def train_rank(config: dict[str, Any]) -> None:
     with logged_to(storage, LOG_FILE.format(attempt=spec.attempt, rank=rank)):
         from workers.console import progress_shower, show_nothing
         from workers.run import print_warning, run_trial
-        from workers.stop import StopRequest, files_asking
+        from workers.stop import files_asking
         from workers.world import host_name, join_world
 
         world = join_world()
@@ -205,16 +206,19 @@ def _flush() -> None:
 
 
 @contextlib.contextmanager
-def _signals_forwarded(storage: Storage, spec: RunSpec) -> Iterator[None]:
+def _signals_forwarded(storage: Storage, spec: RunSpec, asked: StopRequest) -> Iterator[None]:
     """Within the block a signal to this process becomes a file that rank 0 looks for: SIGINT stop, SIGTERM preempt."""
-    from workers.stop import ATTEMPT_STOP_FILE, PREEMPT_FILE
 
-    def forward(path: str) -> Callable[[int, Any], None]:
-        return lambda number, _: storage.write(path, str(number).encode())
+    def forward(path: str, reason: Reason) -> Callable[[int, Any], None]:
+        def handle(number: int, _: Any) -> None:
+            storage.write(path, str(number).encode())
+            asked.ask(reason)
+
+        return handle
 
     before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, forward(ATTEMPT_STOP_FILE.format(attempt=spec.attempt))),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, forward(PREEMPT_FILE.format(attempt=spec.attempt))),
+        signal.SIGINT: signal.signal(signal.SIGINT, forward(ATTEMPT_STOP_FILE.format(attempt=spec.attempt), "stopped")),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, forward(PREEMPT_FILE.format(attempt=spec.attempt), "preempted")),
     }
     try:
         yield
@@ -225,8 +229,6 @@ def _signals_forwarded(storage: Storage, spec: RunSpec) -> Iterator[None]:
 
 def conclude(spec: RunSpec, storage: Storage, failures: Sequence[str]) -> int:
     """The attempt's outcome as rank 0 left it, or, if that died, as the other ranks and Ray tell it."""
-    from workers.causes import exit_status, most_telling, recorded_causes, write_outcome
-
     path = OUTCOME_FILE.format(attempt=spec.attempt)
     outcome = Outcome.model_validate_json(storage.read(path)) if storage.exists(path) else None
     causes = recorded_causes(storage, spec.attempt)

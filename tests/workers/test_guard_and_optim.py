@@ -102,3 +102,13 @@ def test_normalisation_layers_have_a_decay_of_their_own(cfg):
     module[0].bias.requires_grad_(False)
     groups = build_optimiser(cfg, module).param_groups
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.1), (2, 0.0)]
+
+
+class Greedy(FakeDetector):
+    def forward(self, batch):  # type: ignore[no-untyped-def]
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_running_out_of_memory_names_the_shapes_and_what_to_change(tmp_path):
+    with pytest.raises(RuntimeError, match=r"images of 6x3x8x8; lower loop\.max_images_per_forward"):
+        fake_trial(tmp_path, small_run(), detector=Greedy())

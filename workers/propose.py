@@ -1,0 +1,86 @@
+"""`python -m workers.propose TRIAL_FOLDER --out URI`: a trained run's proposals, for arms that are to share them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from model.build import build_detector
+from model.config import FixedProposals
+from model.detector import Detector
+from pipelines.console import run_command
+from pipelines.dataset import open_dataset
+from pipelines.loader import EvalLoader
+from pipelines.proposals import Boxes, write_proposals
+from workers.config import ARTIFACT_FOLDER, RunConfig, parse_run
+from workers.storage import Storage
+
+WEIGHTS = f"{ARTIFACT_FOLDER}/weights-last.safetensors"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="maskray proposals", description="Writes a trained run's proposals.")
+    parser.add_argument("run", metavar="TRIAL_FOLDER", help="folder or URI of a finished run with an RPN")
+    parser.add_argument("--out", required=True, metavar="URI", help="the file to write; name it in model.proposals.uri")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    arguments = parser.parse_args(argv)
+    return run_command(lambda: _propose(arguments), argv)
+
+
+def _propose(arguments: argparse.Namespace) -> int:
+    storage = Storage(arguments.run)
+    run = trained_run(storage)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    detector = trained_detector(run, storage).to(device)
+    images = write_proposals(arguments.out, proposals(run, detector, device))
+    text = f"proposals for {images} images: {arguments.out}"
+    print(json.dumps({"out": arguments.out, "images": images}) if arguments.json else text)
+    return 0
+
+
+def trained_run(storage: Storage) -> RunConfig:
+    """The configuration of a finished run. Raises ValueError if there is none, or if it has no RPN."""
+    try:
+        data = yaml.safe_load(storage.read(f"{ARTIFACT_FOLDER}/config.yaml"))
+    except FileNotFoundError:
+        raise ValueError(f"{storage.uri}: no run there ({ARTIFACT_FOLDER}/config.yaml is missing)") from None
+    run = parse_run(data, storage.uri)
+    if isinstance(run.model.proposals, FixedProposals):
+        raise ValueError(f"{storage.uri}: model.proposals.kind is 'fixed', it has no RPN; take a run that trained one")
+    return run
+
+
+def trained_detector(run: RunConfig, storage: Storage) -> Detector:
+    """The detector with the run's last weights, ready to predict."""
+    if not storage.exists(WEIGHTS):
+        raise ValueError(f"{storage.uri}: has no {WEIGHTS}; the run is not finished, resume it first")
+    detector = build_detector(run.model, run.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        detector.load_state_dict(load_file(storage.fetch(WEIGHTS, Path(folder))))
+    return detector.eval()
+
+
+def proposals(run: RunConfig, detector: Detector, device: torch.device) -> Iterator[tuple[int, Boxes, Boxes]]:
+    """(image id, boxes, scores) of every training and validation image, in pixels of its file, at test-time size."""
+    everything = run.data.model_copy(update={"filter": run.data.filter.model_copy(update={"holdout": 0.0})})
+    for uri in dict.fromkeys((run.data.train, run.data.val)):
+        dataset = open_dataset(uri, cache_gib=run.data.cache_gib)
+        loader = EvalLoader(everything, dataset, run.model.image, batch_size=run.loop.eval_batch, rank=0, world_size=1)
+        for batch in loader:
+            found = detector.propose(batch.to(device))
+            for image_id, boxes, scores, valid in zip(batch.sample_ids.tolist(), *found, strict=True):
+                yield image_id, boxes[valid].cpu().numpy(), scores[valid].cpu().numpy()
+        loader.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
