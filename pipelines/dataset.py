@@ -45,6 +45,16 @@ class Dataset:
         """COCO category records of the view, in the order of their dense labels."""
         return tuple(self.manifest.categories[label] for label in self.selection.labels)
 
+    @cached_property
+    def packed_label(self) -> dict[int, int]:
+        """COCO category id -> dense label before the filter."""
+        return {int(category["id"]): label for label, category in enumerate(self.manifest.categories)}
+
+    @cached_property
+    def label(self) -> dict[int, int]:
+        """COCO category id -> dense label of the view."""
+        return {category: label for label, category in enumerate(self.category_ids)}
+
     @property
     def category_ids(self) -> tuple[int, ...]:
         """Dense label -> COCO category id, after the filter."""

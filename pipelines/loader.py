@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -343,11 +344,13 @@ def _worker_loader(source: Any, numbers: Any, num_workers: int) -> DataLoader[An
         num_workers=num_workers,
         prefetch_factor=PREFETCHED_PER_WORKER,
         multiprocessing_context=context,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, dict(os.environ)),
     )
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(environment: dict[str, str], _: int) -> None:
+    """The fork server has the environment of the day it started; a worker needs its parent's (S3 credentials)."""
+    os.environ.update(environment)
     torch.set_num_threads(1)
 
 

@@ -14,10 +14,9 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 def mix(values: UInts) -> UInts:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014), element by element."""
-    with np.errstate(over="ignore"):
-        z = np.asarray(values, np.uint64) + _GOLDEN
-        z = (z ^ (z >> np.uint64(30))) * _MIX_1
-        z = (z ^ (z >> np.uint64(27))) * _MIX_2
+    z = np.atleast_1d(np.asarray(values, np.uint64)) + _GOLDEN  # arrays wrap around, scalars would warn
+    z = (z ^ (z >> np.uint64(30))) * _MIX_1
+    z = (z ^ (z >> np.uint64(27))) * _MIX_2
     return np.asarray(z ^ (z >> np.uint64(31)), np.uint64)
 
 

@@ -85,8 +85,7 @@ def objects(dataset: Dataset, row: Row, wanted: Wanted, side: int) -> tuple[Floa
     x, y, w, h = annotations.boxes_xywh[chosen].T
     boxes = np.stack([x, y, x + w, y + h], 1).reshape(-1, 4)
     boxes = np.clip(boxes, 0, [row.width, row.height, row.width, row.height])
-    label_of = {category: label for label, category in enumerate(dataset.category_ids)}
-    labels = np.array([label_of[int(c)] for c in annotations.category_ids[chosen]], np.int64)
+    labels = np.array([dataset.label[int(c)] for c in annotations.category_ids[chosen]], np.int64)
     masks = mask_crops(annotations, chosen, boxes, side) if wanted.masks else np.zeros((len(chosen), 0, 0), np.uint8)
     keypoints = np.zeros((len(chosen), wanted.num_keypoints, 3))
     for place, number in enumerate(chosen):
@@ -98,8 +97,7 @@ def objects(dataset: Dataset, row: Row, wanted: Wanted, side: int) -> tuple[Floa
 
 def usable_objects(dataset: Dataset, annotations: Annotations, row: Row) -> list[int]:
     """Positions of the annotations that train: the same rule as the index applies."""
-    labels = {int(c["id"]): k for k, c in enumerate(dataset.manifest.categories)}
-    label = np.array([labels[int(c)] for c in annotations.category_ids], np.int64)
+    label = np.array([dataset.packed_label[int(c)] for c in annotations.category_ids], np.int64)
     x, y, w, h = annotations.boxes_xywh.T
     inside = (np.minimum(x + w, row.width) > np.maximum(x, 0)) & (np.minimum(y + h, row.height) > np.maximum(y, 0))
     flags = (

@@ -1,0 +1,260 @@
+"""How fast training batches arrive, beside torchvision's pipeline or the bare decoding that no loader can beat.
+
+    python benchmarks/loader.py --peer torchvision     at least 5 times as many images/s is the aim
+    python benchmarks/loader.py --peer bare            decode + resize + pad alone, same cores: at least 0.6
+    python benchmarks/loader.py --peer litdata         stored bytes and annotations, no decoding (pip install litdata)
+
+Real COCO images repeated (--data, a folder like coco-mini; synthetic ones without it), short side 800, flip, masks.
+Start-up (until the first batch) is left out and reported apart. Runs alternate; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipelines.collate import round_up
+from pipelines.config import DataConfig
+from pipelines.dataset import Dataset, open_dataset
+from pipelines.images import decode, resize, resized_size
+from pipelines.loader import TrainLoader
+from pipelines.pack import PackOptions, pack
+from pipelines.synth import synthesise
+
+SHORT, LONGEST, MULTIPLE, BATCH = 800, 1333, 32, 8
+Timed = tuple[float, float]  # images per second after start-up, seconds until the first batch
+
+
+def source_files(data: str, folder: Path, repeat: int) -> tuple[Path, Path]:
+    """Annotations that list every image `repeat` times under new ids, and the image folder."""
+    if data:
+        annotations, images = Path(data) / "annotations/instances_train2017.json", Path(data) / "train2017"
+    else:
+        synthesise(folder / "synth", num_images=100, size=640, seed=0)
+        annotations, images = folder / "synth/annotations/instances_train.json", folder / "synth/images/train"
+    coco = json.loads(annotations.read_text())
+    step = 1 + max(record["id"] for key in ("images", "annotations") for record in coco[key])
+    many = dict(coco, images=[], annotations=[])
+    for turn in range(repeat):
+        many["images"] += [image | {"id": image["id"] + turn * step} for image in coco["images"]]
+        many["annotations"] += [
+            a | {"id": a["id"] + turn * step, "image_id": a["image_id"] + turn * step} for a in coco["annotations"]
+        ]
+    path = folder / "repeated.json"
+    path.write_text(json.dumps(many))
+    return path, images
+
+
+def timed(batches: Iterator[int], num_images: int) -> Timed:
+    """Takes batch sizes until `num_images` after the first batch have come."""
+    started = time.perf_counter()
+    next(batches)
+    first = time.perf_counter()
+    seen = 0
+    for count in batches:
+        seen += count
+        if seen >= num_images:
+            break
+    return seen / (time.perf_counter() - first), first - started
+
+
+def ours(packed: Path, workers: int, num_images: int) -> Timed:
+    cfg = DataConfig(
+        train=str(packed), val="none", short_sides_px=(SHORT,), max_side_px=LONGEST, num_loader_workers=workers
+    )
+    stream = TrainLoader(
+        cfg,
+        open_dataset(str(packed)),
+        seed=0,
+        global_batch=BATCH,
+        rank=0,
+        world_size=1,
+        max_images_per_forward=BATCH,
+        masks=True,
+    )
+    try:
+        return timed((sum(len(batch) for batch in step.batches) for step in stream), num_images)
+    finally:
+        stream.close()
+
+
+def torchvision_peer(annotations: Path, images: Path, workers: int, num_images: int) -> Timed:
+    """CocoDetection with masks, v2 transforms, DataLoader: torchvision's own reference pipeline."""
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+    from torchvision.transforms import v2
+
+    transforms = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.Resize(SHORT, max_size=LONGEST, antialias=True),
+            v2.RandomHorizontalFlip(0.5),
+            v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: inputs[1].get("labels")),
+        ]
+    )
+    dataset = wrap_dataset_for_transforms_v2(
+        CocoDetection(str(images), str(annotations), transforms=transforms), target_keys=("boxes", "labels", "masks")
+    )
+    dataset = torch.utils.data.Subset(dataset, [k for k, i in enumerate(dataset.ids) if dataset.coco.getAnnIds(i)])
+    loader = DataLoader(
+        dataset,
+        BATCH,
+        shuffle=True,
+        num_workers=workers,
+        collate_fn=pad_together,
+        multiprocessing_context="fork",
+        worker_init_fn=one_thread,
+    )
+    stream = (len(batch[1]) for _ in itertools.count() for batch in loader)
+    return timed(stream, num_images)
+
+
+def pad_together(samples: list[Any]) -> tuple[torch.Tensor, list[Any]]:
+    """Images on one canvas; targets stay a list, as torchvision's models take them."""
+    height, width = (round_up(max(s[0].shape[side] for s in samples), MULTIPLE) for side in (1, 2))
+    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+    for canvas, (image, _) in zip(images, samples, strict=True):
+        canvas[:, : image.shape[1], : image.shape[2]] = image
+    return images, [target for _, target in samples]
+
+
+def one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+
+
+def bare_peer(packed: Path, workers: int, num_images: int) -> Timed:
+    """Each core decodes, resizes and pads images that lie in memory; nothing is delivered to anybody."""
+    context = multiprocessing.get_context("spawn")
+    queue, gate = context.Queue(), context.Barrier(workers)
+    share = num_images // workers
+    processes = [context.Process(target=bare_worker, args=(packed, k, share, gate, queue)) for k in range(workers)]
+    started = time.perf_counter()
+    for process in processes:
+        process.start()
+    seconds = [queue.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return workers * share / max(seconds), time.perf_counter() - started - max(seconds)
+
+
+def bare_worker(packed: Path, number: int, count: int, gate: Any, queue: Any) -> None:
+    one_thread(0)
+    dataset = open_dataset(str(packed))
+    rows = [dataset.row(row) for row in dataset.rows()[number * 40 : number * 40 + 40]]
+    contents = [(bytes(row.content), row.height, row.width) for row in rows]
+    gate.wait()
+    started = time.perf_counter()
+    for content, height, width in itertools.islice(itertools.cycle(contents), count):
+        size = resized_size(height, width, SHORT, LONGEST)
+        image = resize(decode(content, 1), *size)
+        canvas = torch.empty(round_up(size[0], MULTIPLE), round_up(size[1], MULTIPLE), 3, dtype=torch.uint8)
+        canvas.permute(2, 0, 1)[:, : size[0], : size[1]] = image
+    queue.put(time.perf_counter() - started)
+
+
+# --- raw delivery -----------------------------------------------------------------------------------------------------
+
+
+def raw_ours(dataset: Dataset, num_images: int) -> Timed:
+    """Bytes and annotations of every image, in this process."""
+
+    def rows() -> Iterator[int]:
+        for number in itertools.cycle(dataset.rows()):
+            row = dataset.row(number)
+            assert len(bytes(row.content)) > 0
+            assert len(row.annotations.areas) >= 0
+            yield 1
+
+    return timed(rows(), num_images)
+
+
+def write_litdata(dataset: Dataset, folder: Path) -> None:
+    from litdata import optimize
+
+    coco = dataset.coco()
+    found: dict[int, list[Any]] = {image["id"]: [] for image in coco["images"]}
+    for annotation in coco["annotations"]:
+        found[annotation["image_id"]].append(annotation)
+    rows = [(bytes(dataset.row(n).content), found[dataset.row(n).image_id]) for n in dataset.rows()]
+    optimize(fn=as_item, inputs=rows, output_dir=str(folder), num_workers=1, chunk_bytes="64MB")
+
+
+def as_item(row: tuple[bytes, list[Any]]) -> dict[str, Any]:
+    return {"image": row[0], "annotations": row[1]}
+
+
+def raw_litdata(folder: Path, num_images: int) -> Timed:
+    from litdata import StreamingDataset
+
+    dataset = StreamingDataset(str(folder))
+    return timed((1 for _ in itertools.count() for item in dataset if item["image"]), num_images)
+
+
+# --- ----------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", choices=("torchvision", "bare", "litdata"), default="torchvision")
+    parser.add_argument("--data", default=os.environ.get("MASKRAY_COCO_MINI", ""))
+    parser.add_argument("--images", type=int, default=480, help="images timed in one run")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=4, help="times that the images are repeated")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory(prefix="maskray-bench-") as name:
+        folder = Path(name)
+        annotations, images = source_files(args.data, folder, args.repeat)
+        packed = folder / "packed"
+        pack([annotations], str(images), str(packed), PackOptions(shard_mib=8))
+        run_ours: Callable[[], Timed] = lambda: ours(packed, args.workers, args.images)  # noqa: E731
+        match args.peer:
+            case "torchvision":
+                run_peer: Callable[[], Timed] = lambda: torchvision_peer(annotations, images, args.workers, args.images)  # noqa: E731
+            case "bare":
+                run_peer = lambda: bare_peer(packed, args.workers, args.images)  # noqa: E731
+            case _:
+                dataset = open_dataset(str(packed))
+                write_litdata(dataset, folder / "litdata")
+                run_ours = lambda: raw_ours(dataset, args.images)  # noqa: E731
+                run_peer = lambda: raw_litdata(folder / "litdata", args.images)  # noqa: E731
+        pairs = []
+        for number in range(args.pairs):
+            pairs.append((run_ours(), run_peer()))
+            if not args.json:
+                (rate, start), (peer_rate, peer_start) = pairs[-1]
+                print(
+                    f"{number + 1}: ours {rate:.1f}/s after {start:.1f} s, peer {peer_rate:.1f}/s, {peer_start:.1f} s"
+                )
+    result = {
+        "name": f"loader-vs-{args.peer}",
+        "ours": statistics.median(pair[0][0] for pair in pairs),
+        "peer": statistics.median(pair[1][0] for pair in pairs),
+        "ratio": statistics.median(pair[0][0] / pair[1][0] for pair in pairs),
+        "unit": "images/s",
+        "start_s": statistics.median(pair[0][1] for pair in pairs),
+        "peer_start_s": statistics.median(pair[1][1] for pair in pairs),
+        "device": f"cpu, {args.workers} workers",
+        "images": "coco" if args.data else "synthetic",
+        "pairs": len(pairs),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
