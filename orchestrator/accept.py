@@ -32,7 +32,7 @@ def check(submission: Submission, settings: ServiceSettings, nodes: Sequence[Nod
     if submission.code and not storage.exists(code_uri(settings, submission.code)):
         raise ValueError(f"code: package {submission.code[:12]} was not uploaded; PUT it to /v1/code first")
     gang = gang_of(study.model_dump())
-    if nodes and fit(gang, {node.id: node.total for node in nodes}) is None:
+    if nodes and not settings.autoscale and fit(gang, {node.id: node.total for node in nodes}) is None:
         raise ValueError(f"resources: a trial needs {needs(gang)}; {_shape(nodes, gang)}; ask for less")
     _check_paths(submission, settings)
 

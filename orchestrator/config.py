@@ -190,6 +190,7 @@ class ServiceSettings(Record):
     storage: str = ""  # folder or pyarrow.fs URI for trial folders; empty is `home`/studies
     ray: str = "local"  # URL of a Ray dashboard, or "local" for a head of its own
     ray_token_file: str = ""  # of a cluster that is not "local"; without it RAY_AUTH_TOKEN counts
+    autoscale: bool = False  # the cluster grows on request: what the head of the queue lacks is asked for
     ray_cpus: int = Field(0, ge=0)  # of the local head; 0 is what the machine has
     ray_gpus: int = Field(-1, ge=-1)  # of the local head; -1 lets Ray look
     ray_memory_mib: int = Field(256, ge=80)  # object store of the local head; trials pass next to nothing through it

@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, select, update
 
 from orchestrator import ledger, storage
+from orchestrator.capacity import Bundle, request_entry, request_id, wanted
 from orchestrator.cluster import ENDED, Cluster, Job
 from orchestrator.config import ServiceSettings
 from orchestrator.decide import (
@@ -43,6 +44,7 @@ from workers.config import OUTCOME_FILE, PROGRESS_FILE, RESULT_FILE, SPEC_FILE, 
 
 LOG = logging.getLogger("maskray")
 DRIVER_LOG = "attempts/{attempt}/driver.log"
+_FREE = Wait("", 0, "")
 _FORCE_AFTER_S = 30.0  # beyond the grace, should Ray not have ended a job that it was asked to stop
 
 
@@ -58,6 +60,7 @@ class Reconciler:
         self.tracking_uri = ""
         self.session = ""  # of the head that the last tick saw
         self._ledger_id = ledger.ledger_id(engine)
+        self._asked: list[Bundle] | None = None
         self._gangs: dict[str, Gang] = {}  # by study
         self._known_code: set[str] = set()
         self._durations: dict[str, float] = {}  # seconds that a trial of this study took, at most
@@ -270,6 +273,22 @@ class Reconciler:
                 case Wait():
                     waits[decision.trial] = decision
         self.waits = waits
+        if self.settings.autoscale:
+            lacking = [row for row in free if waits.get(row["id"], _FREE).lacks]
+            head = min(lacking, key=lambda row: waits[row["id"]].position or 1, default=None)
+            self._ask_for_capacity(cluster, attempts, head, now)
+
+    def _ask_for_capacity(
+        self, cluster: Cluster, attempts: Sequence[ledger.Row], head: ledger.Row | None, now: float
+    ) -> None:
+        """Sends a request when it differs from the last one; a service that was started anew sends it again."""
+        bundles = wanted([self._gang(row) for row in attempts], self._gang(head) if head is not None else None)
+        if bundles == self._asked or (not bundles and self._asked is None):
+            return
+        entry = f"exec {shlex.join(request_entry(bundles, self.settings.entry[0]))}"
+        cluster.submit(request_id(self._mark(), bundles, now), entry, {}, "", {})
+        self._asked = bundles
+        LOG.info("asked the cluster for %d bundles", len(bundles))
 
     def _submit(self, cluster: Cluster, trial: str, number: int) -> None:
         """Writes the attempt's spec and starts its job. Doing it twice does it once: the submission id is the fence."""

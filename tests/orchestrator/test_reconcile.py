@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,31 @@ def test_a_study_waits_for_its_parent_run_but_not_for_ever(tmp_path):
     house.now += 30
     house.tick()
     assert house.state(trial) == "starting"
+    house.engine.dispose()
+
+
+def test_the_head_of_the_queue_becomes_a_capacity_request_until_it_runs(tmp_path):
+    house = House(tmp_path, autoscale=True, entry=("python", "-m", "entry"))
+    asked: list[Any] = []
+    submit = house.cluster.submit
+
+    def watched(submission_id: str, entry: str, *rest: Any) -> None:
+        if submission_id.startswith("capacity-"):
+            asked.append(json.loads(shlex.split(entry)[-1]))
+        else:
+            submit(submission_id, entry, *rest)
+
+    house.cluster.submit = watched  # type: ignore[method-assign]
+    small = house.submit(plan("small", identity("small")))
+    house.tick()
+    assert asked == [], "what fits needs no request"
+    big = house.submit(plan("big", identity("big")), resources=Resources(ranks=3))
+    house.tick(3)
+    assert asked == [[{"CPU": 1.0}] * 4], "what runs and the head, once"
+    house.cluster.cpus = 4
+    house.tick()
+    assert house.cluster.started == [f"{small}-000-1", f"{big}-000-1"]
+    assert asked[1:] == [[]], "the request is taken back"
     house.engine.dispose()
 
 
