@@ -13,12 +13,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from model.boxes import Weights4, at_least, clip, decode, encode
+from model.boxes import OffsetWeights, at_least, clip, decode, encode
 from model.losses import box_loss, class_loss
 from model.noise import DROPOUT_STREAM, noise
 from model.samples import FlatRoIs
 
-OFFSET_WEIGHTS: Weights4 = (10.0, 10.0, 5.0, 5.0)
+OFFSET_WEIGHTS: OffsetWeights = (10.0, 5.0)
 _MIN_SIDE_PX = 1e-2  # of a detection
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # the largest growth of a side that an offset may ask for
 
-Weights4 = tuple[float, float, float, float]
+OffsetWeights = tuple[float, float]  # of (dx, dy) and of (dw, dh)
 
 
 def area(boxes: Tensor) -> Tensor:
@@ -31,23 +31,23 @@ def iou(boxes_N4: Tensor, others_M4: Tensor) -> Tensor:
     return shared / union.clamp(min=torch.finfo(shared.dtype).tiny)
 
 
-def encode(references: Tensor, targets: Tensor, weights: Weights4) -> Tensor:
+def encode(references: Tensor, targets: Tensor, weights: OffsetWeights) -> Tensor:
     """The offsets (..., 4) that take each reference box to its target. Sides of 1e-6 px or more keep padding finite."""
     ref_sides = (references[..., 2:] - references[..., :2]).clamp(min=1e-6)
     sides = (targets[..., 2:] - targets[..., :2]).clamp(min=1e-6)
     ref_centres = references[..., :2] + 0.5 * ref_sides
     centres = targets[..., :2] + 0.5 * sides
-    offsets = torch.cat([(centres - ref_centres) / ref_sides, torch.log(sides / ref_sides)], dim=-1)
-    return offsets * offsets.new_tensor(weights)
+    shift, growth = (centres - ref_centres) / ref_sides, torch.log(sides / ref_sides)
+    return torch.cat([shift * weights[0], growth * weights[1]], dim=-1)
 
 
-def decode(references: Tensor, offsets: Tensor, weights: Weights4) -> Tensor:
+def decode(references: Tensor, offsets: Tensor, weights: OffsetWeights) -> Tensor:
     """Boxes (..., 4) from reference boxes and offsets, in float32, growth clamped at `MAX_LOG_SCALE`."""
-    offsets = offsets.float() / references.new_tensor(weights)
+    shift, growth = offsets[..., :2].float() / weights[0], offsets[..., 2:].float() / weights[1]
     ref_sides = references[..., 2:] - references[..., :2]
     ref_centres = references[..., :2] + 0.5 * ref_sides
-    centres = offsets[..., :2] * ref_sides + ref_centres
-    half = 0.5 * torch.exp(offsets[..., 2:].clamp(max=MAX_LOG_SCALE)) * ref_sides
+    centres = shift * ref_sides + ref_centres
+    half = 0.5 * torch.exp(growth.clamp(max=MAX_LOG_SCALE)) * ref_sides
     return torch.cat([centres - half, centres + half], dim=-1)
 
 

@@ -93,6 +93,7 @@ class RoIOperation(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
         """One (B, C, H, W) map per stride, finest first, to (R, C, side, side)."""
+        rois_R5 = rois_R5.detach()
         if len(self.strides) == 1:
             return self.crop(maps[0], rois_R5, 1 / self.strides[0])
         levels = assign_levels(rois_R5[:, 1:], self.strides)
