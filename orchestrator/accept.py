@@ -14,7 +14,7 @@ from orchestrator import ledger, storage
 from orchestrator.config import ServiceSettings, Submission
 from orchestrator.decide import Gang, Node, fit, needs
 from orchestrator.places import code_uri, storage_root
-from orchestrator.reconcile import gang_of
+from orchestrator.spec import gang_of
 from orchestrator.tables import STUDIES, TRIALS
 
 

@@ -38,6 +38,7 @@ from orchestrator.decide import (
     take,
 )
 from orchestrator.places import code_uri
+from orchestrator.spec import gang_of, gpu_hours, run_spec
 from orchestrator.tables import ATTEMPTS, STUDIES, TRIALS
 from orchestrator.verdict import Ended, Verdict, judge
 from workers.config import OUTCOME_FILE, PROGRESS_FILE, RESULT_FILE, SPEC_FILE, Outcome, Progress, Result
@@ -297,7 +298,7 @@ class Reconciler:
             study = ledger.study_row(connection, row["study"]) if row is not None else None
         if row is None or study is None:
             return
-        spec = self._spec(row, study, number)
+        spec = run_spec(row, study, number, self.tracking_uri, self.settings.grace_s)
         path = storage.join(row["folder"], SPEC_FILE.format(attempt=number))
         storage.write_bytes(path, json.dumps(spec, indent=1).encode())
         package = ""
@@ -318,35 +319,6 @@ class Reconciler:
                 .where(ATTEMPTS.c.submission_id == submission, ATTEMPTS.c.state == "submitting")
                 .values(state="submitted")
             )
-
-    def _spec(self, trial: ledger.Row, study: ledger.Row, number: int) -> dict[str, Any]:
-        """A workers.config.RunSpec as data: the study's own code validates it."""
-        resources = study["spec"]["resources"]
-        tracking: dict[str, Any] = {"kind": "none"}
-        if self.tracking_uri:
-            tracking = {
-                "kind": "mlflow",
-                "uri": self.tracking_uri,
-                "experiment": study["mlflow_experiment"] or study["id"],
-                "parent_run_id": study["mlflow_run_id"],
-            }
-        return {
-            "run": trial["run"],
-            "storage": trial["folder"],
-            "study": study["id"],
-            "trial": trial["id"],
-            "name": trial["key"],
-            "arm": trial["arm"],
-            "attempt": number,
-            "ranks": resources["ranks"],
-            "cpus_per_rank": resources["cpus_per_rank"],
-            "gpus_per_rank": resources["gpus_per_rank"],
-            "rank_resources": resources["custom_per_rank"],
-            "tracking": tracking,
-            "tags": {**trial["tags"], "maskray.owner": study["owner"]},
-            "study_yaml": study["study_yaml"],
-            "grace_s": self.settings.grace_s,
-        }
 
     # --- what decide needs to know ---
 
@@ -506,28 +478,6 @@ class Reconciler:
     def _mark(self) -> str:
         """Tells this service's jobs from those of others on the same cluster."""
         return self._ledger_id
-
-
-def gang_of(study: Mapping[str, Any]) -> Gang:
-    resources = study["resources"]
-    per_rank = {
-        "CPU": resources["cpus_per_rank"],
-        "GPU": resources["gpus_per_rank"],
-        **resources["custom_per_rank"],
-    }
-    return Gang(
-        resources["ranks"], {name: amount for name, amount in per_rank.items() if amount}, resources["max_nodes"]
-    )
-
-
-def gpu_hours(
-    connection: Connection, study: str, spec: Mapping[str, Any], attempts: Sequence[ledger.Row], now: float
-) -> float:
-    """GPU-hours of a study so far, its running attempts included."""
-    ended = connection.execute(select(TRIALS.c.rank_seconds).where(TRIALS.c.study == study)).scalars()
-    ranks = spec["resources"]["ranks"]
-    live = sum(now - row["running_at"] for row in attempts if row["running_at"])
-    return float(spec["resources"]["gpus_per_rank"] * (sum(ended) + ranks * live) / 3600)
 
 
 def _of(trial: ledger.Row, number: int) -> bool:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, select
 from orchestrator import ledger
 from orchestrator.config import AttemptView, QueueEntry, StudyView, Submission, TrialView
 from orchestrator.decide import Wait, needs
-from orchestrator.reconcile import gang_of
+from orchestrator.spec import gang_of
 from orchestrator.tables import ATTEMPTS, STUDIES, TRIALS
 
 _HEAVY = ("run", "tags")
