@@ -40,7 +40,7 @@ def write_case(folder: Path, num_images: int, detections: int) -> None:
         moved = (boxes[near] + rng.normal(0, 6, (detections, 4))).clip(1).round(2)
         named = np.where(rng.random(detections) < 0.7, labels[near], rng.integers(1, 81, detections))
         for box, label, score in zip(moved.tolist(), named.tolist(), rng.random(detections).tolist(), strict=True):
-            results.append({"image_id": image["id"], "category_id": label, "bbox": box, "score": round(score, 4)})
+            results.append({"image_id": image["id"], "category_id": label, "bbox": box, "score": score})
     categories = [{"id": k, "name": f"c{k}"} for k in range(1, 81)]
     coco = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "gt.json").write_text(json.dumps(coco))
