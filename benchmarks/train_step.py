@@ -1,0 +1,196 @@
+"""One training step beside torchvision's: the same images, objects, RoI counts, norm layers, precision and optimiser.
+
+    python benchmarks/train_step.py --preset tiny
+    python benchmarks/train_step.py --preset r50-fpn --side 512 --batch 2
+
+Ours and torchvision's steps alternate; the ratio is of the medians of images per second. The last line with `--json` is
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import detection
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from model.build import build_detector
+from model.config import preset
+from model.structures import Batch
+
+
+def drawn_batch(images: int, objects: int, side: int, num_classes: int) -> Batch:
+    """Noise with discs as objects."""
+    generator = torch.Generator().manual_seed(0)
+    centre = side * (0.2 + 0.6 * torch.rand(images, objects, 2, generator=generator))
+    radius = side * (0.05 + 0.15 * torch.rand(images, objects, 1, generator=generator))
+    axis = (torch.arange(112) + 0.5) / 56 - 1
+    disc = (axis[:, None] ** 2 + axis**2 < 1).to(torch.uint8)
+    return Batch(
+        images=torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, generator=generator),
+        sizes=torch.full((images, 2), side),
+        original_sizes=torch.full((images, 2), side),
+        sample_ids=torch.arange(images),
+        noise_keys=torch.arange(images),
+        boxes_xyxy=torch.cat([centre - radius, centre + radius], dim=2).clamp(0, side),
+        labels=torch.randint(0, num_classes, (images, objects), generator=generator),
+        valid=torch.ones(images, objects, dtype=torch.bool),
+        mask_crops=disc.expand(images, objects, -1, -1).contiguous(),
+        keypoints=torch.zeros(images, objects, 0, 3),
+        proposals_xyxy=torch.zeros(images, 0, 4),
+    )
+
+
+def their_targets(batch: Batch) -> list[dict[str, Tensor]]:
+    """The same objects as torchvision takes them: dense masks."""
+    side = batch.images.shape[-1]
+    centres = torch.arange(side, device=batch.images.device) + 0.5
+    targets = []
+    for boxes, labels in zip(batch.boxes_xyxy, batch.labels, strict=True):
+        middle, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+        x = (centres[None, None, :] - middle[:, 0, None, None]) / half[:, 0, None, None]
+        y = (centres[None, :, None] - middle[:, 1, None, None]) / half[:, 1, None, None]
+        targets.append({"boxes": boxes, "labels": labels + 1, "masks": (x * x + y * y < 1).to(torch.uint8)})
+    return targets
+
+
+def their_model(name: str, side: int) -> nn.Module:
+    if name == "r50-fpn":
+        return their_r50(side)
+    return their_tiny(side)
+
+
+def their_r50(side: int) -> nn.Module:
+    body = detection.backbone_utils.resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
+    )
+    sampling = {"rpn_pre_nms_top_n_train": 2000, "rpn_post_nms_top_n_train": 1000}
+    return detection.MaskRCNN(body, 81, min_size=side, max_size=side, **sampling)
+
+
+def their_tiny(side: int) -> nn.Module:
+    """Torchvision's parts at the sizes of preset `tiny`."""
+    network = ResNet(BasicBlock, [2, 2, 2, 2], norm_layer=partial(nn.GroupNorm, 16))
+    body = BackboneWithFPN(network, {"layer2": "0", "layer3": "1"}, [128, 256], 64, TwoCoarser())
+    anchors = AnchorGenerator(((16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 4)
+    return detection.MaskRCNN(
+        body,
+        min_size=side,
+        max_size=side,
+        rpn_anchor_generator=anchors,
+        rpn_head=RPNHead(64, 3),
+        rpn_pre_nms_top_n_train=200,
+        rpn_post_nms_top_n_train=100,
+        rpn_batch_size_per_image=64,
+        box_roi_pool=MultiScaleRoIAlign(["1"], 7, 2),
+        box_head=TwoMLPHead(64 * 49, 256),
+        box_predictor=FastRCNNPredictor(256, 5),
+        box_batch_size_per_image=64,
+        mask_roi_pool=MultiScaleRoIAlign(["1"], 14, 2),
+        mask_head=MaskRCNNHeads(64, (64, 64), 1),
+        mask_predictor=MaskRCNNPredictor(64, 64, 5),
+    )
+
+
+class TwoCoarser(LastLevelMaxPool):
+    """Two maps below the last one, as `tiny` has them."""
+
+    def forward(self, x: list[Tensor], y: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:  # noqa: ARG002
+        coarser = x[-1][:, :, ::2, ::2]
+        return [*x, coarser, coarser[:, :, ::2, ::2]], [*names, "2", "3"]
+
+
+def make_step(model: nn.Module, losses: Callable[[], Tensor], bf16: bool) -> Callable[[], None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.SGD(trained, lr=1e-4, momentum=0.9, fused=True)
+
+    def step() -> None:
+        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=bf16):
+            total = losses()
+        total.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", choices=["torchvision"], default="torchvision")
+    parser.add_argument("--preset", choices=["tiny", "r50-fpn"], default="tiny")
+    parser.add_argument("--side", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--objects", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg = preset(args.preset)
+    batch = drawn_batch(args.batch, args.objects, args.side, cfg.num_classes).to(device)
+    detector = build_detector(cfg).to(device)
+    peer = their_model(args.preset, args.side).to(device).train()
+    floats, targets = [image.float() / 255 for image in batch.images], their_targets(batch)
+
+    def ours() -> Tensor:
+        terms = detector.losses(batch).values()
+        return torch.stack([term.weight * term.sum / term.count.clamp(min=1) for term in terms]).sum()
+
+    steps = {
+        "ours": make_step(detector, ours, args.bf16),
+        "peer": make_step(peer, lambda: torch.stack(list(peer(floats, targets).values())).sum(), args.bf16),
+    }
+    report(measure(steps, args.pairs, device), args, device)
+
+
+def measure(steps: dict[str, Callable[[], None]], pairs: int, device: str) -> dict[str, float]:
+    """Median seconds of each, taken in turns after two warm-up rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(pairs + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if round_ >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def report(seconds: dict[str, float], args: Any, device: str) -> None:
+    rate = {name: args.batch / value for name, value in seconds.items()}
+    precision = "bf16" if args.bf16 else "fp32"
+    result = {
+        "name": f"train step {args.preset} {args.side} px batch {args.batch} {precision}, images/s",
+        "ours": round(rate["ours"], 3),
+        "peer": round(rate["peer"], 3),
+        "ratio": round(rate["ours"] / rate["peer"], 3),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "pairs": args.pairs,
+    }
+    if not args.json:
+        print(f"{result['name']}: ours {result['ours']}, torchvision {result['peer']}, ratio {result['ratio']}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
