@@ -2,7 +2,7 @@
 
     python benchmarks/predict.py --side 512
 
-Both read the same noise image; ours is `detector.predict_image` and `paste_mask` crops, torchvision's its own forward and
+Both read the same noise image; ours is `detector.predict` with `paste_mask` crops, torchvision's its own forward and
 full-size masks. The ratio is of the medians of images per second.
 """
 
