@@ -14,7 +14,7 @@ from pipelines.console import SUCCESS
 
 
 def register(app: typer.Typer) -> None:
-    for command in (serve, down, ui, user):
+    for command in (serve, down, ui, user, gc):
         app.command()(command)
 
 
@@ -34,7 +34,7 @@ def serve(
     json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Run the service in the foreground; Ctrl-C ends it, running trials go on."""
+    """Run the service in the foreground. Ctrl-C ends it; trials on a Ray cluster that is not its own go on."""
     from orchestrator.config import ServiceSettings
     from workers.config import parse_record
 
@@ -102,6 +102,28 @@ def user(
         return
     token = client.set_user(name, role)
     print_json({"user": name, "role": role, "token": token}) if json else print(token)
+
+
+def gc(
+    checkpoints_days: Annotated[
+        float, typer.Option(min=0, help="Days to keep checkpoints after a study ended.")
+    ] = 30.0,
+    apply: Annotated[bool, typer.Option("--apply", help="Remove; without it the list is only shown.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Remove the checkpoints of studies that ended long ago; results, weights and reports stay. Shows first."""
+    from orchestrator.local import connected_client
+
+    found = connected_client().collect_garbage(checkpoints_days, apply)
+    if json:
+        print_json(found)
+        return
+    for removal in found["removals"]:
+        print(f"{removal['bytes'] / 2**20:10.1f} MiB  {removal['folder']}")
+    total = sum(removal["bytes"] for removal in found["removals"])
+    verb = "removed" if found["applied"] else "would be removed (--apply does it)"
+    print(f"{total / 2**20:10.1f} MiB in {len(found['removals'])} folders {verb}")
 
 
 def _read(settings: Path | None) -> dict[str, Any]:
