@@ -29,13 +29,22 @@ def align(
     `aligned` puts the value of a pixel at its centre; without it (the first implementations) at its corner, and
     a RoI is at least one cell wide.
     """
-    if reduce == "mean" and features.device.type == "cpu" and features.shape[2] * features.shape[3] <= _SMALL_MAP_CELLS:
+    if reduce == "mean" and _prefers_products(features):
         return align_small_map(features, rois_R5, scale, side, samples, aligned)
     if reduce == "mean":
         crops: Tensor = torchvision.ops.roi_align(features, rois_R5, (side, side), scale, samples, aligned)
         return crops
     points = torchvision.ops.roi_align(features, rois_R5, (side * samples, side * samples), scale, 1, aligned)
     return F.max_pool2d(points, samples)
+
+
+def _prefers_products(features: Tensor) -> bool:
+    """A small map on the CPU with a gradient to come: the scattered backward kernel is what the product saves.
+
+    Inference keeps torchvision's kernel, and so its rounding.
+    """
+    cells = features.shape[2] * features.shape[3]
+    return features.device.type == "cpu" and cells <= _SMALL_MAP_CELLS and features.requires_grad
 
 
 def align_small_map(features: Tensor, rois_R5: Tensor, scale: float, side: int, samples: int, aligned: bool) -> Tensor:

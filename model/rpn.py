@@ -154,11 +154,12 @@ def select_proposals(
         first += anchors.shape[0]
     boxes_L, scores_L = torch.stack(boxes, dim=1), torch.stack(scores, dim=1)  # (B, levels, most, ...)
     kept = nms(boxes_L.flatten(0, 1), scores_L.isfinite().flatten(0, 1), max_iou).view(images, -1)
-    final = torch.where(kept, scores_L.flatten(1), -torch.inf)
-    top, where = torch.topk(final, min(after_nms, final.shape[1]), dim=1)
+    final = torch.where(kept, torch.sigmoid(scores_L.flatten(1)), -torch.inf)
+    # Saturated scores tie: the finer level and then the larger logit come first, as in torchvision.
+    top, where = (ranked[:, :after_nms] for ranked in torch.sort(final, dim=1, descending=True, stable=True))
     valid = top.isfinite()
     chosen = take_rows(boxes_L.flatten(1, 2), where) * valid[:, :, None]
-    return Proposals(chosen, torch.sigmoid(top), valid, torch.stack(index, dim=1).flatten(1).gather(1, where))
+    return Proposals(chosen, torch.where(valid, top, 0), valid, torch.stack(index, dim=1).flatten(1).gather(1, where))
 
 
 def take_rows(values_BNX: Tensor, index_BS: Tensor) -> Tensor:

@@ -94,10 +94,12 @@ BOXES = [
 
 @pytest.mark.parametrize("cfg", KINDS, ids=lambda c: "-".join(str(v) for v in c.model_dump().values()))
 @pytest.mark.parametrize("cells", [(12, 15), (30, 40)], ids=["small", "large"])
-def test_every_operation_equals_its_pure_python_reference(cfg, cells):
-    feature = torch.randn(1, 2, *cells, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("training", [True, False])
+def test_every_operation_equals_its_pure_python_reference(cfg, cells, training):
+    feature = torch.randn(1, 2, *cells, generator=torch.Generator().manual_seed(0), requires_grad=training)
     rois = torch.cat([torch.zeros(len(BOXES), 1), torch.tensor(BOXES)], dim=1)
-    crops = build_roi_op(cfg, 3, (4,))([feature], rois)
+    crops = build_roi_op(cfg, 3, (4,))([feature], rois).detach()
+    feature = feature.detach()
     for crop, box in zip(crops, BOXES, strict=True):
         for channel in range(2):
             expected = reference(cfg, feature[0, channel], box, 3, 0.25)
