@@ -18,22 +18,16 @@ def star() -> Points:
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], 1)
 
 
-def crescent() -> Points:
-    """A disc without a disc."""
-    outer = np.linspace(math.radians(50), math.radians(310), 25)
-    inner = np.linspace(math.radians(290), math.radians(70), 21)
-    far = np.stack([np.cos(outer), np.sin(outer)], 1)
-    tip = far[0]
-    centre = np.array([tip[0] + 0.13, 0.0])
-    radius = float(np.hypot(*(tip - centre)))
-    near = centre + radius * np.stack([np.cos(inner + 0.0), np.sin(inner)], 1)
-    return np.concatenate([far, near[1:-1]])
+def ellipse() -> Points:
+    """A flattened disc."""
+    angles = np.linspace(0, 2 * math.pi, 33)[:-1]
+    return np.stack([0.95 * np.cos(angles), 0.62 * np.sin(angles)], 1)
 
 
 def cross() -> Points:
     """A plus sign with arms of different lengths."""
-    a = 0.28
-    long, short = 0.95, 0.7
+    a = 0.36
+    long, short = 0.95, 0.8
     return np.array(
         [
             [a, -a], [long, -a], [long, a], [a, a], [a, short], [-a, short],
@@ -42,12 +36,13 @@ def cross() -> Points:
     )  # fmt: skip
 
 
-def hook() -> Points:
-    """An L."""
-    return np.array([[-0.6, -0.85], [-0.15, -0.85], [-0.15, 0.35], [0.75, 0.35], [0.75, 0.8], [-0.6, 0.8]])
+def triangle() -> Points:
+    """Three equal sides."""
+    angles = np.arange(3) * 2 * math.pi / 3 - math.pi / 2
+    return np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
-SHAPES: dict[str, Callable[[], Points]] = {"star": star, "crescent": crescent, "cross": cross, "hook": hook}
+SHAPES: dict[str, Callable[[], Points]] = {"star": star, "ellipse": ellipse, "cross": cross, "triangle": triangle}
 
 COCO_KEYPOINTS = (
     "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",

@@ -1,4 +1,4 @@
-"""A synthetic COCO dataset: concave shapes of four categories on textured ground, where good masks need alignment.
+"""A synthetic COCO dataset: shapes of four categories on textured ground, at every angle.
 
 Objects overlap; a whole object is annotated by polygons, a partly hidden one by the RLE of what can be seen; now and
 then there is a crowd. The same arguments give the same bytes (with the same Pillow).
@@ -26,7 +26,7 @@ SETTINGS_NAME = "synth.json"
 VAL_PART = 5  # one image in so many is for validation
 CROWD_RATE = 0.05
 MIN_VISIBLE = 0.55  # of an object's pixels; a new object that would hide more of another one is not placed
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _try_object(rng: np.random.Generator, image: NDArray[np.float64], objects: l
     """Draws an object over the others unless it would hide too much of one."""
     height, width = image.shape[:2]
     category = int(rng.integers(4))
-    radius = max(height, width) * math.exp(rng.uniform(math.log(0.1), math.log(0.32)))
+    radius = max(height, width) * math.exp(rng.uniform(math.log(0.14), math.log(0.34)))
     centre = np.array(
         [rng.uniform(0.5 * radius, width - 0.5 * radius), rng.uniform(0.5 * radius, height - 0.5 * radius)]
     )

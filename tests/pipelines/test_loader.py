@@ -229,7 +229,7 @@ def test_images_without_usable_objects_can_be_kept(tmp_path):
 
 
 def test_filters_narrow_categories_and_images(shapes):
-    cfg = config(shapes, filter=Filter(categories=("hook",)))
+    cfg = config(shapes, filter=Filter(categories=("triangle",)))
     stream = loader(cfg)
     assert stream.dataset.category_ids == (4,)
     for step in take(stream, stream.steps_per_epoch):

@@ -31,7 +31,7 @@ def test_it_is_what_it_says(shapes):
     for split, count in (("train", 40), ("val", 10)):
         coco = json.loads((shapes / "annotations" / f"instances_{split}.json").read_text())
         assert len(coco["images"]) == count == len(list((shapes / "images" / split).iterdir()))
-        assert [c["name"] for c in coco["categories"]] == ["person", "crescent", "cross", "hook"]
+        assert [c["name"] for c in coco["categories"]] == ["person", "ellipse", "cross", "triangle"]
         assert len(coco["annotations"]) > 2 * count
         sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
         assert max(max(size) for size in sizes.values()) == 64
