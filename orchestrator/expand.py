@@ -69,6 +69,7 @@ def expand(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Ex
             trials += _trials(study, arm, arm == references, run, train, val, code)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+    _refuse_same_identity(trials)
     return Expansion(tuple(trials), tuple(_warnings(arms, runs)))
 
 
@@ -154,6 +155,18 @@ def _refuse_twins(arms: Sequence[Arm], runs: Sequence[RunConfig]) -> None:
                 "check the overrides of the levels in which they differ"
             )
         seen[text] = arm
+
+
+def _refuse_same_identity(trials: Sequence[TrialPlan]) -> None:
+    """Records may differ in where data or weights lie and still name the same bytes."""
+    seen: dict[str, str] = {}
+    for trial in trials:
+        if trial.identity in seen:
+            raise ValueError(
+                f"the trials {seen[trial.identity]} and {trial.key} come out as the same run: the files in which they "
+                "differ have the same content"
+            )
+        seen[trial.identity] = trial.key
 
 
 def _trials(

@@ -88,25 +88,23 @@ def house() -> Iterator[House]:
         shutil.rmtree(folder)
 
 
-def pack_subset(house: House, coco_mini: Path, split: str, num_images: int) -> None:
+def pack_subset(house: House, coco_mini: Path, split: str, num_images: int, out: str) -> None:
     """Packs the first images of a split that have annotations, as `maskray data pack` would the whole."""
     whole = json.loads((coco_mini / "annotations" / f"instances_{split}2017.json").read_text())
     with_objects = {annotation["image_id"] for annotation in whole["annotations"]}
     images = [image for image in whole["images"] if image["id"] in with_objects][:num_images]
     kept = {image["id"] for image in images}
     annotations = [annotation for annotation in whole["annotations"] if annotation["image_id"] in kept]
-    file = house.folder / f"{split}.json"
+    file = house.folder / f"{split}-{num_images}.json"
     file.write_text(json.dumps({**whole, "images": images, "annotations": annotations}))
-    out = house.folder / "coco" / split
-    house.maskray(
-        "data", "pack", "--annotations", str(file), "--images", str(coco_mini / f"{split}2017"), "--out", str(out)
-    )
-    assert house.maskray("data", "verify", str(out))["samples"] == num_images
+    images_folder = str(coco_mini / f"{split}2017")
+    house.maskray("data", "pack", "--annotations", str(file), "--images", images_folder, "--out", out)
+    assert house.maskray("data", "verify", out)["samples"] == num_images
 
 
 def test_a_two_arm_study_on_real_images_ends_in_mlflow_and_a_report(house, coco_mini):
-    pack_subset(house, coco_mini, "train", 8)
-    pack_subset(house, coco_mini, "val", 4)
+    pack_subset(house, coco_mini, "train", 8, "coco/train")
+    pack_subset(house, coco_mini, "val", 4, "coco/val")
     study = house.folder / "mini.yaml"
     study.write_text(STUDY)
 
@@ -141,20 +139,20 @@ def test_a_two_arm_study_on_real_images_ends_in_mlflow_and_a_report(house, coco_
 
 
 def test_a_trial_that_raises_is_reported_and_the_others_finish(house, coco_mini):
-    pack_subset(house, coco_mini, "train", 8)
-    pack_subset(house, coco_mini, "val", 4)
-    broken = house.folder / "broken"
-    shutil.copytree(house.folder / "coco" / "train", broken)
-    for shard in broken.glob("*.arrow"):  # the manifest stands, so that only reading can find out
+    pack_subset(house, coco_mini, "train", 8, "coco/train")
+    pack_subset(house, coco_mini, "val", 4, "coco/val")
+    pack_subset(house, coco_mini, "train", 6, "broken")
+    for shard in (house.folder / "broken").glob("*.arrow"):  # the manifest stands, so that only reading can find out
         shard.unlink()
     study = house.folder / "half.yaml"
     arms = "factors:\n  data:\n    whole: {}\n    broken: {data.train: broken}\nmax_attempts: 1\n"
-    study.write_text(STUDY.split("factors:")[0].replace("name: mini", "name: half") + arms)
+    other = STUDY.split("factors:")[0].replace("name: mini", "name: half").replace("steps: 3", "steps: 2")
+    study.write_text(other + arms)
 
     result = house.maskray("run", str(study), "--data", "coco", status=1)
     assert result["state"] == "failed"
     whole, lost = result["trials"]
-    assert whole["state"] == "done"
+    assert (whole["state"], whole["attempts"]) == ("done", 1)
     assert lost["state"] == "failed"
     assert "shard" in lost["error"]
 

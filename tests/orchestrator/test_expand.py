@@ -189,3 +189,9 @@ def test_weights_that_do_not_exist_are_refused(tmp_path: Path) -> None:
         "set": {"model.backbone": {"kind": "resnet", "depth": 34}, "model.weights.name": "IMAGENET1K_V2"},
     }
     assert "torchvision has no IMAGENET1K_V2 weights of resnet34" in refused(tiny_study(baseline=wrong), coco)
+
+
+def test_arms_whose_files_have_the_same_content_are_the_same_run(data: Path, tmp_path: Path) -> None:
+    copy = write_manifest(tmp_path / "copy")
+    said = refused(tiny_study({"data": {"here": {}, "there": {"data.train": str(copy)}}}), data)
+    assert "data=here/seed-0 and data=there/seed-0 come out as the same run" in said
