@@ -7,7 +7,7 @@ Faster R-CNN (1506.01497), FPN (1612.03144), MNC for RoIWarp (1512.04412).
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,6 +16,18 @@ class Record(BaseModel):
     """An immutable value with validated fields; a field it does not have is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_not_yes_or_no(cls, data: Any) -> Any:
+        for name, value in data.items() if isinstance(data, dict) else ():
+            if (
+                isinstance(value, bool)
+                and name in cls.model_fields
+                and cls.model_fields[name].annotation in (int, float)
+            ):
+                raise ValueError(f"{name} is a number, not {value}")
+        return data
 
 
 # --- backbone -------------------------------------------------------------------------------------------------------

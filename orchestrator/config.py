@@ -52,6 +52,13 @@ class Study(Record):
     paper_rows: dict[str, str] = {}  # "factor=level,..." -> row of that table
     metrics: tuple[str, ...] = ("bbox/AP", "segm/AP", "segm/AP50", "segm/AP75")  # columns of the report
 
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and (not value or any(isinstance(seed, bool) for seed in value)):
+            raise ValueError("give at least one seed, each a whole number")
+        return value
+
     @field_validator("seeds")
     @classmethod
     def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,8 +12,14 @@ import typer
 from pipelines.console import SUCCESS, WORK_FAILED, run_app
 from pipelines.progress import bar
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Pack, check and evaluate detection data.")
-data = typer.Typer(no_args_is_help=True, help="COCO to Arrow shards and back.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Pack, check and evaluate detection data.",
+)
+data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="COCO to Arrow shards and back.")
 app.add_typer(data, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]

@@ -22,6 +22,12 @@ def run_command(command: Callable[[], int], argv: Sequence[str]) -> int:
         return _report(error, INPUT_WRONG, argv)
     except (RuntimeError, OSError) as error:
         return _report(error, WORK_FAILED, argv)
+    except Exception as error:  # a bug of ours is told like the rest, but not as a person's mistake
+        if "--debug" in argv:
+            raise
+        return _report(
+            RuntimeError(f"internal error, {type(error).__name__}: {error}; --debug shows where"), WORK_FAILED, argv
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -35,7 +41,7 @@ def run_app(app: Any, argv: Sequence[str], program: str) -> int:
         try:
             status = app(args=list(argv), prog_name=program, standalone_mode=False)
         except TyperException as error:
-            raise ValueError(f"{error.format_message()} See {program} --help") from None
+            raise ValueError(f"{error.format_message().removesuffix('.')}; see {program} --help") from None
         return status if isinstance(status, int) else SUCCESS
 
     return run_command(command, argv)

@@ -111,9 +111,7 @@ def _ground_truth(truth: Dataset | str | Path, iou_type: IouType) -> COCO:
         ground_truth.dataset = truth.coco()
     else:
         ground_truth.dataset = _read_json(Path(truth), dict, "a COCO annotation file")
-        for key in ("images", "annotations", "categories"):
-            if key not in ground_truth.dataset:
-                raise ValueError(f"{truth}: has no {key!r}; give --gt a COCO annotation file")
+        _check_truth(Path(truth), ground_truth.dataset)
     if iou_type == "keypoints":
         ground_truth.dataset = _with_keypoints(ground_truth.dataset)
     ground_truth.createIndex()
@@ -132,6 +130,22 @@ def _with_keypoints(coco: dict[str, Any]) -> dict[str, Any]:
     return coco | {"annotations": annotations, "categories": categories}
 
 
+def _check_truth(path: Path, coco: Mapping[str, Any]) -> None:
+    needed = {
+        "images": ("id",),
+        "annotations": ("id", "image_id", "category_id", "bbox", "area"),
+        "categories": ("id", "name"),
+    }
+    for part, keys in needed.items():
+        records = coco.get(part)
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise ValueError(f"{path}: {part!r} is no list of records; give a COCO annotation file")
+        for number, record in enumerate(records):
+            missing = [key for key in keys if key not in record]
+            if missing:
+                raise ValueError(f"{path}: {part}[{number}] has no {missing[0]!r}; give a COCO annotation file")
+
+
 def read_results(path: Path) -> list[dict[str, Any]]:
     """A COCO results file. Raises ValueError if it is something else."""
     results: list[dict[str, Any]] = _read_json(path, list, "a COCO results file, a list of detections")
@@ -143,6 +157,8 @@ def _read_json(path: Path, kind: type, what: str) -> Any:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give {what}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder; give {what}") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); give {what}") from None
     if not isinstance(value, kind):
@@ -156,8 +172,15 @@ def _load_results(ground_truth: COCO, results: Sequence[Mapping[str, Any]], iou_
         for key in ("image_id", "category_id", "score", _NEEDED[iou_type]):
             if not isinstance(result, Mapping) or key not in result:
                 raise ValueError(f"result {number} has no {key!r}, which {iou_type} results need; mend it or --iou")
+        _check_result(number, result, iou_type)
         if result["image_id"] not in known:
             raise ValueError(f"result {number} is for image {result['image_id']}, which the ground truth does not have")
+        if iou_type != "keypoints" and result["category_id"] not in ground_truth.cats:
+            raise ValueError(
+                f"result {number} is of category {result['category_id']}, which the ground truth does not have"
+            )
+        if iou_type == "segm":
+            _check_mask(number, result["segmentation"], ground_truth.imgs[result["image_id"]])
     if not results:
         empty = COCO()
         empty.dataset = dict(ground_truth.dataset, annotations=[])
@@ -165,6 +188,33 @@ def _load_results(ground_truth: COCO, results: Sequence[Mapping[str, Any]], iou_
         return empty
     ordered = sorted(copy.deepcopy(list(results)), key=_canonical)
     return ground_truth.loadRes(ordered)
+
+
+def _check_result(number: int, result: Mapping[str, Any], iou_type: IouType) -> None:
+    for key in ("image_id", "category_id"):
+        if not isinstance(result[key], int):
+            raise ValueError(f"result {number}: {key} is {result[key]!r}; it must be a whole number")
+    if not _is_number(result["score"]):
+        raise ValueError(f"result {number}: score is {result['score']!r}; it must be a finite number")
+    box = result.get("bbox", (0, 0, 0, 0))
+    if not isinstance(box, list | tuple) or len(box) != 4 or not all(_is_number(v) for v in box):
+        raise ValueError(f"result {number}: bbox is {box!r}; it must be 4 finite numbers")
+    if iou_type == "keypoints":
+        points = result["keypoints"]
+        if not isinstance(points, list | tuple) or len(points) % 3 or not all(_is_number(v) for v in points):
+            raise ValueError(f"result {number}: keypoints must be x, y, score for each point, all finite numbers")
+
+
+def _check_mask(number: int, mask: Any, image: Mapping[str, Any]) -> None:
+    if not isinstance(mask, Mapping):
+        return  # polygons, which pycocotools rasterises at the image's size
+    wanted = [image.get("height"), image.get("width")]
+    if list(mask.get("size", [])) != wanted:
+        raise ValueError(f"result {number}: its mask is of size {mask.get('size')}, image {image['id']} is {wanted}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 def _canonical(result: Mapping[str, Any]) -> tuple[Any, ...]:
