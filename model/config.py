@@ -431,87 +431,10 @@ class ModelConfig(Record):
                 )
 
 
-# --- presets --------------------------------------------------------------------------------------------------------
-
-
-def _changed(base: ModelConfig, **fields: object) -> ModelConfig:
-    return ModelConfig.model_validate({**dict(base), **fields})
-
-
-_C4_ANCHORS = Anchors(sizes_px=((32, 64, 128, 256, 512),))
-_C4 = ModelConfig(
-    layout=C4(),
-    anchors=_C4_ANCHORS,
-    rpn=RPN(pre_nms_train=12000, pre_nms_test=6000, post_nms_train=2000, post_nms_test=300),
-    sampling=RoISampling(rois_per_image=64),
-    box_head=Res5Head(),
-    mask=MaskBranch(head=FCNMask(convs=0)),
-)
-
-_R50_FPN = ModelConfig()
-_KEYPOINTS = KeypointBranch()
-# Torchvision's detectors: 90 foreground classes are the sparse COCO ids 1 to 90, less one.
-_R50_FPN_TORCHVISION = _changed(
-    _R50_FPN,
-    num_classes=90,
-    image=ImageInput(resize="torchvision-detection"),
-    anchors=Anchors(rounded=True),
-    rpn=RPN(pre_nms_train=2000, post_nms_train=2000, box_loss=SmoothL1()),
-    roi=RoIAlign(aligned=False),
-    box_loss=SmoothL1(),
-    background="first",
-    mask=MaskBranch(paste="torchvision"),
-)
-
-PRESETS: dict[str, ModelConfig] = {
-    "vgg16-faster-rcnn": ModelConfig(
-        backbone=VGG16(),
-        image=ImageInput(short_side_px=600, max_side_px=1000),
-        layout=Conv5(),
-        anchors=Anchors(sizes_px=((128, 256, 512),)),
-        rpn=RPN(pre_nms_train=12000, pre_nms_test=6000, post_nms_train=2000, post_nms_test=300, box_loss=SmoothL1()),
-        sampling=RoISampling(rois_per_image=128),
-        roi=RoIPool(),
-        box_head=VGGHead(),
-        box_loss=SmoothL1(beta=1.0),
-        mask=NoMask(),
-    ),
-    "r50-c4": _C4,
-    "r101-c4": _changed(_C4, backbone=ResNet(depth=101)),
-    "r50-c5": _changed(
-        _C4, layout=C5(), sampling=RoISampling(rois_per_image=512), box_head=FCHead(), mask=MaskBranch(head=FCNMask())
-    ),
-    "r50-fpn": _R50_FPN,
-    "r101-fpn": _changed(_R50_FPN, backbone=ResNet(depth=101)),
-    "x101-64x4d-fpn": _changed(_R50_FPN, backbone=ResNeXt(), weights=TorchvisionWeights(name="IMAGENET1K_V1")),
-    "r50-fpn-keypoint": _changed(_R50_FPN, num_classes=1, mask=NoMask(), keypoints=_KEYPOINTS),
-    "r50-fpn-torchvision": _R50_FPN_TORCHVISION,
-    "r50-fpn-keypoint-torchvision": _changed(
-        _R50_FPN_TORCHVISION, num_classes=1, mask=NoMask(), keypoints=KeypointBranch(half_pixel_px=0)
-    ),
-    "r50-fpn-detectron2": _changed(
-        _R50_FPN,
-        backbone=ResNet(stride_in_1x1=True),
-        weights=FileWeights(path="R-50.pkl", layout="detectron2"),
-        image=ImageInput(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channels="bgr"),
-    ),
-    "tiny": ModelConfig(
-        num_classes=4,
-        backbone=ResNet(depth=18, norm=GroupNorm(groups=16), frozen_stages=0),
-        weights=NoWeights(),
-        image=ImageInput(short_side_px=128, max_side_px=128),
-        layout=FPN(channels=64, strides=(8, 16), roi_strides=(16,)),
-        anchors=Anchors(sizes_px=((16,), (32,), (64,), (128,))),
-        rpn=RPN(batch_per_image=64, pre_nms_train=200, pre_nms_test=200, post_nms_train=100, post_nms_test=100),
-        sampling=RoISampling(rois_per_image=64),
-        box_head=FCHead(width=256),
-        mask=MaskBranch(head=FCNMask(convs=2, width=64)),
-    ),
-}
-
-
 def preset(name: str) -> ModelConfig:
-    """The named architecture. Raises ValueError with the known names."""
+    """The named architecture of `model.presets`. Raises ValueError with the known names."""
+    from model.presets import PRESETS  # which needs the records above
+
     if name not in PRESETS:
         raise ValueError(f"no model preset {name!r}; there are {', '.join(sorted(PRESETS))}")
     return PRESETS[name]

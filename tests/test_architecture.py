@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = ("model", "pipelines", "workers", "orchestrator")
-CONFIGS = tuple(f"{room}.config" for room in OURS)
+CONFIGS = (*(f"{room}.config" for room in OURS), "model.presets")  # presets are configs too
 CONSOLE = "pipelines.console"  # light: how a command ends
 CONFIG_MAY = {"__future__", "pydantic", *(name for name in sys.stdlib_module_names if name != "asyncio")}
 HEAVY = (

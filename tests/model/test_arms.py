@@ -10,7 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from model.build import build_detector
-from model.config import FPN, PRESETS, ModelConfig, preset
+from model.config import FPN, ModelConfig, preset
+from model.presets import PRESETS
 from tests.model.batches import shape_batch
 from tests.model.test_detector import total
 

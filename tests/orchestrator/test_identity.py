@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from torchvision import models
 
-from model.config import PRESETS, FileWeights, ModelConfig
+from model.config import FileWeights, ModelConfig
+from model.presets import PRESETS
 from orchestrator.identity import (
     TORCHVISION_CHECKPOINTS,
     backbone_name,
