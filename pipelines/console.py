@@ -41,7 +41,8 @@ def run_app(app: Any, argv: Sequence[str], program: str) -> int:
         try:
             status = app(args=list(argv), prog_name=program, standalone_mode=False)
         except TyperException as error:
-            raise ValueError(f"{error.format_message().removesuffix('.')}; see {program} --help") from None
+            message = error.format_message().removesuffix(".").replace("Value error, ", "")
+            raise ValueError(f"{message}; see {program} --help") from None
         return status if isinstance(status, int) else SUCCESS
 
     return run_command(command, argv)

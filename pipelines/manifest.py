@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.config import MANIFEST_NAME, ManifestHeader
+from pipelines.config import MANIFEST_NAME, ManifestHeader, OtherSchema
 from pipelines.storage import Store
 
 INDEX_NAME = "index.arrow"
@@ -62,9 +62,9 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     try:
         ManifestHeader.parse(text)
         manifest = Manifest.model_validate_json(text)
+    except OtherSchema as error:
+        raise ValueError(f"{where}: {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
-        if "pack the data again" in str(error):
-            raise ValueError(f"{where}: {error}") from None
         raise RuntimeError(f"{where}: not a readable manifest; restore it or pack the data again") from error
     if manifest.dump() != text:
         raise RuntimeError(f"{where}: was changed after packing (its checksum differs); restore it or pack again")
@@ -73,6 +73,8 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 
 def read_manifest(store: Store) -> Manifest:
     """Raises ValueError with the remedy if there is no packed dataset."""
+    if store.local is not None and store.local.is_file():
+        raise ValueError(f"{store.uri}: is a file; give the folder that holds {MANIFEST_NAME}")
     try:
         text = store.read_bytes(MANIFEST_NAME)
     except FileNotFoundError:

@@ -116,6 +116,8 @@ def retried(action: Callable[[], T], what: str) -> T:
             return action()
         except FileNotFoundError:
             raise
+        except (NotADirectoryError, IsADirectoryError) as error:  # waiting does not change these
+            raise ValueError(f"{what}: {error.strerror or error}; is this the right place?") from None
         except OSError as error:
             if attempt == RETRIES - 1:
                 raise RuntimeError(f"{what}: {error}; tried {RETRIES} times; is the store reachable?") from error

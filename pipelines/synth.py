@@ -57,6 +57,10 @@ def synthesise(
         raise ValueError(f"--images is {num_images}; give at least 2, one to train on and one to validate on")
     if size < 32:
         raise ValueError(f"--size is {size}; give at least 32 px, objects need room")
+    if seed < 0:
+        raise ValueError(f"--seed is {seed}; give 0 or more")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; OUT must be a folder, new or empty")
     num_val = max(1, num_images // VAL_PART)
     counts = {"train": num_images - num_val, "val": num_val}
     settings = {"version": VERSION, **counts, "size": size, "seed": seed, "keypoints": keypoints}
