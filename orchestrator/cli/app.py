@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from orchestrator.cli import rooms, service, steering, studies
+from orchestrator.cli import reproduce, rooms, service, steering, studies
 
 app = typer.Typer(
     name="maskray",
@@ -19,3 +19,4 @@ rooms.register(app)
 studies.register(app)
 steering.register(app)
 service.register(app)
+reproduce.register(app)

@@ -1,7 +1,9 @@
 """A stand-in for `workers.ray_entry` that needs neither torch nor a dataset: it writes the same files, step by step.
 
-What it does is in the run's `fake` field: {"steps", "step_s", "fail", "class", "exit", "crash_at", "hang_at", "once"}.
+What it does is in the run's `fake` field: {"steps", "step_s", "fail", "class", "exit", "crash_at", "hang_at", "once",
+"drift"}.
 It goes on from the last step of an earlier attempt, obeys SIGINT, and fails as it is told; with "once" only at first.
+"drift" names a file: with it a metric differs from run to run.
 """
 
 from __future__ import annotations
@@ -52,7 +54,11 @@ def main(path: str) -> int:
         time.sleep(plan.get("step_s", 0.0))
         if asked:
             return end("stopped", EXIT_STOPPED, step)
-    metrics = {"segm/AP": 0.25 + spec["run"].get("seed", 0) / 100, "bbox/AP": 0.3}
+    metrics = {"segm/AP": 0.25 + spec["run"].get("seed", 0) / 100, "bbox/AP": 0.3, "images_per_s": time.time()}
+    if "drift" in plan:
+        with Path(plan["drift"]).open("a") as file:
+            file.write("x")
+        metrics["bbox/AP"] += Path(plan["drift"]).stat().st_size / 1000
     result = Result(metrics=metrics, step=steps, attempt=attempt, world_size=spec["ranks"], weights_sha256="0" * 64)
     _write(folder / "result.json", result.model_dump_json())
     return end("done", EXIT_DONE, steps)

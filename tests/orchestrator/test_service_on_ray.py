@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import zipfile
@@ -42,9 +44,8 @@ class House:
         self.root = root
         self.home = root / ".maskray"
         self.home.mkdir()
-        python = str(Path(os.sys.executable))  # type: ignore[attr-defined]
         settings = {
-            "entry": [python, str(FAKE)],
+            "entry": [sys.executable, str(FAKE)],
             "ray_cpus": 2,
             "ray_memory_mib": 80,
             "poll_s": 0.2,
@@ -56,6 +57,13 @@ class House:
 
     def client(self) -> Client:
         return Client(local.ensure_local_service(self.root))
+
+    def maskray(self, *words: str) -> tuple[Any, int]:
+        """What the command prints with --json, and its exit status."""
+        command = [sys.executable, "-m", "orchestrator", *words, "--json"]
+        environment = {**os.environ, "PYTHONPATH": str(FAKE.parents[2])}
+        done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
+        return json.loads(done.stdout), done.returncode
 
     def gate(self, name: str) -> Path:
         """A trial with `gate=str(this)` takes its next step once the file exists."""
@@ -172,6 +180,28 @@ def test_a_study_runs_its_errors_are_classed_and_mlflow_and_logs_keep_it(house, 
     assert len(parents) == 1
     house.until("closed parent run", lambda: mlflow.runs(experiment, "attributes.status = 'FAILED'"))
     mlflow.close()
+
+
+def test_a_trial_is_reproduced_once_and_a_difference_is_told(house, client):
+    plans = (
+        plan("same", identity("same"), seed=1),
+        plan("drifts", identity("drifts"), drift=str(house.root / "drift")),
+    )
+    study = house.ended(client, client.submit(submission(*plans, name="first"))["study"])
+    same, drifts = study.trials
+
+    found, status = house.maskray("reproduce", same.trial)
+    assert (status, found["agrees"], found["same_weights"], found["rule"]) == (0, True, True, "to the bit, on the CPU")
+    assert [pair["metric"] for pair in found["metrics"]] == ["bbox/AP", "segm/AP"]
+    again = client.study(found["study"])
+    assert (again.name, again.trials[0].cached_from, again.trials[0].attempts) == ("again-first", "", 1)
+    spec = json.loads((Path(again.trials[0].storage) / "attempts/1/spec.json").read_text())
+    assert (spec["run"]["fake"], spec["tags"]["maskray.reproduces"]) == ({}, same.trial)
+    assert house.maskray("reproduce", f"{study.study}:same")[0]["study"] == found["study"], "asked twice, run once"
+
+    differs, status = house.maskray("reproduce", drifts.trial)
+    assert (status, differs["agrees"]) == (1, False)
+    assert [pair["agrees"] for pair in differs["metrics"]] == [False, True]
 
 
 def test_a_trial_no_machine_holds_is_refused_at_submit(client):

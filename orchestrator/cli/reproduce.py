@@ -1,0 +1,93 @@
+"""`maskray reproduce`: run a finished trial again and say whether it comes out the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.cli.options import Debug, Json, print_json, say
+from orchestrator.cli.steering import TrialId
+from pipelines.console import SUCCESS, WORK_FAILED
+
+if TYPE_CHECKING:
+    from orchestrator.client import Client
+    from orchestrator.config import StudyView, TrialView
+    from orchestrator.reproduce import Agreement
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(reproduce)
+
+
+def reproduce(
+    trial: TrialId,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Once more, although it was reproduced before.")] = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Run a finished trial's record and code again; ends with 0 if the metrics agree, with 1 if they do not."""
+    from orchestrator.cli.follow import follow
+    from orchestrator.cli.names import trial_id
+    from orchestrator.local import connected_client
+    from orchestrator.reproduce import agreement, reproduction
+
+    client = connected_client()
+    original, view = _original(client, trial_id(client, trial))
+    submission = client.submission(view.study)
+    again = reproduction(original, submission, fresh)
+    if submission.code and not client.has_code(submission.code):
+        raise ValueError(f"trial {original.trial}: its code package is gone from the service's storage")
+    study = client.submit(again)["study"]
+    say(f"trial {original.trial} runs again as study {study}")
+    try:
+        ended = follow(client, study, mode="silent" if json else "live")
+    except KeyboardInterrupt:
+        say(f'it goes on; "maskray reproduce {original.trial}" follows it again, "maskray cancel {study}" ends it')
+        raise
+    found = ended.trials[0]
+    if found.state != "done":
+        raise RuntimeError(
+            f"study {study} is {ended.state}{f': {found.error}' if found.error else ''}; "
+            f'"maskray retry {study}" goes on with it, --fresh starts anew'
+        )
+    result = agreement(original, found, view)
+    if json:
+        print_json({"trial": original.trial, "reproduction": found.trial, "study": study, **result.as_json()})
+    else:
+        _show(original, found, result)
+    return SUCCESS if result.agrees else WORK_FAILED
+
+
+def _original(client: Client, trial: str) -> tuple[TrialView, StudyView]:
+    """The trial that ran, and its study: a result that was taken over is reproduced where it was made."""
+    view = client.study(trial.rpartition("-")[0])
+    found = next(one for one in view.trials if one.trial == trial)
+    if not found.cached_from:
+        return found, view
+    known = {one.study for one in client.studies()}
+    source = found.cached_from
+    return _original(client, source) if source.rpartition("-")[0] in known else (found, view)
+
+
+def _show(trial: TrialView, again: TrialView, result: Agreement) -> None:
+    from orchestrator.report_table import aligned
+
+    rows = []
+    for pair in result.pairs:
+        allowed = "not known" if pair.allowed is None else f"{pair.allowed:.4f}"
+        words = {True: "agrees", False: "differs", None: "not known"}[pair.agrees]
+        rows.append([pair.metric, _number(pair.before), _number(pair.after), allowed, words])
+    print(aligned(["metric", trial.trial, again.trial, "allowed", ""], rows, left=1))
+    if result.same_weights is not None:
+        print(f"last weights: {'equal' if result.same_weights else 'different'}")
+    verdict = {
+        True: f"reproduced: {result.rule}",
+        False: f"not reproduced: they should agree {result.rule}",
+        None: "not known: too few seeds of this arm have a result to say what a difference means",
+    }
+    print(verdict[result.agrees])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f}"
