@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from orchestrator import accept, auth, ledger, steer, storage, views
 from orchestrator.auth import User
 from orchestrator.client import EventPage, LogPage, QueueView
-from orchestrator.config import Info, ServiceSettings, StudyView, Submission
+from orchestrator.config import Check, Info, ServiceSettings, StudyView, Submission
 from orchestrator.decide import Node, Wait
 from orchestrator.logs import read_log
 from orchestrator.places import code_uri, storage_root
@@ -53,6 +53,7 @@ class Hub(Protocol):
     def cluster(self) -> dict[str, Any]: ...
     def tracking_uri(self) -> str: ...
     def driver_log(self, submission_id: str) -> str: ...
+    def examine(self) -> list[Check]: ...
     def put_report(self, study: str, files: Mapping[str, bytes]) -> None: ...
     def touch(self) -> None: ...
     def wake(self) -> None: ...
@@ -262,6 +263,11 @@ def build_app(hub: Hub, version: str) -> FastAPI:
             removals = plan_retention(connection, time.time(), body.checkpoints_days)
         freed = apply_retention(removals) if body.apply else 0
         return {"removals": [asdict(removal) for removal in removals], "applied": body.apply, "freed_bytes": freed}
+
+    @app.post("/v1/doctor", dependencies=SUBMIT)
+    def examine() -> dict[str, list[Check]]:
+        """Starts a short job on every node: the checks of `maskray doctor`."""
+        return {"checks": hub.examine()}
 
     @app.post("/v1/shutdown", dependencies=ADMIN)
     def shutdown() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from pydantic import BaseModel
 
-from orchestrator.config import EventView, Info, QueueEntry, StudyView, Submission
+from orchestrator.config import Check, EventView, Info, QueueEntry, StudyView, Submission
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,10 @@ class Client:
         """{"removals": [{"study", "trial", "folder", "bytes"}], "applied", "freed_bytes"}; only told unless `apply`."""
         body = {"checkpoints_days": checkpoints_days, "apply": apply}
         return dict(self._call("POST", "/v1/gc", json=body, timeout=600.0))
+
+    def examine(self) -> list[Check]:
+        """What `maskray doctor` prints; takes as long as the slowest node needs to start a process."""
+        return [Check.model_validate(check) for check in self._call("POST", "/v1/doctor", timeout=600.0)["checks"]]
 
     def shut_down(self) -> None:
         self._call("POST", "/v1/shutdown")

@@ -35,6 +35,15 @@ class Job:
     metadata: Mapping[str, str]
 
 
+@dataclass(frozen=True)
+class Machine:
+    """A node as Ray's state API names it."""
+
+    id: str
+    address: str
+    is_head: bool
+
+
 class UnreachableError(RuntimeError):
     """The cluster does not answer now; what it was doing may still be going on."""
 
@@ -53,6 +62,20 @@ class Cluster:
     def session(self) -> str:
         """The name of the head's life: another name means that a new head forgot everything."""
         return str(self._json("GET", "/api/version")["session_name"])
+
+    def version(self) -> str:
+        """The head's version of Ray."""
+        return str(self._json("GET", "/api/version")["ray_version"])
+
+    def machines(self) -> list[Machine]:
+        """The nodes that live, the head first."""
+        rows = self._json("GET", "/api/v0/nodes?limit=10000")["data"]["result"]["result"]
+        found = [
+            Machine(row["node_id"], row["node_ip"], bool(row["is_head_node"]))
+            for row in rows
+            if row["state"] == "ALIVE"
+        ]
+        return sorted(found, key=lambda machine: (not machine.is_head, machine.address, machine.id))
 
     def nodes(self) -> list[Node]:
         status = self._json("GET", "/api/cluster_status")["data"]["clusterStatus"]
@@ -75,18 +98,29 @@ class Cluster:
         }
 
     def submit(
-        self, submission_id: str, entry: str, environment: Mapping[str, str], package: str, metadata: Mapping[str, str]
+        self,
+        submission_id: str,
+        entry: str,
+        environment: Mapping[str, str],
+        package: str,
+        metadata: Mapping[str, str],
+        node: str = "",
     ) -> None:
-        """Starts a job; one of this id that exists already is the same job and is left alone."""
+        """Starts a job; one of this id that exists already is the same job and is left alone.
+
+        node: the id of the one node that its driver may run on; without it that is the head.
+        """
         runtime: dict[str, Any] = {"env_vars": dict(environment)}
         if package:
             runtime["working_dir"] = f"gcs://{package}"
-        body = {
+        body: dict[str, Any] = {
             "entrypoint": entry,
             "submission_id": submission_id,
             "runtime_env": runtime,
             "metadata": dict(metadata),
         }
+        if node:
+            body["entrypoint_label_selector"] = {"ray.io/node-id": node}
         response = self._send("POST", "/api/jobs/", json=body, timeout=60.0)
         if response.status_code != 200 and "already exists" not in response.text:
             raise UnreachableError(f"Ray at {self.url} refused job {submission_id}: {_last_line(response.text)}")

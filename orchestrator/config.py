@@ -173,6 +173,15 @@ class Info(BaseModel):
     role: Literal["read", "submit", "admin"]
 
 
+class Check(BaseModel):
+    """One line of `maskray doctor`. `remedy` is empty where it passes."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
 # --- the service ----------------------------------------------------------------------------------------------------
 
 

@@ -28,8 +28,9 @@ from sqlalchemy.exc import DatabaseError
 from orchestrator import auth, bookkeeping, ledger, stack
 from orchestrator.api import build_app
 from orchestrator.cluster import Cluster, UnreachableError
-from orchestrator.config import ServiceSettings
+from orchestrator.config import Check, ServiceSettings
 from orchestrator.decide import Node, Wait
+from orchestrator.doctor import examine
 from orchestrator.local import write_service_record
 from orchestrator.mlflow_client import MLflow, TrackingDownError
 from orchestrator.processes import own_token
@@ -40,6 +41,7 @@ from pipelines.console import run_command
 LOG = logging.getLogger("maskray")
 _BOOK_S = 2.0  # between two looks at MLflow
 _LEASE_EVERY_S = 5.0
+_READY_S = 90.0  # for a head that is starting
 
 
 class Service:
@@ -59,6 +61,7 @@ class Service:
         self._mlflow: MLflow | None = None
         self._tracking_uri = "" if settings.mlflow == "local" else settings.mlflow
         self._patience = stack.Patience()
+        self._examining = threading.Lock()
 
     # --- what the routes use (api.Hub) ---
 
@@ -97,6 +100,19 @@ class Service:
                 self._mlflow.put_artifact(row["mlflow_run_id"], f"report/{name}", data)
         except TrackingDownError as error:
             LOG.warning("report of %s is on the study's storage, not in MLflow: %s", study, error)
+
+    def examine(self) -> list[Check]:
+        """One examination at a time, once the cluster of this service answers."""
+        with self._examining:
+            deadline = time.monotonic() + _READY_S
+            while (self._cluster is None or not self.loop.nodes) and time.monotonic() < deadline:
+                self._ending.wait(0.2)
+            if self._cluster is None:
+                return [Check(name="ray", ok=False, found=self.loop.cluster_words, remedy="see the service's log")]
+            try:
+                return examine(self._cluster, self.settings, self.loop.tracking_uri or self._tracking_uri)
+            except UnreachableError as error:
+                return [Check(name="ray", ok=False, found=str(error), remedy="start the head, or correct `ray`")]
 
     def touch(self) -> None:
         self._touched = time.monotonic()

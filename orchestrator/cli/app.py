@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from orchestrator.cli import reproduce, rooms, service, steering, studies
+from orchestrator.cli import doctor, reproduce, rooms, service, steering, studies
 
 app = typer.Typer(
     name="maskray",
@@ -20,3 +20,4 @@ studies.register(app)
 steering.register(app)
 service.register(app)
 reproduce.register(app)
+doctor.register(app)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from orchestrator import auth, ledger
 from orchestrator.api import build_app
-from orchestrator.config import ServiceSettings
+from orchestrator.config import Check, ServiceSettings
 from orchestrator.decide import Node
 from tests.orchestrator.submissions import identity, plan, submission
 
@@ -55,6 +55,9 @@ class FakeHub:
 
     def driver_log(self, submission_id: str) -> str:
         return f"driver of {submission_id}"
+
+    def examine(self) -> list[Check]:
+        return [Check(name="nodes", ok=True, found="2 nodes")]
 
     def put_report(self, study: str, files: dict[str, bytes]) -> None:
         self.reports[study] = files

@@ -204,6 +204,16 @@ def test_a_trial_is_reproduced_once_and_a_difference_is_told(house, client):
     assert [pair["agrees"] for pair in differs["metrics"]] == [False, True]
 
 
+def test_the_doctor_finds_the_local_head_well(house):
+    found, status = house.maskray("doctor")
+    assert (status, found["ok"]) == (0, True), found
+    words = {check["name"]: check["found"] for check in found["checks"]}
+    assert words["all-reduce"] == "one node: no pair to try"
+    assert words["storage"] == f"{house.home / 'studies'} is written and read alike from everywhere"
+    assert words["mlflow"].startswith("http://127.0.0.1:")
+    assert not list((house.home / "studies").glob(".doctor*"))
+
+
 def test_a_trial_no_machine_holds_is_refused_at_submit(client):
     with pytest.raises(ValueError, match="needs 99 ranks x 1 CPU; the whole cluster holds 2 CPUs on 1 node"):
         client.submit(submission(resources=Resources(ranks=99)))

@@ -1,0 +1,267 @@
+"""`python -m workers.probe PLAN`: what one node of a cluster has to say before trials run on it, as a line of JSON.
+
+`maskray doctor` starts one of these on every node at once. They meet at a store on the first node, and from there they
+compare clocks, read each other's files in the storage and add up numbers in pairs, as the ranks of a gang will.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from pipelines.console import run_command
+from workers.config import PROBE_REPORT, PROBE_STORE, ClockReport, LinkReport, NodeReport, ProbePlan
+from workers.storage import Storage
+
+PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow", "pycocotools", "pydantic")
+_SOURCES = ("model", "pipelines", "workers")
+_FLOATS = 1 << 20  # of an all-reduce: 4 MiB
+_REPEATS = 5
+
+
+def main(argv: Sequence[str]) -> int:
+    if len(argv) != 1:
+        raise ValueError("give one argument, the plan as JSON; maskray doctor does")
+    plan = ProbePlan.model_validate_json(argv[0])
+    report = look(plan)
+    print(f"{PROBE_REPORT} {report.model_dump_json()}", flush=True)
+    return 0
+
+
+def look(plan: ProbePlan) -> NodeReport:
+    """Everything this node can tell by itself and with the others."""
+    report = NodeReport(
+        index=plan.index,
+        host=socket.gethostname(),
+        now=time.time(),
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        sources=sources_hash(),
+        gpu_driver=_gpu_driver(),
+        disk_free_gib=shutil.disk_usage(tempfile.gettempdir()).free / 2**30,
+        shm_free_gib=_shm_free_gib(),
+        mlflow_error=_mlflow_error(plan.mlflow),
+    )
+    try:
+        store = _meet(plan)
+    except (RuntimeError, OSError) as error:
+        report.meeting_error = _one_line(error)
+        return report
+    with suppress(RuntimeError):  # those who are late go on alone and say whom they missed
+        _barrier(store, plan, "start")
+    report.storage_error = _storage_error(store, plan)
+    report.clock = _clock(store, plan)
+    report.links = [_link(store, plan, peer) for peer in partners(plan.index, plan.nodes)]
+    with suppress(RuntimeError):
+        _part(store, plan)
+    return report
+
+
+def partners(index: int, nodes: int) -> Iterator[int]:
+    """Whom to meet, round by round, so that every pair meets once and nobody waits for two (the circle method)."""
+    seats = nodes + nodes % 2
+    for turn in range(seats - 1):
+        if index == seats - 1:
+            other = turn * seats // 2 % (seats - 1)
+        else:
+            other = (turn - index) % (seats - 1)
+            other = seats - 1 if other == index else other
+        if other < nodes:
+            yield other
+
+
+# --- alone ----------------------------------------------------------------------------------------------------------
+
+
+def sources_hash() -> str:
+    """SHA-256 over the sources of a run as this node has them installed."""
+    top, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for room in _SOURCES:
+        for path in sorted((top / room).rglob("*.py")):
+            digest.update(f"{path.relative_to(top)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _gpu_driver() -> str:
+    """ "NVIDIA 550.54, 8 devices"; empty on a node without GPUs."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return "nvidia-smi hangs"
+    versions = done.stdout.split()
+    return f"NVIDIA {versions[0]}, {len(versions)} devices" if versions and done.returncode == 0 else "nvidia-smi fails"
+
+
+def _shm_free_gib() -> float:
+    folder = Path("/dev/shm")  # noqa: S108
+    return shutil.disk_usage(folder).free / 2**30 if folder.is_dir() else 0.0
+
+
+def _mlflow_error(uri: str) -> str:
+    if not uri.startswith(("http://", "https://")):
+        return ""
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
+            return "" if answer.status == 200 else f"status {answer.status}"
+    except OSError as error:
+        return _one_line(error)
+
+
+# --- together -------------------------------------------------------------------------------------------------------
+
+
+def _meet(plan: ProbePlan) -> dist.Store:
+    """The store of all probes. The first one opens it and prints its address for the others' plans."""
+    patience = timedelta(seconds=plan.patience_s)
+    if plan.index == 0:
+        listener = socket.create_server((plan.address, 0))  # on this address alone
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            plan.address, port, None, True, patience, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        print(f"{PROBE_STORE} {plan.address}:{port}", flush=True)
+        return store
+    host, _, port = plan.store.rpartition(":")
+    return dist.TCPStore(host, int(port), None, is_master=False, timeout=patience, wait_for_workers=False)
+
+
+def _barrier(store: dist.Store, plan: ProbePlan, name: str) -> None:
+    """Raises RuntimeError if not all come in time."""
+    store.set(f"{name}/{plan.index}", "here")
+    store.wait([f"{name}/{index}" for index in range(plan.nodes)], timedelta(seconds=plan.patience_s))
+
+
+def _part(store: dist.Store, plan: ProbePlan) -> None:
+    """The store lives in the first one's process, which leaves last."""
+    _barrier(store, plan, "end")
+    if plan.index:
+        store.set(f"left/{plan.index}", "")
+    elif plan.nodes > 1:
+        store.wait([f"left/{index}" for index in range(1, plan.nodes)], timedelta(seconds=plan.patience_s))
+
+
+def _storage_error(store: dist.Store, plan: ProbePlan) -> str:
+    """Writes a file, and reads those of the others and of the service; what went wrong, in words."""
+    error = ""
+    storage = None
+    try:
+        storage = Storage(plan.storage)
+        storage.write(f"{plan.folder}/{plan.index}", _content(plan, plan.index))
+    except (OSError, RuntimeError, ValueError) as failure:
+        error = f"cannot write: {_one_line(failure)}"
+    try:
+        _barrier(store, plan, "written")
+    except RuntimeError:
+        return error or "other nodes did not come to write theirs"
+    for index in (-1, *range(plan.nodes)):
+        if error or storage is None:
+            break
+        whose = "the service" if index < 0 else f"node {index}"
+        try:
+            if storage.read(f"{plan.folder}/{index}") != _content(plan, index):
+                error = f"the file of {whose} reads differently here"
+        except FileNotFoundError:
+            error = f"the file of {whose} is not here"
+        except OSError as failure:
+            error = f"cannot read the file of {whose}: {_one_line(failure)}"
+    return error
+
+
+def _content(plan: ProbePlan, index: int) -> bytes:
+    return f"{plan.folder} {index}\n".encode() * 1000
+
+
+def _clock(store: dist.Store, plan: ProbePlan) -> ClockReport | None:
+    """The first node's clock minus this one's; on the first node, which answers the others, nothing to tell."""
+    patience = timedelta(seconds=plan.patience_s)
+    try:
+        if plan.index:
+            store.wait([f"turn/{plan.index}"], patience)
+            begin = time.time()
+            store.set(f"ask/{plan.index}", "?")
+            answer = float(store.get(f"answer/{plan.index}"))
+            end = time.time()
+            return ClockReport(offset_s=answer - (begin + end) / 2, uncertainty_s=(end - begin) / 2)
+        for index in range(1, plan.nodes):
+            store.set(f"turn/{index}", "")
+            store.wait([f"ask/{index}"], patience)
+            store.set(f"answer/{index}", repr(time.time()))
+    except RuntimeError:
+        return None
+    return None
+
+
+def _link(store: dist.Store, plan: ProbePlan, peer: int) -> LinkReport:
+    """All-reduces of 4 MiB with one other node, as gloo sets them up by default."""
+    low, high = sorted((plan.index, peer))
+    before = _local_ends()
+    pair = dist.PrefixStore(f"pair/{low}-{high}", store)
+    patience = timedelta(seconds=min(plan.patience_s, 30.0))
+    try:
+        dist.init_process_group("gloo", store=pair, rank=int(plan.index == high), world_size=2, timeout=patience)
+    except (RuntimeError, ValueError) as error:
+        return LinkReport(peer=peer, error=_one_line(error))
+    try:
+        values = torch.full((_FLOATS,), float(plan.index + 1))
+        dist.all_reduce(values)
+        if not bool((values == low + high + 2).all()):
+            return LinkReport(peer=peer, error="the sum is wrong")
+        taken = sorted(_local_ends() - before)
+        started = time.perf_counter()
+        for _ in range(_REPEATS):
+            dist.all_reduce(values)
+        seconds = (time.perf_counter() - started) / _REPEATS
+    except RuntimeError as error:
+        return LinkReport(peer=peer, error=_one_line(error))
+    finally:
+        dist.destroy_process_group()
+    address = taken[0][0] if taken else ""
+    return LinkReport(peer=peer, address=address, interface=_interface(address), mib_per_s=4 / seconds)
+
+
+def _local_ends() -> set[tuple[str, int]]:
+    """This process's side of its connections: address and port."""
+    found = psutil.Process().net_connections(kind="tcp")
+    return {(one.laddr[0], one.laddr[1]) for one in found if one.status == psutil.CONN_ESTABLISHED and one.raddr}
+
+
+def _interface(address: str) -> str:
+    plain = address.removeprefix("::ffff:")
+    names = [
+        name for name, entries in psutil.net_if_addrs().items() if any(e.address in (address, plain) for e in entries)
+    ]
+    return names[0] if names else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(sys.argv[1:]), sys.argv))
