@@ -214,7 +214,7 @@ def account(house: House, study: str) -> dict[str, Any]:
 
 def metric_points(uri: str, study: str, trial: str, storage: str) -> dict[str, Counter[int]]:
     """Metric -> how often each step was recorded, once everything was shipped."""
-    subprocess.run([sys.executable, "-m", "workers.sync", storage], check=True, stdout=subprocess.DEVNULL)
+    sync(storage)
     mlflow = MLflow(uri, timeout_s=30.0)
     run = mlflow.run_by_tag(mlflow.experiment(study, {}), "maskray.trial", trial)
     found: dict[str, Counter[int]] = {}
@@ -225,6 +225,20 @@ def metric_points(uri: str, study: str, trial: str, storage: str) -> dict[str, C
                 found[metric["key"]] = Counter(int(point["step"]) for point in history)
     mlflow.close()
     return found
+
+
+def sync(storage: str) -> None:
+    """Ships what a run could not ship, as `maskray sync` does, once MLflow is back."""
+    deadline = time.monotonic() + 120
+    while True:
+        done = subprocess.run(
+            [sys.executable, "-m", "workers.sync", storage], capture_output=True, text=True, check=False
+        )
+        if done.returncode == 0:
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"sync: {done.stderr.strip()[-300:]}")
+        time.sleep(1)
 
 
 def judge(cell: str, ours: dict[str, Any], reference: dict[str, Any]) -> list[str]:
