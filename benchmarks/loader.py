@@ -16,13 +16,17 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipelines.collate import round_up
@@ -30,6 +34,7 @@ from pipelines.config import DataConfig
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.images import decode, resize, resized_size
 from pipelines.loader import TrainLoader
+from pipelines.order import Order
 from pipelines.pack import PackOptions, pack
 from pipelines.synth import synthesise
 
@@ -57,17 +62,20 @@ def source_files(data: str, folder: Path, repeat: int) -> tuple[Path, Path]:
     return path, images
 
 
-def timed(batches: Iterator[int], num_images: int) -> Timed:
-    """Takes batch sizes until `num_images` after the first batch have come."""
+def timed(batches: Iterator[int], num_images: int, warm_up: int = 1) -> Timed:
+    """Takes batch sizes until `num_images` have come after `warm_up` batches (what was prefetched while starting)."""
     started = time.perf_counter()
     next(batches)
+    start_up = time.perf_counter() - started
+    for _ in range(warm_up - 1):
+        next(batches)
     first = time.perf_counter()
     seen = 0
     for count in batches:
         seen += count
         if seen >= num_images:
             break
-    return seen / (time.perf_counter() - first), first - started
+    return seen / (time.perf_counter() - first), start_up
 
 
 def ours(packed: Path, workers: int, num_images: int) -> Timed:
@@ -85,7 +93,7 @@ def ours(packed: Path, workers: int, num_images: int) -> Timed:
         masks=True,
     )
     try:
-        return timed((sum(len(batch) for batch in step.batches) for step in stream), num_images)
+        return timed((sum(len(batch) for batch in step.batches) for step in stream), num_images, 4 * workers)
     finally:
         stream.close()
 
@@ -118,7 +126,7 @@ def torchvision_peer(annotations: Path, images: Path, workers: int, num_images: 
         worker_init_fn=one_thread,
     )
     stream = (len(batch[1]) for _ in itertools.count() for batch in loader)
-    return timed(stream, num_images)
+    return timed(stream, num_images, 4 * workers)
 
 
 def pad_together(samples: list[Any]) -> tuple[torch.Tensor, list[Any]]:
@@ -168,38 +176,52 @@ def bare_worker(packed: Path, number: int, count: int, gate: Any, queue: Any) ->
 # --- raw delivery -----------------------------------------------------------------------------------------------------
 
 
-def raw_ours(dataset: Dataset, num_images: int) -> Timed:
-    """Bytes and annotations of every image, in this process."""
+def raw_item(dataset: Dataset, number: int) -> dict[str, Any]:
+    """The image file's bytes; of the objects that train boxes, labels, polygons as points and where each ends."""
+    row = dataset.row(number)
+    chosen, labels = dataset.index.usable_objects(number, dataset.selection)
+    polygons = [row.annotations.polygons(k) for k in chosen]
+    return {
+        "image": bytes(row.content),
+        "boxes": row.annotations.boxes_xywh[chosen],
+        "labels": labels,
+        "points": np.concatenate([points for points, _ in polygons] or [np.zeros((0, 2))]),
+        "ends": np.array([end for _, ends in polygons for end in ends], np.int64),
+    }
 
-    def rows() -> Iterator[int]:
-        for number in itertools.cycle(dataset.rows()):
-            row = dataset.row(number)
-            assert len(bytes(row.content)) > 0
-            assert len(row.annotations.areas) >= 0
-            yield 1
 
-    return timed(rows(), num_images)
+def raw_ours(packed: Path, num_images: int) -> Timed:
+    """Items in training order, in this process."""
+
+    def items() -> Iterator[int]:
+        dataset = open_dataset(str(packed))
+        order = Order(dataset.index, dataset.selection, seed=0, global_batch=BATCH, window_shards=16, block_batches=32)
+        for step in itertools.count():
+            for number in order.rows(step):
+                assert raw_item(dataset, int(number))["image"]
+                yield 1
+
+    return timed(items(), num_images)
 
 
-def write_litdata(dataset: Dataset, folder: Path) -> None:
+def write_litdata(packed: Path, folder: Path) -> None:
     from litdata import optimize
 
-    coco = dataset.coco()
-    found: dict[int, list[Any]] = {image["id"]: [] for image in coco["images"]}
-    for annotation in coco["annotations"]:
-        found[annotation["image_id"]].append(annotation)
-    rows = [(bytes(dataset.row(n).content), found[dataset.row(n).image_id]) for n in dataset.rows()]
-    optimize(fn=as_item, inputs=rows, output_dir=str(folder), num_workers=1, chunk_bytes="64MB")
+    numbers = open_dataset(str(packed)).rows()
+    optimize(
+        fn=partial(litdata_item, str(packed)), inputs=numbers, output_dir=str(folder), num_workers=1, chunk_bytes="64MB"
+    )
 
 
-def as_item(row: tuple[bytes, list[Any]]) -> dict[str, Any]:
-    return {"image": row[0], "annotations": row[1]}
+def litdata_item(packed: str, number: int) -> dict[str, Any]:
+    return raw_item(open_dataset(packed), number)
 
 
 def raw_litdata(folder: Path, num_images: int) -> Timed:
+    """The same items by litdata's own reader, shuffled, in this process."""
     from litdata import StreamingDataset
 
-    dataset = StreamingDataset(str(folder))
+    dataset = StreamingDataset(str(folder), shuffle=True)
     return timed((1 for _ in itertools.count() for item in dataset if item["image"]), num_images)
 
 
@@ -216,6 +238,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=4, help="times that the images are repeated")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    if args.peer == "litdata" and find_spec("litdata") is None:
+        sys.exit("litdata is not installed, so there is no peer; install it with: pip install litdata")
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(prefix="maskray-bench-") as name:
         folder = Path(name)
@@ -229,9 +253,8 @@ def main() -> None:
             case "bare":
                 run_peer = lambda: bare_peer(packed, args.workers, args.images)  # noqa: E731
             case _:
-                dataset = open_dataset(str(packed))
-                write_litdata(dataset, folder / "litdata")
-                run_ours = lambda: raw_ours(dataset, args.images)  # noqa: E731
+                write_litdata(packed, folder / "litdata")
+                run_ours = lambda: raw_ours(packed, args.images)  # noqa: E731
                 run_peer = lambda: raw_litdata(folder / "litdata", args.images)  # noqa: E731
         pairs = []
         for number in range(args.pairs):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.structures import Batch
+from pipelines.blocks import Allocate, carve, private_block
 from pipelines.sample import Sample
 
 OBJECT_COUNTS = (0, 4, 8, 16, 32, 64, 128, 256)  # the number of objects is padded up to one of these
@@ -35,41 +36,54 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def collate(samples: Sequence[Sample], padding: Padding, proposals: Sequence[np.ndarray] = ()) -> Batch:
+def collate(
+    samples: Sequence[Sample],
+    padding: Padding,
+    proposals: Sequence[np.ndarray] = (),
+    allocate: Allocate = private_block,
+) -> Batch:
     """proposals: for each sample float (Q, 4), canvas pixels, best first; none when the RPN proposes."""
-    count, objects = len(samples), padding.objects
-    images = torch.empty(count, padding.height, padding.width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    boxes = torch.zeros(count, objects, 4)
-    labels = torch.zeros(count, objects, dtype=torch.int64)
-    valid = torch.zeros(count, objects, dtype=torch.bool)
-    crops = torch.zeros(count, objects, padding.mask_side, padding.mask_side, dtype=torch.uint8)
-    keypoints = torch.zeros(count, objects, padding.num_keypoints, 3)
-    padded = torch.zeros(count, padding.num_proposals, 4)
+    count = len(samples)
+    batch = Batch(**carve(allocate, _shapes(count, padding)))
+    batch = replace(batch, images=batch.images.permute(0, 3, 1, 2))
+    for tensor in (batch.boxes_xyxy, batch.labels, batch.valid, batch.keypoints, batch.proposals_xyxy):
+        tensor.zero_()
     for place, sample in enumerate(samples):
-        _put_image(images[place], sample.image)
+        _put_image(batch.images[place], sample.image)
         number = len(sample.labels)
-        boxes[place, :number] = torch.from_numpy(sample.boxes_xyxy)
-        labels[place, :number] = torch.from_numpy(sample.labels)
-        valid[place, :number] = True
+        batch.sizes[place] = torch.tensor(sample.image.shape[1:])
+        batch.original_sizes[place] = torch.tensor(sample.original_size)
+        batch.sample_ids[place] = sample.image_id
+        batch.noise_keys[place] = sample.noise_key
+        batch.boxes_xyxy[place, :number] = torch.from_numpy(sample.boxes_xyxy)
+        batch.labels[place, :number] = torch.from_numpy(sample.labels)
+        batch.valid[place, :number] = True
         if padding.mask_side:
-            crops.numpy()[place, :number] = sample.masks
+            batch.mask_crops.numpy()[place, :number] = sample.masks
+            batch.mask_crops[place, number:] = 0
         if padding.num_keypoints:
-            keypoints[place, :number] = torch.from_numpy(sample.keypoints)
+            batch.keypoints[place, :number] = torch.from_numpy(sample.keypoints)
         if padding.num_proposals:
-            padded[place, : len(proposals[place])] = torch.from_numpy(proposals[place])
-    return Batch(
-        images=images,
-        sizes=torch.tensor([sample.image.shape[1:] for sample in samples]),
-        original_sizes=torch.tensor([sample.original_size for sample in samples]),
-        sample_ids=torch.tensor([sample.image_id for sample in samples]),
-        noise_keys=torch.tensor([sample.noise_key for sample in samples]),
-        boxes_xyxy=boxes,
-        labels=labels,
-        valid=valid,
-        mask_crops=crops,
-        keypoints=keypoints,
-        proposals_xyxy=padded,
-    )
+            batch.proposals_xyxy[place, : len(proposals[place])] = torch.from_numpy(proposals[place])
+    return batch
+
+
+def _shapes(count: int, padding: Padding) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Of a batch's tensors, with images as (B, H, W, 3): channels last in memory."""
+    objects, side = padding.objects, padding.mask_side
+    return {
+        "images": (torch.uint8, (count, padding.height, padding.width, 3)),
+        "sizes": (torch.int64, (count, 2)),
+        "original_sizes": (torch.int64, (count, 2)),
+        "sample_ids": (torch.int64, (count,)),
+        "noise_keys": (torch.int64, (count,)),
+        "boxes_xyxy": (torch.float32, (count, objects, 4)),
+        "labels": (torch.int64, (count, objects)),
+        "valid": (torch.bool, (count, objects)),
+        "mask_crops": (torch.uint8, (count, objects, side, side)),
+        "keypoints": (torch.float32, (count, objects, padding.num_keypoints, 3)),
+        "proposals_xyxy": (torch.float32, (count, padding.num_proposals, 4)),
+    }
 
 
 def _put_image(canvas: Tensor, image: Tensor) -> None:

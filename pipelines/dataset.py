@@ -45,16 +45,6 @@ class Dataset:
         """COCO category records of the view, in the order of their dense labels."""
         return tuple(self.manifest.categories[label] for label in self.selection.labels)
 
-    @cached_property
-    def packed_label(self) -> dict[int, int]:
-        """COCO category id -> dense label before the filter."""
-        return {int(category["id"]): label for label, category in enumerate(self.manifest.categories)}
-
-    @cached_property
-    def label(self) -> dict[int, int]:
-        """COCO category id -> dense label of the view."""
-        return {category: label for label, category in enumerate(self.category_ids)}
-
     @property
     def category_ids(self) -> tuple[int, ...]:
         """Dense label -> COCO category id, after the filter."""
@@ -94,6 +84,12 @@ class Dataset:
             self._open.popitem(last=False)
         self._open[number] = opened
         return opened
+
+    def let_go(self) -> None:
+        """Gives the memory-mapped pages that were read back to the page cache; everything stays usable."""
+        self.index.let_go()
+        for shard in self._open.values():
+            shard.let_go()
 
     def coco(self) -> dict[str, Any]:
         """The view's images, annotations and categories as COCO JSON, in the order of packing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines import schema
 from pipelines.config import Filter
+from pipelines.mapping import MappedFile, view
 from pipelines.noise import chain
 
 Ints = NDArray[np.int64]
@@ -42,7 +44,9 @@ class Selection:
             schema.HAS_BOX | (schema.HAS_KEYPOINTS * self.require_keypoints) | (schema.HAS_MASK * self.require_mask)
         )
         kept = (flags & (needed | schema.CROWD)) == needed
-        return np.asarray(kept & (area >= self.min_area_px) & np.isin(label, self.labels))
+        chosen = np.zeros(max(int(label.max(initial=0)), *self.labels, 0) + 1, np.bool_)
+        chosen[list(self.labels)] = True
+        return np.asarray(kept & (area >= self.min_area_px) & chosen[label])
 
     def drawn(self, image_ids: Ints) -> NDArray[np.bool_]:
         """Which images belong to the part, by a hash of their id: the same whatever else is in the dataset."""
@@ -83,9 +87,10 @@ class Index:
     """The index file of a dataset. Rows are numbered through all shards."""
 
     def __init__(self, path: Path):
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._shards = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._file = MappedFile(path)
+        self._shards = self._file.batches
         self.starts: Ints = np.cumsum([0] + [batch.num_rows for batch in self._shards], dtype=np.int64)
+        self._usable = lru_cache(64)(self._usable)  # type: ignore[method-assign]
 
     @property
     def num_shards(self) -> int:
@@ -94,6 +99,10 @@ class Index:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def let_go(self) -> None:
+        """Gives the pages of what was read back to the page cache."""
+        self._file.let_go()
+
     def locate(self, row: int) -> tuple[int, int]:
         """(shard, row within it)."""
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
@@ -101,11 +110,20 @@ class Index:
 
     def column(self, shard: int, name: str) -> NDArray[Any]:
         """image_id, width, height or crc32 of a shard's rows, as a view."""
-        return np.asarray(self._shards[shard][name].to_numpy())
+        return view(self._shards[shard][name])
 
     def annotation_columns(self, shard: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Dense labels and flags of all annotations of a shard."""
         return _flat(self._shards[shard], "ann_label"), _flat(self._shards[shard], "ann_flags")
+
+    def usable_objects(self, row: int, selection: Selection) -> tuple[Ints, Ints]:
+        """Of the annotations of a row that train: their positions among the row's annotations, and packed labels."""
+        shard, local = self.locate(row)
+        lists = self._shards[shard]["ann_label"]
+        first, last = view(lists.offsets)[local : local + 2].tolist()
+        before = self._usable(shard, selection)[first : last + 1]
+        positions = np.flatnonzero(before[1:] > before[:-1])
+        return positions, _flat(self._shards[shard], "ann_label")[first + positions].astype(np.int64)
 
     def values(self, name: str, rows: Ints) -> NDArray[np.int64]:
         """A column at any rows."""
@@ -118,28 +136,30 @@ class Index:
         """How many usable objects each row has."""
         found = np.empty(len(rows), np.int64)
         for shard, places in self._by_shard(rows):
-            batch, local = self._shards[shard], rows[places] - self.starts[shard]
-            lists = batch["ann_label"]
-            offsets = lists.offsets.to_numpy()
-            for place, row in zip(places, local, strict=True):
-                span = slice(offsets[row], offsets[row + 1])
-                found[place] = selection.usable(*(_flat(batch, name)[span] for name in _PER_ANNOTATION)).sum()
+            before, local = self._usable(shard, selection), rows[places] - self.starts[shard]
+            offsets = view(self._shards[shard]["ann_label"].offsets)
+            found[places] = before[offsets[local + 1]] - before[offsets[local]]
         return found
 
     def selected(self, shard: int, selection: Selection) -> Ints:
         """The rows of a shard (numbered through all shards) that the selection draws, ascending."""
         batch = self._shards[shard]
-        drawn = selection.drawn(batch["image_id"].to_numpy())
+        drawn = selection.drawn(view(batch["image_id"]))
         if selection.drop_empty:
-            usable = selection.usable(*(_flat(batch, name) for name in _PER_ANNOTATION))
-            before = np.concatenate([[0], np.cumsum(usable)])
-            offsets = batch["ann_label"].offsets.to_numpy()
+            before = self._usable(shard, selection)
+            offsets = view(batch["ann_label"].offsets)
             drawn = drawn & (before[offsets[1:]] > before[offsets[:-1]])
         return np.asarray(np.flatnonzero(drawn) + self.starts[shard])
 
     def counts(self, selection: Selection) -> Ints:
         """How many rows of each shard are drawn."""
         return np.array([len(self.selected(shard, selection)) for shard in range(self.num_shards)], np.int64)
+
+    def _usable(self, shard: int, selection: Selection) -> Ints:
+        """How many of a shard's first n annotations train, for each n from 0; 8 bytes an annotation."""
+        batch = self._shards[shard]
+        usable = selection.usable(*(_flat(batch, name) for name in _PER_ANNOTATION))
+        return np.concatenate([[0], np.cumsum(usable, dtype=np.int64)])
 
     def _by_shard(self, rows: Ints) -> list[tuple[int, Ints]]:
         shards = np.searchsorted(self.starts, rows, side="right") - 1
@@ -150,4 +170,4 @@ _PER_ANNOTATION = ("ann_label", "ann_area", "ann_flags")
 
 
 def _flat(batch: pa.RecordBatch, name: str) -> NDArray[Any]:
-    return np.asarray(batch[name].values.to_numpy())
+    return view(batch[name].values)

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from model.config import ImageInput
 from model.structures import Batch
+from pipelines.blocks import Allocate, private_block, shared_block
 from pipelines.collate import Padding, collate, padded_count, round_up
 from pipelines.config import DataConfig
 from pipelines.dataset import Dataset
@@ -76,7 +77,7 @@ class _TrainSource:
             block_batches=self.cfg.bucket_batches,
         )
 
-    def __getitem__(self, step: int) -> TrainStep:
+    def load(self, step: int, allocate: Allocate) -> TrainStep:
         epoch, rows = self.order.place(step).epoch, self.order.rows(step)
         ids = self.dataset.index.values("image_id", rows)
         keys = noise_keys(self.seed, epoch, ids)
@@ -90,7 +91,8 @@ class _TrainSource:
                 for row, key in zip(rows[chunk], keys[chunk], strict=True)
             ]
             found = [canvas_proposals(self.proposals, sample) for sample in samples] if self.proposals else []
-            batches.append(collate(samples, padding, found))
+            batches.append(collate(samples, padding, found, allocate))
+        self.dataset.let_go()
         return TrainStep(step, epoch, batches)
 
     def _padding(self, rows: Ints, keys: Ints) -> Padding:
@@ -191,7 +193,7 @@ class _EvalSource:
         aspect = index.values("width", rows) / index.values("height", rows)
         return np.asarray(rows[np.argsort(aspect, kind="stable")])
 
-    def __getitem__(self, number: int) -> Batch:
+    def load(self, number: int, allocate: Allocate) -> Batch:
         rows = self.order[number * self.batch_size : (number + 1) * self.batch_size]
         samples = [self._sample(int(row)) for row in rows]
         found = [canvas_proposals(self.proposals, sample) for sample in samples] if self.proposals else []
@@ -204,7 +206,9 @@ class _EvalSource:
             num_keypoints=0,
             num_proposals=self.proposals.most if self.proposals else 0,
         )
-        return collate(samples, padding, found)
+        batch = collate(samples, padding, found, allocate)
+        self.dataset.let_go()
+        return batch
 
     def _sample(self, row_number: int) -> Sample:
         row = self.dataset.row(row_number)
@@ -275,7 +279,7 @@ def canvas_proposals(table: ProposalTable, sample: Sample) -> np.ndarray:
 
 
 class _Stream(Generic[T]):
-    """source[n] for given numbers in their order, computed here or ahead of time in worker processes."""
+    """source.load(n) for given numbers in their order, computed here or ahead of time in worker processes."""
 
     def __init__(self, source: Any, num_workers: int):
         self._source, self._num_workers = source, num_workers
@@ -283,7 +287,7 @@ class _Stream(Generic[T]):
 
     def iterate(self, numbers: Any) -> Iterator[T]:
         if self._num_workers == 0:
-            return (self._source[number] for number in numbers)
+            return (self._source.load(number, private_block) for number in numbers)
         iterator = iter(_worker_loader(self._source, numbers, self._num_workers))
         self._running.append(iterator)
         return _checked(iterator)
@@ -312,7 +316,7 @@ class _Numbered(TorchDataset[Any]):
 
     def __getitem__(self, number: int) -> Any:
         try:
-            return self._source[number]
+            return self._source.load(number, shared_block)
         except (ValueError, RuntimeError, OSError) as error:
             return _Failure(error)  # raised again as it is by the process that asked
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,11 @@ def mask_crops(annotations: Annotations, chosen: Sequence[int], boxes_xyxy: Floa
     for place, number in enumerate(chosen):
         kind = annotations.kinds[number]
         if kind == schema.POLYGONS:
-            polygons = annotations.polygons[number]
+            points, ends = annotations.polygons(number)
+            points = (points - boxes_xyxy[place, :2]) * scale[place]
             from_polygons.append(place)
-            counts.append(len(polygons))
-            parts += [((polygon.reshape(-1, 2) - boxes_xyxy[place, :2]) * scale[place]).ravel() for polygon in polygons]
+            counts.append(len(ends) - 1)
+            parts += [points[first:last].ravel() for first, last in pairwise(ends)]
         elif kind != schema.NO_SEGMENTATION:
             crops[place] = crop_rle(annotations.rle(number), boxes_xyxy[place], side)
     if parts:

@@ -21,6 +21,7 @@ from pipelines.checks import check_annotation, check_category
 from pipelines.config import MANIFEST_NAME, SCHEMA_VERSION
 from pipelines.decoding import decode_pixels, stored_orientation
 from pipelines.manifest import INDEX_NAME, FileEntry, Manifest, parse_manifest
+from pipelines.mapping import view
 from pipelines.progress import Progress, silent
 from pipelines.schema import Problem
 from pipelines.storage import Store
@@ -216,7 +217,7 @@ def pack_shard(task: _Task) -> dict[str, Any]:
             writer.write_batch(index)
         task.out.move_in(part, task.name)
         task.out.move_in(index_part, f"{task.progress}/{task.name}.index")
-    flags = index["ann_flags"].flatten().to_numpy()
+    flags = view(index["ann_flags"].flatten())
     result = {
         "number": task.number,
         "entry": entry,

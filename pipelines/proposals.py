@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.mapping import view
 from pipelines.storage import Store
 
 _SCHEMA = pa.schema(
@@ -83,7 +84,7 @@ class ProposalTable:
                 f'{self.uri}: not a file of proposals ({error}); write it with "maskray proposals"'
             ) from None
         batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]
-        ids = np.concatenate([np.zeros(0, np.int64)] + [b["image_id"].to_numpy() for b in batches])
+        ids = np.concatenate([np.zeros(0, np.int64)] + [view(b["image_id"]) for b in batches])
         number = np.repeat(np.arange(len(batches)), [b.num_rows for b in batches])
         local = np.concatenate([np.zeros(0, np.int64)] + [np.arange(b.num_rows) for b in batches])
         return ids, number, local, [_views(b) for b in batches]
@@ -113,5 +114,5 @@ class ProposalTable:
 
 def _views(batch: pa.RecordBatch) -> tuple[Boxes, Boxes, NDArray[np.int32]]:
     lists = batch["boxes_xyxy"]
-    boxes = lists.values.values.to_numpy().reshape(-1, 4)
-    return boxes, batch["scores"].values.to_numpy(), lists.offsets.to_numpy()
+    boxes = view(lists.values.values).reshape(-1, 4)
+    return boxes, view(batch["scores"].values), view(lists.offsets)

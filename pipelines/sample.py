@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines import schema
 from pipelines.config import DataConfig
 from pipelines.dataset import Dataset
 from pipelines.images import decode, jitter_colour, resize, resized_size
 from pipelines.masks import Masks, mask_crops
 from pipelines.noise import uniform
-from pipelines.shards import Annotations, Floats, Row
+from pipelines.shards import Floats, Row
 
 _FLIP, _SHORT_SIDE = 1, 2  # purposes of noise
 
@@ -57,7 +56,7 @@ def training_sample(cfg: DataConfig, dataset: Dataset, row_number: int, key: int
     size = resized_size(row.height, row.width, int(short_sides(cfg, np.array([key]))[0]), cfg.max_side_px)
     image = resize(read_image(row, dataset), *size)
     image = jitter_colour(image, cfg.colour, key)
-    boxes, labels, masks, keypoints = objects(dataset, row, wanted, cfg.mask_crop_side)
+    boxes, labels, masks, keypoints = objects(dataset, row_number, row, wanted, cfg.mask_crop_side)
     scale = np.array([size[1] / row.width, size[0] / row.height])
     boxes = boxes * np.tile(scale, 2)
     keypoints = scale_keypoints(keypoints, scale)
@@ -78,35 +77,23 @@ def read_image(row: Row, dataset: Dataset) -> Tensor:
         ) from error
 
 
-def objects(dataset: Dataset, row: Row, wanted: Wanted, side: int) -> tuple[Floats, NDArray[np.int64], Masks, Floats]:
+def objects(
+    dataset: Dataset, row_number: int, row: Row, wanted: Wanted, side: int
+) -> tuple[Floats, NDArray[np.int64], Masks, Floats]:
     """Boxes (N, 4), labels, mask crops and keypoints (N, P, 3) of the objects that train, in pixels of the file."""
     annotations = row.annotations
-    chosen = usable_objects(dataset, annotations, row)
+    chosen, packed_labels = dataset.index.usable_objects(row_number, dataset.selection)
     x, y, w, h = annotations.boxes_xywh[chosen].T
     boxes = np.stack([x, y, x + w, y + h], 1).reshape(-1, 4)
     boxes = np.clip(boxes, 0, [row.width, row.height, row.width, row.height])
-    labels = np.array([dataset.label[int(c)] for c in annotations.category_ids[chosen]], np.int64)
+    labels = np.searchsorted(dataset.selection.labels, packed_labels)  # they ascend: the place is the view's label
     masks = mask_crops(annotations, chosen, boxes, side) if wanted.masks else np.zeros((len(chosen), 0, 0), np.uint8)
     keypoints = np.zeros((len(chosen), wanted.num_keypoints, 3))
-    for place, number in enumerate(chosen):
-        points = annotations.keypoints[number].reshape(-1, 3)
-        if wanted.num_keypoints and len(points):
+    for place, number in enumerate(chosen if wanted.num_keypoints else ()):
+        points = annotations.keypoints(number).reshape(-1, 3)
+        if len(points):
             keypoints[place] = points
     return boxes, labels, masks, keypoints
-
-
-def usable_objects(dataset: Dataset, annotations: Annotations, row: Row) -> list[int]:
-    """Positions of the annotations that train: the same rule as the index applies."""
-    label = np.array([dataset.packed_label[int(c)] for c in annotations.category_ids], np.int64)
-    x, y, w, h = annotations.boxes_xywh.T
-    inside = (np.minimum(x + w, row.width) > np.maximum(x, 0)) & (np.minimum(y + h, row.height) > np.maximum(y, 0))
-    flags = (
-        schema.CROWD * (annotations.crowd != 0)
-        | schema.HAS_BOX * inside
-        | schema.HAS_MASK * (annotations.kinds != schema.NO_SEGMENTATION)
-        | schema.HAS_KEYPOINTS * np.array([bool((k[2::3] > 0).any()) for k in annotations.keypoints], np.int64)
-    )
-    return [int(n) for n in np.flatnonzero(dataset.selection.usable(label, annotations.areas, flags))]
 
 
 def scale_keypoints(keypoints: Floats, scale: Floats) -> Floats:

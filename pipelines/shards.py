@@ -17,6 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines import schema
+from pipelines.mapping import MappedFile, view
 
 Floats = NDArray[np.float64]
 
@@ -25,23 +26,28 @@ Floats = NDArray[np.float64]
 class Annotations:
     """The annotations of one image as views into the shard; A of them, in the order of the file.
 
-    boxes_xywh: (A, 4), pixels of the image file. keypoints: one flat array (x, y, v, ...) each, maybe empty.
-    polygons: arrays of (x, y, ...) for each annotation, empty unless its kind is POLYGONS.
+    boxes_xywh: (A, 4), pixels of the image file. kinds: (A,), what `schema` calls `kind`.
     """
 
-    category_ids: NDArray[np.int64]
     boxes_xywh: Floats
-    areas: Floats
-    crowd: NDArray[np.int8]
     kinds: NDArray[np.int8]
-    polygons: list[list[Floats]]
-    keypoints: list[Floats]
-    first: int  # position in the batch, to find the RLE of one annotation
+    first: int  # position in the batch of the first of them
     batch: _Columns
+
+    def polygons(self, number: int) -> tuple[Floats, list[int]]:
+        """All points (P, 2) of one annotation's polygons, and where each polygon begins and ends among them."""
+        outer, inner, values = self.batch.polygons
+        ends = inner[outer[self.first + number] : outer[self.first + number + 1] + 1]
+        return values[ends[0] : ends[-1]].reshape(-1, 2), ((ends - ends[0]) // 2).tolist()
 
     def rle(self, number: int) -> dict[str, Any]:
         """COCO RLE, compressed or not, of an annotation of such a kind."""
         return self.batch.rle(self.first + number)
+
+    def keypoints(self, number: int) -> Floats:
+        """x, y, v, ... in one array, maybe empty."""
+        starts, values = self.batch.keypoints
+        return values[starts[self.first + number] : starts[self.first + number + 1]]
 
 
 @dataclass(frozen=True)
@@ -59,15 +65,15 @@ class _Columns:
 
     def __init__(self, batch: pa.RecordBatch):
         self.batch = batch
-        self.image_id = batch["image_id"].to_numpy()
-        self.width = batch["width"].to_numpy()
-        self.height = batch["height"].to_numpy()
-        self.orientation = batch["orientation"].to_numpy()
+        self.image_id = view(batch["image_id"])
+        self.width = view(batch["width"])
+        self.height = view(batch["height"])
+        self.orientation = view(batch["orientation"])
         image = batch["image"]
         self._image_offsets = np.frombuffer(image.buffers()[1], np.int64)
         self._image_data = memoryview(image.buffers()[2]).cast("B")
         lists = batch["annotations"]
-        self.offsets = lists.offsets.to_numpy()
+        self.offsets = view(lists.offsets)
         self._annotations = lists.values
 
     def content(self, row: int) -> memoryview:
@@ -77,37 +83,26 @@ class _Columns:
         return self._annotations.field(name)
 
     @cached_property
-    def fields(self) -> tuple[Any, ...]:
-        names = ("category_id", "bbox", "area", "iscrowd", "kind")
-        category, boxes, area, crowd, kind = (self._field(name) for name in names)
-        return (
-            category.to_numpy(),
-            boxes.values.to_numpy().reshape(-1, 4),
-            area.to_numpy(),
-            crowd.to_numpy(),
-            kind.to_numpy(),
-        )
+    def boxes(self) -> Floats:
+        return view(self._field("bbox").values).reshape(-1, 4)
+
+    @cached_property
+    def kinds(self) -> NDArray[np.int8]:
+        return view(self._field("kind"))
 
     @cached_property
     def polygons(self) -> tuple[NDArray[np.int32], NDArray[np.int32], Floats]:
         outer = self._field("polygons")
-        return outer.offsets.to_numpy(), outer.values.offsets.to_numpy(), outer.values.values.to_numpy()
+        return view(outer.offsets), view(outer.values.offsets), view(outer.values.values)
 
     @cached_property
     def keypoints(self) -> tuple[NDArray[np.int32], Floats]:
         lists = self._field("keypoints")
-        return lists.offsets.to_numpy(), lists.values.to_numpy()
+        return view(lists.offsets), view(lists.values)
 
     def annotations(self, row: int) -> Annotations:
         first, last = int(self.offsets[row]), int(self.offsets[row + 1])
-        category, boxes, area, crowd, kind = (column[first:last] for column in self.fields)
-        outer, inner, points = self.polygons
-        starts, values = self.keypoints
-        polygons = [
-            [points[inner[p] : inner[p + 1]] for p in range(outer[a], outer[a + 1])] for a in range(first, last)
-        ]
-        keypoints = [values[starts[a] : starts[a + 1]] for a in range(first, last)]
-        return Annotations(category, boxes, area, crowd, kind, polygons, keypoints, first, self)
+        return Annotations(self.boxes[first:last], self.kinds[first:last], first, self)
 
     def rle(self, position: int) -> dict[str, Any]:
         size = self._field("rle_size")[position].as_py()
@@ -120,12 +115,16 @@ class Shard:
     """One open shard file."""
 
     def __init__(self, path: Path):
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self._batches = [_Columns(reader.get_batch(number)) for number in range(reader.num_record_batches)]
+        self._file = MappedFile(path)
+        self._batches = [_Columns(batch) for batch in self._file.batches]
         self._starts = np.cumsum([0] + [columns.batch.num_rows for columns in self._batches])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def let_go(self) -> None:
+        """Gives the pages of what was read back to the page cache."""
+        self._file.let_go()
 
     def row(self, number: int) -> Row:
         columns, at = self._locate(number)

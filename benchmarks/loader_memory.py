@@ -1,0 +1,188 @@
+"""Memory of a loader's workers over an epoch, and of packing, with as many records as COCO's train2017.
+
+    python benchmarks/loader_memory.py --json
+
+118,287 images and 860,001 annotations are simulated: every image is the same small JPEG, every annotation a polygon of
+its own. Counted is private memory (USS: what would be freed if the process ended). `ours` is what the largest worker
+holds above an empty worker (the same process and imports, nothing loaded), at most over the epoch; `peer` is the same
+in its first tenth, so a ratio near 1 says flat. Batches in flight are shared memory, given apart as `batch_mib`.
+`pack_mib` is the peak of all packing processes, `pack_tenth_mib` the same with a tenth of the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image
+
+from pipelines.blocks import Allocate
+from pipelines.config import DataConfig
+from pipelines.dataset import open_dataset
+from pipelines.loader import TrainLoader, _Stream
+
+NUM_IMAGES, NUM_ANNOTATIONS, SIDE, POINTS, CATEGORIES = 118_287, 860_001, 32, 20, 80
+SHARDS = 290  # as many as train2017 has at 64 MiB
+BATCH = 16
+
+
+def simulate(folder: Path, num_images: int, num_annotations: int) -> Path:
+    """The annotation file beside images/one.jpg; written piece by piece."""
+    (folder / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(folder / "images/one.jpg")
+    path = folder / "simulated.json"
+    with path.open("w") as file:
+        file.write('{"images": [')
+        for number in range(1, num_images + 1):
+            image = {"id": number, "file_name": "one.jpg", "width": SIDE, "height": SIDE}
+            file.write(json.dumps(image) + ("," if number < num_images else "], "))
+        categories = [{"id": k, "name": f"c{k}"} for k in range(1, CATEGORIES + 1)]
+        file.write(f'"categories": {json.dumps(categories)}, "annotations": [')
+        owners = rng.integers(1, num_images + 1, num_annotations)
+        for number, owner in enumerate(owners.tolist(), 1):
+            file.write(json.dumps(annotation(rng, number, owner)) + ("," if number < num_annotations else "]}"))
+    return path
+
+
+def annotation(rng: np.random.Generator, number: int, owner: int) -> dict[str, Any]:
+    points = rng.integers(0, 100 * SIDE, (POINTS, 2)) / 100
+    (x0, y0), (x1, y1) = points.min(0), points.max(0)
+    return {
+        "id": number,
+        "image_id": owner,
+        "category_id": number % CATEGORIES + 1,
+        "iscrowd": 0,
+        "area": float((x1 - x0) * (y1 - y0) / 2),
+        "bbox": [float(v) for v in (x0, y0, x1 - x0, y1 - y0)],
+        "segmentation": [points.ravel().tolist()],
+    }
+
+
+def private_mib(process: psutil.Process) -> float:
+    return float(process.memory_full_info().uss / 2**20)
+
+
+def pack_in_processes(folder: Path, annotations: Path, workers: int, shard_mib: float) -> tuple[float, float]:
+    """Runs the command; its seconds, and the most private memory that its processes held together, in MiB."""
+    options = {"annotations": annotations, "images": folder / "images", "out": folder / "packed"}
+    options |= {"workers": workers, "shard-mib": f"{shard_mib:.4f}"}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    started, peak = time.perf_counter(), 0.0
+    command = psutil.Popen([sys.executable, "-m", "pipelines", "data", "pack", *words, "--json"], stdout=PIPE)
+    while command.poll() is None:
+        total = 0.0
+        for process in (command, *command.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                total += private_mib(process)
+        peak = max(peak, total)
+        time.sleep(0.1)
+    if command.returncode:
+        raise RuntimeError(f"packing ended with {command.returncode}")
+    return time.perf_counter() - started, peak
+
+
+def worker_mib(iterator: Any) -> list[float]:
+    return [private_mib(psutil.Process(worker.pid)) for worker in iterator._workers]
+
+
+class Nothing:
+    """A source of workers that load nothing."""
+
+    def load(self, number: int, _: Allocate) -> int:
+        return number
+
+
+def empty_worker_mib() -> float:
+    stream: _Stream[int] = _Stream(Nothing(), 1)
+    numbers = stream.iterate(range(3))
+    next(numbers)
+    [found] = worker_mib(stream._running[0])
+    stream.close()
+    return found
+
+
+def epoch(packed: Path, workers: int) -> tuple[list[float], float, float]:
+    """The largest worker's private memory at 20 moments of an epoch, MiB of a batch, images/s."""
+    cfg = DataConfig(
+        train=str(packed), val="none", short_sides_px=(SIDE,), max_side_px=SIDE * 2, num_loader_workers=workers
+    )
+    stream = TrainLoader(
+        cfg,
+        open_dataset(str(packed)),
+        seed=0,
+        global_batch=BATCH,
+        rank=0,
+        world_size=1,
+        max_images_per_forward=BATCH,
+        masks=True,
+    )
+    last, found, batch_mib = stream.steps_per_epoch - 1, [], 0.0
+    started = time.perf_counter()
+    for step in stream:
+        batch_mib = max(batch_mib, sum(value.nbytes for value in vars(step.batches[0]).values()) / 2**20)
+        if step.step % max(1, last // 20) == 0:
+            found.append(max(worker_mib(stream._stream._running[0])))
+        if step.step == last:
+            break
+    seconds = time.perf_counter() - started
+    stream.close()
+    return found, batch_mib, (last + 1) * BATCH / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", type=float, default=1.0, help="part of train2017's records")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    peaks, seconds = [], 0.0
+    with tempfile.TemporaryDirectory(prefix="maskray-bench-") as name:
+        for scale in (args.scale / 10, args.scale):
+            folder = Path(name) / str(scale)
+            annotations = simulate(folder, int(NUM_IMAGES * scale), int(NUM_ANNOTATIONS * scale))
+            jpeg = (folder / "images/one.jpg").stat().st_size
+            shard_mib = max(0.01, NUM_IMAGES * jpeg / SHARDS / 2**20)
+            seconds, peak = pack_in_processes(folder, annotations, args.workers, shard_mib)
+            peaks.append(peak)
+            size = annotations.stat().st_size / 2**20
+            if not args.json:
+                print(f"packed {int(NUM_IMAGES * scale)} images in {seconds:.0f} s, peak {peak:.0f} MiB", flush=True)
+        empty = empty_worker_mib()
+        found, batch_mib, rate = epoch(folder / "packed", args.workers)
+    tenth = max(found[: max(1, len(found) // 10)])
+    result = {
+        "name": "loader-memory",
+        "ours": max(found) - empty,
+        "peer": tenth - empty,
+        "ratio": (tenth - empty) / (max(found) - empty),
+        "unit": "MiB private (USS) above an empty worker",
+        "empty_worker_mib": empty,
+        "over_the_epoch_mib": [round(value - empty, 1) for value in found],
+        "batch_mib": batch_mib,
+        "images_per_s": rate,
+        "pack_mib": peaks[1],
+        "pack_tenth_mib": peaks[0],
+        "pack_seconds": seconds,
+        "annotation_file_mib": size,
+        "images": int(NUM_IMAGES * args.scale),
+        "annotations": int(NUM_ANNOTATIONS * args.scale),
+        "device": f"cpu, {args.workers} workers",
+        "pairs": 1,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What makes ground truth or results unfit for evaluation; each refusal is one line with the place and the value."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from pycocotools import mask as rle_tools
+
+from pipelines.engines import NEEDED, IouType
+from pipelines.schema import coco_rle
+
+COCO_KEYPOINTS = 17
+_FIELDS = {
+    "images": ("id",),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area"),
+    "categories": ("id", "name"),
+}
+
+
+def read_json(path: Path, kind: type, what: str) -> Any:
+    """A file whose outermost value is of that kind. Raises ValueError if it is something else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give {what}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder; give {what}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); give {what}") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: holds a {type(value).__name__}; give {what}")
+    return value
+
+
+def check_truth(path: Path, coco: Mapping[str, Any]) -> None:
+    """The structure of a COCO annotation file, and the numbers that every evaluation reads."""
+    for part, keys in _FIELDS.items():
+        records = coco.get(part)
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise ValueError(f"{path}: {part!r} is no list of records; give a COCO annotation file")
+        for number, record in enumerate(records):
+            missing = [key for key in keys if key not in record]
+            if missing:
+                raise ValueError(f"{path}: {part}[{number}] has no {missing[0]!r}; give a COCO annotation file")
+            for key in keys:
+                if key.endswith("id") and not _is_int(record[key]):
+                    raise ValueError(f"{path}: {part}[{number}]: {key} is {record[key]!r}; write a whole number")
+    for annotation in coco["annotations"]:
+        where = f"{path}: annotation {annotation['id']}"
+        if not _are_numbers(annotation["bbox"]) or len(annotation["bbox"]) != 4:
+            raise ValueError(f"{where}: bbox is {annotation['bbox']!r}; write it as [x, y, width, height]")
+        if not _is_number(annotation["area"]):
+            raise ValueError(f"{where}: area is {annotation['area']!r}; write the object's area in pixels")
+        if annotation.get("iscrowd", 0) not in (0, 1):
+            raise ValueError(f"{where}: iscrowd is {annotation['iscrowd']!r}; write 0 or 1")
+
+
+def with_masks(coco: dict[str, Any]) -> dict[str, Any]:
+    """Every mask as compressed RLE. Annotations of images that are not listed count nowhere, and are left out."""
+    images = {image["id"]: image for image in coco["images"]}
+    masks = [
+        a | {"segmentation": _rle(f"annotation {a['id']}", a.get("segmentation"), images[a["image_id"]])}
+        for a in coco["annotations"]
+        if a["image_id"] in images
+    ]
+    return coco | {"annotations": masks}
+
+
+def with_keypoints(coco: dict[str, Any]) -> dict[str, Any]:
+    """Only what has keypoints, as COCO's person_keypoints files; pycocotools fails on annotations without."""
+    annotations = []
+    for annotation in coco["annotations"]:
+        points = annotation.get("keypoints")
+        if points:
+            if not _are_numbers(points) or len(points) != 3 * COCO_KEYPOINTS:
+                raise ValueError(
+                    f"annotation {annotation['id']}: keypoints has not x, y, v for {COCO_KEYPOINTS} points, "
+                    "the only ones for which COCO says how exact they must be"
+                )
+            annotations.append({"num_keypoints": sum(v > 0 for v in points[2::3])} | annotation)
+    named = {annotation["category_id"] for annotation in annotations}
+    categories = [c for c in coco["categories"] if c.get("keypoints") or c["id"] in named]
+    return coco | {"annotations": annotations, "categories": categories}
+
+
+def checked_results(
+    coco: Mapping[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType
+) -> list[dict[str, Any]]:
+    """The results with every mask as compressed RLE; the originals are not changed."""
+    images = {image["id"]: image for image in coco["images"]}
+    categories = {category["id"] for category in coco["categories"]}
+    found = []
+    for number, result in enumerate(results):
+        for key in ("image_id", "category_id", "score", NEEDED[iou_type]):
+            if not isinstance(result, Mapping) or key not in result:
+                raise ValueError(f"result {number} has no {key!r}, which {iou_type} results need; mend it or --iou")
+        _check_result(number, result, iou_type)
+        if result["image_id"] not in images:
+            raise ValueError(f"result {number} is for image {result['image_id']}, which the ground truth does not have")
+        if iou_type != "keypoints" and result["category_id"] not in categories:
+            raise ValueError(
+                f"result {number} is of category {result['category_id']}, which the ground truth does not have"
+            )
+        if ("bbox" in result) != ("bbox" in results[0]):
+            raise ValueError(
+                f"result {number} and result 0: only one has a bbox, by which pycocotools sorts results into sizes; "
+                "give all of them one, or none"
+            )
+        copy = dict(result)
+        if iou_type == "segm":
+            copy["segmentation"] = _rle(f"result {number}", result["segmentation"], images[result["image_id"]])
+        found.append(copy)
+    return found
+
+
+def _check_result(number: int, result: Mapping[str, Any], iou_type: IouType) -> None:
+    for key in ("image_id", "category_id"):
+        if not _is_int(result[key]):
+            raise ValueError(f"result {number}: {key} is {result[key]!r}; it must be a whole number")
+    if not _is_number(result["score"]):
+        raise ValueError(f"result {number}: score is {result['score']!r}; it must be a finite number")
+    box = result.get("bbox", (0, 0, 0, 0))
+    if not _are_numbers(box) or len(box) != 4:
+        raise ValueError(f"result {number}: bbox is {box!r}; it must be 4 finite numbers")
+    if iou_type == "keypoints":
+        points = result["keypoints"]
+        if not _are_numbers(points) or len(points) != 3 * COCO_KEYPOINTS:
+            raise ValueError(f"result {number}: keypoints must be x, y, score of {COCO_KEYPOINTS} points, all finite")
+
+
+def _rle(where: str, mask: Any, image: Mapping[str, Any]) -> dict[str, Any]:
+    """pycocotools' compressed RLE of a mask of an image. Raises ValueError if it is none."""
+    size = [image.get("height"), image.get("width")]
+    if not all(_is_int(side) and side > 0 for side in size):
+        raise ValueError(f"image {image['id']} of the ground truth has height and width {size}; masks need its size")
+    if isinstance(mask, Mapping) and list(mask.get("size", [])) != size:
+        raise ValueError(f"{where}: its mask is of size {mask.get('size')}, image {image['id']} is {size}")
+    try:
+        rle = coco_rle(mask, *size) if mask else None
+        if rle is not None and rle_tools.area(rle) <= size[0] * size[1]:
+            return rle
+    except (ValueError, TypeError, KeyError, IndexError, UnicodeError, OverflowError):
+        pass  # told below, like every other mask that is none
+    raise ValueError(f"{where}: segmentation is {str(mask)[:60]}; give an RLE of size {size} or polygons")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(_is_number(value) for value in values)
