@@ -51,7 +51,8 @@ def _assemble(cfg: config.ModelConfig) -> Detector:
     rpn = build_rpn(cfg, width, rpn_strides)
     crops: SeparateCrops | SharedCrops
     if isinstance(cfg.layout, config.C4):
-        crops, width, side = SharedCrops(roi(BOX_SIDE), build_res5(cfg.backbone)), channels[-1], BOX_SIDE
+        res5 = build_res5(cfg.backbone, halves=cfg.layout.roi_side == 2 * BOX_SIDE)
+        crops, width, side = SharedCrops(roi(cfg.layout.roi_side), res5), channels[-1], BOX_SIDE
     else:
         crops, side = SeparateCrops(roi(BOX_SIDE), roi(MASK_SIDE)), MASK_SIDE
     return Detector(
@@ -92,11 +93,12 @@ def build_backbone(cfg: config.Backbone, stages: int) -> tuple[nn.Module, list[i
             assert_never(cfg)
 
 
-def build_res5(cfg: config.Backbone) -> nn.Module:
-    """The last residual stage at stride 1, as the RoI head of C4."""
+def build_res5(cfg: config.Backbone, halves: bool) -> nn.Module:
+    """The last residual stage as the RoI head of C4: `halves` with its own stride of 2, else at stride 1."""
     assert not isinstance(cfg, config.VGG16)
     res5 = cast(nn.Module, _residual(cfg).layer4)
-    keep_resolution(res5)
+    if not halves:
+        keep_resolution(res5)
     return res5
 
 
@@ -194,14 +196,15 @@ def build_mask_branch(cfg: config.Mask, num_classes: int, channels: int, side: i
     masks: SigmoidMasks | SoftmaxMasks
     match cfg.loss:
         case config.SigmoidMask():
-            masks, outputs = SigmoidMasks(cfg.loss.class_agnostic), 1 if cfg.loss.class_agnostic else num_classes
+            masks = SigmoidMasks(num_classes, cfg.loss.class_agnostic)
+            outputs = 1 if cfg.loss.class_agnostic else num_classes
         case config.SoftmaxMask():
             masks, outputs = SoftmaxMasks(cfg.loss.others == "own_class", cfg.loss.inference), num_classes + 1
         case _:
             assert_never(cfg.loss)
     match cfg.head:
         case config.FCNMask():
-            head: nn.Module = FCNHead(channels, cfg.head.convs, cfg.head.width, outputs)
+            head: FCNHead | MLPHead = FCNHead(channels, cfg.head.convs, cfg.head.width, outputs)
             mask_side = 2 * side
         case config.MLPMask():
             mask_side = 2 * MASK_SIDE

@@ -130,9 +130,13 @@ class ImageInput(Record):
 
 
 class C4(Record):
-    """RPN and RoIs on res4 (stride 16); res5 is the RoI head, on 7 x 7 at stride 1."""
+    """RPN and RoIs on res4 (stride 16); res5 is the RoI head, on 7 x 7 at stride 1 (Mask R-CNN, section 4).
+
+    The released code (Detectron, detectron2) crops 14 x 14 and lets res5 halve it: `roi_side` 14.
+    """
 
     kind: Literal["c4"] = "c4"
+    roi_side: Literal[7, 14] = 7
 
 
 class C5(Record):
@@ -236,9 +240,17 @@ class RoIAlign(Record):
     """Mean or max of bilinear samples per bin (Mask R-CNN, section 3)."""
 
     kind: Literal["align"] = "align"
-    samples: int = Field(2, ge=1)  # points per bin side
+    samples: int = Field(2, ge=0)  # points per bin side; 0: as many as the bin has cells (detectron2)
     reduce: Literal["mean", "max"] = "mean"
     aligned: bool = True  # pixel centres at half-integers
+
+    @model_validator(mode="after")
+    def _samples_are_fixed_for_max(self) -> RoIAlign:
+        if self.reduce == "max" and self.samples == 0:
+            raise ValueError(
+                "roi.samples = 0 (as many as the bin has cells) works with reduce 'mean' only; give 1 or more"
+            )
+        return self
 
 
 class RoIPool(Record):

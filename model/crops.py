@@ -34,7 +34,7 @@ class SeparateCrops(nn.Module):
 
 
 class SharedCrops(nn.Module):
-    """One 7 x 7 crop through res5, whose output feeds every head (C4). In training it is computed once."""
+    """One crop through res5 to 7 x 7 features that feed every head (C4). In training they are computed once."""
 
     def __init__(self, crop: RoIOperation, res5: nn.Module) -> None:
         super().__init__()

@@ -191,9 +191,12 @@ class Detector(nn.Module):
         return counts
 
     def _rpn_sums(self, step: _Step) -> dict[str, Tensor]:
-        if step.outputs is None or step.rpn_targets is None:
+        if self.rpn is None or step.outputs is None or step.rpn_targets is None:
             return {}
-        objectness, boxes = rpn_losses(step.outputs, step.rpn_targets, self.settings.rpn_beta)
+        targets = step.rpn_targets
+        logits, offsets = self.rpn.at(step.maps.rpn, targets.sample.index)
+        anchors = torch.cat(step.outputs.anchors)
+        objectness, boxes = rpn_losses(logits, offsets, anchors, targets, self.settings.rpn_beta)
         return {"rpn_objectness": objectness, "rpn_box": boxes}
 
     def _head_sums(self, step: _Step) -> dict[str, Tensor]:
@@ -214,8 +217,7 @@ class Detector(nn.Module):
         rows = torch.searchsorted(rois.slot, positives.slot)
         crops = self.crops.for_positives(step.maps.roi, positives.with_image(), features, rows)
         if self.mask is not None:
-            masks = self.mask(crops)
-            sums["mask"] = self.mask.masks.loss(masks, positives, batch.boxes_xyxy, batch.mask_crops, batch.labels)
+            sums["mask"] = self.mask.loss(crops, positives, batch.boxes_xyxy, batch.mask_crops, batch.labels)
         if self.keypoints is not None:
             sums["keypoints"] = self.keypoints.loss(self.keypoints(crops), positives, batch.keypoints)
         return sums
@@ -311,7 +313,7 @@ class Detector(nn.Module):
         if self.mask is not None or self.keypoints is not None:
             crops = self.crops.for_masks(maps.roi, _with_image(image, in_canvas))
             if self.mask is not None:
-                maps_R = self.mask.masks.probabilities(self.mask(crops), boxes.labels[image, place])
+                maps_R = self.mask.probabilities(crops, boxes.labels[image, place])
                 masks = {name: _scatter(values, boxes.valid) for name, values in maps_R.items()}
             if self.keypoints is not None:
                 points = keypoint_positions(self.keypoints(crops), in_canvas)

@@ -5,7 +5,7 @@ Axes: R RoIs, C channels of the logits, K classes, M mask side, S side of a stor
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +29,22 @@ class FCNHead(nn.Module):
         self.logits = nn.Conv2d(width, out_channels, 1)
 
     def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.logits(self._hidden(features))
+        return logits
+
+    def own(self, features: Tensor, channel_R: Tensor) -> Tensor:
+        """forward(features)[r, channel[r]], (R, M, M), without computing the other channels."""
+        hidden = self._hidden(features)
+        weight = self.logits.weight.flatten(1)[channel_R]
+        own = torch.bmm(weight[:, None], hidden.flatten(2)).unflatten(2, hidden.shape[2:])[:, 0]
+        assert self.logits.bias is not None
+        return own + self.logits.bias[channel_R][:, None, None]
+
+    def _hidden(self, features: Tensor) -> Tensor:
         x = features
         for conv in self.convs:
             x = F.relu(conv(x), inplace=True)
-        logits: Tensor = self.logits(F.relu(self.deconv(x), inplace=True))
-        return logits
+        return F.relu(self.deconv(x), inplace=True)
 
 
 class MLPHead(nn.Module):
@@ -53,28 +64,35 @@ class MLPHead(nn.Module):
         logits: Tensor = self.logits(x).unflatten(1, (-1, self.side, self.side))
         return logits
 
+    def own(self, features: Tensor, channel_R: Tensor) -> Tensor:
+        """forward(features)[r, channel[r]], (R, M, M); all channels at once are the better product here."""
+        return own_channel(self(features), channel_R)
+
+
+Head: TypeAlias = FCNHead | MLPHead
+
 
 class SigmoidMasks(nn.Module):
     """Independent masks per class, or one for all classes."""
 
-    def __init__(self, class_agnostic: bool) -> None:
+    def __init__(self, num_classes: int, class_agnostic: bool) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.class_agnostic = class_agnostic
 
+    def logits(self, head: Head, features: Tensor, labels_R: Tensor) -> Tensor:
+        """Each RoI's own mask, (R, M, M); which one a RoI of background or padding takes does not count."""
+        channel = torch.zeros_like(labels_R) if self.class_agnostic else labels_R.clamp(max=self.num_classes - 1)
+        return head.own(features, channel)
+
     def loss(self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
-        """Sum over RoIs. logits: (R, C, M, M). object_boxes: (B, G, 4). crops: (B, G, S, S). labels: (B, G)."""
+        """Sum over RoIs. logits: (R, M, M). object_boxes: (B, G, 4). crops: (B, G, S, S). labels: (B, G)."""
         boxes = object_boxes[rois.image, rois.objects]
         inside = sample_crops(crops[rois.image, rois.objects], boxes, rois.boxes_xyxy, logits.shape[-1])
-        return sigmoid_mask_loss(self._own(logits, rois.labels), inside.to(rois.weight.dtype), rois.weight)
+        return sigmoid_mask_loss(logits, inside.to(rois.weight.dtype), rois.weight)
 
-    def probabilities(self, logits: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
-        return {"sigmoid": self._own(logits.float(), labels_R).sigmoid()}
-
-    def _own(self, logits: Tensor, labels_R: Tensor) -> Tensor:
-        """Each RoI's own channel, (R, M, M); what RoI of background or padding takes does not count."""
-        if self.class_agnostic:
-            return logits[:, 0]
-        return own_channel(logits, labels_R.clamp(max=logits.shape[1] - 1))
+    def probabilities(self, logits: Tensor, labels_R: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        return {"sigmoid": logits.float().sigmoid()}
 
 
 class SoftmaxMasks(nn.Module):
@@ -89,8 +107,13 @@ class SoftmaxMasks(nn.Module):
         self.others_own_class = others_own_class
         self.order = (inference, *(other for other in SOFTMAX_INFERENCES if other != inference))
 
+    def logits(self, head: Head, features: Tensor, labels_R: Tensor) -> Tensor:  # noqa: ARG002
+        """Every class and background, (R, C, M, M)."""
+        logits: Tensor = head(features)
+        return logits
+
     def loss(self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor) -> Tensor:
-        """As `SigmoidMasks.loss`."""
+        """As `SigmoidMasks.loss`, of all channels."""
         return softmax_mask_loss(logits, self.targets(logits.shape, rois, object_boxes, crops, labels), rois.weight)
 
     def targets(self, shape: torch.Size, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor) -> Tensor:
@@ -125,17 +148,21 @@ class SoftmaxMasks(nn.Module):
 class MaskBranch(nn.Module):
     """A head on the mask features of each RoI, and the meaning of its logits."""
 
-    def __init__(self, head: nn.Module, masks: SigmoidMasks | SoftmaxMasks, side: int, loss_weight: float) -> None:
+    def __init__(self, head: Head, masks: SigmoidMasks | SoftmaxMasks, side: int, loss_weight: float) -> None:
         super().__init__()
         self.head = head
         self.masks = masks
         self.side = side
         self.loss_weight = loss_weight
 
-    def forward(self, features: Tensor) -> Tensor:
-        """RoI features to logits (R, C, M, M)."""
-        logits: Tensor = self.head(features)
-        return logits
+    def loss(self, features: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor) -> Tensor:
+        """Sum over RoIs of the mask loss on their features. object_boxes: (B, G, 4). crops: (B, G, S, S)."""
+        logits = self.masks.logits(self.head, features, rois.labels)
+        return self.masks.loss(logits, rois, object_boxes, crops, labels)
+
+    def probabilities(self, features: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
+        """Inference name to a map (R, M, M) of each RoI that reaches 0.5 on its object, the configured one first."""
+        return self.masks.probabilities(self.masks.logits(self.head, features, labels_R), labels_R)
 
 
 def own_channel(logits_RCMM: Tensor, channel_R: Tensor) -> Tensor:

@@ -61,6 +61,18 @@ _R50_FPN_TORCHVISION = _changed(
     mask=MaskBranch(paste="torchvision"),
 )
 
+# Detectron2's model zoo: BGR pixels that are not divided by a deviation, Caffe's ResNet, as many samples as cells.
+_DETECTRON2: dict[str, object] = {
+    "backbone": ResNet(stride_in_1x1=True),
+    "image": ImageInput(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channels="bgr"),
+    "roi": RoIAlign(samples=0),
+}
+
+
+def _zoo(file: str) -> FileWeights:
+    return FileWeights(path=file, layout="detectron2")
+
+
 PRESETS: dict[str, ModelConfig] = {
     "vgg16-faster-rcnn": ModelConfig(
         backbone=VGG16(),
@@ -87,11 +99,24 @@ PRESETS: dict[str, ModelConfig] = {
     "r50-fpn-keypoint-torchvision": _changed(
         _R50_FPN_TORCHVISION, num_classes=1, mask=NoMask(), keypoints=KeypointBranch(half_pixel_px=0)
     ),
-    "r50-fpn-detectron2": _changed(
+    "r50-fpn-detectron2": _changed(_R50_FPN, **_DETECTRON2, weights=_zoo("model_final_f10217.pkl")),
+    "r50-fpn-keypoint-detectron2": _changed(
         _R50_FPN,
-        backbone=ResNet(stride_in_1x1=True),
-        weights=FileWeights(path="R-50.pkl", layout="detectron2"),
-        image=ImageInput(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channels="bgr"),
+        **_DETECTRON2,
+        num_classes=1,
+        weights=_zoo("model_final_a6e10b.pkl"),
+        rpn=RPN(post_nms_train=1500),
+        box_loss=SmoothL1(beta=0.5),
+        mask=NoMask(),
+        keypoints=_KEYPOINTS,
+    ),
+    "r50-c4-detectron2": _changed(
+        _C4,
+        **_DETECTRON2,
+        layout=C4(roi_side=14),
+        weights=_zoo("model_final_4ce675.pkl"),
+        rpn=RPN(pre_nms_train=12000, pre_nms_test=6000, post_nms_train=2000, post_nms_test=1000),
+        sampling=RoISampling(rois_per_image=512),
     ),
     "tiny": ModelConfig(
         num_classes=4,

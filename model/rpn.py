@@ -80,7 +80,9 @@ class RPN(nn.Module):
         for level, sizes in enumerate(sizes_px):
             self.register_buffer(f"cell_{level}", cell_anchors(sizes, ratios, rounded), persistent=False)
 
+    @torch.no_grad()
     def forward(self, maps: Sequence[Tensor], canvas: tuple[int, int]) -> AnchorOutputs:
+        """Every anchor, for proposals. The loss reads the few sampled ones, `at` computes them with gradients."""
         logits, offsets, anchors = [], [], []
         for level, features in enumerate(maps):
             hidden = F.relu(self.conv(features), inplace=True)
@@ -89,8 +91,19 @@ class RPN(nn.Module):
             anchors.append(self._anchors(level, features, canvas))
         return AnchorOutputs(logits, offsets, anchors)
 
-    def anchors(self, maps: Sequence[Tensor], canvas: tuple[int, int]) -> list[Tensor]:
-        return [self._anchors(level, features, canvas) for level, features in enumerate(maps)]
+    def at(self, maps: Sequence[Tensor], index_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, S) and offsets (B, S, 4) of the anchors `index_BS`, as `forward` has them, with gradients.
+
+        A sampled anchor sees 3 x 3 cells: a product over those in place of the convolution over all cells, whose
+        backward pass would be as dense as the maps for a gradient that is zero at all but S cells.
+        """
+        per_cell = self.objectness.out_channels
+        cell, kind = torch.div(index_BS, per_cell, rounding_mode="floor"), index_BS % per_cell
+        hidden = F.relu(F.linear(neighbourhoods(maps, cell), self.conv.weight.flatten(1), self.conv.bias))
+        logits = F.linear(hidden, self.objectness.weight.flatten(1), self.objectness.bias)
+        offsets = F.linear(hidden, self.offsets.weight.flatten(1), self.offsets.bias).unflatten(2, (per_cell, 4))
+        chosen = offsets.gather(2, kind[:, :, None, None].expand(-1, -1, 1, 4))[:, :, 0]
+        return logits.gather(2, kind[:, :, None])[:, :, 0], chosen
 
     def _anchors(self, level: int, features: Tensor, canvas: tuple[int, int]) -> Tensor:
         rows, columns = features.shape[-2:]
@@ -120,16 +133,45 @@ def sample_anchors(
     return RPNTargets(chosen, take_rows(objects_BG4, objects))
 
 
-def rpn_losses(outputs: AnchorOutputs, targets: RPNTargets, beta: float) -> tuple[Tensor, Tensor]:
+def neighbourhoods(maps: Sequence[Tensor], cell_BS: Tensor) -> Tensor:
+    """(B, S, 9 C) of the 3 x 3 cells around each cell, zero outside its map, in the order of a convolution's weights.
+
+    cell_BS counts the cells of all maps (B, C, H_l, W_l), one after the other, row by row. Fixed shapes: every map is
+    read for every cell (its own or some other), and what is not its own is dropped.
+    """
+    step = torch.arange(-1, 2, device=cell_BS.device)
+    result, first = None, 0
+    for features in maps:
+        rows, columns = features.shape[2:]
+        place = cell_BS - first
+        mine = (place >= 0) & (place < rows * columns)
+        place = place % (rows * columns)
+        row = torch.div(place, columns, rounding_mode="floor")[:, :, None, None] + step[:, None]
+        column = (place % columns)[:, :, None, None] + step
+        inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns) & mine[:, :, None, None]
+        where = row.clamp(0, rows - 1) * columns + column.clamp(0, columns - 1)
+        values = _take_columns(features.flatten(2), where.flatten(1)) * inside.flatten(1)[:, None]
+        result = values if result is None else result + values
+        first += rows * columns
+    assert result is not None
+    return result.unflatten(2, (-1, 9)).transpose(1, 2).flatten(2)
+
+
+def _take_columns(values_BCN: Tensor, index_BK: Tensor) -> Tensor:
+    return values_BCN.gather(2, index_BK[:, None].expand(-1, values_BCN.shape[1], -1))
+
+
+def rpn_losses(
+    logits_BS: Tensor, offsets_BS4: Tensor, anchors_N4: Tensor, targets: RPNTargets, beta: float
+) -> tuple[Tensor, Tensor]:
     """Objectness and box loss, each summed over the sampled anchors of the batch."""
     chosen = targets.sample
-    logits = torch.cat(outputs.logits, dim=1).float().gather(1, chosen.index)
+    logits = logits_BS.float()
     weight = chosen.valid.to(logits.dtype)
     loss = F.binary_cross_entropy_with_logits(logits, chosen.positive.to(logits.dtype), reduction="none")
     positives = slice(0, chosen.most_positives)
-    index = chosen.index[:, positives]
-    offsets = take_rows(torch.cat(outputs.offsets, dim=1), index)
-    wanted = encode(torch.cat(outputs.anchors)[index], targets.boxes_xyxy, OFFSET_WEIGHTS)
+    offsets = offsets_BS4[:, positives]
+    wanted = encode(anchors_N4[chosen.index[:, positives]], targets.boxes_xyxy, OFFSET_WEIGHTS)
     weight_of_box = chosen.positive[:, positives].to(logits.dtype)
     boxes = box_loss(offsets.flatten(0, 1), wanted.flatten(0, 1), weight_of_box.flatten(), beta)
     return (loss * weight).sum(), boxes

@@ -13,9 +13,18 @@ CROP_SIDE = 56
 
 
 def shape_batch(
-    images: int = 2, objects: int = 3, side: int = 128, num_classes: int = 4, num_keypoints: int = 0, seed: int = 0
+    images: int = 2,
+    objects: int = 3,
+    side: int = 128,
+    num_classes: int = 4,
+    num_keypoints: int = 0,
+    seed: int = 0,
+    apart: bool = False,
 ) -> Batch:
-    """Discs and diamonds of a colour per class on noise, one crop and `num_keypoints` points for each object."""
+    """Discs and diamonds of a colour per class on noise, one crop and `num_keypoints` points for each object.
+
+    `apart` gives each of up to four objects a quarter of the image, so that none covers another.
+    """
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 60, (images, 3, side, side), dtype=torch.uint8, generator=generator)
     slots = max(objects, 1)
@@ -24,7 +33,9 @@ def shape_batch(
     crops = torch.zeros(images, slots, CROP_SIDE, CROP_SIDE, dtype=torch.uint8)
     for image in range(images):
         for slot in range(objects):
-            centre = side * (0.25 + 0.5 * torch.rand(2, generator=generator))
+            unit = torch.rand(2, generator=generator)
+            quarter = torch.tensor([(image + slot) % 2, (slot // 2 + image + slot) % 2])
+            centre = side * (0.22 + 0.06 * unit + 0.5 * quarter if apart else 0.25 + 0.5 * unit)
             radius = side * (0.12 + 0.1 * torch.rand((), generator=generator))
             label = int(torch.randint(0, num_classes, (), generator=generator))
             boxes[image, slot] = torch.cat([centre - radius, centre + radius])
@@ -57,13 +68,16 @@ def outline(label: int, side: int) -> Tensor:
 
 
 def paint(pixels: Tensor, box: Tensor, label: int) -> None:
+    colour = torch.tensor([255, 90 + 40 * (label % 4), 255 - 60 * (label % 4)], dtype=torch.uint8)
+    pixels[:, covered(box, label, pixels.shape[-1])] = colour[:, None]
+
+
+def covered(box: Tensor, label: int, side: int) -> Tensor:
+    """bool (side, side): the pixels whose centres are inside the object."""
     x0, y0, x1, y1 = box.tolist()
-    side = pixels.shape[-1]
     centres = torch.arange(side) + 0.5
     y, x = torch.meshgrid((centres - y0) / (y1 - y0) * 2 - 1, (centres - x0) / (x1 - x0) * 2 - 1, indexing="ij")
-    inside = x * x + y * y < 1 if label % 2 == 0 else x.abs() + y.abs() < 1
-    colour = torch.tensor([255, 90 + 40 * (label % 4), 255 - 60 * (label % 4)], dtype=torch.uint8)
-    pixels[:, inside] = colour[:, None]
+    return x * x + y * y < 1 if label % 2 == 0 else x.abs() + y.abs() < 1
 
 
 def with_padding(batch: Batch, extra: int) -> Batch:

@@ -16,7 +16,15 @@ from pycocotools import mask as rle_tools
 from torch import Tensor
 
 from model.losses import sigmoid_mask_loss, softmax_mask_loss
-from model.mask_branch import SOFTMAX_INFERENCES, SigmoidMasks, SoftmaxMasks, sample_crops
+from model.mask_branch import (
+    SOFTMAX_INFERENCES,
+    FCNHead,
+    MaskBranch,
+    MLPHead,
+    SigmoidMasks,
+    SoftmaxMasks,
+    sample_crops,
+)
 from model.paste import paste_all, paste_all_torchvision, paste_mask
 from model.samples import FlatRoIs
 
@@ -151,14 +159,15 @@ def test_softmax_inferences_decide_as_their_names_say(first):
     torch.testing.assert_close(maps["versus_background"], own / (own + p[:, 4]))
 
 
-def test_sigmoid_masks_read_the_own_class_or_the_only_one():
-    logits = torch.randn(3, 4, 2, 2)
-    labels = torch.tensor([2, 0, 3])
-    own = SigmoidMasks(False).probabilities(logits, labels)["sigmoid"]
-    torch.testing.assert_close(own, logits[torch.arange(3), labels].sigmoid())
-    torch.testing.assert_close(
-        SigmoidMasks(True).probabilities(logits[:, :1], labels)["sigmoid"], logits[:, 0].sigmoid()
-    )
+@pytest.mark.parametrize("head", [FCNHead(6, 1, 8, 4), MLPHead(6 * 49, 2, 8, 4, 14)], ids=["fcn", "mlp"])
+def test_sigmoid_masks_compute_the_own_class_or_the_only_one(head):
+    features, labels = torch.randn(3, 6, 7, 7), torch.tensor([2, 0, 3])
+    every = head(features)
+    assert every.shape == (3, 4, 14, 14)
+    own = MaskBranch(head, SigmoidMasks(4, False), 14, 1.0).probabilities(features, labels)["sigmoid"]
+    torch.testing.assert_close(own, every[torch.arange(3), labels].sigmoid())
+    only = MaskBranch(head, SigmoidMasks(4, True), 14, 1.0).probabilities(features, labels)["sigmoid"]
+    torch.testing.assert_close(only, every[:, 0].sigmoid())
 
 
 def test_pasting_a_full_mask_covers_the_pixels_with_centres_inside():

@@ -10,7 +10,7 @@ import torchvision
 
 from model import config
 from model.build import build_roi_op
-from model.roi_ops import align, align_small_map, assign_levels
+from model.roi_ops import align, align_by_bags, assign_levels
 from tests.builders import one_box
 
 KINDS = [
@@ -151,13 +151,13 @@ def test_pooling_four_cells_gives_them_back():
 
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("samples", [1, 2, 3])
-def test_products_on_small_maps_equal_the_scattered_kernel(aligned, samples):
+def test_bags_of_cells_equal_the_scattered_kernel(aligned, samples):
     generator = torch.Generator().manual_seed(samples)
     feature = torch.randn(3, 4, 9, 13, generator=generator, requires_grad=True)
     start = torch.rand(30, 2, generator=generator) * 200 - 30
     image = torch.randint(0, 3, (30, 1), generator=generator).float()
     rois = torch.cat([image, start, start + torch.rand(30, 2, generator=generator) * 120 - 2], dim=1)
-    ours = align_small_map(feature, rois, 1 / 16, 7, samples, aligned)
+    ours = align_by_bags(feature, rois, 1 / 16, 7, samples, aligned)
     theirs = torchvision.ops.roi_align(feature, rois, (7, 7), 1 / 16, samples, aligned)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     (one,), (other,) = (torch.autograd.grad((crop**2).sum(), feature) for crop in (ours, theirs))

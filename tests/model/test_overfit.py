@@ -1,0 +1,166 @@
+"""Every arm learns eight drawn images by heart: what trains also predicts, in the same pixels."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as rle_tools
+from torch import Tensor
+
+from model.build import build_detector
+from model.config import ModelConfig
+from model.structures import Batch
+from pipelines.evaluation import evaluate
+from tests.model.batches import covered, shape_batch
+from tests.model.test_detector import total
+from workers.evaluate import coco_results
+
+IMAGES, OBJECTS, CLASSES, POINTS = 8, 2, 3, 17
+RATE, STEPS = 1e-3, 120
+GN = {"kind": "gn", "groups": 16}
+RESNET = {"kind": "resnet", "depth": 18, "norm": GN, "frozen_stages": 0}
+VGG = {"kind": "vgg16", "frozen_stages": 0}
+COMMON: dict[str, Any] = {
+    "num_classes": CLASSES,
+    "backbone": RESNET,
+    "weights": {"kind": "none"},
+    "rpn": {"batch_per_image": 32, "pre_nms_train": 100, "pre_nms_test": 50, "post_nms_train": 50, "post_nms_test": 30},
+    "sampling": {"rois_per_image": 24},
+    "box_head": {"kind": "fc", "width": 128},
+}
+SMALL_FCN: dict[str, Any] = {"kind": "fcn", "convs": 2, "width": 32}
+FPN: dict[str, Any] = {
+    "layout": {"kind": "fpn", "channels": 32, "strides": [4, 8, 16], "roi_strides": [4, 8]},
+    "anchors": {"sizes_px": [[16], [24], [32]]},
+    "mask": {"kind": "mask", "head": SMALL_FCN},
+}
+ONE_LEVEL: dict[str, Any] = {"anchors": {"sizes_px": [[32, 48]]}, "mask": {"kind": "mask", "head": SMALL_FCN}}
+C4 = {
+    **ONE_LEVEL,
+    "layout": {"kind": "c4"},
+    "box_head": {"kind": "res5"},
+    "mask": {"kind": "mask", "head": {**SMALL_FCN, "convs": 0}},
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "fpn": FPN,
+    "c4": C4,
+    "c4-14": {**C4, "layout": {"kind": "c4", "roi_side": 14}},
+    "c5": {**ONE_LEVEL, "layout": {"kind": "c5", "channels": 64}},
+    "conv5": {**ONE_LEVEL, "layout": {"kind": "conv5"}, "backbone": VGG},
+}
+KEYPOINTS = {"kind": "keypoints", "num_keypoints": POINTS, "convs": 2, "width": 32}
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # name: layout and what differs from it
+    **{layout: (layout, {}) for layout in LAYOUTS},
+    **{f"{layout}-pool": (layout, {"roi": {"kind": "pool"}}) for layout in LAYOUTS},
+    "fpn-align-max": ("fpn", {"roi": {"kind": "align", "reduce": "max"}}),
+    "fpn-align-corners": ("fpn", {"roi": {"kind": "align", "aligned": False}}),
+    "fpn-align-adaptive": ("fpn", {"roi": {"kind": "align", "samples": 0}}),
+    "fpn-warp": ("fpn", {"roi": {"kind": "warp"}}),
+    "fpn-warp-max": ("fpn", {"roi": {"kind": "warp", "reduce": "max"}}),
+    "fpn-agnostic": ("fpn", {"mask": {"loss": {"kind": "sigmoid", "class_agnostic": True}}}),
+    "fpn-softmax": ("fpn", {"mask": {"loss": {"kind": "softmax"}}}),
+    "fpn-softmax-own": ("fpn", {"mask": {"loss": {"kind": "softmax", "others": "own_class"}}}),
+    "fpn-mlp-2": ("fpn", {"mask": {"head": {"kind": "mlp", "layers": 2, "width": 128}}}),
+    "fpn-mlp-3-softmax": (
+        "fpn",
+        {"mask": {"head": {"kind": "mlp", "layers": 3, "width": 128}, "loss": {"kind": "softmax"}}},
+    ),
+    "fpn-agnostic-boxes": (
+        "fpn",
+        {"class_agnostic_boxes": True, "background": "first", "box_loss": {"kind": "smooth_l1"}},
+    ),
+    "fpn-boxes": ("fpn", {"mask": {"kind": "none"}}),
+    "c4-boxes": ("c4", {"mask": {"kind": "none"}}),
+    "fpn-keypoints": ("fpn", {"mask": {"kind": "none"}, "keypoints": KEYPOINTS}),
+    "fpn-masks-keypoints": ("fpn", {"keypoints": KEYPOINTS}),
+    "r34-bn": ("fpn", {"backbone": {**RESNET, "depth": 34, "norm": {"kind": "bn"}}}),
+    "r50-1x1": ("fpn", {"backbone": {**RESNET, "depth": 50, "stride_in_1x1": True}}),
+    "x50": ("fpn", {"backbone": {"kind": "resnext", "variant": "50-32x4d", "norm": GN, "frozen_stages": 0}}),
+}
+SAMPLE = ("fpn", "fpn-boxes")  # of the arms, in the normal suite
+
+
+def arm(name: str) -> ModelConfig:
+    layout, changes = ARMS[name]
+    fields = {**COMMON, **LAYOUTS[layout], **changes}
+    if "mask" in changes:
+        fields["mask"] = {**LAYOUTS[layout]["mask"], **changes["mask"]}
+    if fields["mask"]["kind"] == "none":
+        fields["mask"] = {"kind": "none"}
+    return ModelConfig.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow, id=name) for name in ARMS]
+)
+def test_every_arm_learns_eight_images_by_heart(name, tmp_path):
+    layout, _ = ARMS[name]
+    cfg = arm(name)
+    batch = with_points(shape_batch(IMAGES, OBJECTS, 64 if layout == "fpn" else 128, CLASSES, POINTS, apart=True))
+    detector = build_detector(cfg)
+    train(detector, batch)
+    results = coco_results(cfg, detector.predict(batch), list(range(1, CLASSES + 1)))
+    truth = tmp_path / "truth.json"
+    truth.write_text(json.dumps(as_coco(batch)))
+    found = {kind: evaluate(truth, r, "segm" if kind.startswith("segm") else kind) for kind, r in results.items()}
+    scores = {kind: evaluation.stats["AP50"] for kind, evaluation in found.items()}
+    assert all(score > 0.9 for score in scores.values()), scores
+
+
+def train(detector: torch.nn.Module, batch: Batch) -> None:
+    """Adam over a half cosine."""
+    optimiser = torch.optim.AdamW(detector.parameters(), lr=RATE, fused=True)
+    for step in range(STEPS):
+        optimiser.param_groups[0]["lr"] = (
+            RATE * min(1, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / STEPS))
+        )
+        fresh = replace(batch, noise_keys=batch.noise_keys + step)
+        total(detector.losses(fresh)).backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 10.0)
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+def with_points(batch: Batch) -> Batch:
+    """Every object's keypoints at fixed places of its box."""
+    angle = torch.arange(POINTS) * (2 * math.pi / POINTS)
+    unit = 0.5 + 0.35 * torch.stack([angle.cos(), angle.sin()], dim=1)
+    start, end = batch.boxes_xyxy[:, :, None, :2], batch.boxes_xyxy[:, :, None, 2:]
+    xy = start + unit * (end - start)
+    return replace(batch, keypoints=torch.cat([xy, torch.full_like(xy[..., :1], 2.0)], dim=-1))
+
+
+def as_coco(batch: Batch) -> dict[str, Any]:
+    side = batch.images.shape[-1]
+    annotations = [
+        annotation(batch, image, slot, side) for image in range(len(batch)) for slot in range(batch.valid.shape[1])
+    ]
+    return {
+        "images": [{"id": image, "height": side, "width": side} for image in range(len(batch))],
+        "annotations": [{"id": number + 1, **a} for number, a in enumerate(annotations)],
+        "categories": [{"id": k + 1, "name": f"class {k}"} for k in range(CLASSES)],
+    }
+
+
+def annotation(batch: Batch, image: int, slot: int, side: int) -> dict[str, Any]:
+    box, label = batch.boxes_xyxy[image, slot], int(batch.labels[image, slot])
+    mask = covered(box, label, side).numpy()
+    rle = rle_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
+    points: Tensor = batch.keypoints[image, slot] - torch.tensor([0.5, 0.5, 0.0])
+    x0, y0, x1, y1 = box.tolist()
+    return {
+        "image_id": image,
+        "category_id": label + 1,
+        "bbox": [x0, y0, x1 - x0, y1 - y0],
+        "area": int(mask.sum()),
+        "iscrowd": 0,
+        "segmentation": {"size": [side, side], "counts": rle["counts"].decode()},
+        "keypoints": points.flatten().tolist(),
+        "num_keypoints": POINTS,
+    }
