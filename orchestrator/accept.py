@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 from sqlalchemy import Connection, Engine, insert, select
 
 from orchestrator import ledger, storage
-from orchestrator.config import ServiceSettings, Submission
+from orchestrator.capacity import largest
+from orchestrator.config import ServiceSettings, Submission, has_credentials
 from orchestrator.decide import Gang, Node, fit, needs
 from orchestrator.places import code_uri, storage_root
 from orchestrator.spec import gang_of
@@ -34,6 +35,9 @@ def check(submission: Submission, settings: ServiceSettings, nodes: Sequence[Nod
     gang = gang_of(study.model_dump())
     if nodes and not settings.autoscale and fit(gang, {node.id: node.total for node in nodes}) is None:
         raise ValueError(f"resources: a trial needs {needs(gang)}; {_shape(nodes, gang)}; ask for less")
+    if settings.autoscale and settings.node_shapes and fit(gang, largest(settings.node_shapes)) is None:
+        grown = [Node(name, total, total) for name, total in largest(settings.node_shapes).items()]
+        raise ValueError(f"resources: a trial needs {needs(gang)}; {_shape(grown, gang)} at its largest; ask for less")
     _check_paths(submission, settings)
 
 
@@ -46,12 +50,18 @@ def _shape(nodes: Sequence[Node], gang: Gang) -> str:
 
 
 def _check_paths(submission: Submission, settings: ServiceSettings) -> None:
-    """With roots configured, every path and URI that a study names must lie in one of them."""
-    if not settings.roots:
-        return
+    """No URI holds credentials; with roots configured, every path and URI that a study names lies in one of them."""
     named = [("storage", submission.storage)] if submission.storage else []
     for trial in submission.trials:
         named += [(f"trial {trial.key}, {path}", value) for path, value in _strings(trial.run, "run")]
+    for where, value in named:
+        if "://" in value and has_credentials(value):
+            raise ValueError(
+                f"{where}: the URI holds credentials, which would be kept in the ledger and in MLflow; "
+                "give them to the nodes' environment instead"
+            )
+    if not settings.roots:
+        return
     for where, value in named:
         outside = "://" in value or value.startswith(("/", "~", "\\")) or ".." in Path(value).parts
         if outside and not any(_within(value, root) for root in settings.roots):

@@ -6,7 +6,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from orchestrator.decide import Gang
+from orchestrator.config import NodeShape
+from orchestrator.decide import Gang, fit
 
 Bundle = dict[str, float]
 
@@ -17,11 +18,27 @@ _PROGRAM = (
 )
 
 
-def wanted(running: Sequence[Gang], head: Gang | None) -> list[Bundle]:
+def wanted(running: Sequence[Gang], head: Gang | None, shapes: Sequence[NodeShape] = ()) -> list[Bundle]:
     """What the cluster should hold in all: what runs, and the head. Nothing if nobody lacks resources."""
     if head is None:
         return []
-    return [dict(gang.per_rank) for gang in (*running, head) for _ in range(gang.ranks)]
+    return [bundle for gang in (*running, head) for bundle in _bundles(gang, shapes)]
+
+
+def largest(shapes: Sequence[NodeShape]) -> dict[str, dict[str, float]]:
+    """The cluster at its largest, by names of our own: `fit` tells whether a gang will ever run on it."""
+    return {
+        f"shape-{index}-{number}": dict(shape.resources)
+        for index, shape in enumerate(shapes)
+        for number in range(shape.count)
+    }
+
+
+def _bundles(gang: Gang, shapes: Sequence[NodeShape]) -> list[Bundle]:
+    """A bundle for each rank; for a gang that must stay on few nodes one for each node, which is then made large."""
+    placement = fit(gang, largest(shapes)) if gang.max_nodes else None
+    counts = [1] * gang.ranks if placement is None else sorted(placement.values(), reverse=True)
+    return [{name: count * amount for name, amount in gang.per_rank.items()} for count in counts]
 
 
 def request_entry(bundles: Sequence[Bundle], python: str) -> tuple[str, ...]:

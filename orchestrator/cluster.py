@@ -22,6 +22,7 @@ from orchestrator.processes import ChildRecord, free_ports, start_child
 
 JobState = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 ENDED = ("STOPPED", "SUCCEEDED", "FAILED")
+_NODE_ID = re.compile(r"^[0-9a-f]{56}$")
 _HIDDEN = re.compile(r"^(node:|memory$|object_?store_?memory$|bundle_|.*_group_)", re.IGNORECASE)
 
 
@@ -78,9 +79,12 @@ class Cluster:
         return sorted(found, key=lambda machine: (not machine.is_head, machine.address, machine.id))
 
     def nodes(self) -> list[Node]:
+        """The nodes by Ray's id. A cluster with an autoscaler of its own reports them by address."""
         status = self._json("GET", "/api/cluster_status")["data"]["clusterStatus"]
         usage: Mapping[str, Mapping[str, Sequence[float]]] = status["loadMetricsReport"].get("usageByNode") or {}
-        return [_node(name, amounts) for name, amounts in sorted(usage.items())]
+        known = {name for name in usage if _NODE_ID.match(name)}
+        ids = {} if len(known) == len(usage) else {machine.address: machine.id for machine in self.machines()}
+        return [_node(ids.get(name, name), amounts) for name, amounts in sorted(usage.items())]
 
     def jobs(self) -> dict[str, Job]:
         """The jobs submitted through the API, by submission id."""

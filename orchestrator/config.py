@@ -185,6 +185,11 @@ class Check(BaseModel):
 # --- the service ----------------------------------------------------------------------------------------------------
 
 
+def has_credentials(uri: str) -> bool:
+    """Whether `scheme://USER:PASSWORD@host` is what it looks like."""
+    return "@" in uri.partition("://")[2].partition("/")[0]
+
+
 class Limits(Record):
     """What admission never exceeds; 0 is no limit."""
 
@@ -194,6 +199,13 @@ class Limits(Record):
     backoff_s: float = Field(30.0, ge=0)  # before the second try of a failed attempt, doubled for each further one
     stall_s: float = Field(1800.0, gt=0)  # an attempt whose step stands still for this long is started again
     lost_without_progress: int = Field(5, ge=1)  # nodes lost in a row without a step gained before a trial is given up
+
+
+class NodeShape(Record):
+    """Nodes that a growing cluster can have: what one of them holds, and how many there may be."""
+
+    resources: dict[str, float] = Field(min_length=1)  # as Ray counts them: {"CPU": 96, "GPU": 8}
+    count: int = Field(1, ge=1)
 
 
 class ServiceSettings(Record):
@@ -207,6 +219,7 @@ class ServiceSettings(Record):
     ray: str = "local"  # URL of a Ray dashboard, or "local" for a head of its own
     ray_token_file: str = ""  # of a cluster that is not "local"; without it RAY_AUTH_TOKEN counts
     autoscale: bool = False  # the cluster grows on request: what the head of the queue lacks is asked for
+    node_shapes: tuple[NodeShape, ...] = ()  # what it can grow to; without them no study is refused for its size
     ray_cpus: int = Field(0, ge=0)  # of the local head; 0 is what the machine has
     ray_gpus: int = Field(-1, ge=-1)  # of the local head; -1 lets Ray look
     ray_memory_mib: int = Field(256, ge=80)  # object store of the local head; trials pass next to nothing through it
@@ -224,3 +237,14 @@ class ServiceSettings(Record):
     max_code_mib: int = Field(64, ge=1)
     webhook: str = ""  # receives a JSON POST when a study ends
     limits: Limits = Limits()
+
+    @field_validator("storage", "mlflow", "mlflow_public", "roots")
+    @classmethod
+    def _without_credentials(cls, value: Any) -> Any:
+        for uri in value if isinstance(value, tuple) else (value,):
+            if has_credentials(uri):
+                raise ValueError(
+                    "holds credentials, and every user may read it; use the environment "
+                    "(AWS_..., MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+                )
+        return value

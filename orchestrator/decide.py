@@ -54,6 +54,7 @@ class Waiting:
     age_s: float = 0.0
     backoff_s: float = 0.0  # still to wait after a failed attempt
     seconds: float = UNKNOWN
+    suspects: tuple[str, ...] = ()  # nodes of an attempt that hung, most suspicious first
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,12 @@ class Situation:
 
 @dataclass(frozen=True)
 class Start:
+    """`avoid`: nodes that none of its ranks may sit on."""
+
     trial: str
     placement: Mapping[str, int]
     why: str
+    avoid: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ class _Round:
             self._count(run.study, run.owner, run.gang)
             self.ends.append((max(0.0, run.seconds_left), run.trial, run.gang, placement))
         self.head: Waiting | None = None
+        self.head_avoids: tuple[str, ...] = ()
         self.head_start_s = 0.0  # earliest start of the head, as far as it is known
         self.head_after = ""
         self.later: dict[str, dict[str, float]] = {}  # free at that time
@@ -195,16 +200,15 @@ class _Round:
             return held
         if not self.total:
             return Wait(trial.trial, 0, "the cluster has no node yet")
-        shape = trial.gang.shape
-        if shape not in self.holdable:
-            self.holdable[shape] = fit(trial.gang, self.total) is not None
-        if not self.holdable[shape]:
+        avoid = self._avoided(trial)
+        shape = _shape(trial.gang, avoid)
+        if not self._holdable(trial.gang, ()):
             why = f"needs {needs(trial.gang)}; the whole cluster holds {self._whole(trial.gang)}"
             return Wait(trial.trial, 0, why, True)
-        placement = None if shape in self.too_big else fit(trial.gang, self.free)
+        placement = None if shape in self.too_big else fit(trial.gang, _without(self.free, avoid))
         if placement is None:
             self.too_big.add(shape)
-            return self._lacks(trial)
+            return self._lacks(trial, avoid)
         if self.head is not None and not self._harmless(trial, placement):
             self.position += 1
             why = f"needs {needs(trial.gang)}; fits now but would delay trial {self.head.trial}, which is next"
@@ -214,7 +218,21 @@ class _Round:
         self.words.clear()
         self.ends.append((max(0.0, trial.seconds), trial.trial, trial.gang, placement))
         passed = f", passing trial {self.head.trial} without delaying it" if self.head is not None else ""
-        return Start(trial.trial, placement, f"{needs(trial.gang)} are free{passed}")
+        away = f", not on {', '.join(avoid)}, where it hung or lost a peer" if avoid else ""
+        return Start(trial.trial, placement, f"{needs(trial.gang)} are free{passed}{away}", avoid)
+
+    def _holdable(self, gang: Gang, avoid: tuple[str, ...]) -> bool:
+        """Whether the empty cluster holds it, without the nodes to avoid."""
+        shape = _shape(gang, avoid)
+        if shape not in self.holdable:
+            self.holdable[shape] = fit(gang, _without(self.total, avoid)) is not None
+        return self.holdable[shape]
+
+    def _avoided(self, trial: Waiting) -> tuple[str, ...]:
+        """As many of the suspects, from the first on, as the cluster can spare for this gang."""
+        known = tuple(node for node in trial.suspects if node in self.total)
+        spared = (known[:count] for count in range(len(known), 0, -1))
+        return next((avoid for avoid in spared if self._holdable(trial.gang, avoid)), ())
 
     def _held_back(self, trial: Waiting) -> Decision | None:
         """What keeps a trial that has nothing to do with free resources."""
@@ -234,15 +252,16 @@ class _Round:
             return Wait(trial.trial, 0, f"{self.running} trials run, the most this service may")
         return None
 
-    def _lacks(self, trial: Waiting) -> Wait:
+    def _lacks(self, trial: Waiting, avoid: tuple[str, ...]) -> Wait:
         self.position += 1
-        shape = trial.gang.shape
+        shape = _shape(trial.gang, avoid)
         if shape not in self.words:
-            self.words[shape] = f"needs {needs(trial.gang)}; {self._free(trial.gang)}"
+            away = f" not on {', '.join(avoid)}, where it hung or lost a peer" if avoid else ""
+            self.words[shape] = f"needs {needs(trial.gang)}{away}; {self._free(trial.gang)}"
         why = self.words[shape]
         if self.head is not None:
             return Wait(trial.trial, self.position, f"{why}; behind trial {self.head.trial}", True)
-        self.head = trial
+        self.head, self.head_avoids = trial, avoid
         self._reserve(trial.gang)
         when = f", in about {duration(self.head_start_s)}" if self.head_start_s > 0 else ""
         return Wait(trial.trial, self.position, f"{why}; next, after trial {self.head_after} ends{when}", True)
@@ -255,7 +274,7 @@ class _Round:
         for seconds, trial, ended, placement in sorted(self.ends, key=lambda end: (end[0], end[1])):
             take(self.later, ended, placement, -1)
             self.head_start_s, self.head_after = seconds, trial
-            if fit(gang, self.later) is not None:
+            if fit(gang, _without(self.later, self.head_avoids)) is not None:
                 return
         # Free and running together are less than the cluster: others use it. Reserve what the whole cluster has.
         self.head_start_s, self.head_after = 0.0, "of another program"
@@ -266,13 +285,14 @@ class _Round:
         assert self.head is not None
         if 0 <= trial.seconds <= self.head_start_s:
             return True
-        if trial.gang.shape in self.harmful:
+        shape = _shape(trial.gang, self._avoided(trial))
+        if shape in self.harmful:
             return False
         take(self.later, trial.gang, placement)
-        if fit(self.head.gang, self.later) is not None:
+        if fit(self.head.gang, _without(self.later, self.head_avoids)) is not None:
             return True
         take(self.later, trial.gang, placement, -1)
-        self.harmful.add(trial.gang.shape)
+        self.harmful.add(shape)
         return False
 
     # --- budget and words ---
@@ -314,6 +334,14 @@ def fit(gang: Gang, free: Mapping[str, Mapping[str, float]]) -> dict[str, int] |
         if left == 0:
             return placement
     return None
+
+
+def _without(free: Mapping[str, dict[str, float]], avoid: tuple[str, ...]) -> Mapping[str, Mapping[str, float]]:
+    return {node: amounts for node, amounts in free.items() if node not in avoid} if avoid else free
+
+
+def _shape(gang: Gang, avoid: tuple[str, ...]) -> object:
+    return (gang.shape, avoid) if avoid else gang.shape
 
 
 def _ranks(gang: Gang, amounts: Mapping[str, float]) -> int:

@@ -202,7 +202,7 @@ def move_trial(
     return connection.execute(query.values(**values)).rowcount == 1
 
 
-def start_attempt(engine: Engine, trial: str, now: float, cause: str) -> int:
+def start_attempt(engine: Engine, trial: str, now: float, cause: str, avoid: Sequence[str] = ()) -> int:
     """The number of a new attempt of a queued trial, 0 if the trial is no longer queued."""
     with engine.begin() as connection:
         row = trial_row(connection, trial)
@@ -215,7 +215,12 @@ def start_attempt(engine: Engine, trial: str, now: float, cause: str) -> int:
         submission = f"{trial}-{number}"
         connection.execute(
             insert(ATTEMPTS).values(
-                trial=trial, number=number, submission_id=submission, state="submitting", started_at=now
+                trial=trial,
+                number=number,
+                submission_id=submission,
+                state="submitting",
+                started_at=now,
+                avoid=list(avoid),
             )
         )
         record(connection, "starting", cause, study=row["study"], trial=trial, attempt=number, at=now)
@@ -265,7 +270,7 @@ def waiting_trials(connection: Connection) -> list[dict[str, Any]]:
         del study["id"]
     light = (
         TRIALS.c.id, TRIALS.c.study, TRIALS.c.position, TRIALS.c.identity, TRIALS.c.queued_at, TRIALS.c.not_before,
-        TRIALS.c.attempts,
+        TRIALS.c.attempts, TRIALS.c.suspects,
     )  # fmt: skip
     queued = connection.execute(select(*light).where(TRIALS.c.state == "queued")).mappings()
     rows = [{**row, **studies[row["study"]]} for row in queued if row["study"] in studies]

@@ -28,7 +28,6 @@ from orchestrator.decide import (
     Situation,
     Start,
     Stop,
-    StudyLimits,
     Wait,
     Waiting,
     decide,
@@ -38,10 +37,10 @@ from orchestrator.decide import (
     take,
 )
 from orchestrator.places import code_uri
-from orchestrator.spec import gang_of, gpu_hours, run_spec
-from orchestrator.tables import ATTEMPTS, STUDIES, TRIALS
-from orchestrator.verdict import Ended, Verdict, judge
-from workers.config import OUTCOME_FILE, PROGRESS_FILE, RESULT_FILE, SPEC_FILE, Outcome, Progress, Result
+from orchestrator.spec import gang_of, run_spec, study_limits
+from orchestrator.tables import ATTEMPTS, TRIALS
+from orchestrator.verdict import Ended, Verdict, judge, suspects
+from workers.config import NODES_FILE, OUTCOME_FILE, PROGRESS_FILE, RESULT_FILE, SPEC_FILE, Outcome, Progress, Result
 
 LOG = logging.getLogger("maskray")
 DRIVER_LOG = "attempts/{attempt}/driver.log"
@@ -217,6 +216,7 @@ class Reconciler:
             "not_before": now + verdict.delay_s,
             "wish": "",
             "rank_seconds": TRIALS.c.rank_seconds + ranks * seconds,
+            "suspects": suspects(verdict, self._nodes_of(row)),
         }
         if result is not None:
             values |= {
@@ -239,6 +239,15 @@ class Reconciler:
             ledger.end_study_if_over(connection, row["study"], now)
         LOG.info("trial %s attempt %d: %s, %s", row["trial"], row["number"], verdict.state, verdict.cause)
 
+    def _nodes_of(self, row: ledger.Row) -> list[str]:
+        """The nodes of an attempt's ranks, as its rank 0 wrote them down; nothing if it did not come to that."""
+        data = storage.read_bytes(storage.join(row["folder"], NODES_FILE.format(attempt=row["number"])))
+        try:
+            found = json.loads(data or b"[]")
+        except ValueError:
+            return []
+        return [str(node) for node in found] if isinstance(found, list) else []
+
     def _keep_log(self, cluster: Cluster, row: ledger.Row) -> None:
         text = cluster.log(row["submission_id"])
         path = storage.join(row["folder"], DRIVER_LOG.format(attempt=row["number"]))
@@ -250,7 +259,7 @@ class Reconciler:
         with ledger.reading(self.engine) as connection:
             attempts = ledger.live_attempts(connection)
             waiting = ledger.waiting_trials(connection)
-            studies = self._study_limits(connection, attempts, now)
+            studies = study_limits(connection, attempts, now)
             self._measure_durations(connection, {row["study"] for row in waiting})
         held, free = self._hold_back(waiting, attempts, now)
         situation = Situation(
@@ -264,7 +273,7 @@ class Reconciler:
         for decision in decisions:
             match decision:
                 case Start():
-                    number = ledger.start_attempt(self.engine, decision.trial, now, decision.why)
+                    number = ledger.start_attempt(self.engine, decision.trial, now, decision.why, decision.avoid)
                     if number:
                         self._submit(cluster, decision.trial, number)
                 case Stop():
@@ -283,7 +292,8 @@ class Reconciler:
         self, cluster: Cluster, attempts: Sequence[ledger.Row], head: ledger.Row | None, now: float
     ) -> None:
         """Sends a request when it differs from the last one; a service that was started anew sends it again."""
-        bundles = wanted([self._gang(row) for row in attempts], self._gang(head) if head is not None else None)
+        gangs = [self._gang(row) for row in attempts]
+        bundles = wanted(gangs, self._gang(head) if head is not None else None, self.settings.node_shapes)
         if bundles == self._asked or (not bundles and self._asked is None):
             return
         entry = f"exec {shlex.join(request_entry(bundles, self.settings.entry[0]))}"
@@ -296,9 +306,12 @@ class Reconciler:
         with ledger.reading(self.engine) as connection:
             row = ledger.trial_row(connection, trial)
             study = ledger.study_row(connection, row["study"]) if row is not None else None
+            avoid = connection.execute(
+                select(ATTEMPTS.c.avoid).where(ATTEMPTS.c.trial == trial, ATTEMPTS.c.number == number)
+            ).scalar()
         if row is None or study is None:
             return
-        spec = run_spec(row, study, number, self.tracking_uri, self.settings.grace_s)
+        spec = run_spec(row, study, number, avoid or (), self.tracking_uri, self.settings.grace_s)
         path = storage.join(row["folder"], SPEC_FILE.format(attempt=number))
         storage.write_bytes(path, json.dumps(spec, indent=1).encode())
         package = ""
@@ -338,6 +351,7 @@ class Reconciler:
             age_s=max(0.0, now - row["queued_at"]),
             backoff_s=max(0.0, row["not_before"] - now),
             seconds=self._durations.get(row["study"], UNKNOWN),
+            suspects=tuple(row["suspects"]),
         )
 
     def _running(self, attempts: Sequence[ledger.Row]) -> list[Running]:
@@ -408,18 +422,6 @@ class Reconciler:
         with ledger.reading(self.engine) as connection:
             query = select(TRIALS.c.identity, TRIALS.c.id).where(TRIALS.c.id.in_(trials))
             return dict(connection.execute(query).all())
-
-    def _study_limits(
-        self, connection: Connection, attempts: Sequence[ledger.Row], now: float
-    ) -> dict[str, StudyLimits]:
-        query = select(STUDIES.c.id, STUDIES.c.spec).where(STUDIES.c.state.in_(("active", "paused")))
-        limits: dict[str, StudyLimits] = {}
-        for study, data in connection.execute(query).all():
-            used = 0.0
-            if data["gpu_hours"]:
-                used = gpu_hours(connection, study, data, [row for row in attempts if row["study"] == study], now)
-            limits[study] = StudyLimits(data["max_parallel"], data["gpu_hours"], used)
-        return limits
 
     def _measure_durations(self, connection: Connection, studies: set[str]) -> None:
         for study in studies:

@@ -8,11 +8,13 @@ from typing import Any
 from sqlalchemy import Connection, select
 
 from orchestrator import ledger
-from orchestrator.decide import Gang
-from orchestrator.tables import TRIALS
+from orchestrator.decide import Gang, StudyLimits
+from orchestrator.tables import STUDIES, TRIALS
 
 
-def run_spec(trial: ledger.Row, study: ledger.Row, number: int, tracking_uri: str, grace_s: float) -> dict[str, Any]:
+def run_spec(
+    trial: ledger.Row, study: ledger.Row, number: int, avoid: Sequence[str], tracking_uri: str, grace_s: float
+) -> dict[str, Any]:
     """A workers.config.RunSpec as data: the study's own code validates it. `tracking_uri` is empty without MLflow."""
     resources = study["spec"]["resources"]
     tracking: dict[str, Any] = {"kind": "none"}
@@ -35,6 +37,8 @@ def run_spec(trial: ledger.Row, study: ledger.Row, number: int, tracking_uri: st
         "cpus_per_rank": resources["cpus_per_rank"],
         "gpus_per_rank": resources["gpus_per_rank"],
         "rank_resources": resources["custom_per_rank"],
+        "max_nodes": resources["max_nodes"],
+        "avoid_nodes": list(avoid),
         "tracking": tracking,
         "tags": {**trial["tags"], "maskray.owner": study["owner"]},
         "study_yaml": study["study_yaml"],
@@ -52,6 +56,18 @@ def gang_of(study: Mapping[str, Any]) -> Gang:
     return Gang(
         resources["ranks"], {name: amount for name, amount in per_rank.items() if amount}, resources["max_nodes"]
     )
+
+
+def study_limits(connection: Connection, attempts: Sequence[ledger.Row], now: float) -> dict[str, StudyLimits]:
+    """Of every study that is not over, with what its budget has paid for so far."""
+    query = select(STUDIES.c.id, STUDIES.c.spec).where(STUDIES.c.state.in_(("active", "paused")))
+    limits: dict[str, StudyLimits] = {}
+    for study, data in connection.execute(query).all():
+        used = 0.0
+        if data["gpu_hours"]:
+            used = gpu_hours(connection, study, data, [row for row in attempts if row["study"] == study], now)
+        limits[study] = StudyLimits(data["max_parallel"], data["gpu_hours"], used)
+    return limits
 
 
 def gpu_hours(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,6 +87,19 @@ def judge(ended: Ended, limits: Limits) -> Verdict:
             return _after_loss(ended, error, limits)
         case _:
             return _after_failure(ended, error_class, error, limits)
+
+
+def suspects(verdict: Verdict, nodes: Sequence[str]) -> list[str]:
+    """The nodes that the next attempt had better avoid, most suspicious first. `nodes`: of the ranks, by rank.
+
+    After a hang or a broken collective: that of the rank whose error it is, then those of its peers; one of them may
+    have been the cause. Nothing after any other end.
+    """
+    if verdict.error_class != "collective" or verdict.state != "queued":
+        return []
+    named = re.match(r"rank (\d+): ", verdict.error)
+    rank = int(named.group(1)) if named else len(nodes)
+    return list(dict.fromkeys([*nodes[rank : rank + 1], *nodes]))
 
 
 def _after_loss(ended: Ended, error: str, limits: Limits) -> Verdict:

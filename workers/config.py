@@ -262,6 +262,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_PREEMPTED, EXIT_STOPPED, EXIT_DIVERGED,
 
 # Files of a trial's folder, relative to RunSpec.storage.
 SPEC_FILE = "attempts/{attempt}/spec.json"
+NODES_FILE = "attempts/{attempt}/nodes.json"  # ids of the Ray nodes that the ranks sit on, by rank
 OUTCOME_FILE = "attempts/{attempt}/outcome.json"
 LOG_FILE = "attempts/{attempt}/rank-{rank}.log"
 PROGRESS_FILE = "progress.json"
@@ -302,6 +303,8 @@ class RunSpec(Record):
     cpus_per_rank: float = Field(1.0, gt=0)
     gpus_per_rank: float = Field(0.0, ge=0)
     rank_resources: dict[str, float] = {}  # custom Ray resources per rank
+    max_nodes: int = Field(0, ge=0)  # 1 keeps the gang together; above that Ray packs it as tightly as it can
+    avoid_nodes: tuple[str, ...] = ()  # ids of Ray nodes that no rank may sit on
     tracking: Tracking = NoTracking()
     tags: dict[str, str] = {}  # to MLflow as they are: code version, manifest hash, owner
     study_yaml: str = ""  # artifact of the run

@@ -199,6 +199,16 @@ def test_a_submission_is_checked_in_one_line(http):
     refused(http.post("/v1/studies", content=b"{", headers=by("ann")), 400, "JSON")
 
 
+def test_a_growing_cluster_refuses_what_its_largest_shape_will_never_hold(tmp_path):
+    shapes = ({"resources": {"CPU": 16}, "count": 2},)
+    hub = FakeHub(tmp_path, autoscale=True, node_shapes=shapes)
+    http = Http(build_app(hub, "1"))
+    assert post(http, resources={"ranks": 32}).status_code == 200
+    refused(post(http, resources={"ranks": 33}), 400, "the whole cluster holds 32 CPUs on 2 nodes at its largest")
+    refused(post(http, resources={"ranks": 17, "max_nodes": 1}), 400, "at its largest")
+    hub.engine.dispose()
+
+
 def test_what_a_database_cannot_hold_is_refused(http):
     for run in ({"lr": math.nan}, {"name": "a\0b"}):
         body = json.loads(submission(plan("a")).model_dump_json())
@@ -247,6 +257,19 @@ def test_studies_name_paths_inside_the_roots_only(tmp_path, value, allowed):
         else:
             refused(response, 400, "outside the service's roots")
     hub.engine.dispose()
+
+
+@pytest.mark.parametrize("uri", ["s3://key:secret@bucket/coco", "gs://token@bucket/coco"])
+def test_credentials_in_a_uri_never_reach_the_ledger(http, hub, uri):
+    made = plan("a").model_copy(update={"run": {"data": {"train": [uri]}}})
+    for fields in ({"plans": (made,)}, {"storage": uri}):
+        response = post(http, **fields)
+        refused(response, 400, "holds credentials")
+        assert uri not in response.text
+    for name in ("storage", "mlflow"):
+        with pytest.raises(ValueError, match="holds credentials"):
+            ServiceSettings(home="h", **{name: uri})
+    assert post(http, plans=(plan("a").model_copy(update={"run": {"note": "s3://bucket/a@b"}}),)).status_code == 200
 
 
 # --- packages -------------------------------------------------------------------------------------------------------

@@ -281,3 +281,34 @@ def test_needs_read_well():
         needs(Gang(2, {"CPU": 4, "GPU": 0.5, "tpu": 1}, 1))
         == "2 ranks x 1 tpu and 0.5 GPUs and 4 CPUs on at most 1 node"
     )
+
+
+# --- nodes under suspicion ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "suspects", "avoided"),
+    [
+        (2, ("n0",), ("n0",)),
+        (2, ("n0", "n1"), ("n0", "n1")),
+        (4, ("n0", "n1"), ("n0",)),  # the cluster can spare the first alone
+        (6, ("n0", "n1"), ()),  # it takes every node there is
+        (2, ("gone", "n2"), ("n2",)),
+    ],
+)
+def test_a_gang_keeps_off_as_many_suspects_as_the_cluster_can_spare(ranks, suspects, avoided):
+    nodes = [node(f"n{i}", 2) for i in range(3)]
+    (start,) = decide(Situation(nodes, [waiting("t", ranks, suspects=suspects)], []), LIMITS)
+    assert isinstance(start, Start)
+    assert start.avoid == avoided
+    assert not set(avoided) & set(start.placement)
+    assert ("where it hung" in start.why) == bool(avoided)
+
+
+def test_a_gang_waits_for_a_sound_node_while_a_suspect_is_free_and_others_take_that():
+    nodes = [node("n0", 2), node("n1", 2, free=0)]
+    gangs = [waiting("hung", 2, suspects=("n0",)), waiting("other", 2)]
+    situation = Situation(nodes, gangs, [running("r", 2, 600, {"n1": 2})])
+    assert starts(situation) == ["other"]
+    assert why(situation, "hung").startswith("needs 2 ranks x 1 GPU not on n0, where it hung or lost a peer; ")
+    assert "next, after trial r ends, in about 10 min" in why(situation, "hung")

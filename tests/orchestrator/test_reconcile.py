@@ -187,6 +187,25 @@ def test_an_attempt_whose_step_stands_still_is_started_again(house):
     assert "stalled" in house.kinds(trial)
 
 
+def test_after_a_hang_the_next_attempt_keeps_off_the_node_and_the_one_after_a_loss_does_not(house):
+    both = [Node(name, {"CPU": 1.0}, {"CPU": 1.0}) for name in ("n0", "n1")]
+    house.cluster.nodes = lambda: both  # type: ignore[method-assign]
+    trial = f"{house.submit(plan('a'))}-000"
+    house.tick(2)
+    folder = Path(house.trial(trial)["folder"])
+    (folder / "attempts/1/nodes.json").write_text('["n0"]')
+    broken = Outcome(state="failed", error_class="collective", error="rank 0: connection closed by peer")
+    house.cluster.end(f"{trial}-1", 1, broken, done=False)
+    house.tick(2)
+    assert house.trial(trial)["suspects"] == ["n0"]
+    assert house.cluster.specs[f"{trial}-2"]["avoid_nodes"] == ["n0"]
+    assert house.cluster.specs[f"{trial}-1"]["avoid_nodes"] == []
+    (folder / "attempts/2/nodes.json").write_text('["n1"]')
+    house.cluster.end(f"{trial}-2", -9, done=False)
+    house.tick(2)
+    assert house.cluster.specs[f"{trial}-3"]["avoid_nodes"] == []
+
+
 def test_a_head_that_forgot_everything_costs_no_failure(house):
     trial = f"{house.submit(plan('a'))}-000"
     for attempt in (1, 2, 3, 4):
