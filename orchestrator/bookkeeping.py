@@ -6,16 +6,21 @@ Each step finds its work in the ledger and marks it there when it is done, so no
 from __future__ import annotations
 
 import logging
+import math
+import re
 
 import httpx
 from sqlalchemy import Engine, select, update
 
 from orchestrator import ledger
-from orchestrator.config import FINAL_STATES
+from orchestrator.compare import compare
+from orchestrator.config import FINAL_STATES, StudyView
 from orchestrator.mlflow_client import MLflow
 from orchestrator.tables import STUDIES, TRIALS
+from orchestrator.views import study_views
 
 LOG = logging.getLogger("maskray")
+_NAME = re.compile(r"[^\w\-. :/]")  # what MLflow takes in no metric's name
 _ENDED_STUDY = ("done", "failed", "cancelled")
 _STATUS = {"done": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 
@@ -96,10 +101,28 @@ def _close_parents(engine: Engine, mlflow: MLflow, now: float) -> int:
         )
         studies = list(connection.execute(query).mappings())
     for study in studies:
-        mlflow.end_run(study["mlflow_run_id"], _STATUS[study["state"]], study["ended_at"] or now)
+        with ledger.reading(engine) as connection:
+            (view,) = study_views(connection, {}, study["id"])
+        at = study["ended_at"] or now
+        mlflow.log_metrics(study["mlflow_run_id"], study_metrics(view), at)
+        mlflow.end_run(study["mlflow_run_id"], _STATUS[study["state"]], at)
         with engine.begin() as connection:
             connection.execute(update(STUDIES).where(STUDIES.c.id == study["id"]).values(mlflow_closed=True))
     return len(studies)
+
+
+def study_metrics(view: StudyView) -> dict[str, float]:
+    """Means over seeds and differences from the baseline, each with its interval, by MLflow's metric names."""
+    found: dict[str, float] = {}
+    for arm in compare(view.trials, view.spec["metrics"]).arms:
+        label = ".".join(f"{factor}-{level}" for factor, level in arm.arm.items()) or "baseline"
+        for metric, summary in arm.metrics.items():
+            name = f"{label}/{metric}"
+            found |= {f"{name}/mean": summary.mean, f"{name}/low": summary.low, f"{name}/high": summary.high}
+        for metric, pair in arm.differences.items():
+            name = f"{label}/{metric}/difference"
+            found |= {name: pair.mean, f"{name}/low": pair.low, f"{name}/high": pair.high}
+    return {_NAME.sub("_", name)[:250]: value for name, value in found.items() if math.isfinite(value)}
 
 
 def send_webhooks(engine: Engine, url: str) -> None:

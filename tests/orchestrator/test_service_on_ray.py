@@ -5,6 +5,7 @@ One house for the whole file: starting a head costs ten seconds. The trials are 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -178,7 +179,8 @@ def test_a_study_runs_its_errors_are_classed_and_mlflow_and_logs_keep_it(house, 
     experiment = mlflow.experiment(view.study, {})
     parents = mlflow.runs(experiment, f"tags.`maskray.parent` = '{view.study}'")
     assert len(parents) == 1
-    house.until("closed parent run", lambda: mlflow.runs(experiment, "attributes.status = 'FAILED'"))
+    (parent,) = house.until("closed parent run", lambda: mlflow.runs(experiment, "attributes.status = 'FAILED'"))
+    assert {"key": "a-good/segm/AP/mean", "value": 0.26}.items() <= parent["data"]["metrics"][-1].items()
     mlflow.close()
 
 
@@ -217,6 +219,28 @@ def test_the_doctor_finds_the_local_head_well(house):
 def test_a_trial_no_machine_holds_is_refused_at_submit(client):
     with pytest.raises(ValueError, match="needs 99 ranks x 1 CPU; the whole cluster holds 2 CPUs on 1 node"):
         client.submit(submission(resources=Resources(ranks=99)))
+
+
+def test_ray_demands_its_token_and_no_secret_is_in_a_command_line_a_log_or_a_database(house, client):
+    ended = house.ended(client, client.submit(submission(plan("quiet", identity("quiet")), name="quiet"))["study"])
+    assert ended.state == "done"
+    url = recorded_child("ray", house.home).url
+    for path in ("/api/jobs/", "/api/cluster_status"):
+        assert httpx.get(url + path).status_code == 401
+        assert httpx.get(url + path, headers={"Authorization": "Bearer wrong"}).status_code in (401, 403)
+    files = [house.home / "token", house.home / "ray-token"]
+    secrets = [file.read_bytes().strip() for file in files]
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            command = "\0".join(process.cmdline()).encode()
+            assert not [secret for secret in secrets if secret in command], process
+    looked = 0
+    for path in house.root.rglob("*"):
+        if path.is_file() and path not in files:
+            text = path.read_bytes()
+            assert not [secret for secret in secrets if secret in text], path
+            looked += path.suffix in (".db", ".log", ".json", ".db-wal", ".out", ".err")
+    assert looked > 20
 
 
 def test_a_study_is_paused_resumed_and_cancelled_at_a_checkpoint(house, client):
