@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.config import StudyView, Submission, TrialPlan
+from orchestrator.config import Study, StudyView, Submission, TrialPlan
+from orchestrator.decide import fit, take
 from orchestrator.report_facts import images_seen
 from orchestrator.report_table import aligned
 from orchestrator.sizes import checkpoint_bytes
+from orchestrator.spec import gang_of
 from workers.config import RunConfig
 
 
@@ -121,6 +123,16 @@ def make_plan(
     slots = min(gangs, submission.study.max_parallel or gangs)
     whole = whole_hours([entry.hours for entry in planned if not entry.cached], slots) if slots else 0.0
     return Plan(submission.study.name, tuple(planned), at_once, gpu_hours, longest, whole, unknown, disk)
+
+
+def gangs_at_once(study: Study, nodes: Sequence[Mapping[str, Any]]) -> int:
+    """How many trials of the study the cluster holds when it is empty; 0 if it holds none, or no node is known."""
+    free = {node["id"]: dict(node["total"]) for node in nodes}
+    gang, count = gang_of(study.model_dump()), 0
+    while (placement := fit(gang, free)) is not None:
+        take(free, gang, placement)
+        count += 1
+    return count
 
 
 def whole_hours(hours: Sequence[float], gangs: int) -> float:

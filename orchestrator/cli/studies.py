@@ -31,13 +31,14 @@ def register(app: typer.Typer) -> None:
 def plan(study: StudyFile, data: Data = "", code: Code = "", json: Json = False, debug: Debug = False) -> None:
     """Show what a study would run: trials, ranks, identities, what is cached. Starts nothing."""
     from orchestrator.local import running_client
-    from orchestrator.plan import make_plan, measured_speeds
+    from orchestrator.plan import gangs_at_once, make_plan, measured_speeds
 
     submission, _ = _prepare(study, data, code)
     client = running_client()
     finished = client.finished([trial.identity for trial in submission.trials]) if client else {}
     speeds = measured_speeds(submission.study.name, client.studies()) if client else {}
-    result = make_plan(submission, finished, speeds)
+    gangs = gangs_at_once(submission.study, client.info().cluster["nodes"]) if client else 0
+    result = make_plan(submission, finished, speeds, gangs)
     print_json(result.as_json()) if json else print(result.text())
 
 

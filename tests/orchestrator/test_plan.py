@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from model.config import preset
 from orchestrator.config import StudyView, Submission
 from orchestrator.expand import expand
-from orchestrator.plan import make_plan, measured_speeds, whole_hours
+from orchestrator.plan import gangs_at_once, make_plan, measured_speeds, whole_hours
 from orchestrator.sizes import parameters
 from tests.orchestrator.studies import CODE, finished, tiny_study, write_dataset
 
@@ -37,6 +38,16 @@ def test_the_whole_study_at_the_clusters_size(tmp_path: Path) -> None:
     assert "1.0 h for the longest trial, 1.5 h for the study on this cluster, 6.0 GPU-hours" in plan.text()
     assert whole_hours([3.0, 2.0, 2.0, 1.0], gangs=2) == 4.0
     assert whole_hours([3.0, 2.0], gangs=5) == 3.0
+
+
+def test_how_many_trials_run_at_once_follows_from_the_nodes(tmp_path: Path) -> None:
+    def nodes(*gpus: int) -> list[dict[str, Any]]:
+        return [{"id": f"n{i}", "total": {"CPU": 64, "GPU": count}, "free": {}} for i, count in enumerate(gpus)]
+
+    study = submission(tmp_path).study  # two ranks of a GPU each
+    assert [gangs_at_once(study, nodes(*gpus)) for gpus in ((), (1,), (1, 1), (8, 3))] == [0, 0, 1, 5]
+    together = study.model_copy(update={"resources": study.resources.model_copy(update={"max_nodes": 1})})
+    assert [gangs_at_once(together, nodes(*gpus)) for gpus in ((1, 1), (8, 3))] == [0, 5]
 
 
 def test_cached_trials_cost_nothing(tmp_path: Path) -> None:
