@@ -3,17 +3,15 @@
     python benchmarks/train_step.py --preset tiny
     python benchmarks/train_step.py --preset r50-fpn --side 512 --batch 2
 
-Ours and torchvision's steps alternate; the ratio is of the medians of images per second. The last line with `--json` is
-one JSON object.
+Ours and torchvision's steps alternate; the ratio is of the medians of images per second. `masks_a_step` tells how many
+positives the mask heads saw. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,15 +25,17 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.pairs import in_turns, report, seconds
 from model.build import build_detector
 from model.config import preset
 from model.structures import Batch
+from model.weights import from_torchvision
 
 
 def drawn_batch(images: int, objects: int, side: int, num_classes: int) -> Batch:
@@ -133,6 +133,13 @@ def make_step(model: nn.Module, losses: Callable[[], Tensor], bf16: bool) -> Cal
     return step
 
 
+def share_weights(detector: nn.Module, peer: nn.Module) -> None:
+    """The peer's weights for both, with residual branches damped: frozen norms do not keep random ones in bounds."""
+    for block in (module for module in peer.modules() if isinstance(module, Bottleneck)):
+        block.bn3.weight.fill_(0.2)
+    detector.load_state_dict(from_torchvision(peer.state_dict()), strict=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", choices=["torchvision"], default="torchvision")
@@ -147,49 +154,50 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cfg = preset(args.preset)
     batch = drawn_batch(args.batch, args.objects, args.side, cfg.num_classes).to(device)
-    detector = build_detector(cfg).to(device)
-    peer = their_model(args.preset, args.side).to(device).train()
+    detector, peer = build_detector(cfg), their_model(args.preset, args.side).train()
+    if args.preset == "r50-fpn":
+        share_weights(detector, peer)
+    detector, peer = detector.to(device), peer.to(device)
     floats, targets = [image.float() / 255 for image in batch.images], their_targets(batch)
+    masks: dict[str, list[int]] = {"ours": [], "peer": []}
+    peer.roi_heads.mask_head.register_forward_pre_hook(lambda _, inputs: masks["peer"].append(len(inputs[0])))
 
     def ours() -> Tensor:
-        terms = detector.losses(batch).values()
-        return torch.stack([term.weight * term.sum / term.count.clamp(min=1) for term in terms]).sum()
+        terms = detector.losses(batch)
+        if device == "cpu":
+            masks["ours"].append(int(terms["mask"].count))
+        return torch.stack([term.weight * term.sum / term.count.clamp(min=1) for term in terms.values()]).sum()
 
     steps = {
         "ours": make_step(detector, ours, args.bf16),
         "peer": make_step(peer, lambda: torch.stack(list(peer(floats, targets).values())).sum(), args.bf16),
     }
-    report(measure(steps, args.pairs, device), args, device)
+    measure(steps, args, device, masks)
 
 
-def measure(steps: dict[str, Callable[[], None]], pairs: int, device: str) -> dict[str, float]:
-    """Median seconds of each, taken in turns after two warm-up rounds."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(pairs + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if round_ >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def report(seconds: dict[str, float], args: Any, device: str) -> None:
-    rate = {name: args.batch / value for name, value in seconds.items()}
+def measure(steps: dict[str, Callable[[], None]], args: Any, device: str, masks: dict[str, list[int]]) -> None:
+    """Images per second in turns after two rounds to warm up; on a GPU the peak memory above what is resident too."""
+    cuda = device == "cuda"
+    finish = torch.cuda.synchronize if cuda else lambda: None
+    found = in_turns({name: seconds(step, finish) for name, step in steps.items()}, args.pairs, warm_up=2)
+    more: dict[str, Any] = {"masks_a_step": {n: statistics.median(v) for n, v in masks.items() if v}}
+    if cuda:
+        more["peak_mib"] = {name: peak_mib(step) for name, step in steps.items()}
     precision = "bf16" if args.bf16 else "fp32"
-    result = {
-        "name": f"train step {args.preset} {args.side} px batch {args.batch} {precision}, images/s",
-        "ours": round(rate["ours"], 3),
-        "peer": round(rate["peer"], 3),
-        "ratio": round(rate["ours"] / rate["peer"], 3),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-        "pairs": args.pairs,
-    }
-    if not args.json:
-        print(f"{result['name']}: ours {result['ours']}, torchvision {result['peer']}, ratio {result['ratio']}")
-    print(json.dumps(result))
+    report(
+        f"train step {args.preset} {args.side} px batch {args.batch} {precision}, images/s",
+        {name: [args.batch / value for value in values] for name, values in found.items()},
+        torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
+        args.json,
+        **more,
+    )
+
+
+def peak_mib(step: Callable[[], None]) -> float:
+    resident = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return round((torch.cuda.max_memory_allocated() - resident) / 2**20, 1)
 
 
 if __name__ == "__main__":
