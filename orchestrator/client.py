@@ -71,8 +71,10 @@ class Client:
         body = submission.model_dump_json().encode()
         return dict(self._call("POST", "/v1/studies", content=body, headers={"Content-Type": "application/json"}))
 
-    def studies(self) -> list[StudyView]:
-        return [StudyView.model_validate(view) for view in self._call("GET", "/v1/studies")["studies"]]
+    def studies(self, trials: bool = True) -> list[StudyView]:
+        """All studies; without `trials` only with their counts by state."""
+        found = self._call("GET", "/v1/studies", params={"trials": trials})["studies"]
+        return [StudyView.model_validate(view) for view in found]
 
     def study(self, study: str) -> StudyView:
         return StudyView.model_validate(self._call("GET", f"/v1/studies/{study}"))

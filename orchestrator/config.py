@@ -138,6 +138,7 @@ class StudyView(BaseModel):
     spec: dict[str, Any]  # orchestrator.config.Study
     warnings: list[str] = []
     mlflow_experiment: str = ""
+    counts: dict[str, int] = {}  # trials by state
     trials: list[TrialView] = []
 
 

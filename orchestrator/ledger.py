@@ -220,7 +220,7 @@ def start_attempt(engine: Engine, trial: str, now: float, cause: str, avoid: Seq
                 submission_id=submission,
                 state="submitting",
                 started_at=now,
-                avoid=list(avoid),
+                avoid=" ".join(avoid),
             )
         )
         record(connection, "starting", cause, study=row["study"], trial=trial, attempt=number, at=now)
@@ -275,6 +275,25 @@ def waiting_trials(connection: Connection) -> list[dict[str, Any]]:
     queued = connection.execute(select(*light).where(TRIALS.c.state == "queued")).mappings()
     rows = [{**row, **studies[row["study"]]} for row in queued if row["study"] in studies]
     return sorted(rows, key=lambda row: (order[row["study"]], row["position"]))
+
+
+def waiting_for_nothing(connection: Connection) -> list[Row]:
+    """Queued trials, not to be run anew, whose identity another trial has a result of its own for by now."""
+    done = TRIALS.alias("done")
+    results = select(done.c.identity).where(done.c.state == "done", done.c.cached_from == "")
+    query = (
+        select(TRIALS.c.id, TRIALS.c.study, TRIALS.c.identity)
+        .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
+        .where(
+            TRIALS.c.state == "queued",
+            TRIALS.c.attempts == 0,
+            STUDIES.c.state == "active",
+            STUDIES.c.fresh.is_(False),
+            TRIALS.c.identity.in_(results),
+        )
+        .order_by(STUDIES.c.created_at, TRIALS.c.study, TRIALS.c.position)
+    )
+    return list(connection.execute(query).mappings())
 
 
 def end_study_if_over(connection: Connection, study: str, now: float) -> str:

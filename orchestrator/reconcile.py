@@ -216,7 +216,7 @@ class Reconciler:
             "not_before": now + verdict.delay_s,
             "wish": "",
             "rank_seconds": TRIALS.c.rank_seconds + ranks * seconds,
-            "suspects": suspects(verdict, self._nodes_of(row)),
+            "suspects": " ".join(suspects(verdict, self._nodes_of(row))),
         }
         if result is not None:
             values |= {
@@ -311,7 +311,7 @@ class Reconciler:
             ).scalar()
         if row is None or study is None:
             return
-        spec = run_spec(row, study, number, avoid or (), self.tracking_uri, self.settings.grace_s)
+        spec = run_spec(row, study, number, (avoid or "").split(), self.tracking_uri, self.settings.grace_s)
         path = storage.join(row["folder"], SPEC_FILE.format(attempt=number))
         storage.write_bytes(path, json.dumps(spec, indent=1).encode())
         package = ""
@@ -351,7 +351,7 @@ class Reconciler:
             age_s=max(0.0, now - row["queued_at"]),
             backoff_s=max(0.0, row["not_before"] - now),
             seconds=self._durations.get(row["study"], UNKNOWN),
-            suspects=tuple(row["suspects"]),
+            suspects=tuple(row["suspects"].split()),
         )
 
     def _running(self, attempts: Sequence[ledger.Row]) -> list[Running]:
@@ -439,18 +439,14 @@ class Reconciler:
     def _take_cached(self, now: float) -> None:
         """Ends waiting trials whose run has been done meanwhile, by another study or in another place of this one."""
         with ledger.reading(self.engine) as connection:
-            waiting = {
-                row["id"]: row for row in ledger.waiting_trials(connection) if not row["fresh"] and not row["attempts"]
-            }
-            found = ledger.finished_by_identity(connection, sorted({row["identity"] for row in waiting.values()}))
-        for trial, row in waiting.items():
-            source = found.get(row["identity"])
-            if source is None:
-                continue
+            waiting = ledger.waiting_for_nothing(connection)
+            found = ledger.finished_by_identity(connection, sorted({row["identity"] for row in waiting}))
+        for row in waiting:
+            source = found[row["identity"]]
             with self.engine.begin() as connection:
-                if ledger.move_trial(connection, trial, ["queued"], ledger.cached_values(source)):
+                if ledger.move_trial(connection, row["id"], ["queued"], ledger.cached_values(source)):
                     text = f"taken from trial {source['id']}"
-                    ledger.record(connection, "cached", text, study=row["study"], trial=trial, at=now)
+                    ledger.record(connection, "cached", text, study=row["study"], trial=row["id"], at=now)
                     ledger.end_study_if_over(connection, row["study"], now)
 
     def _wish(self, trial: str, wish: str, why: str, now: float) -> None:

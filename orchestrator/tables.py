@@ -109,7 +109,7 @@ TRIALS = Table(
     Column("moved_at", Float, nullable=False, default=0.0),  # when the step last changed
     Column("marks", JSON, nullable=False),  # workers.config.Event of the trial's own files
     Column("rank_seconds", Float, nullable=False, default=0.0),  # of ended attempts, over all ranks
-    Column("suspects", JSON, nullable=False, default=list, server_default="[]"),  # nodes that its next attempt avoids
+    Column("suspects", Text, nullable=False, default="", server_default=""),  # nodes that its next attempt avoids
     UniqueConstraint("study", "key", name="uq_trials_study_key"),
     Index("ix_trials_state", "state"),
     Index("ix_trials_study", "study"),
@@ -130,7 +130,7 @@ ATTEMPTS = Table(
     Column("ended_at", Float, nullable=False, default=0.0),
     Column("step", Integer, nullable=False, default=0),
     Column("first_step", Integer, nullable=False, default=-1),  # where it took up; -1 until it has said so
-    Column("avoid", JSON, nullable=False, default=list, server_default="[]"),  # nodes that it was kept off
+    Column("avoid", Text, nullable=False, default="", server_default=""),  # nodes that it was kept off
     Index("ix_attempts_state", "state"),
 )
 

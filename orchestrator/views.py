@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
 from orchestrator import ledger
 from orchestrator.config import AttemptView, QueueEntry, StudyView, Submission, TrialView
@@ -16,7 +16,9 @@ from orchestrator.tables import ATTEMPTS, STUDIES, TRIALS
 _HEAVY = ("run", "tags")
 
 
-def study_views(connection: Connection, waits: Mapping[str, Wait], study: str = "") -> list[StudyView]:
+def study_views(
+    connection: Connection, waits: Mapping[str, Wait], study: str = "", with_trials: bool = True
+) -> list[StudyView]:
     """All studies, newest last, or the one; without their trials' attempts unless it is the one."""
     query = select(STUDIES).order_by(STUDIES.c.created_at, STUDIES.c.id)
     columns = [column for column in TRIALS.c if column.name not in _HEAVY]
@@ -26,8 +28,12 @@ def study_views(connection: Connection, waits: Mapping[str, Wait], study: str = 
         query = query.where(STUDIES.c.id == study)
         trials = trials.where(TRIALS.c.study == study)
         attempts = _attempts(connection, study)
+    counting = select(TRIALS.c.study, TRIALS.c.state, func.count()).group_by(TRIALS.c.study, TRIALS.c.state)
+    counts: dict[str, dict[str, int]] = {}
+    for of, state, count in connection.execute(counting.where(TRIALS.c.study == study) if study else counting):
+        counts.setdefault(of, {})[state] = count
     by_study: dict[str, list[TrialView]] = {}
-    for row in connection.execute(trials).mappings():
+    for row in connection.execute(trials).mappings() if with_trials else ():
         by_study.setdefault(row["study"], []).append(_trial_view(row, waits, attempts.get(row["id"], [])))
     return [
         StudyView(
@@ -41,6 +47,7 @@ def study_views(connection: Connection, waits: Mapping[str, Wait], study: str = 
             spec=row["spec"],
             warnings=row["warnings"],
             mlflow_experiment=row["mlflow_experiment"],
+            counts=counts.get(row["id"], {}),
             trials=by_study.get(row["id"], []),
         )
         for row in connection.execute(query).mappings()

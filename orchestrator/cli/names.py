@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def study_id(client: Client, name: str) -> str:
     """The id of the study that `name` means: an id, the newest study of that name, or `last`."""
-    views = sorted(client.studies(), key=lambda view: view.created_at)
+    views = sorted(client.studies(trials=False), key=lambda view: view.created_at)
     if not views:
         raise ValueError(f"study {name!r}: there are no studies yet")
     if name == "last":
@@ -30,16 +30,24 @@ def trial_id(client: Client, name: str) -> str:
         found = [trial.trial for trial in trials if trial.key == key]
         known = [trial.key for trial in trials]
     else:
-        trials = [trial for view in client.studies() for trial in view.trials]
-        found = [trial.trial for trial in trials if trial.trial == name]
-        known = [trial.trial for trial in trials]
+        known = _trials_beside(client, name)
+        found = [trial for trial in known if trial == name]
     if not found:
         raise ValueError(f"trial {name!r}: not known{_nearest(key or name, known)}")
     return found[0]
 
 
 def is_trial(client: Client, name: str) -> bool:
-    return ":" in name or any(trial.trial == name for view in client.studies() for trial in view.trials)
+    return ":" in name or name in _trials_beside(client, name)
+
+
+def _trials_beside(client: Client, name: str) -> list[str]:
+    """The ids of the study that `name` would be a trial of: ids are STUDY-NUMBER. Of all studies if there is none."""
+    study = name.rpartition("-")[0]
+    studies = {view.study for view in client.studies(trials=False)}
+    if study in studies:
+        return [trial.trial for trial in client.study(study).trials]
+    return [] if name in studies else [trial.trial for view in client.studies() for trial in view.trials]
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -65,7 +65,7 @@ def _original(client: Client, trial: str) -> tuple[TrialView, StudyView]:
     found = next(one for one in view.trials if one.trial == trial)
     if not found.cached_from:
         return found, view
-    known = {one.study for one in client.studies()}
+    known = {one.study for one in client.studies(trials=False)}
     source = found.cached_from
     return _original(client, source) if source.rpartition("-")[0] in known else (found, view)
 

@@ -45,7 +45,7 @@ def status(
 
     client = connected_client()
     if not study:
-        views = client.studies()
+        views = client.studies(trials=json)
         print_json({"studies": [view.model_dump() for view in views]}) if json else tables.print_studies(views)
         return
     view = client.study(study_id(client, study))

@@ -20,10 +20,12 @@ def print_studies(views: Sequence[StudyView]) -> None:
         return
     table = Table("study", "name", "owner", "state", "priority", "done", "age", box=None, pad_edge=False)
     for view in views:
-        done = sum(trial.state in FINAL_STATES for trial in view.trials)
+        done = sum(count for state, count in view.counts.items() if state in FINAL_STATES)
         state = Text(view.state, _STYLES.get(view.state, ""))
         age = duration(time.time() - view.created_at)
-        table.add_row(view.study, view.name, view.owner, state, str(view.priority), f"{done}/{len(view.trials)}", age)
+        table.add_row(
+            view.study, view.name, view.owner, state, str(view.priority), f"{done}/{sum(view.counts.values())}", age
+        )
     _print(table)
 
 

@@ -218,6 +218,20 @@ def test_what_a_database_cannot_hold_is_refused(http):
     assert http.get("/v1/studies/a%00b", headers=by("ann")).status_code == 400
 
 
+def test_the_list_of_studies_counts_trials_and_can_leave_them_out(http):
+    study = post(http, plans=(plan("a", identity("a")), plan("b", identity("b")))).json()["study"]
+    (whole,) = http.get("/v1/studies", headers=by("eve")).json()["studies"]
+    (light,) = http.get("/v1/studies?trials=false", headers=by("eve")).json()["studies"]
+    assert (len(whole["trials"]), whole["counts"], light["trials"], light["counts"]) == (
+        2,
+        {"queued": 2},
+        [],
+        {"queued": 2},
+    )
+    http.post(f"/v1/trials/{study}-001/cancel", headers=by("ann"))
+    assert http.get(f"/v1/studies/{study}", headers=by("eve")).json()["counts"] == {"cancelled": 1, "queued": 1}
+
+
 def test_the_same_key_of_two_owners_is_two_studies(http):
     first = post(http, idempotency_key="k").json()
     assert post(http, idempotency_key="k").json() == {**first, "created": False}

@@ -197,7 +197,7 @@ def test_after_a_hang_the_next_attempt_keeps_off_the_node_and_the_one_after_a_lo
     broken = Outcome(state="failed", error_class="collective", error="rank 0: connection closed by peer")
     house.cluster.end(f"{trial}-1", 1, broken, done=False)
     house.tick(2)
-    assert house.trial(trial)["suspects"] == ["n0"]
+    assert house.trial(trial)["suspects"] == "n0"
     assert house.cluster.specs[f"{trial}-2"]["avoid_nodes"] == ["n0"]
     assert house.cluster.specs[f"{trial}-1"]["avoid_nodes"] == []
     (folder / "attempts/2/nodes.json").write_text('["n1"]')

@@ -12,7 +12,7 @@ depends_on = None
 def upgrade() -> None:
     for table, column in (("trials", "suspects"), ("attempts", "avoid")):
         with op.batch_alter_table(table, schema=None) as batch_op:
-            batch_op.add_column(sa.Column(column, sa.JSON(), server_default="[]", nullable=False))
+            batch_op.add_column(sa.Column(column, sa.Text(), server_default="", nullable=False))
 
 
 def downgrade() -> None:
