@@ -1,0 +1,215 @@
+"""The service on a cluster of several nodes (simulated on this machine, with GPUs that Ray merely counts).
+
+One cluster for the whole file: a head without GPUs and nodes of two. Trials are `gang_entry.py`: real placement groups
+with an actor for each rank. The tests share the nodes, and each leaves two of them behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.client import Client, Connection
+from orchestrator.config import Resources, StudyView
+from orchestrator.processes import find_child, own_token
+from tests.orchestrator.submissions import identity, plan, submission
+
+HERE = Path(__file__).parent
+PATIENCE_S = 240  # until a test gives up; nothing is timed
+GPUS = 2  # of each node but the head
+
+pytestmark = pytest.mark.slow
+
+
+class House:
+    """A cluster, and a service that drives it from outside."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.home = root, root / "home"
+        self.home.mkdir()
+        token = root / "ray-token"
+        own_token(token)
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MASKRAY_"))},
+            "HOME": str(root),
+            "TMPDIR": str(root),
+            "PYTHONPATH": str(HERE.parents[1]),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_enable_worker_prestart": "0",
+        }
+        self.log = (root / "nodes.log").open("w")
+        self.nodes = subprocess.Popen(
+            [sys.executable, str(HERE / "ray_nodes.py")],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+        )  # fmt: skip
+        head = self.ask(add={"num_cpus": 2})
+        self.two = [self.add() for _ in range(2)]
+        settings = {
+            "home": str(self.home), "port": 0, "ray": head["dashboard"], "ray_token_file": str(token), "mlflow": "",
+            "entry": [sys.executable, str(HERE / "gang_entry.py")], "poll_s": 0.2, "grace_s": 10,
+            "limits": {"backoff_s": 0.2},
+        }  # fmt: skip
+        (root / "settings.json").write_text(json.dumps(settings))
+        self.service = subprocess.Popen(
+            [sys.executable, "-m", "orchestrator.service", str(root / "settings.json")],
+            cwd=HERE.parents[1], env=environment, stdout=self.log, stderr=self.log,
+        )  # fmt: skip
+        child = self.until("service", lambda: find_child("service", self.home))
+        self.client = Client(Connection(child.url, (self.home / "token").read_text()))
+        self.until("nodes", lambda: len(self.client.info().cluster["nodes"]) == 3)
+
+    def close(self) -> None:
+        for process in (self.service, self.nodes):
+            if process is self.nodes:
+                assert process.stdin is not None
+                process.stdin.close()
+            else:
+                process.terminate()
+        for process in (self.service, self.nodes):
+            process.wait(60)
+        assert self.nodes.stdout is not None
+        self.nodes.stdout.close()
+        self.client.close()
+        self.log.close()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self.nodes.stdin is not None
+        assert self.nodes.stdout is not None
+        self.nodes.stdin.write(json.dumps(request) + "\n")
+        self.nodes.stdin.flush()
+        answer = self.nodes.stdout.readline()
+        assert answer, (self.root / "nodes.log").read_text()[-3000:]
+        return dict(json.loads(answer))
+
+    def add(self) -> str:
+        return str(self.ask(add={"num_cpus": 2, "num_gpus": GPUS})["node"])
+
+    def replace(self, node: str) -> None:
+        """Takes a node away, if it is still there, and adds another."""
+        self.two.remove(node)
+        self.two.append(self.add())
+
+    def submit(self, *plans: Any, ranks: int, **fields: Any) -> str:
+        resources = Resources(ranks=ranks, cpus_per_rank=0.5, gpus_per_rank=1, max_nodes=fields.pop("max_nodes", 0))
+        return str(self.client.submit(submission(*plans, resources=resources, **fields))["study"])
+
+    def until(self, what: str, condition: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            found = condition()
+            if found:
+                return found
+            time.sleep(0.1)
+        raise AssertionError(f"no {what} in {PATIENCE_S} s; {(self.root / 'nodes.log').read_text()[-3000:]}")
+
+    def ended(self, study: str) -> StudyView:
+        self.until(f"end of {study}", lambda: self.client.study(study).state not in ("active", "paused"))
+        return self.client.study(study)
+
+    def sits(self, study: str, attempt: int = 1) -> list[str]:
+        """The nodes of the ranks of the study's first trial, once this attempt of it trains."""
+        trial = self.until(
+            f"attempt {attempt} of {study}",
+            lambda: next(
+                (t for t in self.client.study(study).trials[:1] if t.progress.get("attempt") == attempt), None
+            ),
+        )
+        return list(json.loads((Path(trial.storage) / f"attempts/{attempt}/nodes.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[House]:
+    root = Path(tempfile.mkdtemp(prefix="mr", dir="/tmp"))
+    built = House(root)
+    try:
+        yield built
+    finally:
+        built.close()
+        shutil.rmtree(root)
+
+
+def test_the_doctor_sees_every_node_and_every_pair(house):
+    checks = {check.name: check for check in house.client.examine()}
+    assert [check for check in checks.values() if not check.ok] == []
+    assert checks["nodes"].found.startswith("3 nodes: ")
+    assert checks["all-reduce"].found.startswith("3 pairs over lo, ")
+
+
+def test_a_gang_spreads_over_two_nodes_or_stays_on_one(house):
+    wide = house.submit(plan("w", identity("wide")), ranks=4)
+    assert sorted(house.sits(wide)) == sorted(house.two * 2)
+    assert house.ended(wide).state == "done"
+    narrow = house.submit(plan("n", identity("narrow")), ranks=2, max_nodes=1)
+    assert len(set(house.sits(narrow))) == 1
+    assert house.ended(narrow).state == "done"
+    with pytest.raises(ValueError, match=r"3 ranks x 1 GPU .* on at most 1 node; the whole cluster holds"):
+        house.submit(plan("x"), ranks=3, max_nodes=1)
+
+
+def test_a_lost_node_ends_the_gang_which_goes_on_once_another_is_added(house):
+    gate = house.root / "lost"
+    study = house.submit(plan("l", identity("lost"), gate=str(gate)), ranks=4)
+    house.sits(study)
+    lost = house.two[1]
+    house.ask(kill=lost)
+    house.until("the loss", lambda: house.client.study(study).trials[0].state == "queued")
+    house.until("the reason", lambda: "the whole cluster holds 2 GPUs" in house.client.study(study).trials[0].why)
+    house.replace(lost)
+    assert sorted(house.sits(study, attempt=2)) == sorted(house.two * 2)
+    gate.touch()
+    trial = house.ended(study).trials[0]
+    assert (trial.state, trial.attempts) == ("done", 2)
+    assert [attempt.state for attempt in trial.attempt_list] == ["lost", "done"]
+
+
+def test_a_node_that_is_preempted_is_drained_and_its_trial_goes_on_elsewhere(house):
+    gate = house.root / "drain"
+    study = house.submit(plan("p", identity("drain"), gate=str(gate)), ranks=2, max_nodes=1)
+    node = house.sits(study)[0]
+    assert house.ask(drain=node, seconds=120)["accepted"]
+    elsewhere = house.sits(study, attempt=2)
+    assert node not in elsewhere
+    gate.touch()
+    trial = house.ended(study).trials[0]
+    assert (trial.state, trial.attempts) == ("done", 2)
+    assert "taken away" in trial.attempt_list[0].cause
+    house.ask(kill=node)
+    house.replace(node)
+    house.until("nodes", lambda: len(house.client.info().cluster["nodes"]) == 3)
+
+
+def test_after_a_broken_collective_the_next_attempt_sits_elsewhere(house):
+    study = house.submit(plan("c", identity("collective"), crash_at=0), ranks=2, max_nodes=1)
+    trial = house.ended(study).trials[0]
+    first, second = (
+        set(json.loads((Path(trial.storage) / f"attempts/{attempt}/nodes.json").read_text())) for attempt in (1, 2)
+    )
+    assert (trial.state, trial.attempts) == ("done", 2)
+    assert first.isdisjoint(second)
+
+
+def test_two_studies_share_the_cluster_by_their_priority(house):
+    gate = house.root / "share"
+    low = house.submit(*(plan(f"l{i}", identity(f"l{i}"), gate=str(gate)) for i in range(2)), ranks=4, name="low")
+    house.sits(low)
+    high = house.submit(plan("h", identity("h")), ranks=4, name="high", priority=5)
+    waiting = house.until("queue", lambda: len(house.client.queue().queue) == 2 and house.client.queue().queue)
+    assert [entry.study_name for entry in waiting] == ["high", "low"]
+    assert waiting[0].why.startswith("needs 4 ranks x 1 GPU and 0.5 CPUs; ")
+    gate.touch()
+    assert [house.ended(study).state for study in (high, low)] == ["done", "done"]
+    starts = [event.trial for event in house.client.events().events if event.kind == "starting"]
+    assert [name for name in starts if name.startswith(("low", "high"))] == [f"{low}-000", f"{high}-000", f"{low}-001"]
