@@ -65,7 +65,7 @@ def classify(error: BaseException) -> ErrorClass:
             return "diverged"
         case FencedError():
             return "node"
-        case torch.OutOfMemoryError() | OutOfMemoryError():
+        case torch.OutOfMemoryError() | OutOfMemoryError() | MemoryError():
             return "out_of_memory"
         case ValueError() | FileNotFoundError():
             return "person"
@@ -90,23 +90,33 @@ class OutOfMemoryError(RuntimeError):
     """A device ran out of memory; the message says on what and what to change."""
 
 
-def explain_out_of_memory(images: Sequence[tuple[int, ...]], device: torch.device) -> OutOfMemoryError:
-    """images: shapes (B, 3, H, W) of this rank's chunks of the step."""
+FEWER_IMAGES = "lower loop.max_images_per_forward (the gradients stay the same)"
+FEWER_EVALUATED = "lower loop.eval_batch"
+
+
+def explain_out_of_memory(
+    images: Sequence[tuple[int, ...]], device: torch.device, remedy: str = FEWER_IMAGES
+) -> OutOfMemoryError:
+    """images: shapes (B, 3, H, W) of this rank's chunks of the step. remedy: what holds fewer of them at once."""
     shapes = ", ".join("x".join(str(side) for side in shape) for shape in images)
     total = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0
+    size = f" ({total:.0f} GiB)" if total else ""
     return OutOfMemoryError(
-        f"out of memory on {device} ({total:.0f} GiB) with images of {shapes}; lower loop.max_images_per_forward "
-        "(the gradients stay the same), choose loop.precision bf16, or use more ranks"
+        f"out of memory on {device}{size} with images of {shapes}; "
+        f"{remedy}, choose loop.precision bf16, or use more ranks"
     )
 
 
 @contextmanager
-def memory_explained(images: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+def memory_explained(images: Sequence[Tensor], device: torch.device, remedy: str = FEWER_IMAGES) -> Iterator[None]:
     """Within the block running out of memory is told with the shapes of `images` and what to change."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise explain_out_of_memory([tuple(chunk.shape) for chunk in images], device) from error
+    except (MemoryError, RuntimeError) as error:
+        on_cpu = "can't allocate memory" in str(error)  # a plain RuntimeError of torch's allocator
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:
+            raise explain_out_of_memory([tuple(chunk.shape) for chunk in images], device, remedy) from error
+        raise
 
 
 def most_telling(causes: Sequence[Cause]) -> Cause:

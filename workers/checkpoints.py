@@ -44,6 +44,16 @@ class Snapshot:
     plain: dict[str, Any]
 
 
+def check_claim(storage: Storage, attempt: int) -> None:
+    """Raises FencedError if a newer attempt has claimed the trial's folder."""
+    try:
+        holder = int(storage.read_json(_CLAIM)["attempt"])
+    except FileNotFoundError:
+        return
+    if holder > attempt:
+        raise FencedError(f"attempt {holder} has taken over {storage.uri}; attempt {attempt} ends here")
+
+
 class CheckpointStore:
     """The checkpoints of one trial, as one attempt sees them."""
 
@@ -57,12 +67,7 @@ class CheckpointStore:
 
     def check_claim(self) -> None:
         """Raises FencedError if a newer attempt has claimed the folder."""
-        try:
-            holder = int(self._storage.read_json(_CLAIM)["attempt"])
-        except FileNotFoundError:
-            return
-        if holder > self._attempt:
-            raise FencedError(f"attempt {holder} has taken over {self._storage.uri}; attempt {self._attempt} ends here")
+        check_claim(self._storage, self._attempt)
 
     def publish(self, snapshot: Snapshot) -> None:
         """Writes one checkpoint and deletes those beyond the last `keep`. Raises FencedError, RuntimeError."""
@@ -124,13 +129,12 @@ class CheckpointStore:
         return files
 
     def _folders(self) -> list[str]:
-        """Checkpoints with a marker, newest first."""
+        """Newest first, complete or not."""
         found = [(int(m[1]), int(m[2]), m[0]) for m in map(_NAME.match, self._storage.names(CHECKPOINT_FOLDER)) if m]
-        names = [name for _, _, name in sorted(found, reverse=True)]
-        return [name for name in names if self._storage.exists(f"{CHECKPOINT_FOLDER}/{name}/{_MARKER}")]
+        return [name for _, _, name in sorted(found, reverse=True)]
 
     def _prune(self) -> None:
-        complete = self._folders()
+        complete = [n for n in self._folders() if self._storage.exists(f"{CHECKPOINT_FOLDER}/{n}/{_MARKER}")]
         for name in complete[self._keep :]:
             self._storage.delete(f"{CHECKPOINT_FOLDER}/{name}/{_MARKER}")  # first, so that no half remains valid
             self._storage.delete(f"{CHECKPOINT_FOLDER}/{name}")
@@ -141,10 +145,9 @@ class CheckpointStore:
 
 
 class BackgroundWriter:
-    """Publishes snapshots on a thread, one at a time."""
+    """Does what it is given on a thread, one at a time."""
 
-    def __init__(self, publish: Callable[[Snapshot], None]) -> None:
-        self._publish = publish
+    def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -152,10 +155,10 @@ class BackgroundWriter:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def submit(self, snapshot: Snapshot) -> None:
-        """Starts writing. Waits for the one before; raises what that one raised."""
+    def submit(self, work: Callable[[], None]) -> None:
+        """Starts `work`. Waits for the one before; raises what that one raised."""
         self.drain()
-        self._thread = threading.Thread(target=self._run, args=(snapshot,), name="checkpoint")
+        self._thread = threading.Thread(target=self._run, args=(work,), name="checkpoint")
         self._thread.start()
 
     def drain(self) -> None:
@@ -171,9 +174,9 @@ class BackgroundWriter:
             error, self._error = self._error, None
             raise error
 
-    def _run(self, snapshot: Snapshot) -> None:
+    def _run(self, work: Callable[[], None]) -> None:
         try:
-            self._publish(snapshot)
+            work()
         except BaseException as error:  # noqa: BLE001 - carried to the loop's thread and raised there
             self._error = error
 

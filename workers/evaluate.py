@@ -14,6 +14,7 @@ from model.paste import paste_mask
 from model.structures import Batch, Detections
 from pipelines.dataset import Dataset
 from pipelines.evaluation import encode_crop, evaluate, image_results
+from workers.causes import FEWER_EVALUATED, memory_explained
 from workers.world import World
 
 ImageResults = dict[str, list[dict[str, Any]]]  # kind of result -> COCO results
@@ -57,7 +58,9 @@ def evaluate_detector(
             if world.sum_on_host(torch.tensor(float(stopping()))).item():
                 return None
             if first + world.rank < batches.num_batches:
-                found = detector.predict(next(stream).to(world.device))  # type: ignore[operator]
+                batch = next(stream).to(world.device)
+                with memory_explained([batch.images], world.device, FEWER_EVALUATED):
+                    found = detector.predict(batch)  # type: ignore[operator]
                 for kind, results in coco_results(model, found, batches.dataset.category_ids).items():
                     mine[kind] += results
     finally:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from workers.checkpoints import check_claim
 from workers.config import PROGRESS_FILE, Event, Progress
 from workers.meter import Row
 from workers.series import SeriesParts
@@ -14,6 +15,7 @@ from workers.spool import Record, Spool, metric_points
 from workers.storage import Storage
 
 Phase = Literal["starting", "training", "evaluating", "finishing"]
+NOTHING: Mapping[str, Any] = {"window": (), "tail": (), "events": ()}
 
 
 class Journal(Protocol):
@@ -25,7 +27,7 @@ class Journal(Protocol):
     def rewind(self, step: int) -> None: ...
     def artifact(self, path: str, folder: str) -> None: ...
     def progress(self, phase: Phase, step: int, row: Row | None) -> None: ...
-    def state(self, step: int) -> dict[str, Any]: ...
+    def state(self) -> Callable[[], dict[str, Any]]: ...
     def warn(self, text: str) -> None: ...
 
 
@@ -50,8 +52,8 @@ class SilentJournal:
     def progress(self, phase: Phase, step: int, row: Row | None) -> None:
         pass
 
-    def state(self, step: int) -> dict[str, Any]:  # noqa: ARG002
-        return {}
+    def state(self) -> Callable[[], dict[str, Any]]:
+        return dict
 
     def warn(self, text: str) -> None:
         print(f"warning: {text}", flush=True)
@@ -74,9 +76,9 @@ class TrialJournal:
         self._global_batch, self._window_steps = global_batch, window_steps
         self._series = SeriesParts(storage)
         self._window: list[Row] = []
-        self._told: set[tuple[str, int]] = set()  # points that an earlier attempt spooled beyond our start
+        self._told: set[tuple[str, int]] = set()  # points that an earlier attempt spooled
         self._show = show
-        self._progress_file = LatestFile(storage, PROGRESS_FILE, self.warn)
+        self._progress_file = LatestFile(storage, PROGRESS_FILE, lambda: check_claim(storage, attempt), self.warn)
         self._rates: list[float] = []
         self.events: list[Event] = []
 
@@ -135,17 +137,26 @@ class TrialJournal:
 
     # --- across restarts ---
 
-    def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint at `step` carries, so that neither a kill nor a lost disk leaves a gap or a double."""
-        self._series.write_part(step)
-        return {
-            "window": [[row.step, row.values] for row in self._window],
-            "tail": [record for _, record in self._spool.unsent(100_000)],
-            "events": [event.model_dump() for event in self.events],
-        }
+    def state(self) -> Callable[[], dict[str, Any]]:
+        """What a checkpoint of this step carries, so that neither a kill nor a lost disk leaves a gap or a double.
+
+        The loop's thread only notes what there is; what is returned reads and writes the files, on any thread.
+        """
+        rows = self._series.take()
+        window = [[row.step, row.values] for row in self._window]
+        events = [event.model_dump() for event in self.events]
+
+        def read() -> dict[str, Any]:
+            self._series.write_part(rows)
+            return {"window": window, "tail": [record for _, record in self._spool.unsent(100_000)], "events": events}
+
+        return read
 
     def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Takes up at `step`. Points that the spool or the tracker already holds will not be told twice."""
+        """Takes up at `step`. Points that the spool or the tracker already holds will not be told twice.
+
+        state: of a checkpoint; NOTHING if there is none, and earlier attempts may have told all the same.
+        """
         known = self._spool.records()
         points = metric_points(known)
         written = {_identity(record) for record in known if record["kind"] != "metrics"}
@@ -156,13 +167,14 @@ class TrialJournal:
                     self._spool.append({**record, "values": missing})
             elif _identity(record) not in written:
                 self._spool.append(record)
-        self._told = {point for point in points if point[1] > step}
+        # also of `step` itself, whose evaluation may have been told and is done again
+        self._told = metric_points(self._spool.records())
         self._window = [Row(*pair) for pair in state["window"]]
         self.events = [Event.model_validate(event) for event in state["events"]]
         self._series.rewind(step)
 
-    def finish_series(self, step: int, path: str) -> None:
-        self._series.write_part(step)
+    def finish_series(self, path: str) -> None:
+        self._series.write_part(self._series.take())
         self._series.join(path)
 
     def close(self) -> None:
@@ -170,10 +182,10 @@ class TrialJournal:
 
 
 class LatestFile:
-    """Writes the latest value put into it on a thread, so that a slow disk holds up nobody."""
+    """Writes the latest value put into it on a thread, so that a slow disk holds up nobody. check: raises if fenced."""
 
-    def __init__(self, storage: Storage, path: str, warn: Callable[[str], None]) -> None:
-        self._storage, self._path, self._warn = storage, path, warn
+    def __init__(self, storage: Storage, path: str, check: Callable[[], None], warn: Callable[[str], None]) -> None:
+        self._storage, self._path, self._check, self._warn = storage, path, check, warn
         self._value: bytes | None = None
         self._changed = threading.Condition()
         self._closed = False
@@ -199,6 +211,7 @@ class LatestFile:
             if value is None:
                 return
             try:
+                self._check()
                 self._storage.write(self._path, value)
             except (OSError, RuntimeError) as error:
                 self._warn(f"{self._path} could not be written: {error}")

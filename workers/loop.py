@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -77,7 +77,7 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
     state.detector.train()
     full_rate = base_rate(run.optimiser, loop.global_batch)
     writer, meter, flags, system = (
-        BackgroundWriter(parts.checkpoints.publish),
+        BackgroundWriter(),
         Meter(),
         FlagReader(world.device),
         SystemSampler(world.device),
@@ -128,7 +128,7 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
                 _log_system(state.step, system, world, journal)
                 journal.progress("training", state.step, rows[-1])
             if now.checkpoint:
-                _save(state, journal, writer, world, wait=bool(asked))
+                _save(parts, writer, world, wait=bool(asked))
             if asked:
                 return Ending(asked, None)
             if now.evaluation:
@@ -153,15 +153,22 @@ def due(loop: LoopConfig, step: int, asked: Reason = "") -> _Due:
     return _Due(log or checkpoint or step % loop.guard.check_every_steps == 0, log, checkpoint, evaluation)
 
 
-def _save(state: TrainState, journal: Journal, writer: BackgroundWriter, world: World, wait: bool) -> None:
+def _save(parts: Parts, writer: BackgroundWriter, world: World, wait: bool) -> None:
     """Rank 0 writes in the background; while one checkpoint is still being written, the next is passed over."""
+    state, journal, checkpoints = parts.state, parts.journal, parts.checkpoints
     if not world.is_first:
         return
     writer.check()
     if writer.busy and not wait and state.step != state.run.loop.steps:
         journal.warn(f"step {state.step}: the checkpoint before is still being written, this one is passed over")
         return
-    writer.submit(state.snapshot(journal.state(state.step)))
+    snapshot, journal_state = state.snapshot(), journal.state()
+
+    def publish() -> None:
+        checkpoints.check_claim()
+        checkpoints.publish(replace(snapshot, plain={**snapshot.plain, "journal": journal_state()}))
+
+    writer.submit(publish)
     if wait:
         writer.drain()
 

@@ -13,12 +13,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pipelines.console import run_command
 from workers.causes import exit_status, most_telling, recorded_causes, write_outcome
-from workers.config import LOG_FILE, OUTCOME_FILE, RESULT_FILE, Outcome, RunSpec
-from workers.stop import ATTEMPT_STOP_FILE, PREEMPT_FILE, Reason, StopRequest
+from workers.config import LOG_FILE, NODES_FILE, OUTCOME_FILE, RESULT_FILE, Outcome, RunSpec
+from workers.stop import ATTEMPT_STOP_FILE, PREEMPT_FILE, Reason, StopRequest, late_outcome
 from workers.storage import Storage
 
 # Read by Ray Train when it is imported: poll the ranks often, give up instead of waiting for ever, stay in our folder.
@@ -63,11 +63,10 @@ def run_spec(spec: RunSpec) -> int:
             thread.join(0.2)
         thread.join(spec.grace_s if asked.reason else None)
     if thread.is_alive():  # the last checkpoint stands; leaving ends the ranks
-        late = f"not at a checkpoint {spec.grace_s:.0f} s after the request; it resumes from the one before"
-        state: Literal["stopped", "preempted"] = "stopped" if asked.reason == "stopped" else "preempted"
-        write_outcome(storage, spec.attempt, Outcome(state=state, error=late))
-        print(f"{state}: {late}", flush=True)
-        return exit_status(Outcome(state=state))
+        late = late_outcome(asked.reason, spec.grace_s)
+        write_outcome(storage, spec.attempt, late)
+        print(f"{late.state}: {late.error}", flush=True)
+        return exit_status(late)
     return conclude(spec, storage, failures)
 
 
@@ -88,7 +87,11 @@ def _fit(spec: RunSpec) -> list[str]:
             train_loop_config={"spec": spec.model_dump_json()},
             torch_config=TorchConfig(backend="nccl" if spec.gpus_per_rank else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=spec.ranks, use_gpu=bool(spec.gpus_per_rank), resources_per_worker=resources
+                num_workers=spec.ranks,
+                use_gpu=bool(spec.gpus_per_rank),
+                resources_per_worker=resources,
+                placement_strategy="STRICT_PACK" if spec.max_nodes == 1 else "PACK",
+                label_selector=_elsewhere(spec.avoid_nodes),
             ),
             run_config=RunConfig(
                 name=f"ray-{spec.attempt}",
@@ -103,6 +106,11 @@ def _fit(spec: RunSpec) -> list[str]:
     finally:
         ray.shutdown()
     return []
+
+
+def _elsewhere(avoid: Sequence[str]) -> dict[str, str] | None:
+    """Ray's label selector for any node but these."""
+    return {"ray.io/node-id": f"!in({','.join(avoid)})"} if avoid else None
 
 
 def _last_line(error: BaseException) -> str:
@@ -128,6 +136,8 @@ def train_rank(config: dict[str, Any]) -> None:
         print(f"rank {world.rank} of {world.size}, process {os.getpid()}, node {host_name()}", flush=True)
         stop = StopRequest()
         nodes = world.gather(_node_id())
+        if world.is_first:
+            storage.write_json(NODES_FILE.format(attempt=spec.attempt), nodes)
         watched = (
             files_asking(stop, storage, spec.attempt, lambda: _draining(nodes), print_warning)
             if world.is_first
@@ -146,10 +156,14 @@ def _node_id() -> str:
 
 
 def _draining(nodes: Sequence[str]) -> bool:
-    """Whether Ray says that one of the nodes is about to go away."""
+    """Whether Ray says that one of the nodes is about to go away. Raises RuntimeError if Ray cannot be asked."""
     from ray._private.state import state
+    from ray.exceptions import RayError
 
-    return not state.get_draining_nodes().keys().isdisjoint(nodes)
+    try:
+        return not state.get_draining_nodes().keys().isdisjoint(nodes)
+    except RayError as error:
+        raise RuntimeError(f"Ray does not say which nodes are draining: {error}") from error
 
 
 @contextlib.contextmanager

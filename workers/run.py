@@ -18,7 +18,7 @@ from workers.causes import Cause, cause_of, common_cause, record_cause, write_ou
 from workers.checkpoints import CheckpointStore
 from workers.config import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
 from workers.evaluate import Scores, evaluate_detector
-from workers.journal import Journal, SilentJournal
+from workers.journal import NOTHING, Journal, SilentJournal
 from workers.loop import Ending, Parts, train
 from workers.pictures import comparison
 from workers.scribe import Scribe
@@ -51,8 +51,8 @@ def run_trial(spec: RunSpec, world: World, stop: StopRequest, show: Callable[[Pr
         if scribe is not None:
             outcome.events = scribe.journal.events
     if scribe is not None:
+        write_outcome(storage, spec.attempt, outcome)  # before the tracker: it may be slow, and others wait to read it
         scribe.finish(outcome)
-        write_outcome(storage, spec.attempt, outcome)
     return outcome
 
 
@@ -99,6 +99,8 @@ def _run(
             scribe.journal.restore(snapshot.plain["journal"], state.step)
             scribe.journal.event("resume", state.step, f"attempt {spec.attempt} on {world.size} rank(s)")
         del snapshot
+    elif scribe is not None:
+        scribe.journal.restore(NOTHING, 0)
     with closing(eval_loader(run, val_data, world)) as batches:
         reporter = _Reporter(spec, storage, store, journal, batches.dataset)
 
@@ -141,7 +143,7 @@ def _finish(
     with state.evaluated_weights():
         digest = _write_weights(storage, state.detector, "weights-last")
     artifacts = _artifact_paths(ending.scores, storage)
-    journal.finish_series(state.step, artifacts["series"])
+    journal.finish_series(artifacts["series"])
     for path in (artifacts["weights/last"], artifacts["series"]):
         journal.artifact(path, "")
     total_s = max(state.train_seconds, 1e-9)

@@ -11,6 +11,7 @@ from typing import assert_never
 import yaml
 
 from model.config import Record as ConfigRecord
+from workers.checkpoints import FencedError, check_claim
 from workers.config import (
     ARTIFACT_FOLDER,
     MLflowTracking,
@@ -27,7 +28,8 @@ from workers.tracking import TRIAL_TAG, MLflowTarget, flattened
 
 SPOOL_FOLDER = "spool"
 TARGET_FILE = "target.json"
-_LAST_SHIPMENT_S = 60.0  # how long the end of a run waits for a tracker that answers
+# how long the end of a run waits for a tracker that answers: short where a node is about to go, and the run goes on
+_LAST_SHIPMENT_S = {"done": 60.0, "failed": 60.0, "stopped": 5.0, "preempted": 5.0}
 _STATUS = {"done": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "preempted": "KILLED"}
 
 
@@ -66,14 +68,20 @@ def spool_folder(spec: RunSpec, storage: Storage) -> Path:
     return Path(spec.cache or tempfile.gettempdir()) / "maskray-spool" / spec.trial
 
 
+def open_spool(spec: RunSpec, storage: Storage) -> tuple[Spool, SpoolTarget]:
+    """The trial's spool, taken over from whoever wrote it before, and where its records belong, noted in it."""
+    spool = Spool(spool_folder(spec, storage))
+    target = SpoolTarget(tracking=spec.tracking, trial=spec.trial, name=spec.name, storage=spec.storage)
+    Storage(str(spool.folder)).write(TARGET_FILE, target.model_dump_json(indent=1).encode())
+    return spool, target
+
+
 class Scribe:
     """Writes what a run tells to its spool, and has it shipped."""
 
     def __init__(self, spec: RunSpec, storage: Storage, show: Callable[[Progress], None]) -> None:
         self._spec, self._storage = spec, storage
-        self._spool = Spool(spool_folder(spec, storage))
-        target = SpoolTarget(tracking=spec.tracking, trial=spec.trial, name=spec.name, storage=spec.storage)
-        (self._spool.folder / TARGET_FILE).write_text(target.model_dump_json(indent=1))
+        self._spool, target = open_spool(spec, storage)
         tracked = isinstance(spec.tracking, MLflowTracking)
         window = spec.tracking.step_metrics_every if isinstance(spec.tracking, MLflowTracking) else 50
         loop = spec.run.loop
@@ -114,7 +122,7 @@ class Scribe:
             self._closed = True
             for record in ending_records(outcome):
                 self._spool.append(record)
-            if not self._shipper.close(_LAST_SHIPMENT_S):
+            if not self._shipper.close(_LAST_SHIPMENT_S[outcome.state]):
                 self.journal.warn(
                     f'some records could not be shipped; send them later with "maskray sync {self._spool.folder}"'
                 )
@@ -152,13 +160,19 @@ def _now_ms() -> int:
 
 
 def tell_failure(spec: RunSpec, storage: Storage, outcome: Outcome) -> None:
-    """For the driver of an attempt whose rank 0 may be dead: makes sure that the tracker learns the reason."""
-    spool = Spool(spool_folder(spec, storage))
-    target = SpoolTarget(tracking=spec.tracking, trial=spec.trial, name=spec.name, storage=spec.storage)
-    (spool.folder / TARGET_FILE).write_text(target.model_dump_json(indent=1))
+    """For the driver of an attempt whose rank 0 may be dead: makes sure that the tracker learns the reason.
+
+    Of an attempt that a newer one has replaced it learns nothing.
+    """
+    try:
+        check_claim(storage, spec.attempt)
+    except FencedError as error:
+        print(f"warning: {error}", flush=True)
+        return
+    spool, target = open_spool(spec, storage)
     for record in ending_records(outcome):
         spool.append(record)
     shipper = Shipper(spool, build_target(target, storage), lambda text: print(f"warning: {text}", flush=True))
-    if not shipper.close(_LAST_SHIPMENT_S):
+    if not shipper.close(_LAST_SHIPMENT_S[outcome.state]):
         print(f'warning: send the rest later with "maskray sync {spool.folder}"', flush=True)
     spool.close()

@@ -26,12 +26,16 @@ class SeriesParts:
     def add(self, rows: Sequence[Row]) -> None:
         self._rows += rows
 
-    def write_part(self, end_step: int) -> None:
-        """Writes the rows collected so far as the part that ends with `end_step`."""
-        if self._rows:
-            name = f"{_FOLDER}/{self._rows[0].step:08d}-{end_step:08d}.parquet"
-            self._storage.write(name, _parquet(_table(self._rows)))
-            self._rows = []
+    def take(self) -> list[Row]:
+        """The rows collected so far, which the caller then writes as a part."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    def write_part(self, rows: Sequence[Row]) -> None:
+        """Writes consecutive steps as a part. On any thread."""
+        if rows:
+            name = f"{_FOLDER}/{rows[0].step:08d}-{rows[-1].step:08d}.parquet"
+            self._storage.write(name, _parquet(_table(rows)))
 
     def rewind(self, step: int) -> None:
         """Forgets every step after `step`, which a part or the beginning ends with."""

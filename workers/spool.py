@@ -9,17 +9,25 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
+from workers.storage import explained
+
 # {"kind": "metrics", "at": ms, "step": n, "values": {...}} | {"kind": "params", "values"} | {"kind": "tags", "values"}
 # | {"kind": "artifact", "path", "folder"} | {"kind": "status", "at", "status"} | {"kind": "rewind", "step"}
 Record: TypeAlias = dict[str, Any]
+_LAST_TRIES = 3  # of a shipper that is closed
 
 
 class RejectedError(Exception):
     """The tracker will never accept these records."""
+
+
+class TakenError(RuntimeError):
+    """Another process has taken the spool over; what this one still has to tell is of no interest."""
 
 
 class Target(Protocol):
@@ -31,42 +39,63 @@ class Target(Protocol):
 
 
 class Spool:
-    """An append-only file of records. Safe between one appending and one shipping thread."""
+    """An append-only file of records. Safe between one appending and one shipping thread.
 
-    def __init__(self, folder: Path) -> None:
+    take: to write it. The file is replaced by its copy, so that a process of an older attempt that still lives appends
+    to a file that nobody sees. Otherwise it is read and shipped beside the process that writes it.
+    """
+
+    def __init__(self, folder: Path, take: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._path, self._cursor_path = folder / "records.jsonl", folder / "cursor.json"
-        self._drop_torn_line()
+        if take:
+            self._take()
         self._file = self._path.open("ab")
         self._lock = threading.Lock()
 
-    def _drop_torn_line(self) -> None:
-        if self._path.exists():
-            with self._path.open("rb+") as file:
-                data = file.read()
-                file.truncate(data.rfind(b"\n") + 1)
+    def _take(self) -> None:
+        data = self._path.read_bytes() if self._path.exists() else b""
+        data = data[: data.rfind(b"\n") + 1]  # without the line that a crash tore
+        aside = self._path.with_suffix(f".{os.getpid()}.part")
+        aside.write_bytes(data)
+        aside.replace(self._path)
+        if self.cursor > len(data):  # a machine that crashed lost the end of the file
+            aside.write_text(json.dumps({"bytes": 0}))
+            aside.replace(self._cursor_path)
+
+    def _check_mine(self) -> None:
+        """Raises TakenError."""
+        if not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
+            raise TakenError(f"a newer attempt has taken {self.folder} over")
 
     def append(self, record: Record) -> None:
+        """Raises RuntimeError if the disk is full."""
         line = json.dumps(record).encode() + b"\n"
-        with self._lock:
+        with self._lock, explained(str(self.folder), self._path.name):
             self._file.write(line)
             self._file.flush()  # to the system: outlives this process, not the machine
 
     @property
     def cursor(self) -> int:
+        """0, which ships everything again and so changes nothing, if the file is not there or damaged."""
         try:
             return int(json.loads(self._cursor_path.read_text())["bytes"])
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return 0
 
     def advance(self, to: int) -> None:
+        self._check_mine()
         aside = self._cursor_path.with_suffix(f".{os.getpid()}.part")
         aside.write_text(json.dumps({"bytes": to}))
         aside.replace(self._cursor_path)
 
     def unsent(self, limit: int = 2000) -> list[tuple[int, Record]]:
-        """Up to `limit` records after the cursor, each with the cursor's value once it has been shipped."""
+        """Up to `limit` records after the cursor, each with the cursor's value once it has been shipped.
+
+        Raises TakenError.
+        """
+        self._check_mine()
         position = self.cursor
         found: list[tuple[int, Record]] = []
         with self._path.open("rb") as file:
@@ -128,6 +157,7 @@ class Shipper:
         self._spool, self._target, self._warn, self._idle_s = spool, target, warn, idle_s
         self._closing = threading.Event()
         self._failures = 0
+        self._taken = False
         self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
         self._thread.start()
 
@@ -135,20 +165,29 @@ class Shipper:
         """Ships what is left for up to `timeout_s`. Returns whether all of it arrived."""
         self._closing.set()
         self._thread.join(timeout_s)
-        return not self._thread.is_alive() and not self._spool.unsent(1)
+        return self._taken or (not self._thread.is_alive() and not self._spool.unsent(1))
 
     def _run(self) -> None:
+        last_tries = _LAST_TRIES
         while True:
             closing = self._closing.is_set()
             try:
                 shipped = ship_once(self._spool, self._target, self._warn)
+            except TakenError as error:
+                self._taken = True
+                self._warn(str(error))
+                return
             except Exception as error:  # noqa: BLE001 - any failure of the network or the server: keep, try again
                 self._failures += 1
                 if self._failures == 1:
                     self._warn(f"tracking is unreachable, records wait in {self._spool.folder}: {error}")
                 if closing:
-                    return
-                self._closing.wait(min(2.0**self._failures, 30.0))
+                    last_tries -= 1
+                    if not last_tries:
+                        return
+                    time.sleep(1.0)  # a server that was restarted refuses the old connections first
+                else:
+                    self._closing.wait(min(2.0**self._failures, 30.0))
             else:
                 if self._failures and shipped:
                     self._warn("tracking is reachable again")

@@ -77,8 +77,8 @@ class TrainState:
                 parameter.copy_(average)
                 average.copy_(kept)
 
-    def snapshot(self, journal: dict[str, Any]) -> Snapshot:
-        """A copy on the host. `journal`: plain data to keep with it."""
+    def snapshot(self) -> Snapshot:
+        """A copy on the host."""
         tensors = copied_to_host(
             {
                 "detector": dict(self.detector.state_dict()),
@@ -93,7 +93,6 @@ class TrainState:
             "guard": vars(self.guard),
             "best": self.best,
             "seconds": [self.train_seconds, self.wait_seconds],
-            "journal": journal,
         }
         return Snapshot(self.step, tensors, plain)
 

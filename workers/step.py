@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,12 +39,19 @@ class LossSums(nn.Module):
         return {n: t.sum * t.weight for n, t in terms.items()}, {n: t.count for n, t in terms.items()}
 
 
-def distributed(sums: LossSums, world: World) -> nn.Module:
+CAN_PIN = all(
+    hasattr(dist.Reducer, name)  # type: ignore[attr-defined]
+    for name in ("_push_all_rebuilt_params", "_rebuild_buckets")
+)
+
+
+def distributed(sums: LossSums, world: World, can_pin: bool = CAN_PIN) -> nn.Module:
     """`sums` under DDP with buckets that are the same in every process, from the first step on.
 
     DDP would rebuild its buckets after the first backward pass in the order in which gradients arrived; with three or
     more ranks the order of a sum, and so its last bits, would then differ between a resumed run and one that never
-    stopped. Declaring the parameters in arrival order and rebuilding at once pins them.
+    stopped. Declaring the parameters in arrival order and rebuilding at once pins them. That takes two private calls;
+    a torch without them gets `find_unused_parameters`, under which DDP keeps its first buckets, at a small cost.
     """
     if world.size == 1:
         return sums
@@ -51,11 +59,14 @@ def distributed(sums: LossSums, world: World) -> nn.Module:
         warnings.filterwarnings(
             "ignore", "`broadcast_buffers` is deprecated", FutureWarning
         )  # older versions know no other
-        module = DistributedDataParallel(sums, broadcast_buffers=False, gradient_as_bucket_view=True)
+        module = DistributedDataParallel(
+            sums, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=not can_pin
+        )
     # of 1 x 1 convolutions in channels-last order, whose strides are ambiguous; costs nothing
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
-    module.reducer._push_all_rebuilt_params()
-    module.reducer._rebuild_buckets()
+    if can_pin:
+        module.reducer._push_all_rebuilt_params()
+        module.reducer._rebuild_buckets()
     return module
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workers.config import STOP_FILE
+from workers.config import STOP_FILE, Outcome
 from workers.storage import Storage
 
 Reason = Literal["", "stopped", "preempted"]
@@ -80,6 +80,33 @@ def signals_asking(request: StopRequest) -> Iterator[None]:
 
 
 @contextmanager
+def grace_enforced(request: StopRequest, grace_s: float, leave: Callable[[Reason], None]) -> Iterator[None]:
+    """Within the block `leave`, which ends the process, is called `grace_s` seconds after a stop was asked for."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not request.reason:
+            if ended.wait(0.25):
+                return
+        if not ended.wait(grace_s):
+            leave(request.reason)
+
+    threading.Thread(target=watch, name="grace", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def late_outcome(reason: Reason, grace_s: float) -> Outcome:
+    """Of an attempt that was asked to end and did not within `grace_s`."""
+    return Outcome(
+        state="stopped" if reason == "stopped" else "preempted",
+        error=f"not at its end {grace_s:.0f} s after the request; it resumes from its last checkpoint",
+    )
+
+
+@contextmanager
 def files_asking(
     request: StopRequest, storage: Storage, attempt: int, notice: Callable[[], bool], warn: Callable[[str], None]
 ) -> Iterator[None]:
@@ -96,7 +123,7 @@ def files_asking(
                 elif storage.exists(PREEMPT_FILE.format(attempt=attempt)) or notice():
                     request.ask("preempted")
                 failing = False
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 if not failing:
                     warn(f"cannot look for stop requests in {storage.uri}: {error}")
                 failing = True

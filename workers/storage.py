@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -96,7 +96,7 @@ class Storage:
 
         On a local path: written aside, synced, renamed, and the folder synced. On an object store: one upload.
         """
-        with _explained(self.uri, path):
+        with explained(self.uri, path):
             if self.local is not None:
                 with _local_replacing(self.local / path) as sink:
                     yield sink
@@ -148,20 +148,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _explained(uri: str, path: str) -> Iterator[None]:
+def explained(uri: str, path: str) -> Iterator[None]:
+    """Within the block a full disk raises RuntimeError with what was written where and the remedy."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RuntimeError(
-                f"no space left on {uri} while writing {path}; free some, or lower loop.keep_checkpoints"
+                f"no space left on {uri} while writing {path}; free some, or lower loop.keep_checkpoints; "
+                "the run then resumes from its last checkpoint"
             ) from error
         raise
-
-
-def write_quietly(action: Callable[[], None], warn: Callable[[str], None]) -> None:
-    """For files that inform but decide nothing: a failure to write them must not end a run."""
-    try:
-        action()
-    except (OSError, RuntimeError) as error:
-        warn(f"could not write: {error}")

@@ -39,13 +39,14 @@ def sync(where: str) -> int:
             raise ValueError(
                 f"{where}: has no {TARGET_FILE} and no folder {SPOOL_FOLDER!r}; give a spool or a trial's folder"
             )
-        remote = Storage(f"{where.rstrip('/')}/{SPOOL_FOLDER}")
+        folder_uri, mark, query = where.partition("?")
+        remote = Storage(f"{folder_uri.rstrip('/')}/{SPOOL_FOLDER}{mark}{query}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = remote.local or Path(scratch)
         if remote.local is None:
             for name in remote.names(""):
                 remote.fetch(name, folder)
-        spool = Spool(folder)
+        spool = Spool(folder, take=False)  # its run may be alive
         target = SpoolTarget.model_validate_json((folder / TARGET_FILE).read_bytes())
         sender = build_target(target, Storage(target.storage))
         total = 0
@@ -61,7 +62,7 @@ def sync(where: str) -> int:
         finally:
             spool.close()
             if remote.local is None:
-                remote.write("cursor.json", (folder / "cursor.json").read_bytes())
+                remote.write("cursor.json", json.dumps({"bytes": spool.cursor}).encode())
     return total
 
 

@@ -7,9 +7,10 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 
@@ -46,7 +47,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mlflow", default="", metavar="URI", help="track to this MLflow server or store")
     parser.add_argument("--experiment", default="maskray", help="MLflow experiment (default: %(default)s)")
     parser.add_argument(
-        "--cpus-per-rank", type=int, default=0, help="threads of a rank on the CPU (default: all / ranks)"
+        "--cpus-per-rank",
+        type=int,
+        default=0,
+        metavar="N",
+        help="threads of a rank on the CPU (default: this machine's cores / ranks on it); "
+        "of two runs on one machine give each its share, or both crawl",
+    )
+    parser.add_argument(
+        "--grace-s",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="from a stop request to the end by force, if no checkpoint was reached (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -55,10 +68,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> int:
     # imported here so that `--help` and mistakes in the run file answer at once
-    from workers.causes import exit_status
+    from workers.causes import exit_status, write_outcome
     from workers.console import progress_shower, show_nothing
     from workers.run import run_trial
-    from workers.stop import StopRequest, files_asking, signals_asking
+    from workers.stop import Reason, StopRequest, files_asking, grace_enforced, late_outcome, signals_asking
     from workers.world import launched_world
 
     run = parse_run(read_run(Path(arguments.run), arguments.set), arguments.run)
@@ -70,15 +83,16 @@ def _train(arguments: argparse.Namespace) -> int:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         world = stack.enter_context(launched_world(os.environ))
         storage = Storage(out)
-        attempt = world.from_first(next_attempt(storage) if world.is_first else 0)
+        attempt, trial = world.from_first(next_attempt(storage) if world.is_first else (0, ""))
         spec = RunSpec(
             run=run,
             storage=out if storage.local is None else str(storage.local),
-            trial=Path(out).name,
+            trial=trial,
             name=Path(out).name,
             attempt=attempt,
             ranks=world.size,
-            cpus_per_rank=arguments.cpus_per_rank or max((os.cpu_count() or 1) // world.size, 1),
+            cpus_per_rank=arguments.cpus_per_rank or share_of_cores(os.environ),
+            grace_s=arguments.grace_s,
             tracking=MLflowTracking(uri=arguments.mlflow, experiment=arguments.experiment)
             if arguments.mlflow
             else NoTracking(),
@@ -89,6 +103,17 @@ def _train(arguments: argparse.Namespace) -> int:
             storage.write(SPEC_FILE.format(attempt=attempt), spec.model_dump_json(indent=1).encode())
             stack.enter_context(files_asking(stop, storage, attempt, lambda: False, print))
             show = progress_shower()
+            if world.device.type == "cpu":
+                print(f"{spec.cpus_per_rank:.0f} thread(s) a rank (--cpus-per-rank)", flush=True)
+
+        def leave(reason: Reason) -> None:
+            late = late_outcome(reason, spec.grace_s)
+            if world.is_first:
+                write_outcome(storage, attempt, late)
+            print(f"{late.state}: {late.error}", file=sys.stderr, flush=True)
+            os._exit(exit_status(late))
+
+        stack.enter_context(grace_enforced(stop, spec.grace_s, leave))
         outcome = run_trial(spec, world, stop, show)
     if world.is_first:
         _report(outcome, storage, arguments)
@@ -127,12 +152,25 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def next_attempt(storage: Storage) -> int:
-    """One more than the last attempt that claimed this folder."""
+def share_of_cores(environment: Mapping[str, str]) -> int:
+    """The cores that this process may use, divided by the ranks that torchrun started on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // int(environment.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
+def next_attempt(storage: Storage) -> tuple[int, str]:
+    """One more than the last attempt that claimed this folder, and the trial's id.
+
+    The tracker knows the trial by its id, so two folders of one name have two.
+    """
     try:
-        return int(storage.read_json(f"{CHECKPOINT_FOLDER}/claim.json")["attempt"]) + 1
+        last = int(storage.read_json(f"{CHECKPOINT_FOLDER}/claim.json")["attempt"])
     except FileNotFoundError:
-        return 1
+        last = 0
+    specs = [SPEC_FILE.format(attempt=attempt) for attempt in range(last, 0, -1)]
+    known = next((str(storage.read_json(spec)["trial"]) for spec in specs if storage.exists(spec)), "")
+    name = storage.uri.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return last + 1, known or f"{name}-{uuid4().hex[:8]}"
 
 
 def _report(outcome: Outcome, storage: Storage, arguments: argparse.Namespace) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,9 +90,18 @@ def _device(local_rank: int) -> torch.device:
     return device
 
 
+def end_with_launcher() -> None:
+    """On Linux: the kernel kills this process when the one that started it is gone, so that no orphan trains on."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 @contextmanager
 def launched_world(environment: Mapping[str, str]) -> Iterator[World]:
     """The world that torchrun's variables describe; without them, this process alone."""
+    if "RANK" in environment:
+        end_with_launcher()
     if "RANK" not in environment or int(environment.get("WORLD_SIZE", "1")) == 1:
         yield join_world()
         return

@@ -21,7 +21,7 @@ from tests.builders import tiny_run
 from workers.checkpoints import CheckpointStore
 from workers.config import RunConfig
 from workers.evaluate import Scores
-from workers.journal import SilentJournal, TrialJournal
+from workers.journal import NOTHING, SilentJournal, TrialJournal
 from workers.loop import Ending, Parts, train
 from workers.spool import Spool
 from workers.state import TrainState
@@ -159,6 +159,8 @@ def fake_trial(
         state.restore(snapshot)
         if world.is_first:
             journal.restore(snapshot.plain["journal"], state.step)
+    elif world.is_first:
+        journal.restore(NOTHING, 0)
 
     def start_again(now: TrainState) -> None:
         now.detector.load_state_dict(FakeDetector(run.seed).state_dict())

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.workers.fakes import fake_trial, small_run
+from workers.causes import classify
 from workers.checkpoints import BackgroundWriter, CheckpointStore, FencedError, Snapshot
 from workers.storage import Storage
 
@@ -60,7 +61,8 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, dama
         case "bad marker":
             (folder / "complete.json").write_text("{}")
     assert store.newest() == "0001-00000010"
-    assert bool(warnings) == (damage != "no marker")  # without a marker it never was one
+    [warning] = warnings
+    assert "checkpoint 0001-00000020 is damaged" in warning
 
 
 def test_an_older_attempt_can_publish_nothing_once_a_newer_one_has_claimed(tmp_path):
@@ -91,20 +93,25 @@ def test_checkpoints_hold_no_pickled_code(tmp_path):
 
 
 class FullStorage(Storage):
-    """A disk that is full from the first checkpoint on."""
+    """A disk that is full before the checkpoint of step 8."""
 
     @contextmanager
     def replacing(self, path: str) -> Iterator[Any]:
         with super().replacing(path) as sink:
-            if path.endswith("state.pt"):
+            if path.endswith("08/state.pt"):
+                sink.write(b"half a")
                 raise OSError(errno.ENOSPC, "No space left on device")
             yield sink
 
 
-def test_a_full_disk_ends_the_run_with_the_remedy_and_leaves_no_half(tmp_path):
-    with pytest.raises(RuntimeError, match=r"no space left on .* lower loop\.keep_checkpoints"):
-        fake_trial(tmp_path, small_run(), storage=FullStorage(str(tmp_path)))
-    assert not list((tmp_path / "checkpoints").rglob("*.part"))
+def test_a_full_disk_ends_the_run_with_the_remedy_and_leaves_the_checkpoint_before(tmp_path):
+    run = small_run(steps=8)
+    with pytest.raises(RuntimeError, match=r"no space left on .* lower loop\.keep_checkpoints") as full:
+        fake_trial(tmp_path / "full", run, storage=FullStorage(str(tmp_path / "full")))
+    assert classify(full.value) == "node"
+    assert not list((tmp_path / "full/checkpoints").rglob("*.part"))
+    assert store_in(tmp_path / "full", attempt=2)[0].newest() == "0001-00000004"
+    assert fake_trial(tmp_path / "full", run, attempt=3).digest == fake_trial(tmp_path / "whole", run).digest
 
 
 def test_a_slow_write_does_not_hold_up_the_submitter_and_its_error_comes_later(tmp_path):
@@ -112,12 +119,12 @@ def test_a_slow_write_does_not_hold_up_the_submitter_and_its_error_comes_later(t
 
     allowed = threading.Event()
 
-    def publish(_: Snapshot) -> None:
+    def publish() -> None:
         allowed.wait(30)
         raise RuntimeError("the disk broke")
 
-    writer = BackgroundWriter(publish)
-    writer.submit(snapshot(1))
+    writer = BackgroundWriter()
+    writer.submit(publish)
     assert writer.busy
     allowed.set()
     with pytest.raises(RuntimeError, match="the disk broke"):

@@ -19,33 +19,82 @@ import pytest
 
 from tests.workers.test_run import run_of, spec_of
 from workers.config import Outcome
-from workers.ray_entry import conclude, read_spec
+from workers.ray_entry import conclude, logged_to, read_spec
 from workers.storage import Storage
 
 
-class Driver:
-    """`python -m workers.ray_entry` with a Ray of its own, all of whose processes end with it."""
+class Head:
+    """A Ray of its own with nodes of the given numbers of cores; all of its processes end with it."""
 
-    def __init__(self, folder: Path, attempt: int, packed: tuple[str, str]) -> None:
-        self.attempt_folder = folder / "attempts" / str(attempt)
-        self.attempt_folder.mkdir(parents=True)
-        spec = spec_of(folder, run_of(packed, loop__steps=1_000_000), attempt=attempt, ranks=2, cpus_per_rank=1)
-        path = self.attempt_folder / "spec.json"
-        path.write_text(spec.model_dump_json())
-        self.temporary = tempfile.mkdtemp(prefix="mr-", dir="/tmp")  # short: Ray's sockets lie below it
-        environment = {
+    def __init__(self, folder: Path, *cores: int) -> None:
+        self._temporary = tempfile.mkdtemp(prefix="mr-", dir="/tmp")  # short: Ray's sockets lie below it
+        self._log = folder / "head.log"
+        self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-            "RAY_ADDRESS": "local",
-            "RAY_TMPDIR": self.temporary,
+            "RAY_TMPDIR": self._temporary,
+            "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_enable_worker_prestart": "0",
             "RAY_memory_monitor_refresh_ms": "0",
             "OMP_NUM_THREADS": "1",
         }
-        with (self.attempt_folder / "driver.log").open("wb") as log:
-            command = [sys.executable, "-m", "workers.ray_entry", "--spec", str(path)]
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        command = [sys.executable, str(Path(__file__).parents[1] / "orchestrator/ray_nodes.py")]
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        try:
+            nodes = [self.ask(add={"num_cpus": count}) for count in cores]
+        except BaseException:
+            self.end()
+            raise
+        self.environment["RAY_ADDRESS"], self._last = nodes[0]["address"], nodes[-1]["node"]
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, self._log.read_text()[-3000:]
+        return dict(json.loads(answer))
+
+    def drain_last(self) -> None:
+        assert self.ask(drain=self._last, seconds=120)["accepted"]
+
+    def end(self) -> None:
+        mine = [*psutil.Process(self._process.pid).children(recursive=True), psutil.Process(self._process.pid)]
+        mine += [p for p in psutil.process_iter(["cmdline"]) if self._temporary in " ".join(p.info["cmdline"] or ())]
+        for process in mine:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        self._process.communicate()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    started = Head(tmp_path_factory.mktemp("head"), 2)
+    yield started
+    started.end()
+
+
+class Driver:
+    """`python -m workers.ray_entry` on two ranks of a run without end."""
+
+    def __init__(self, folder: Path, attempt: int, packed: tuple[str, str], head: Head) -> None:
+        self.attempt_folder = folder / "attempts" / str(attempt)
+        self.attempt_folder.mkdir(parents=True)
+        run = run_of(packed, loop__steps=1_000_000)
+        spec = spec_of(folder, run, attempt=attempt, ranks=2, cpus_per_rank=1, grace_s=20)
+        path = self.attempt_folder / "spec.json"
+        path.write_text(spec.model_dump_json())
         self.log = self.attempt_folder / "driver.log"
+        with self.log.open("wb") as log:
+            command = [sys.executable, "-m", "workers.ray_entry", "--spec", str(path)]
+            self.process = subprocess.Popen(command, env=head.environment, stdout=log, stderr=log)
 
     def wait_for_step(self, progress: Path, at_least: int) -> None:
         until = time.monotonic() + 300
@@ -56,26 +105,19 @@ class Driver:
             time.sleep(0.1)
         raise AssertionError(f"no step {at_least} within 300 s: {self.log.read_text()}")
 
+    def rank_process(self, rank: int) -> int:
+        match = re.search(r"process (\d+)", (self.attempt_folder / f"rank-{rank}.log").read_text())
+        assert match is not None
+        return int(match[1])
+
     def end(self) -> None:
-        mine: list[Any] = []
-        try:
-            root = psutil.Process(self.process.pid)
-            mine = [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            pass
-        mine += [p for p in psutil.process_iter(["cmdline"]) if self.temporary in " ".join(p.info["cmdline"] or ())]
-        for process in mine:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+        self.process.kill()
         self.process.wait()
-        shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def test_a_trial_on_ray_stops_when_asked_resumes_and_reports_a_killed_rank(tmp_path, packed):
+def test_a_trial_on_ray_stops_when_asked_resumes_and_reports_a_killed_rank(tmp_path, packed, head):
     progress = tmp_path / "progress.json"
-    first = Driver(tmp_path, 1, packed)
+    first = Driver(tmp_path, 1, packed, head)
     try:
         first.wait_for_step(progress, 2)
         first.process.send_signal(signal.SIGINT)
@@ -88,18 +130,56 @@ def test_a_trial_on_ray_stops_when_asked_resumes_and_reports_a_killed_rank(tmp_p
     assert "training step 2/" in logs[0]
     assert "rank 1 of 2" in logs[1]
 
-    second = Driver(tmp_path, 2, packed)
+    second = Driver(tmp_path, 2, packed, head)
     try:
         second.wait_for_step(progress, stopped.step + 2)
-        match = re.search(r"process (\d+)", (tmp_path / "attempts/2/rank-1.log").read_text())
-        assert match is not None
-        os.kill(int(match[1]), signal.SIGKILL)
+        os.kill(second.rank_process(1), signal.SIGKILL)
         assert second.process.wait(240) == 1, second.log.read_text()
     finally:
         second.end()
     lost = Outcome.model_validate_json((tmp_path / "attempts/2/outcome.json").read_text())
     assert (lost.state, lost.error_class) == ("failed", "node"), lost
     assert "resume at step" in (tmp_path / "attempts/2/rank-0.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_with_the_grace_time(tmp_path, packed, head):
+    driver = Driver(tmp_path, 1, packed, head)
+    try:
+        driver.wait_for_step(tmp_path / "progress.json", 2)
+        os.kill(driver.rank_process(1), signal.SIGSTOP)
+        driver.process.send_signal(signal.SIGTERM)
+        assert driver.process.wait(240) == 75, driver.log.read_text()
+    finally:
+        driver.end()
+    outcome = Outcome.model_validate_json((tmp_path / "attempts/1/outcome.json").read_text())
+    assert outcome.state == "preempted"
+    assert "not at its end 20 s after the request" in outcome.error
+
+
+@pytest.mark.slow
+def test_a_node_that_ray_drains_preempts_the_trial(tmp_path, packed):
+    nodes, driver = Head(tmp_path, 1, 1), None
+    try:
+        driver = Driver(tmp_path, 1, packed, nodes)
+        driver.wait_for_step(tmp_path / "progress.json", 2)
+        nodes.drain_last()
+        assert driver.process.wait(240) == 75, driver.log.read_text()
+    finally:
+        if driver is not None:
+            driver.end()
+        nodes.end()
+    outcome = Outcome.model_validate_json((tmp_path / "attempts/1/outcome.json").read_text())
+    assert (outcome.state, outcome.step) == ("preempted", max(outcome.step, 2))
+    assert any((tmp_path / "checkpoints").glob(f"0001-{outcome.step:08d}/complete.json"))
+
+
+def test_what_a_rank_prints_is_a_file_on_the_remote_storage(s3_uri):
+    storage = Storage(s3_uri)
+    with logged_to(storage, "attempts/1/rank-0.log"):
+        print("step 1", flush=True)
+        os.write(2, b"a library's own line\n")
+    assert storage.read("attempts/1/rank-0.log") == b"step 1\na library's own line\n"
 
 
 def test_the_driver_tells_what_the_most_telling_rank_said(tmp_path, packed, capsys):

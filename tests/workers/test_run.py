@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from workers.evaluate import evaluate_detector
 from workers.run import run_trial
 from workers.stop import StopRequest, files_asking
 from workers.storage import Storage
+from workers.sync import sync
 from workers.world import World
 
 
@@ -46,11 +49,6 @@ def spec_of(folder: Path, run: RunConfig, **fields: Any) -> RunSpec:
 
 def go(spec: RunSpec, stop: StopRequest | None = None) -> Outcome:
     return run_trial(spec, alone(), stop or StopRequest(), lambda progress: None)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
 def mlflow_run(uri: str, experiment: str) -> Any:
@@ -130,7 +128,26 @@ def test_a_diverging_trial_fails_with_its_reason_in_outcome_and_mlflow(tmp_path,
 def test_what_a_person_got_wrong_is_one_line_and_status_2(tmp_path, packed, overrides, message):
     outcome = go(spec_of(tmp_path, run_of(packed, **overrides)))
     assert (outcome.state, outcome.error_class, exit_status(outcome)) == ("failed", "person", 2)
-    assert pytest.importorskip("re").search(message, outcome.error), outcome.error
+    assert re.search(message, outcome.error), outcome.error
+    assert "\n" not in outcome.error
+
+
+def test_data_of_another_schema_is_one_line_and_status_2(tmp_path, packed):
+    text = (Path(packed[0]) / "manifest.json").read_text()
+    version = json.loads(text)["schema_version"]
+    (tmp_path / "manifest.json").write_text(json.dumps({**json.loads(text), "schema_version": version + 1}))
+    outcome = go(spec_of(tmp_path / "out", run_of(packed, data__train=str(tmp_path))))
+    assert exit_status(outcome) == 2, outcome
+    assert f"schema {version + 1}, this version reads {version}" in outcome.error
+
+
+def test_a_shard_that_is_gone_is_named(tmp_path, packed):
+    data = shutil.copytree(packed[0], tmp_path / "data")
+    for shard in data.glob("shard*"):
+        shard.unlink()
+    outcome = go(spec_of(tmp_path / "out", run_of(packed, data__train=str(data))))
+    assert outcome.state == "failed"
+    assert re.search(r"shard.*(no such file|not there|gone|missing)", outcome.error, re.IGNORECASE), outcome.error
     assert "\n" not in outcome.error
 
 
@@ -159,6 +176,23 @@ def test_an_older_attempt_is_fenced_and_writes_no_result(tmp_path, packed):
     assert (outcome.state, outcome.error_class) == ("failed", "node")
     assert "attempt 2 has taken over" in outcome.error
     assert not (tmp_path / "result.json").exists()
+
+
+def test_a_trial_on_an_object_store_keeps_there_what_a_dead_tracker_could_not_be_told(
+    tmp_path, packed, store, s3_uri, monkeypatch
+):
+    dead = MLflowTracking(uri="http://127.0.0.1:9", experiment="remote", step_metrics_every=2)
+    outcome = go(RunSpec(run=run_of(packed), storage=s3_uri, trial="t-2", tracking=dead, cache=str(tmp_path)))
+    assert (outcome.state, outcome.error) == ("done", "")
+    remote = Storage(s3_uri)
+    assert Result.model_validate_json(remote.read("result.json")).step == 4
+    target = remote.read("spool/target.json").decode().replace("http://127.0.0.1:9", store)
+    remote.write("spool/target.json", target.encode())
+    assert sync(s3_uri) > 0
+    assert sync(s3_uri) == 0
+    client, tracked = mlflow_run(store, "remote")
+    assert [m.step for m in client.get_metric_history(tracked.info.run_id, "loss")] == [2, 4]
+    assert tracked.info.status == "FINISHED"
 
 
 def test_the_score_of_three_ranks_is_that_of_one_to_the_bit(packed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.workers.fakes import fake_trial, small_run
 from tests.workers.ranks import run_ranks
 from tests.workers.test_resume import kill_in_step
 from workers.config import Progress
-from workers.journal import TrialJournal
+from workers.journal import NOTHING, TrialJournal
 from workers.meter import Row
 from workers.spool import RejectedError, Shipper, Spool, metric_points, ship_once
 from workers.storage import Storage
@@ -91,6 +92,49 @@ def test_a_line_torn_by_a_crash_is_dropped_and_the_next_is_whole(tmp_path):
     assert [record["step"] for record in again.records()] == [1, 2]
 
 
+def test_a_process_whose_spool_was_taken_over_adds_and_ships_nothing(tmp_path):
+    tracker, warnings = FakeTracker(), []
+    old = Spool(tmp_path)
+    old.append(metrics(1))
+    new = Spool(tmp_path)
+    old.append(metrics(2))
+    assert [record["step"] for record in new.records()] == [1]
+    assert Shipper(old, tracker, warnings.append).close(30)
+    assert not tracker.calls
+    assert "a newer attempt has taken" in warnings[0]
+    new.append(metrics(3))
+    assert Shipper(new, tracker, warnings.append).close(30)
+    assert steps_of(tracker) == [1, 3]
+    old.close()
+    new.close()
+
+
+@pytest.mark.parametrize("cursor", ["", "{}", "[]", '{"bytes": 1000000}'])
+def test_a_damaged_cursor_ships_everything_again_which_adds_nothing(tmp_path, cursor):
+    tracker = FakeTracker()
+    for _ in range(2):
+        spool = Spool(tmp_path)
+        spool.append(metrics(1))
+        assert Shipper(spool, tracker, print).close(30)
+        spool.close()
+        (tmp_path / "cursor.json").write_text(cursor)
+    assert steps_of(tracker) == [1]
+
+
+def test_a_full_disk_under_the_spool_is_one_clear_error(spool):
+    class Full:
+        def write(self, data: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            pass
+
+    spool.close()
+    spool._file = Full()
+    with pytest.raises(RuntimeError, match=r"no space left on .*spool while writing records\.jsonl; free some"):
+        spool.append(metrics(1))
+
+
 def test_a_record_that_is_refused_for_good_is_set_aside_and_holds_up_no_other(spool):
     tracker, warnings = FakeTracker(), []
     tracker.refused = "params"
@@ -142,6 +186,62 @@ def test_a_killed_and_resumed_run_tells_every_window_once(tmp_path):
     assert window_points(tmp_path) == [2, 4, 6, 8, 10, 12]
 
 
+def test_a_run_killed_before_its_first_checkpoint_tells_every_window_once(tmp_path):
+    run = small_run()
+    run_ranks(kill_in_step, 1, tmp_path, run, 3, 0)
+    assert window_points(tmp_path) == [2]
+    trial = fake_trial(tmp_path, run, attempt=2)
+    assert window_points(tmp_path) == [2, 4, 6, 8, 10, 12]
+    trial.journal.finish_series("series.parquet")
+    assert pq.read_table(tmp_path / "series.parquet")["step"].to_pylist() == list(range(1, 13))
+
+
+def test_an_evaluation_that_was_told_before_a_kill_and_is_done_again_is_told_once(tmp_path):
+    for attempt in (1, 2):
+        spool = Spool(tmp_path / "spool")
+        journal = TrialJournal(spool, Storage(str(tmp_path)), attempt, 8, 8, 50, lambda progress: None)
+        journal.restore(NOTHING, 4)
+        journal.metrics(4, {"bbox/AP": 0.5})
+        journal.close()
+        spool.close()
+    assert [record["values"] for record in spool.records()] == [{"bbox/AP": 0.5}]
+
+
+def test_what_was_told_while_a_checkpoint_was_written_is_told_once_after_the_spool_is_lost(tmp_path):
+    def journal_in(name: str) -> tuple[Spool, TrialJournal]:
+        spool = Spool(tmp_path / name)
+        return spool, TrialJournal(spool, Storage(str(tmp_path)), 1, 8, 8, 2, lambda progress: None)
+
+    def row(step: int) -> Row:
+        return Row(step, {"loss": 1.0, "step_s": 0.5, "wait_s": 0.0})
+
+    spool, journal = journal_in("lost")
+    journal.rows([row(1), row(2)])
+    state = journal.state()
+    journal.rows([row(3), row(4)])  # the loop goes on
+    checkpoint = state()
+    journal.close()
+    spool.close()
+    spool, journal = journal_in("new")
+    journal.restore(checkpoint, 2)
+    journal.rows([row(3), row(4), row(5), row(6)])
+    journal.close()
+    spool.close()
+    assert [record["step"] for record in spool.records()] == [2, 4, 6]
+
+
+def test_progress_of_an_attempt_that_was_taken_over_is_not_written(tmp_path, capsys):
+    storage = Storage(str(tmp_path))
+    spool = Spool(tmp_path / "spool")
+    journal = TrialJournal(spool, storage, 1, 8, 8, 50, lambda progress: None)
+    storage.write_json("checkpoints/claim.json", {"attempt": 2})
+    journal.progress("training", 4, None)
+    journal.close()
+    spool.close()
+    assert not (tmp_path / "progress.json").exists()
+    assert "attempt 2 has taken over" in capsys.readouterr().out
+
+
 def test_a_run_resumed_on_another_node_fills_in_what_its_lost_spool_held(tmp_path):
     run = small_run()
     run_ranks(kill_in_step, 1, tmp_path, run, 7, 0)
@@ -155,8 +255,8 @@ def test_the_series_has_every_step_once_after_kill_and_resume(tmp_path):
     run_ranks(kill_in_step, 1, tmp_path / "killed", run, 7, 0)
     killed = fake_trial(tmp_path / "killed", run, attempt=2)
     whole = fake_trial(tmp_path / "whole", run)
-    killed.journal.finish_series(12, "series.parquet")
-    whole.journal.finish_series(12, "series.parquet")
+    killed.journal.finish_series("series.parquet")
+    whole.journal.finish_series("series.parquet")
     tables = [pq.read_table(tmp_path / name / "series.parquet") for name in ("killed", "whole")]
     assert tables[0]["step"].to_pylist() == list(range(1, 13))
     for name in ("loss", "loss/rare", "grad_norm", "lr"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -34,11 +35,6 @@ def history(uri: str, name: str = "loss") -> list[tuple[int, float]]:
     return sorted((m.step, m.value) for m in client.get_metric_history(run.info.run_id, name))
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
-
-
 def test_a_second_process_continues_the_run_and_drops_what_it_holds(tmp_path, store):
     first = target(store, tmp_path)
     first.send([metrics(1), metrics(2), {"kind": "params", "values": {"a.b": "1"}}])
@@ -66,7 +62,8 @@ def test_config_becomes_dotted_params_within_the_limits():
 class Server:
     """`mlflow server` on a port of its own that can be killed and started again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, empty_store: Path) -> None:
+        shutil.copy(empty_store, folder / "server.db")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -96,10 +93,10 @@ class Server:
             self._process = None
 
 
-def test_a_server_dead_at_first_then_killed_then_back_has_each_record_once(tmp_path):
+def test_a_server_dead_at_first_then_killed_then_back_has_each_record_once(tmp_path, empty_store):
     from workers.scribe import TARGET_FILE, SpoolTarget
 
-    server = Server(tmp_path)
+    server = Server(tmp_path, empty_store)
     spool = Spool(tmp_path / "spool")
     tracking = MLflowTracking(uri=server.uri, experiment="study")
     record = SpoolTarget(tracking=tracking, trial="t-1", name="n", storage=str(tmp_path))

@@ -1,25 +1,28 @@
-"""`python -m workers.train` as a person uses it, and the thirty kills."""
+"""`python -m workers.train` as a person uses it."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
+import queue
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.workers.ranks import run_ranks
 from tests.workers.test_run import run_of
+from workers.causes import exit_status
 from workers.config import Progress, parse_run, run_preset
 from workers.console import progress_text
+from workers.stop import StopRequest, grace_enforced, late_outcome
 from workers.storage import Storage
-from workers.train import main, merged, next_attempt, read_run
+from workers.train import main, merged, next_attempt, read_run, share_of_cores
+from workers.world import World, end_with_launcher
 
 
 def run_file(folder: Path, packed: tuple[str, str], **overrides: Any) -> Path:
@@ -88,6 +91,57 @@ def test_progress_is_one_line():
     assert progress_text(progress) == "training step 5/10  loss 1.2500  9.5 images/s  1:05 left"
 
 
+def test_a_folder_keeps_its_trial_id_and_shares_it_with_no_other_of_its_name(tmp_path):
+    folders = [Storage(str(tmp_path / parent / "out")) for parent in ("a", "b")]
+    (first, trial), (_, other) = map(next_attempt, folders)
+    assert first == 1
+    assert trial.startswith("out-")
+    assert trial != other
+    folders[0].write_json("checkpoints/claim.json", {"attempt": 1})
+    folders[0].write_json("attempts/1/spec.json", {"trial": trial})
+    assert next_attempt(folders[0]) == (2, trial)
+
+
+def test_ranks_on_one_machine_share_its_cores():
+    cores = len(os.sched_getaffinity(0))
+    assert share_of_cores({}) == cores
+    assert share_of_cores({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "16"}) == max(cores // 2, 1)
+    assert share_of_cores({"LOCAL_WORLD_SIZE": "1000"}) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_no_rank_outlives_its_launcher():
+    assert run_ranks(orphan_ends, 1) == [True]
+
+
+def orphan_ends(_: World) -> bool:
+    """Starts a launcher that starts a rank and is gone; returns when the rank is, too."""
+    alive, held_by_rank = os.pipe()
+    launcher = os.fork()
+    if not launcher:
+        ready, tell = os.pipe()
+        if not os.fork():
+            end_with_launcher()
+            os.write(tell, b"x")
+            signal.pause()
+        os.read(ready, 1)
+        os._exit(0)
+    os.close(held_by_rank)
+    os.waitpid(launcher, 0)
+    return os.read(alive, 1) == b""  # the end of the file: nobody holds the other end any more
+
+
+def test_an_attempt_that_does_not_end_within_its_grace_is_ended():
+    left: queue.Queue[str] = queue.Queue()
+    stop = StopRequest()
+    with grace_enforced(stop, 0.01, left.put):
+        stop.ask("preempted")
+        assert left.get(timeout=60) == "preempted"
+    late = late_outcome("preempted", 0.01)
+    assert (late.state, exit_status(late)) == ("preempted", 75)
+    assert "resumes from its last checkpoint" in late.error
+
+
 def test_under_torchrun_one_json_object_is_all_of_stdout(tmp_path, packed):
     path = run_file(tmp_path, packed)
     command = train_command(str(path), "--out", str(tmp_path / "out"), "--json", ranks=2)
@@ -97,35 +151,3 @@ def test_under_torchrun_one_json_object_is_all_of_stdout(tmp_path, packed):
     found = json.loads(finished.stdout)
     assert (found["state"], found["step"]) == ("done", 4)
     assert json.loads((tmp_path / "out/result.json").read_text())["world_size"] == 2
-
-
-@pytest.mark.slow
-def test_thirty_kills_at_random_moments_change_no_bit(tmp_path, packed):
-    """SIGKILL after a random time, on one rank alone, until thirty have hit; then to the end."""
-    chance = random.Random(0)
-    path = run_file(tmp_path, packed, loop__steps=1200, loop__checkpoint_every_steps=5, loop__keep_checkpoints=2)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = tmp_path / "killed"
-    kills = 0
-    while kills < 30:
-        before = next_attempt(Storage(str(killed)))
-        with (tmp_path / "log").open("ab") as log:
-            process = subprocess.Popen(
-                train_command(str(path), "--out", str(killed)), env=environment, stdout=log, stderr=log
-            )
-        while process.poll() is None and next_attempt(Storage(str(killed))) == before:
-            time.sleep(0.05)  # until it has claimed the folder
-        time.sleep(chance.uniform(0, 2))
-        if process.poll() is not None:
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        kills += 1
-    for folder in (killed, tmp_path / "whole"):
-        subprocess.run(train_command(str(path), "--out", str(folder)), env=environment, check=True, capture_output=True)
-    digests = {
-        json.loads((folder / "result.json").read_text())["weights_sha256"] for folder in (killed, tmp_path / "whole")
-    }
-    print(f"{kills} kills")
-    assert len(digests) == 1
-    assert kills == 30
