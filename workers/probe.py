@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pipelines.console import run_command
 from workers.config import PROBE_REPORT, PROBE_STORE, ClockReport, LinkReport, NodeReport, ProbePlan
@@ -136,28 +137,28 @@ def _mlflow_error(uri: str) -> str:
 # --- together -------------------------------------------------------------------------------------------------------
 
 
-def _meet(plan: ProbePlan) -> dist.Store:
+def _meet(plan: ProbePlan) -> Store:
     """The store of all probes. The first one opens it and prints its address for the others' plans."""
     patience = timedelta(seconds=plan.patience_s)
     if plan.index == 0:
         listener = socket.create_server((plan.address, 0))  # on this address alone
         port = listener.getsockname()[1]
-        store = dist.TCPStore(
+        store = TCPStore(
             plan.address, port, None, True, patience, wait_for_workers=False, master_listen_fd=listener.detach()
         )
         print(f"{PROBE_STORE} {plan.address}:{port}", flush=True)
         return store
     host, _, port = plan.store.rpartition(":")
-    return dist.TCPStore(host, int(port), None, is_master=False, timeout=patience, wait_for_workers=False)
+    return TCPStore(host, int(port), None, is_master=False, timeout=patience, wait_for_workers=False)
 
 
-def _barrier(store: dist.Store, plan: ProbePlan, name: str) -> None:
+def _barrier(store: Store, plan: ProbePlan, name: str) -> None:
     """Raises RuntimeError if not all come in time."""
     store.set(f"{name}/{plan.index}", "here")
     store.wait([f"{name}/{index}" for index in range(plan.nodes)], timedelta(seconds=plan.patience_s))
 
 
-def _part(store: dist.Store, plan: ProbePlan) -> None:
+def _part(store: Store, plan: ProbePlan) -> None:
     """The store lives in the first one's process, which leaves last."""
     _barrier(store, plan, "end")
     if plan.index:
@@ -166,7 +167,7 @@ def _part(store: dist.Store, plan: ProbePlan) -> None:
         store.wait([f"left/{index}" for index in range(1, plan.nodes)], timedelta(seconds=plan.patience_s))
 
 
-def _storage_error(store: dist.Store, plan: ProbePlan) -> str:
+def _storage_error(store: Store, plan: ProbePlan) -> str:
     """Writes a file, and reads those of the others and of the service; what went wrong, in words."""
     error = ""
     storage = None
@@ -197,7 +198,7 @@ def _content(plan: ProbePlan, index: int) -> bytes:
     return f"{plan.folder} {index}\n".encode() * 1000
 
 
-def _clock(store: dist.Store, plan: ProbePlan) -> ClockReport | None:
+def _clock(store: Store, plan: ProbePlan) -> ClockReport | None:
     """The first node's clock minus this one's; on the first node, which answers the others, nothing to tell."""
     patience = timedelta(seconds=plan.patience_s)
     try:
@@ -217,11 +218,11 @@ def _clock(store: dist.Store, plan: ProbePlan) -> ClockReport | None:
     return None
 
 
-def _link(store: dist.Store, plan: ProbePlan, peer: int) -> LinkReport:
+def _link(store: Store, plan: ProbePlan, peer: int) -> LinkReport:
     """All-reduces of 4 MiB with one other node, as gloo sets them up by default."""
     low, high = sorted((plan.index, peer))
     before = _local_ends()
-    pair = dist.PrefixStore(f"pair/{low}-{high}", store)
+    pair = PrefixStore(f"pair/{low}-{high}", store)
     patience = timedelta(seconds=min(plan.patience_s, 30.0))
     try:
         dist.init_process_group("gloo", store=pair, rank=int(plan.index == high), world_size=2, timeout=patience)
