@@ -1,4 +1,4 @@
-"""Initial weights: from torchvision's names or a file to a plain state dict. Nothing is ever unpickled."""
+"""Initial weights: from torchvision's names or a file to a plain state dict. Nothing but arrays is ever unpickled."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.config import VGG16, Backbone, FileWeights, NoWeights, ResNet, ResNeXt, TorchvisionWeights, Weights
+from workers.zoo import read_zoo_pickle
 
 
 def initial_weights(weights: Weights, backbone: Backbone) -> tuple[Mapping[str, Tensor], str] | None:
@@ -72,6 +73,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 
         tensors: Mapping[str, Tensor] = load_file(path)
         return tensors
+    if path.suffix == ".pkl":
+        return read_zoo_pickle(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
