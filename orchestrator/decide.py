@@ -54,7 +54,7 @@ class Waiting:
     age_s: float = 0.0
     backoff_s: float = 0.0  # still to wait after a failed attempt
     seconds: float = UNKNOWN
-    suspects: tuple[str, ...] = ()  # nodes of an attempt that hung, most suspicious first
+    suspects: tuple[str, ...] = ()  # nodes of an attempt that hung or was preempted, most suspicious first
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class _Round:
         self.words.clear()
         self.ends.append((max(0.0, trial.seconds), trial.trial, trial.gang, placement))
         passed = f", passing trial {self.head.trial} without delaying it" if self.head is not None else ""
-        away = f", not on {', '.join(avoid)}, where it hung or lost a peer" if avoid else ""
+        away = f", not on {', '.join(avoid)}, where it was lost" if avoid else ""
         return Start(trial.trial, placement, f"{needs(trial.gang)} are free{passed}{away}", avoid)
 
     def _holdable(self, gang: Gang, avoid: tuple[str, ...]) -> bool:
@@ -256,7 +256,7 @@ class _Round:
         self.position += 1
         shape = _shape(trial.gang, avoid)
         if shape not in self.words:
-            away = f" not on {', '.join(avoid)}, where it hung or lost a peer" if avoid else ""
+            away = f" not on {', '.join(avoid)}, where it was lost" if avoid else ""
             self.words[shape] = f"needs {needs(trial.gang)}{away}; {self._free(trial.gang)}"
         why = self.words[shape]
         if self.head is not None:

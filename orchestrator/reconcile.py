@@ -205,6 +205,7 @@ class Reconciler:
         self, row: ledger.Row, verdict: Verdict, result: Result | None, outcome: Outcome | None, step: int, now: float
     ) -> None:
         ranks = row["spec"]["resources"]["ranks"]
+        preempted = outcome is not None and outcome.state == "preempted"
         seconds = now - (row["running_at"] or now)
         values: dict[str, Any] = {
             "state": verdict.state,
@@ -216,7 +217,7 @@ class Reconciler:
             "not_before": now + verdict.delay_s,
             "wish": "",
             "rank_seconds": TRIALS.c.rank_seconds + ranks * seconds,
-            "suspects": " ".join(suspects(verdict, self._nodes_of(row))),
+            "suspects": " ".join(suspects(verdict, self._nodes_of(row), preempted)),
         }
         if result is not None:
             values |= {

@@ -89,13 +89,14 @@ def judge(ended: Ended, limits: Limits) -> Verdict:
             return _after_failure(ended, error_class, error, limits)
 
 
-def suspects(verdict: Verdict, nodes: Sequence[str]) -> list[str]:
+def suspects(verdict: Verdict, nodes: Sequence[str], preempted: bool) -> list[str]:
     """The nodes that the next attempt had better avoid, most suspicious first. `nodes`: of the ranks, by rank.
 
     After a hang or a broken collective: that of the rank whose error it is, then those of its peers; one of them may
-    have been the cause. Nothing after any other end.
+    have been the cause. After a preemption all, since one is about to go, and Ray does not say over HTTP which. Nothing
+    after any other end.
     """
-    if verdict.error_class != "collective" or verdict.state != "queued":
+    if verdict.state != "queued" or not (verdict.error_class == "collective" or preempted):
         return []
     named = re.match(r"rank (\d+): ", verdict.error)
     rank = int(named.group(1)) if named else len(nodes)

@@ -302,7 +302,7 @@ def test_a_gang_keeps_off_as_many_suspects_as_the_cluster_can_spare(ranks, suspe
     assert isinstance(start, Start)
     assert start.avoid == avoided
     assert not set(avoided) & set(start.placement)
-    assert ("where it hung" in start.why) == bool(avoided)
+    assert ("where it was lost" in start.why) == bool(avoided)
 
 
 def test_a_gang_waits_for_a_sound_node_while_a_suspect_is_free_and_others_take_that():
@@ -310,5 +310,5 @@ def test_a_gang_waits_for_a_sound_node_while_a_suspect_is_free_and_others_take_t
     gangs = [waiting("hung", 2, suspects=("n0",)), waiting("other", 2)]
     situation = Situation(nodes, gangs, [running("r", 2, 600, {"n1": 2})])
     assert starts(situation) == ["other"]
-    assert why(situation, "hung").startswith("needs 2 ranks x 1 GPU not on n0, where it hung or lost a peer; ")
+    assert why(situation, "hung").startswith("needs 2 ranks x 1 GPU not on n0, where it was lost; ")
     assert "next, after trial r ends, in about 10 min" in why(situation, "hung")

@@ -110,12 +110,18 @@ def test_a_person_s_error_beats_a_pause():
 
 def test_after_a_broken_collective_the_nodes_of_the_gang_are_under_suspicion_the_named_rank_s_first():
     broken = judge(failed("collective", "rank 2: connection closed by peer"), LIMITS)
-    assert suspects(broken, ["n0", "n0", "n1", "n2"]) == ["n1", "n0", "n2"]
+    assert suspects(broken, ["n0", "n0", "n1", "n2"], False) == ["n1", "n0", "n2"]
     stalled = judge(replace(LOST, outcome=Outcome(state="stopped"), exit_code=EXIT_STOPPED, wish="stall"), LIMITS)
-    assert suspects(stalled, ["n0", "n1"]) == ["n0", "n1"]
-    assert suspects(broken, []) == [], "it did not come to say where it sits"
+    assert suspects(stalled, ["n0", "n1"], False) == ["n0", "n1"]
+    assert suspects(broken, [], False) == [], "it did not come to say where it sits"
 
 
 @pytest.mark.parametrize("error_class", ["person", "unknown", "node", "diverged"])
 def test_other_ends_put_no_node_under_suspicion(error_class):
-    assert suspects(judge(failed(error_class, "rank 0: boom"), LIMITS), ["n0"]) == []
+    assert suspects(judge(failed(error_class, "rank 0: boom"), LIMITS), ["n0"], False) == []
+
+
+def test_after_a_preemption_the_nodes_are_about_to_go():
+    outcome = Outcome(state="preempted")
+    preempted = judge(replace(LOST, outcome=outcome, exit_code=EXIT_PREEMPTED, step=1), LIMITS)
+    assert suspects(preempted, ["n0", "n1", "n1"], True) == ["n0", "n1"]
