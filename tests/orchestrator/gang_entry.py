@@ -2,7 +2,7 @@
 
 Every step is taken by all ranks; the last one is the checkpoint. Ends as the real one does: a lost rank is class
 "node", a node that drains a preemption. What it does is in the run's `fake` field: {"steps", "gate", "gate_at",
-"crash_at"}, the last one only in the first attempt.
+"crash_at"}, the last one only in the first attempt. A run without that field is the real entry's.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Rank:
 
 def main(path: str) -> int:
     spec = json.loads(Path(path).read_text())
+    if "fake" not in spec["run"]:
+        os.execv(sys.executable, [sys.executable, "-m", "workers.ray_entry", "--spec", path])
     asked: list[int] = []
     signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="warning")

@@ -1,7 +1,7 @@
 """The service on a cluster of several nodes (simulated on this machine, with GPUs that Ray merely counts).
 
 One cluster for the whole file: a head without GPUs and nodes of two. Trials are `gang_entry.py`: real placement groups
-with an actor for each rank. The tests share the nodes, and each leaves two of them behind.
+with an actor for each rank; the last test trains for real. The tests share the nodes, and each leaves two of them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from orchestrator.client import Client, Connection
 from orchestrator.config import Resources, StudyView
 from orchestrator.processes import find_child, own_token
 from tests.orchestrator.submissions import identity, plan, submission
+from workers.config import apply_overrides, run_preset
 
 HERE = Path(__file__).parent
 PATIENCE_S = 240  # until a test gives up; nothing is timed
@@ -95,7 +96,7 @@ class House:
         return dict(json.loads(answer))
 
     def add(self) -> str:
-        return str(self.ask(add={"num_cpus": 2, "num_gpus": GPUS})["node"])
+        return str(self.ask(add={"num_cpus": 2, "num_gpus": GPUS, "resources": {"whole": 1}})["node"])
 
     def replace(self, node: str) -> None:
         """Takes a node away, if it is still there, and adds another."""
@@ -118,6 +119,10 @@ class House:
     def ended(self, study: str) -> StudyView:
         self.until(f"end of {study}", lambda: self.client.study(study).state not in ("active", "paused"))
         return self.client.study(study)
+
+    def reaches(self, study: str, step: int) -> None:
+        """Waits until the study's first trial has taken this step."""
+        self.until(f"step {step}", lambda: self.client.study(study).trials[0].progress.get("step", 0) >= step)
 
     def sits(self, study: str, attempt: int = 1) -> list[str]:
         """The nodes of the ranks of the study's first trial, once this attempt of it trains."""
@@ -213,3 +218,44 @@ def test_two_studies_share_the_cluster_by_their_priority(house):
     assert [house.ended(study).state for study in (high, low)] == ["done", "done"]
     starts = [event.trial for event in house.client.events().events if event.kind == "starting"]
     assert [name for name in starts if name.startswith(("low", "high"))] == [f"{low}-000", f"{high}-000", f"{low}-001"]
+
+
+def test_training_over_two_nodes_comes_out_to_the_bit_although_one_is_lost(house):
+    """The real entry: two ranks, each on a node of its own, and the weights of a run that lost nothing."""
+    data = house.root / "data"
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines",
+        "data",
+        "synth",
+        str(data),
+        "--images",
+        "40",
+        "--size",
+        "128",
+        "--pack",
+    ]
+    subprocess.run(command, cwd=HERE.parents[1], check=True, stdout=subprocess.DEVNULL)
+    overrides = {
+        "data.train": str(data / "train"), "data.val": str(data / "val"), "loop.steps": 16, "loop.global_batch": 2,
+        "loop.log_every_steps": 1, "loop.checkpoint_every_steps": 4,
+    }  # fmt: skip
+    run = apply_overrides(run_preset("tiny"), overrides)
+    made = plan("real", identity("real")).model_copy(update={"run": run})
+    resources = Resources(ranks=2, cpus_per_rank=1, custom_per_rank={"whole": 1})
+    weights = []
+    for disturbed in (False, True):
+        study = house.client.submit(submission(made, resources=resources, name="real", fresh=True))["study"]
+        if disturbed:
+            assert sorted(house.sits(study)) == sorted(house.two)
+            house.reaches(study, 6)
+            lost = house.two[1]
+            house.ask(kill=lost)
+            house.replace(lost)
+        trial = house.ended(study).trials[0]
+        assert (trial.state, trial.attempts) == ("done", 1 + disturbed), trial.error
+        weights.append(json.loads((Path(trial.storage) / "result.json").read_text())["weights_sha256"])
+    assert weights[0] == weights[1]
+    assert trial.attempt_list[0].state == "lost"
+    assert trial.attempt_list[1].step == 16
