@@ -26,7 +26,7 @@ import psutil
 import torch
 from PIL import Image
 
-from pipelines.blocks import Allocate
+from model.structures import Batch
 from pipelines.config import DataConfig
 from pipelines.dataset import open_dataset
 from pipelines.loader import TrainLoader, _Stream
@@ -99,7 +99,10 @@ def worker_mib(iterator: Any) -> list[float]:
 class Nothing:
     """A source of workers that load nothing."""
 
-    def load(self, number: int, _: Allocate) -> int:
+    def load(self, *_: Any) -> list[Batch]:
+        return []
+
+    def finish(self, number: int, _: list[Batch]) -> int:
         return number
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from model.config import ImageInput
 from model.structures import Batch
-from pipelines.blocks import Allocate, private_block, shared_block
+from pipelines.blocks import Allocate, Inbox, Outbox, Parcel, private_block
 from pipelines.collate import Padding, collate, padded_count, round_up
 from pipelines.config import DataConfig
 from pipelines.dataset import Dataset
@@ -29,6 +30,7 @@ from pipelines.proposals import ProposalTable
 from pipelines.sample import (
     Sample,
     Wanted,
+    draw,
     flip_boxes,
     mirrored_keypoints,
     read_image,
@@ -38,6 +40,7 @@ from pipelines.sample import (
 
 PREFETCHED_PER_WORKER = 2
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,10 @@ class _TrainSource:
             block_batches=self.cfg.bucket_batches,
         )
 
-    def load(self, step: int, allocate: Allocate) -> TrainStep:
+    def finish(self, step: int, batches: list[Batch]) -> TrainStep:
+        return TrainStep(step, self.order.place(step).epoch, batches)
+
+    def load(self, step: int, allocate: Allocate) -> list[Batch]:
         epoch, rows = self.order.place(step).epoch, self.order.rows(step)
         ids = self.dataset.index.values("image_id", rows)
         keys = noise_keys(self.seed, epoch, ids)
@@ -87,13 +93,13 @@ class _TrainSource:
         batches = []
         for chunk in chunks(len(rows), self.max_images):
             samples = [
-                training_sample(self.cfg, self.dataset, int(row), int(key), self.wanted)
-                for row, key in zip(rows[chunk], keys[chunk], strict=True)
+                training_sample(self.cfg, self.dataset, int(row), drawn, self.wanted)
+                for row, drawn in zip(rows[chunk], draw(self.cfg, keys[chunk]), strict=True)
             ]
             found = [canvas_proposals(self.proposals, sample) for sample in samples] if self.proposals else []
             batches.append(collate(samples, padding, found, allocate))
         self.dataset.let_go()
-        return TrainStep(step, epoch, batches)
+        return batches
 
     def _padding(self, rows: Ints, keys: Ints) -> Padding:
         """The canvas of the global batch, from the index alone."""
@@ -193,7 +199,10 @@ class _EvalSource:
         aspect = index.values("width", rows) / index.values("height", rows)
         return np.asarray(rows[np.argsort(aspect, kind="stable")])
 
-    def load(self, number: int, allocate: Allocate) -> Batch:
+    def finish(self, _: int, batches: list[Batch]) -> Batch:
+        return batches[0]
+
+    def load(self, number: int, allocate: Allocate) -> list[Batch]:
         rows = self.order[number * self.batch_size : (number + 1) * self.batch_size]
         samples = [self._sample(int(row)) for row in rows]
         found = [canvas_proposals(self.proposals, sample) for sample in samples] if self.proposals else []
@@ -208,7 +217,7 @@ class _EvalSource:
         )
         batch = collate(samples, padding, found, allocate)
         self.dataset.let_go()
-        return batch
+        return [batch]
 
     def _sample(self, row_number: int) -> Sample:
         row = self.dataset.row(row_number)
@@ -278,31 +287,40 @@ def canvas_proposals(table: ProposalTable, sample: Sample) -> np.ndarray:
 # --- workers --------------------------------------------------------------------------------------------------------
 
 
-class _Stream(Generic[T]):
-    """source.load(n) for given numbers in their order, computed here or ahead of time in worker processes."""
+class _Source(Protocol[T_co]):
+    """Number -> item in two parts: the batches, computed anywhere, and what the consumer makes of them."""
 
-    def __init__(self, source: Any, num_workers: int):
+    def load(self, number: int, allocate: Allocate, /) -> list[Batch]: ...
+
+    def finish(self, number: int, batches: list[Batch], /) -> T_co: ...
+
+
+class _Stream(Generic[T]):
+    """The items of given numbers in their order, computed here or ahead of time in worker processes."""
+
+    def __init__(self, source: _Source[T], num_workers: int):
         self._source, self._num_workers = source, num_workers
         self._running: list[Any] = []
 
-    def iterate(self, numbers: Any) -> Iterator[T]:
+    def iterate(self, numbers: Iterable[int]) -> Iterator[T]:
+        source = self._source
         if self._num_workers == 0:
-            return (self._source.load(number, private_block) for number in numbers)
-        iterator = iter(_worker_loader(self._source, numbers, self._num_workers))
+            return (source.finish(number, source.load(number, private_block)) for number in numbers)
+        iterator = iter(_worker_loader(source, numbers, self._num_workers))
         self._running.append(iterator)
-        return _checked(iterator)
+        return self._opened(iterator)
+
+    def _opened(self, answers: Iterator[Any]) -> Iterator[T]:
+        inbox = Inbox()
+        for number, answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+            yield self._source.finish(number, inbox.open(answer))
 
     def close(self) -> None:
         for iterator in self._running:
             iterator._shutdown_workers()
         self._running.clear()
-
-
-def _checked(items: Iterator[Any]) -> Iterator[Any]:
-    for item in items:
-        if isinstance(item, _Failure):
-            raise item.error
-        yield item
 
 
 def _without_caches(record: Any) -> tuple[Any, ...]:
@@ -311,34 +329,34 @@ def _without_caches(record: Any) -> tuple[Any, ...]:
 
 
 class _Numbered(TorchDataset[Any]):
-    def __init__(self, source: Any):
+    """Number -> (number, parcel), or the error, which is raised as it is by the process that asked."""
+
+    def __init__(self, source: _Source[Any]):
         self._source = source
 
-    def __getitem__(self, number: int) -> Any:
+    @cached_property
+    def _outbox(self) -> Outbox:
+        return Outbox()
+
+    def __getitem__(self, number: int) -> tuple[int, Parcel | Exception]:
         try:
-            return self._source.load(number, shared_block)
+            return number, self._outbox.parcel(self._source.load(number, self._outbox.allocate))
         except (ValueError, RuntimeError, OSError) as error:
-            return _Failure(error)  # raised again as it is by the process that asked
-
-
-@dataclass(frozen=True)
-class _Failure:
-    error: Exception
+            return number, error
 
 
 class _Numbers:
     """A sampler of the given numbers, endless or not."""
 
-    def __init__(self, numbers: Any):
+    def __init__(self, numbers: Iterable[int]):
         self._numbers = numbers
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._numbers)
 
 
-def _worker_loader(source: Any, numbers: Any, num_workers: int) -> DataLoader[Any]:
-    """Workers come from a fork server that has only imported this module: safe beside threads, S3 and CUDA, and they
-    end with the process that asked for them."""
+def _worker_loader(source: _Source[Any], numbers: Iterable[int], num_workers: int) -> DataLoader[Any]:
+    """Workers come from a fork server that has only imported this module: safe beside threads, S3 and CUDA."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return DataLoader(
@@ -356,6 +374,15 @@ def _start_worker(environment: dict[str, str], _: int) -> None:
     """The fork server has the environment of the day it started; a worker needs its parent's (S3 credentials)."""
     os.environ.update(environment)
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """torch's own watchdog looks at the fork server, which outlives a killed trainer as long as its workers do."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 __all__: Sequence[str] = ("EvalLoader", "TrainLoader", "TrainStep")

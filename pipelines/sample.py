@@ -49,11 +49,24 @@ def short_sides(cfg: DataConfig, keys: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.asarray(cfg.short_sides_px, np.int64)[drawn]
 
 
-def training_sample(cfg: DataConfig, dataset: Dataset, row_number: int, key: int, wanted: Wanted) -> Sample:
-    """A pure function of the stored row, the config and the noise key."""
-    row = dataset.row(row_number)
-    flip = bool(uniform(key, _FLIP)[0] < cfg.flip_probability)
-    size = resized_size(row.height, row.width, int(short_sides(cfg, np.array([key]))[0]), cfg.max_side_px)
+@dataclass(frozen=True)
+class Drawn:
+    """What a sample draws of its noise key."""
+
+    key: int
+    short_side: int
+    flip: bool
+
+
+def draw(cfg: DataConfig, keys: NDArray[np.int64]) -> list[Drawn]:
+    sides, mirrored = short_sides(cfg, keys).tolist(), (uniform(keys, _FLIP) < cfg.flip_probability).tolist()
+    return [Drawn(*one) for one in zip(keys.tolist(), sides, mirrored, strict=True)]
+
+
+def training_sample(cfg: DataConfig, dataset: Dataset, row_number: int, drawn: Drawn, wanted: Wanted) -> Sample:
+    """A pure function of the stored row, the config and what was drawn."""
+    row, key, flip = dataset.row(row_number), drawn.key, drawn.flip
+    size = resized_size(row.height, row.width, drawn.short_side, cfg.max_side_px)
     image = resize(read_image(row, dataset), *size)
     image = jitter_colour(image, cfg.colour, key)
     boxes, labels, masks, keypoints = objects(dataset, row_number, row, wanted, cfg.mask_crop_side)
