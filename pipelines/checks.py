@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any
-
-from pycocotools import mask as rle_tools
-
-from pipelines.schema import coco_rle
 
 Finding = tuple[str, str]  # what is wrong, what to do
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+_LARGEST = 1e15  # pixels and areas; far beyond any image, and exact in doubles
+_FAR = 10.0  # image sides that a polygon may reach beyond the edge
+
+
+def _is_int(value: Any, bits: int = 64) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2 ** (bits - 1)) <= value < 2 ** (bits - 1)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_finite(value: Any) -> bool:
+    """Of a number. Integers may be too large for a float, so they are compared, not converted."""
+    return bool(-_LARGEST <= value <= _LARGEST)
+
+
+def _unencodable(text: str) -> bool:
+    """Half of a surrogate pair, which JSON can write and no file name can hold."""
+    return any(0xD800 <= ord(character) < 0xE000 for character in text)
+
+
+def _is_path_below(name: str) -> bool:
+    if name.startswith("/") or "\0" in name or _unencodable(name):
+        return False
+    return all(part != ".." and len(part.encode()) < 256 for part in name.split("/"))
+
+
 def check_image(record: Any) -> Finding | None:
     """The fields of an image record that packing needs."""
     if not isinstance(record, dict) or not _is_int(record.get("id")):
-        return "has no integer id", "give every image a whole number as id"
-    if not isinstance(record.get("file_name"), str) or not record["file_name"]:
+        return "has no integer id of 64 bits", "give every image a whole number as id"
+    name = record.get("file_name")
+    if not isinstance(name, str) or not name:
         return "has no file_name", "name the image's file relative to --images"
+    if not _is_path_below(name):
+        return f"file_name {name[:80]!r} is no path below --images", "name the image's file relative to --images"
     for side in ("width", "height"):
-        if not _is_int(record.get(side)) or record[side] <= 0:
+        if not _is_int(record.get(side), 32) or record[side] <= 0:
             return f"{side} is {record.get(side)!r}", "write the size of the image file in pixels"
     return None
 
@@ -36,12 +54,24 @@ def check_image(record: Any) -> Finding | None:
 def check_annotation_ids(record: Any) -> Finding | None:
     """The fields that place an annotation; the rest is checked beside its image."""
     if not isinstance(record, dict) or not _is_int(record.get("id")):
-        return "has no integer id", "give every annotation a whole number from 1 as id"
+        return "has no integer id of 64 bits", "give every annotation a whole number from 1 as id"
     if record["id"] < 1:
         return f"id {record['id']} is below 1", "number annotations from 1: pycocotools takes id 0 for 'unmatched'"
     for name in ("image_id", "category_id"):
         if not _is_int(record.get(name)):
             return f"{name} is {record.get(name)!r}", f"give it the whole number of its {name.removesuffix('_id')}"
+    return None
+
+
+def check_category_record(record: Any) -> Finding | None:
+    """The fields of a category that packing and evaluation need."""
+    if not isinstance(record, dict) or not _is_int(record.get("id")):
+        return "has no integer id of 64 bits", "mend the list of categories"
+    if not isinstance(record.get("name"), str) or _unencodable(record["name"]):
+        return f"name is {record.get('name')!r}", "write its name as text"
+    points = record.get("keypoints", [])
+    if not isinstance(points, list) or not all(isinstance(name, str) for name in points):
+        return f"keypoints is {points!r}", "write the names of its keypoints, or leave them out"
     return None
 
 
@@ -68,7 +98,7 @@ def check_category(category_id: int, known: Collection[int]) -> Finding | None:
 def _check_box(box: Any, width: int, height: int) -> Finding | None:
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(v) for v in box):
         return f"bbox is {box!r}", "write it as [x, y, width, height]"
-    if not all(math.isfinite(v) for v in box):
+    if not all(_is_finite(v) for v in box):
         return f"bbox {box} is not finite", "compute it anew from the segmentation or drop the annotation"
     x, y, w, h = box
     if w < 0 or h < 0:
@@ -80,7 +110,7 @@ def _check_box(box: Any, width: int, height: int) -> Finding | None:
 
 def _check_area(record: dict[str, Any]) -> Finding | None:
     area: Any = record.get("area")
-    if not _is_number(area) or not math.isfinite(area) or area < 0:
+    if not _is_number(area) or not _is_finite(area) or area < 0:
         return f"area is {area!r}", "write the object's area in pixels; evaluation sorts objects by it"
     if record.get("iscrowd", 0) not in (0, 1):
         return f"iscrowd is {record['iscrowd']!r}", "write 0 or 1"
@@ -91,28 +121,48 @@ def _check_segmentation(segmentation: Any, width: int, height: int) -> Finding |
     if segmentation is None or segmentation == []:
         return None
     if isinstance(segmentation, list):
-        return _check_polygons(segmentation)
+        return _check_polygons(segmentation, width, height)
     if not isinstance(segmentation, dict) or "counts" not in segmentation or "size" not in segmentation:
         return "segmentation is neither polygons nor an RLE", "write [[x, y, ...], ...] or {'size', 'counts'}"
     size, counts = segmentation["size"], segmentation["counts"]
-    if size != [height, width]:
+    if size != [height, width] or not all(_is_int(side) for side in size):
         return f"RLE size {size} is not the image's [{height}, {width}]", "encode the mask at the image's size"
     if not counts:
         return "RLE is empty", "drop the annotation or encode its mask"
-    if isinstance(counts, list) and (not all(_is_int(v) and v >= 0 for v in counts) or sum(counts) != width * height):
-        return f"RLE counts do not add up to {width * height} pixels", "encode the mask anew"
-    try:
-        area = int(rle_tools.area(coco_rle(segmentation, height, width)))
-    except (ValueError, TypeError, UnicodeError):
+    runs = counts if isinstance(counts, list) else rle_runs(counts) if isinstance(counts, str) else None
+    if runs is None:
         return "RLE counts cannot be read", "encode the mask anew with pycocotools"
-    if area == 0:
+    if not all(_is_int(v) and v >= 0 for v in runs) or sum(runs) != width * height:
+        return f"RLE counts do not add up to {width * height} pixels", "encode the mask anew with pycocotools"
+    if not any(runs[1::2]):
         return "RLE is empty (no pixel set)", "drop the annotation or encode its mask"
-    if area > width * height:
-        return f"RLE covers {area} pixels of {width * height}", "encode the mask anew with pycocotools"
     return None
 
 
-def _check_polygons(polygons: list[Any]) -> Finding | None:
+def rle_runs(text: str) -> list[int] | None:
+    """The run lengths in pycocotools' compressed counts (maskApi.c, rleFrString), None if it is none.
+
+    Six bits a character, from 48: five of the number, lowest first, and one that says it goes on; from the fourth run
+    on they are differences to the run before the last.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64:
+            return None
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value = shift = 0
+    return None if shift else runs
+
+
+def _check_polygons(polygons: list[Any], width: int, height: int) -> Finding | None:
     for polygon in polygons:
         if not isinstance(polygon, list) or not all(_is_number(v) for v in polygon):
             return "polygon is not a list of numbers", "write each polygon as [x, y, x, y, ...]"
@@ -120,19 +170,27 @@ def _check_polygons(polygons: list[Any]) -> Finding | None:
             return f"polygon has {len(polygon) // 2} points, fewer than 3", "give it 3 or more points or drop it"
         if len(polygon) % 2:
             return f"polygon has {len(polygon)} numbers, an odd count", "write each polygon as [x, y, x, y, ...]"
-        if not all(math.isfinite(v) for v in polygon):
+        if not all(_is_finite(v) for v in polygon):
             return "polygon has a coordinate that is not finite", "mend or drop the polygon"
+        xs, ys = polygon[::2], polygon[1::2]
+        if max(xs) < 0 or max(ys) < 0 or min(xs) > width or min(ys) > height:
+            return f"polygon lies off its {width} x {height} image", "mend or drop the polygon"
+        reach = max(max(-min(xs), max(xs) - width) / width, max(-min(ys), max(ys) - height) / height)
+        if reach > _FAR:
+            return f"polygon reaches {reach:.0f} image sides beyond the edge", "mend or drop the polygon"
     return None
 
 
 def _check_keypoints(record: dict[str, Any], keypoints: int) -> Finding | None:
+    if not _is_int(record.get("num_keypoints", 0), 32) or record.get("num_keypoints", 0) < 0:
+        return f"num_keypoints is {record['num_keypoints']!r}", "write how many keypoints are labelled"
     values = record.get("keypoints")
     if values is None:
         return None
     if not isinstance(values, list) or len(values) != 3 * keypoints:
         count = len(values) if isinstance(values, list) else values
         return f"keypoints has {count!r} numbers, its category has {keypoints} points", "write x, y, v for each point"
-    if not all(_is_number(v) and math.isfinite(v) for v in values):
+    if not all(_is_number(v) and _is_finite(v) for v in values):
         return "a keypoint is not finite", "mend it or set its visibility to 0"
     if any(v not in (0, 1, 2) for v in values[2::3]):
         return "a keypoint's visibility is not 0, 1 or 2", "write 0 unlabelled, 1 hidden, 2 visible"

@@ -9,7 +9,7 @@ from typing import IO, Any
 
 CHUNK_CHARS = 1 << 20
 _SPACE = " \t\r\n"
-_LISTS = ("images", "annotations", "categories", "licenses")
+_LISTS = ("images", "annotations", "categories")
 
 
 def read_coco(path: Path) -> Iterator[tuple[str, Any, str]]:
@@ -20,12 +20,12 @@ def read_coco(path: Path) -> Iterator[tuple[str, Any, str]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give --annotations a COCO JSON file")
     seen = set()
-    with path.open(encoding="utf-8") as source:
+    with path.open(encoding="utf-8-sig") as source:
         try:
             for key, value, text in _top_level(_Window(source)):
                 seen.add(key.removeprefix("end of "))
                 yield key, value, text
-        except (json.JSONDecodeError, UnicodeDecodeError, _NotCocoError) as error:
+        except (ValueError, RecursionError, _NotCocoError) as error:
             raise ValueError(f"{path}: not COCO JSON ({error}); is it the right file, and whole?") from None
     for key in ("images", "annotations", "categories"):
         if key not in seen:
@@ -102,6 +102,8 @@ def _top_level(window: _Window) -> Iterator[tuple[str, Any, str]]:
             break
         window.take(",")
     window.take("}")
+    if window.peek():
+        raise _NotCocoError(f"it goes on after its end, with {window.peek()!r}")
 
 
 def _elements(window: _Window) -> Iterator[tuple[Any, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import simplejpeg
@@ -20,8 +21,8 @@ def decode_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
     """
     try:
         return _jpeg_pixels(content) if bytes(content[:2]) == _JPEG else _any_pixels(content)
-    except (ValueError, OSError, SyntaxError) as error:
-        raise RuntimeError(str(error)) from error
+    except Exception as error:  # decoders fail on damaged bytes in many ways
+        raise RuntimeError(str(error) or type(error).__name__) from error
 
 
 def _jpeg_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
@@ -45,13 +46,22 @@ def stored_orientation(content: bytes, width: int, height: int) -> tuple[int, tu
     the JSON gives. Raises OSError if the header cannot be read.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
-            bare = image.size
-    except (UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise OSError(str(error)) from None
-    orientation = orientation if 1 <= orientation <= 8 else 1
+        with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+            bare, orientation = image.size, _exif_orientation(image)
+    except UnidentifiedImageError:
+        raise OSError("neither JPEG nor PNG, or damaged at its start") from None
+    except Exception as error:  # decoders fail on damaged bytes in many ways
+        raise OSError(str(error) or type(error).__name__) from error
     turned = (bare[1], bare[0]) if orientation >= 5 else bare
     if turned != (width, height) and bare == (width, height):
         return 1, bare
     return orientation, turned
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    """1 where there is none, or where the EXIF block is damaged: the pixels may still be whole."""
+    try:
+        orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except (ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error):
+        return 1
+    return orientation if 1 <= orientation <= 8 else 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipelines.engines import NEEDED, IouType
 from pipelines.schema import coco_rle
 
 COCO_KEYPOINTS = 17
+_LARGEST = 1e300
 _FIELDS = {
     "images": ("id",),
     "annotations": ("id", "image_id", "category_id", "bbox", "area"),
@@ -123,9 +124,8 @@ def _check_result(number: int, result: Mapping[str, Any], iou_type: IouType) -> 
             raise ValueError(f"result {number}: {key} is {result[key]!r}; it must be a whole number")
     if not _is_number(result["score"]):
         raise ValueError(f"result {number}: score is {result['score']!r}; it must be a finite number")
-    box = result.get("bbox", (0, 0, 0, 0))
-    if not _are_numbers(box) or len(box) != 4:
-        raise ValueError(f"result {number}: bbox is {box!r}; it must be 4 finite numbers")
+    if "bbox" in result and (not _are_numbers(result["bbox"]) or len(result["bbox"]) != 4):
+        raise ValueError(f"result {number}: bbox is {result['bbox']!r}; it must be 4 finite numbers")
     if iou_type == "keypoints":
         points = result["keypoints"]
         if not _are_numbers(points) or len(points) != 3 * COCO_KEYPOINTS:
@@ -134,13 +134,16 @@ def _check_result(number: int, result: Mapping[str, Any], iou_type: IouType) -> 
 
 def _rle(where: str, mask: Any, image: Mapping[str, Any]) -> dict[str, Any]:
     """pycocotools' compressed RLE of a mask of an image. Raises ValueError if it is none."""
-    size = [image.get("height"), image.get("width")]
-    if not all(_is_int(side) and side > 0 for side in size):
+    size: list[Any] = [image.get("height"), image.get("width")]
+    if not _is_int(size[0]) or not _is_int(size[1]) or min(size) < 1:
         raise ValueError(f"image {image['id']} of the ground truth has height and width {size}; masks need its size")
-    if isinstance(mask, Mapping) and list(mask.get("size", [])) != size:
+    if isinstance(mask, Mapping) and mask.get("size") not in (size, tuple(size)):
         raise ValueError(f"{where}: its mask is of size {mask.get('size')}, image {image['id']} is {size}")
     try:
-        rle = coco_rle(mask, *size) if mask else None
+        counts = mask["counts"] if isinstance(mask, Mapping) else ()
+        text = counts.encode() if isinstance(counts, str) else counts
+        whole = min(text) >= 48 and max(text) < 112 if isinstance(text, bytes) else not text or sum(text) == prod(size)
+        rle = coco_rle(mask, *size) if mask and whole else None
         if rle is not None and rle_tools.area(rle) <= size[0] * size[1]:
             return rle
     except (ValueError, TypeError, KeyError, IndexError, UnicodeError, OverflowError):
@@ -153,8 +156,9 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    """Finite, and no integer that is too large for a float."""
+    return bool(value - value == 0) if isinstance(value, float) else _is_int(value) and abs(value) < _LARGEST
 
 
 def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list | tuple) and all(_is_number(value) for value in values)
+    return isinstance(values, list | tuple) and all(map(_is_number, values))

@@ -15,9 +15,12 @@ from pipelines import schema
 from pipelines.shards import Annotations, Floats
 
 Masks = NDArray[np.uint8]
+FARTHEST = 1e5  # samples: rasterising costs memory by length, and only a box that contradicts its polygon goes beyond
 
 
-def mask_crops(annotations: Annotations, chosen: Sequence[int], boxes_xyxy: Floats, side: int) -> Masks:
+def mask_crops(
+    annotations: Annotations, chosen: Sequence[int] | NDArray[np.int64], boxes_xyxy: Floats, side: int
+) -> Masks:
     """uint8 (N, side, side) of 0 and 1: the masks of the chosen annotations, each over its box (N, 4) in image pixels.
 
     Polygons are rasterised at the crop's own scale (pycocotools' rule), RLEs are sampled at the crop's pixel centres.
@@ -29,7 +32,7 @@ def mask_crops(annotations: Annotations, chosen: Sequence[int], boxes_xyxy: Floa
         kind = annotations.kinds[number]
         if kind == schema.POLYGONS:
             points, ends = annotations.polygons(number)
-            points = (points - boxes_xyxy[place, :2]) * scale[place]
+            points = ((points - boxes_xyxy[place, :2]) * scale[place]).clip(-FARTHEST, FARTHEST)
             from_polygons.append(place)
             counts.append(len(ends) - 1)
             parts += [points[first:last].ravel() for first, last in pairwise(ends)]

@@ -24,7 +24,7 @@ from pipelines.manifest import INDEX_NAME, FileEntry, Manifest, parse_manifest
 from pipelines.mapping import view
 from pipelines.progress import Progress, silent
 from pipelines.schema import Problem
-from pipelines.storage import Store
+from pipelines.storage import LOCAL_ERRORS, Store
 
 PROGRESS_FOLDER = ".packing"
 SKIPPED_NAME = "skipped.json"
@@ -267,8 +267,10 @@ def _image_row(task: _Task, record: dict[str, Any], report: Callable[[Problem], 
     where, width, height = task.images.describe(record["file_name"]), record["width"], record["height"]
     try:
         content = task.images.read_bytes(record["file_name"])
-    except FileNotFoundError:
-        report(Problem(where, "image", record["id"], "there is no such file", "restore it or check --images"))
+    except LOCAL_ERRORS as error:
+        what = f"is no file that can be read ({type(error).__name__})"
+        what = "there is no such file" if isinstance(error, FileNotFoundError) else what
+        report(Problem(where, "image", record["id"], what, "restore it or check --images"))
         return None
     try:
         orientation, size = stored_orientation(content, width, height)

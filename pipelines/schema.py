@@ -78,7 +78,8 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.kind} {self.id}: {self.what}; {self.remedy}"
+        what = self.what if len(self.what) < 300 else f"{self.what[:300]}..."
+        return f"{self.file}: {self.kind} {self.id}: {what}; {self.remedy}"
 
 
 def annotation_row(record: dict[str, Any]) -> dict[str, Any]:
@@ -89,13 +90,13 @@ def annotation_row(record: dict[str, Any]) -> dict[str, Any]:
         "category_id": record["category_id"],
         "bbox": [float(v) for v in record["bbox"]],
         "area": float(record["area"]),
-        "iscrowd": record.get("iscrowd", 0),
+        "iscrowd": int(record.get("iscrowd", 0)),
         "kind": NO_SEGMENTATION,
         "polygons": [],
         "rle_text": b"",
         "rle_counts": [],
         "rle_size": [0, 0],
-        "keypoints": [float(v) for v in record.get("keypoints", ())],
+        "keypoints": [float(v) for v in record.get("keypoints") or ()],
         "num_keypoints": record.get("num_keypoints", -1),
     }
     extra = {key: value for key, value in record.items() if key not in _KNOWN}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.checks import check_annotation_ids, check_image
+from pipelines.checks import check_annotation_ids, check_category_record, check_image
 from pipelines.coco_json import read_coco
 from pipelines.schema import Problem
 
@@ -94,6 +94,7 @@ class _Reader:
         self.sequence = 0
 
     def read(self, path: Path, source: int) -> None:
+        seen: set[int] = set()  # categories of this file
         for key, value, text in read_coco(path):
             match key:
                 case "images":
@@ -102,9 +103,13 @@ class _Reader:
                     self._annotation(path, source, value, text)
                 case "categories":
                     self._category(path, value)
-                case "licenses":
-                    if value not in self.licenses:
-                        self.licenses.append(value)
+                    if value["id"] in seen:
+                        raise ValueError(f"{path}: category {value['id']}: its id is there twice; keep one of them")
+                    seen.add(value["id"])
+                case "licenses" if isinstance(value, list):
+                    self.licenses += [
+                        entry for entry in value if isinstance(entry, dict) and entry not in self.licenses
+                    ]
                 case "info" if isinstance(value, dict) and not self.info:
                     self.info = value
 
@@ -148,8 +153,8 @@ class _Reader:
             self.connection.execute("INSERT INTO additions VALUES (?, ?, ?)", (record["id"], source, text))
 
     def _category(self, path: Path, record: Any) -> None:
-        if not isinstance(record, dict) or not isinstance(record.get("id"), int) or "name" not in record:
-            raise ValueError(f"{path}: category {record!r} has no integer id or no name; mend the list of categories")
+        if finding := check_category_record(record):
+            raise ValueError(f"{path}: category {_id_of(record)}: {finding[0]}; {finding[1]}")
         known = self.categories.setdefault(record["id"], {})
         if known and known["name"] != record["name"]:
             raise ValueError(

@@ -15,6 +15,7 @@ from pyarrow import fs
 RETRIES = 5
 FIRST_PAUSE_S = 0.2
 COPY_BYTES = 1 << 20
+LOCAL_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # trying again is no help
 
 T = TypeVar("T")
 
@@ -51,6 +52,8 @@ class Store:
 
     def read_bytes(self, name: str) -> bytes:
         def read() -> bytes:
+            if self.local is not None:
+                return Path(self.path(name)).read_bytes()
             with self._place[0].open_input_stream(self.path(name)) as source:
                 return bytes(source.read())
 
@@ -110,11 +113,11 @@ class Store:
 
 
 def retried(action: Callable[[], T], what: str) -> T:
-    """Calls `action` again after an OSError, with growing pauses; a missing file is not retried."""
+    """Calls `action` again after an OSError, with growing pauses; what is missing or forbidden is not retried."""
     for attempt in range(RETRIES):
         try:
             return action()
-        except FileNotFoundError:
+        except LOCAL_ERRORS:
             raise
         except (NotADirectoryError, IsADirectoryError) as error:  # waiting does not change these
             raise ValueError(f"{what}: {error.strerror or error}; is this the right place?") from None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -59,17 +60,64 @@ def test_a_narrowed_dataset_is_evaluated_on_its_categories(tmp_path):
     assert evaluate(dataset, found, "bbox").stats["AP"] == pytest.approx(0.5)
 
 
+MASK = {"size": [30, 40], "counts": [0, 1200]}
+
+
 @pytest.mark.parametrize(
-    ("result", "message"),
+    ("kind", "fields", "message"),
     [
-        ({"image_id": 1, "category_id": 3, "score": 1}, "result 0 has no 'bbox', which bbox results need"),
-        ({"image_id": 9, "category_id": 3, "score": 1, "bbox": [0, 0, 1, 1]}, "result 0 is for image 9"),
+        ("bbox", {"bbox": ...}, "has no 'bbox', which bbox results need"),
+        ("bbox", {"image_id": 9}, "is for image 9"),
+        ("bbox", {"image_id": "1"}, "image_id is '1'"),
+        ("bbox", {"image_id": True}, "image_id is True"),
+        ("bbox", {"category_id": 3.0}, "category_id is 3.0"),
+        ("bbox", {"category_id": 99}, "is of category 99"),
+        ("bbox", {"score": math.nan}, "score is nan"),
+        ("bbox", {"score": "0.9"}, "score is '0.9'"),
+        ("bbox", {"score": True}, "score is True"),
+        ("bbox", {"score": 10**400}, "score is 1000"),
+        ("bbox", {"bbox": [1, 2, 3]}, "bbox is .1, 2, 3."),
+        ("bbox", {"bbox": [1, 2, math.inf, 4]}, "bbox is .*inf"),
+        ("bbox", {"bbox": "1234"}, "bbox is '1234'"),
+        ("segm", {"segmentation": None}, "segmentation is None"),
+        ("segm", {"segmentation": []}, "segmentation is .*; give an RLE"),
+        ("segm", {"segmentation": [[1, 2, 3, 4]]}, "segmentation is"),
+        ("segm", {"segmentation": [["a"] * 6]}, "segmentation is"),
+        ("segm", {"segmentation": MASK | {"size": [40, 30]}}, "its mask is of size .40, 30., image 1 is .30, 40."),
+        ("segm", {"segmentation": MASK | {"size": 5}}, "its mask is of size 5"),
+        ("segm", {"segmentation": MASK | {"counts": [9, 9]}}, "segmentation is"),
+        ("segm", {"segmentation": MASK | {"counts": "!"}}, "segmentation is"),
+        ("segm", {"segmentation": {"size": [30, 40]}}, "segmentation is"),
+        ("keypoints", {"keypoints": [1.0, 2.0, 1.0]}, "keypoints must be x, y, score of 17 points"),
+        ("keypoints", {"keypoints": [math.nan] * 51}, "keypoints must be"),
+        ("keypoints", {"keypoints": "x" * 51}, "keypoints must be"),
     ],
 )
-def test_results_that_do_not_fit_are_named(tmp_path, result, message):
+def test_results_that_do_not_fit_are_named(tmp_path, kind, fields, message):
     path = write_coco(tmp_path, [box_annotation(1)])
+    good = {"image_id": 1, "category_id": 3, "score": 1, "bbox": [0, 0, 9, 9], "segmentation": MASK}
+    bad = {key: value for key, value in (good | fields).items() if value is not ...}
+    evaluate(path, [good] if kind != "keypoints" else [], kind)
+    with pytest.raises(ValueError, match=f"^result 1:? ?.*{message}") as caught:
+        evaluate(path, [good | {"keypoints": [1.0] * 51}, bad], kind)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("bbox", {"bbox": [1, 2, 3]}, "annotation 1: bbox is"),
+        ("bbox", {"area": None}, "annotation 1: area is None"),
+        ("bbox", {"iscrowd": "0"}, "annotation 1: iscrowd is '0'"),
+        ("bbox", {"image_id": "1"}, r"annotations\[0\]: image_id is '1'"),
+        ("segm", {"segmentation": []}, "annotation 1: segmentation is"),
+        ("keypoints", {"keypoints": [1, 2, 2]}, "annotation 1: keypoints has not x, y, v for 17 points"),
+    ],
+)
+def test_ground_truth_that_cannot_be_compared_is_named(tmp_path, kind, fields, message):
+    path = write_coco(tmp_path, [box_annotation(1, **fields)])
     with pytest.raises(ValueError, match=message):
-        evaluate(path, [result], "bbox")
+        evaluate(path, [], kind)
 
 
 def test_files_of_another_kind_are_refused(tmp_path):

@@ -16,6 +16,7 @@ from pipelines.pack import PackOptions, pack, pack_shard
 from tests.pipelines.tiny_coco import box_annotation, noise_image, pack_folder, packed_coco, write_coco
 
 RLE = rle_tools.encode(np.asfortranarray(np.eye(30, 40, dtype=np.uint8)))
+TALLER = rle_tools.encode(np.asfortranarray(np.eye(31, 40, dtype=np.uint8)))
 RLE_TEXT = {"size": [30, 40], "counts": RLE["counts"].decode()}
 
 BAD_ANNOTATIONS = {
@@ -32,7 +33,21 @@ BAD_ANNOTATIONS = {
     "RLE is empty;": {"segmentation": {"size": [30, 40], "counts": ""}},
     "do not add up to 1200 pixels": {"segmentation": {"size": [30, 40], "counts": [3, 4]}},
     "is not the image's [30, 40]": {"segmentation": {"size": [40, 30], "counts": RLE_TEXT["counts"]}},
+    "RLE counts do not add up": {"segmentation": RLE_TEXT | {"counts": TALLER["counts"].decode()}},
+    "RLE counts cannot be read": {"segmentation": {"size": [30, 40], "counts": "é!"}},
+    "RLE size [30.0, 40.0] is not": {"segmentation": {"size": [30.0, 40.0], "counts": [0, 1200]}},
+    "segmentation is neither": {"segmentation": {"counts": [0, 1200]}},
+    "polygon is not a list of numbers": {"segmentation": [1, 1, 5, 5, 7, 7]},
+    "polygon lies off its 40 x 30 image": {"segmentation": [[100, 100, 120, 100, 120, 120]]},
+    "image sides beyond the edge": {"segmentation": [[1, 1, 1e9, 1, 5, 9]]},
+    "bbox is ['1', 1, 5, 5]": {"bbox": ["1", 1, 5, 5]},
+    "bbox [1, 1, 1000": {"bbox": [1, 1, 10**400, 5]},
+    "area is -1": {"area": -1},
+    "iscrowd is None": {"iscrowd": None},
+    "num_keypoints is '3'": {"num_keypoints": "3"},
+    "image_id is 9223372036854775808": {"image_id": 2**63},
     "id 0 is below 1": {"id": 0},
+    "has no integer id of 64 bits": {"id": 1.0},
     "area is None": {"area": None},
     "iscrowd is 2": {"iscrowd": 2},
     "its category has 0 points": {"keypoints": [1, 2, 2]},
@@ -50,6 +65,7 @@ def test_a_bad_annotation_is_named_with_file_id_and_remedy(tmp_path, finding):
     message = str(caught.value)
     expected_id = bad["id"] if finding != "no integer id" else "two"
     assert f"annotation {expected_id}" in message
+    assert "\n" not in message
     assert finding in message
     assert "--on-error skip" in message
     assert message.count("; ") >= 1, "the remedy follows the finding"
@@ -74,13 +90,23 @@ def bad_image(folder: Path, kind: str) -> str:
         case "truncated":
             file.write_bytes(file.read_bytes()[:-200])
             return "cannot be read"
+        case "empty":
+            file.write_bytes(b"")
+            return "cannot be read"
+        case "gif":
+            noise_image().save(file, "GIF")
+            return "neither JPEG nor PNG"
+        case "half a PNG":
+            noise_image().save(file, "PNG")
+            file.write_bytes(file.read_bytes()[:-900])
+            return "cannot be read"
         case "size":
             noise_image(40, 31).save(file)
             return "the file is 40 x 31, the JSON says 40 x 30"
     raise AssertionError(kind)
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "size"])
+@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "empty", "gif", "half a PNG", "size"])
 def test_a_bad_image_is_named_with_file_id_and_remedy(tmp_path, kind):
     write_coco(tmp_path, [box_annotation(1, 1), box_annotation(2, 2), box_annotation(3, 3)], num_images=3)
     expected = bad_image(tmp_path, kind)
@@ -103,8 +129,61 @@ def test_ids_that_are_there_twice_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name", ["folder", "/etc/hosts", "../1.jpg", "a/../../1.jpg", "a\0b", "\ud800", "x" * 300, 7, ""]
+)
+def test_a_file_name_that_leads_nowhere_is_named(tmp_path, name):
+    image = {"id": 1, "file_name": name, "width": 40, "height": 30}
+    (tmp_path / "images" / "folder").mkdir(parents=True)
+    write_coco(tmp_path, [], images=[image])
+    with pytest.raises(ValueError, match=r"image 1: .*; .*images, or leave it out"):
+        pack_folder(tmp_path)
+
+
+GOOD = {"images": [], "annotations": [], "categories": []}
+
+
+@pytest.mark.parametrize(
+    ("category", "finding"),
+    [
+        ({"id": "3", "name": "cat"}, "has no integer id"),
+        ({"id": 2**70, "name": "cat"}, "has no integer id"),
+        ({"id": 3}, "name is None"),
+        ({"id": 3, "name": "cat", "keypoints": None}, "keypoints is None"),
+        ([1], "has no integer id"),
+    ],
+)
+def test_a_bad_category_is_named(tmp_path, category, finding):
+    write_coco(tmp_path, [], categories=[category])
+    with pytest.raises(ValueError, match=f"instances.json: category .*{finding}.*; "):
+        pack_folder(tmp_path)
+    write_coco(tmp_path, [], categories=[{"id": 3, "name": "cat"}] * 2)
+    with pytest.raises(ValueError, match="category 3: its id is there twice"):
+        pack_folder(tmp_path)
+
+
+def test_what_is_odd_but_clear_is_packed(tmp_path):
+    """A byte-order mark, no licenses, big and negative ids, names with folders, absent iscrowd and segmentation."""
+    big, image = 2**53 + 1, {"id": -7, "file_name": "über/ein bild.png", "width": 40, "height": 30}
+    (tmp_path / "images" / "über").mkdir(parents=True)
+    noise_image().convert("P").save(tmp_path / "images" / image["file_name"], transparency=3)
+    annotation = {"id": big, "image_id": -7, "category_id": 3, "bbox": [5, 5, 10, 10], "area": 0, "keypoints": []}
+    path = write_coco(tmp_path, [annotation], images=[image])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes()[:-1] + b', "licenses": null, "info": [1]}')
+    pack_folder(tmp_path)
+    coco = open_dataset(str(tmp_path / "packed")).coco()
+    assert coco["images"] == [image]
+    assert [(a["id"], a["iscrowd"]) for a in coco["annotations"]] == [(big, 0)]
+
+
+@pytest.mark.parametrize(
     "text",
     [
+        "[" * 100_000,
+        '{"info": ' + '{"a": ' * 20_000,
+        '{"images": [{"id": ' + "9" * 5000 + "}]}",
+        json.dumps(GOOD) + "{}",
+        json.dumps(GOOD)[:-1],
+        json.dumps(GOOD | {"annotations": None}),
         "",
         "hello",
         "[]",

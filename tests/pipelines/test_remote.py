@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import multiprocessing
 import os
 import socket
@@ -13,14 +15,17 @@ from pathlib import Path
 
 import boto3
 import pytest
+import torch
 from moto.server import ThreadedMotoServer
 
 from model.config import ImageInput
 from pipelines import storage
+from pipelines.__main__ import app
 from pipelines.cache import Cache
 from pipelines.config import DataConfig
+from pipelines.console import run_app
 from pipelines.dataset import Dataset, open_dataset
-from pipelines.loader import EvalLoader
+from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.manifest import FileEntry
 from pipelines.pack import PackOptions, pack
 from pipelines.storage import Store
@@ -30,13 +35,17 @@ SHARD = "shard-00002.arrow"
 
 
 class CuttingProxy(socketserver.ThreadingTCPServer):
-    """Forwards to `target`; while `cuts` is positive, each answer of more than 4 KiB is cut there."""
+    """Forwards to `target`; while `cuts` is positive, each answer of more than 4 KiB is cut there.
+
+    While it is `away`, it hangs up on whoever calls, and counts the calls.
+    """
 
     daemon_threads = True
 
     def __init__(self, target: tuple[str, int]):
         super().__init__(("127.0.0.1", 0), _Forward)
         self.target, self.cuts, self.lock = target, 0, threading.Lock()
+        self.away, self.calls = False, 0
 
     def cut(self) -> bool:
         with self.lock:
@@ -47,6 +56,9 @@ class CuttingProxy(socketserver.ThreadingTCPServer):
 class _Forward(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         assert isinstance(self.server, CuttingProxy)
+        if self.server.away:
+            self.server.calls += 1
+            return
         with socket.create_connection(self.server.target) as upstream:
             threading.Thread(target=_pump, args=(self.request, upstream), daemon=True).start()
             sent = 0
@@ -114,7 +126,7 @@ def restored(bucket, shapes, s3) -> Iterator[str]:
     """The URI; whatever a test does to a shard is undone."""
     client, uri = bucket
     yield uri
-    s3[0].cuts = 0
+    s3[0].cuts, s3[0].away = 0, False
     client.upload_file(str(shapes / "train" / SHARD), "data", f"train/{SHARD}")
 
 
@@ -139,6 +151,25 @@ def test_loaders_stream_from_s3_in_workers(bucket, shapes, tmp_path):
     found = sorted(i for batch in stream for i in batch.sample_ids.tolist())
     stream.close()
     assert found == list(range(1, 41))
+
+
+def test_after_staging_training_asks_the_store_for_nothing(restored, s3, shapes, tmp_path, capsys):
+    cache = str(tmp_path / "cache")
+    assert run_app(app, ["data", "stage", restored, "--cache", cache, "--json"], "maskray") == 0
+    told = json.loads(capsys.readouterr().out)
+    local = open_dataset(str(shapes / "train"))
+    assert told["remote"]
+    assert told["bytes"] == sum(entry.bytes for entry in (local.manifest.index, *local.manifest.shards))
+    dataset = open_dataset(restored, cache)
+    s3[0].away = True
+    cfg = DataConfig(train="t", val="v", short_sides_px=(32,), num_loader_workers=1)
+    fields = {"seed": 0, "global_batch": 8, "rank": 0, "world_size": 1, "max_images_per_forward": 8, "masks": True}
+    found, expected = TrainLoader(cfg, dataset, **fields), TrainLoader(cfg, local, **fields)
+    for one, two in itertools.islice(zip(found, expected, strict=False), found.steps_per_epoch):
+        assert torch.equal(one.batches[0].images, two.batches[0].images)
+    found.close()
+    expected.close()
+    assert s3[0].calls == 0
 
 
 def test_cut_connections_are_tried_again(restored, s3, shapes, tmp_path, monkeypatch):
