@@ -23,6 +23,7 @@ from model.config import (
     preset,
 )
 from model.detector import Detector
+from model.rpn import take_rows
 from model.structures import Batch, LossTerm
 from tests.model.batches import rows, shape_batch, with_padding
 
@@ -208,14 +209,49 @@ def test_building_leaves_the_global_generator_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_step_on_a_gpu_never_waits_for_the_host():
-    detector = build_detector(preset("tiny").model_copy(update=MANY_TASKS)).cuda()
-    batch = shape_batch(num_keypoints=3).to("cuda")
-    total(detector.losses(batch)).backward()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        total(detector.losses(batch)).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def test_the_rpn_computes_sampled_anchors_as_it_computes_all():
+    """The loss reads `at`; here the same sum through all anchors, with a dense backward pass."""
+    detector, batch = tiny(), shape_batch(images=2)
+    rpn = detector.rpn
+    step = detector._prepare(batch)
+    maps = [m.detach().requires_grad_() for m in step.maps.rpn]
+    index = step.rpn_targets.sample.index
+    corner = torch.tensor([[0, len(torch.cat(step.outputs.anchors)) - 1]]).expand(2, -1)
+    index = torch.cat([index, corner], dim=1)  # cells at the maps' edges too
+
+    def dense() -> tuple[Tensor, Tensor]:
+        outputs = type(rpn).forward.__wrapped__(rpn, maps, (128, 128))
+        logits, offsets = torch.cat(outputs.logits, dim=1), torch.cat(outputs.offsets, dim=1)
+        return logits.gather(1, index), take_rows(offsets, index)
+
+    weights = torch.randn(index.shape), torch.randn(*index.shape, 4)
+    found = []
+    for logits, offsets in (rpn.at(maps, index), dense()):
+        loss = (logits * weights[0]).sum() + (offsets * weights[1]).sum()
+        found.append((logits, offsets, *torch.autograd.grad(loss, [*maps, *rpn.parameters()])))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padded_candidates_change_nothing():
+    cfg = ModelConfig.model_validate({**dict(preset("tiny")), "proposals": FixedProposals(uri="p")})
+    detector, batch = build_detector(cfg), shape_batch()
+    given = replace(batch, proposals_xyxy=batch.boxes_xyxy + torch.tensor([2.0, -3.0, 4.0, 1.0]))
+    padded = torch.cat([given.proposals_xyxy, torch.zeros(2, 7, 4)], dim=1)
+    assert_same(losses(detector, given), losses(detector, replace(given, proposals_xyxy=padded)))
+
+
+def test_bfloat16_leaves_boxes_and_losses_in_float32():
+    detector, batch = tiny(True), shape_batch(images=1, objects=2, side=64, num_keypoints=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        step = detector._prepare(batch)
+        terms = detector.losses(batch)
+    assert step.maps.roi[0].dtype == torch.bfloat16
+    assert step.samples.rois_xyxy.dtype == step.outputs.anchors[0].dtype == torch.float32
+    exact = losses(detector, batch)
+    for name, term in terms.items():
+        assert term.sum.dtype == torch.float32, name
+        mean, expected = float(term.sum.detach()) / float(term.count), exact[name][0] / exact[name][1]
+        assert math.isclose(mean, expected, rel_tol=0.2), name  # sampling may change with the proposals
+    total(terms).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in detector.parameters())
