@@ -407,6 +407,12 @@ class ModelConfig(Record):
         if isinstance(self.weights, NoWeights) and (frozen or self.backbone.frozen_stages):
             what = "frozen batch-norm" if frozen else f"backbone.frozen_stages = {self.backbone.frozen_stages}"
             raise ValueError(f"{what} needs pretrained weights, weights.kind is 'none'; choose norm 'gn' and 0 stages")
+        group_norm = not isinstance(self.backbone, VGG16) and isinstance(self.backbone.norm, GroupNorm)
+        if isinstance(self.weights, TorchvisionWeights) and group_norm:
+            raise ValueError(
+                "torchvision's ImageNet weights belong to batch-norm, backbone.norm.kind is 'gn'; choose 'frozen_bn' "
+                "or 'bn', or weights.kind 'none', or a file of a network with group norm"
+            )
         self._check_layout()
         self._check_heads()
         return self

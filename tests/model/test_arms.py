@@ -143,6 +143,8 @@ def test_every_preset_builds_as_its_name_says(name):
     [
         ({"weights": {"kind": "none"}}, "frozen batch-norm needs pretrained weights"),
         ({"weights": {"kind": "none"}, "backbone": {**RESNET, "frozen_stages": 1}}, "frozen_stages = 1 needs"),
+        ({"backbone": RESNET}, "belong to batch-norm, backbone.norm.kind is 'gn'"),
+        ({"roi": {"kind": "align", "reduce": "max", "samples": 0}}, "works with reduce 'mean' only"),
         ({"layout": {"kind": "c4"}}, "one RPN level"),
         ({"layout": {"kind": "c4"}, "anchors": ONE_LEVEL}, "'res5' is C4's"),
         ({"box_head": {"kind": "res5"}}, "'res5' is C4's"),
