@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import isnan
 from typing import Any
 
 Finding = tuple[str, str]  # what is wrong, what to do
@@ -16,13 +17,13 @@ def _is_int(value: Any, bits: int = 64) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and -(2 ** (bits - 1)) <= value < 2 ** (bits - 1)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and set(map(type, values)) <= {int, float}
 
 
-def _is_finite(value: Any) -> bool:
-    """Of a number. Integers may be too large for a float, so they are compared, not converted."""
-    return bool(-_LARGEST <= value <= _LARGEST)
+def _are_finite(values: Collection[Any]) -> bool:
+    """Of numbers. Integers may be too large for a float, so they are compared first; a NaN shows in the sum."""
+    return not values or (min(values) >= -_LARGEST and max(values) <= _LARGEST and not isnan(sum(values)))
 
 
 def _unencodable(text: str) -> bool:
@@ -96,9 +97,9 @@ def check_category(category_id: int, known: Collection[int]) -> Finding | None:
 
 
 def _check_box(box: Any, width: int, height: int) -> Finding | None:
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(v) for v in box):
+    if not _are_numbers(box) or len(box) != 4:
         return f"bbox is {box!r}", "write it as [x, y, width, height]"
-    if not all(_is_finite(v) for v in box):
+    if not _are_finite(box):
         return f"bbox {box} is not finite", "compute it anew from the segmentation or drop the annotation"
     x, y, w, h = box
     if w < 0 or h < 0:
@@ -110,7 +111,7 @@ def _check_box(box: Any, width: int, height: int) -> Finding | None:
 
 def _check_area(record: dict[str, Any]) -> Finding | None:
     area: Any = record.get("area")
-    if not _is_number(area) or not _is_finite(area) or area < 0:
+    if not _are_numbers([area]) or not _are_finite([area]) or area < 0:
         return f"area is {area!r}", "write the object's area in pixels; evaluation sorts objects by it"
     if record.get("iscrowd", 0) not in (0, 1):
         return f"iscrowd is {record['iscrowd']!r}", "write 0 or 1"
@@ -164,13 +165,13 @@ def rle_runs(text: str) -> list[int] | None:
 
 def _check_polygons(polygons: list[Any], width: int, height: int) -> Finding | None:
     for polygon in polygons:
-        if not isinstance(polygon, list) or not all(_is_number(v) for v in polygon):
+        if not _are_numbers(polygon):
             return "polygon is not a list of numbers", "write each polygon as [x, y, x, y, ...]"
         if len(polygon) < 6:
             return f"polygon has {len(polygon) // 2} points, fewer than 3", "give it 3 or more points or drop it"
         if len(polygon) % 2:
             return f"polygon has {len(polygon)} numbers, an odd count", "write each polygon as [x, y, x, y, ...]"
-        if not all(_is_finite(v) for v in polygon):
+        if not _are_finite(polygon):
             return "polygon has a coordinate that is not finite", "mend or drop the polygon"
         xs, ys = polygon[::2], polygon[1::2]
         if max(xs) < 0 or max(ys) < 0 or min(xs) > width or min(ys) > height:
@@ -190,7 +191,7 @@ def _check_keypoints(record: dict[str, Any], keypoints: int) -> Finding | None:
     if not isinstance(values, list) or len(values) != 3 * keypoints:
         count = len(values) if isinstance(values, list) else values
         return f"keypoints has {count!r} numbers, its category has {keypoints} points", "write x, y, v for each point"
-    if not all(_is_number(v) and _is_finite(v) for v in values):
+    if not _are_numbers(values) or not _are_finite(values):
         return "a keypoint is not finite", "mend it or set its visibility to 0"
     if any(v not in (0, 1, 2) for v in values[2::3]):
         return "a keypoint's visibility is not 0, 1 or 2", "write 0 unlabelled, 1 hidden, 2 visible"

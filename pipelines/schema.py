@@ -107,7 +107,7 @@ def annotation_row(record: dict[str, Any]) -> dict[str, Any]:
         row["rle_size"] = segmentation["size"]
     elif segmentation:
         row["kind"] = POLYGONS
-        row["polygons"] = [[float(v) for v in polygon] for polygon in segmentation]
+        row["polygons"] = [list(map(float, polygon)) for polygon in segmentation]
     elif segmentation is not None:
         extra["segmentation"] = segmentation  # an empty list, given back as it was
     row["extra"] = json.dumps(extra) if extra else ""
