@@ -90,23 +90,25 @@ class Outbox:
     def parcel(self, batches: Sequence[Batch]) -> Parcel:
         """What goes through the queue for batches that were allocated here."""
         contents = tuple((self._filled[b.images.untyped_storage().data_ptr()], _layout(b)) for b in batches)
-        new = tuple((key, self._blocks[key].capacity, DupFd(self._blocks[key].descriptor)) for key in self._new)
+        new = tuple((key, self._blocks[key].capacity, self._blocks[key].hand_over()) for key in self._new)
         parcel = Parcel(os.getpid(), contents, new, tuple(self._gone))
         self._filled, self._new, self._gone = {}, [], []
         return parcel
 
 
 class _Block:
-    """An open file without a name, mapped."""
+    """A file without a name, mapped. (`mmap` keeps a descriptor of its own: each batch alive costs one here and there.)"""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self.descriptor = _nameless_file()
-        os.ftruncate(self.descriptor, capacity)
-        self.map = mmap.mmap(self.descriptor, capacity)
+        self._descriptor = _nameless_file()
+        os.ftruncate(self._descriptor, capacity)
+        self.map = mmap.mmap(self._descriptor, capacity)
 
-    def __del__(self) -> None:
-        os.close(self.descriptor)
+    def hand_over(self) -> Any:
+        duplicate = DupFd(self._descriptor)
+        os.close(self._descriptor)
+        return duplicate
 
     @property
     def alive(self) -> bool:
