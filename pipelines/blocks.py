@@ -97,7 +97,7 @@ class Outbox:
 
 
 class _Block:
-    """A file without a name, mapped. (`mmap` keeps a descriptor of its own: each batch alive costs one here and there.)"""
+    """A file without a name, mapped. (`mmap` keeps a descriptor: each batch alive costs one here and one there.)"""
 
     def __init__(self, capacity: int):
         self.capacity = capacity

@@ -46,10 +46,8 @@ def default_engine(coco: Mapping[str, Any]) -> Engine:
 
 def curves(engine: Engine, coco: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType) -> Curves:
     """Of checked records; neither they nor their lists are changed. The order of `results` breaks ties of scores."""
-    needed = ("image_id", "category_id", "score", "bbox", NEEDED[iou_type])
-    found = [{key: result[key] for key in needed if key in result} for result in results]
     with contextlib.redirect_stdout(io.StringIO()):
-        run = _hotcoco(coco, found, iou_type) if engine == "hotcoco" else _pycocotools(coco, found, iou_type)
+        run = _hotcoco(coco, results, iou_type) if engine == "hotcoco" else _pycocotools(coco, results, iou_type)
         run.evaluate()
         run.accumulate()
         run.summarize()
@@ -57,19 +55,20 @@ def curves(engine: Engine, coco: dict[str, Any], results: Sequence[Mapping[str, 
     return Curves(*(np.asarray(array, np.float64) for array in arrays))
 
 
-def _pycocotools(coco: dict[str, Any], results: list[dict[str, Any]], iou_type: IouType) -> Any:
+def _pycocotools(coco: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType) -> Any:
     truth = COCO()
     truth.dataset = coco | {"annotations": [dict(annotation) for annotation in coco["annotations"]]}
     truth.createIndex()
     if results:
-        return COCOeval(truth, truth.loadRes(results), iou_type)
+        needed = ("image_id", "category_id", "score", "bbox", NEEDED[iou_type])
+        return COCOeval(truth, truth.loadRes([_there(result, needed) for result in results]), iou_type)
     empty = COCO()
     empty.dataset = coco | {"annotations": []}
     empty.createIndex()
     return COCOeval(truth, empty, iou_type)
 
 
-def _hotcoco(coco: dict[str, Any], results: list[dict[str, Any]], iou_type: IouType) -> Any:
+def _hotcoco(coco: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType) -> Any:
     """Under ids that ascend from 1 in the same order: hotcoco takes no negative ones."""
     import hotcoco
 
@@ -88,8 +87,14 @@ def _hotcoco(coco: dict[str, Any], results: list[dict[str, Any]], iou_type: IouT
             if record["image_id"] in image and record["category_id"] in category
         ],
     }
-    found = [r | _placed(r, image, category) for r in results if r["category_id"] in category]
     ground = hotcoco.COCO(truth)
+    if iou_type == "bbox":
+        rows = ((image[r["image_id"]], *r["bbox"], r["score"], category[r["category_id"]]) for r in results)
+        found: Any = np.fromiter(rows, np.dtype((np.float64, 7)), len(results))
+    else:
+        needed = ("score", "bbox", NEEDED[iou_type])
+        placed = (r for r in results if r["category_id"] in category)
+        found = [_there(r, needed) | _placed(r, image, category) for r in placed]
     return hotcoco.COCOeval(ground, ground.load_res(found), iou_type)
 
 

@@ -90,11 +90,11 @@ def with_keypoints(coco: dict[str, Any]) -> dict[str, Any]:
 
 def checked_results(
     coco: Mapping[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType
-) -> list[dict[str, Any]]:
+) -> list[Mapping[str, Any]]:
     """The results with every mask as compressed RLE; the originals are not changed."""
     images = {image["id"]: image for image in coco["images"]}
     categories = {category["id"] for category in coco["categories"]}
-    found = []
+    found: list[Mapping[str, Any]] = []
     for number, result in enumerate(results):
         for key in ("image_id", "category_id", "score", NEEDED[iou_type]):
             if not isinstance(result, Mapping) or key not in result:
@@ -111,10 +111,11 @@ def checked_results(
                 f"result {number} and result 0: only one has a bbox, by which pycocotools sorts results into sizes; "
                 "give all of them one, or none"
             )
-        copy = dict(result)
         if iou_type == "segm":
-            copy["segmentation"] = _rle(f"result {number}", result["segmentation"], images[result["image_id"]])
-        found.append(copy)
+            rle = _rle(f"result {number}", result["segmentation"], images[result["image_id"]])
+            found.append({**result, "segmentation": rle})
+        else:
+            found.append(result)
     return found
 
 
