@@ -8,19 +8,24 @@ from __future__ import annotations
 import logging
 import math
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 
 import httpx
 from sqlalchemy import Engine, select, update
 
-from orchestrator import ledger
+from orchestrator import ledger, storage
 from orchestrator.compare import compare
 from orchestrator.config import FINAL_STATES, StudyView
 from orchestrator.mlflow_client import MLflow
 from orchestrator.tables import STUDIES, TRIALS
 from orchestrator.views import study_views
+from workers.config import SPOOL_CURSOR, SPOOL_RECORDS
 
 LOG = logging.getLogger("maskray")
 _NAME = re.compile(r"[^\w\-. :/]")  # what MLflow takes in no metric's name
+_SHIP_S = 300.0
 _ENDED_STUDY = ("done", "failed", "cancelled")
 _STATUS = {"done": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 
@@ -49,11 +54,14 @@ def make_parents(engine: Engine, mlflow: MLflow) -> None:
             )
 
 
-def close_runs(engine: Engine, mlflow: MLflow, now: float) -> int:
-    """Ends the MLflow runs of trials and studies that are over, as a kill leaves them RUNNING. How many it ended."""
+def close_runs(engine: Engine, mlflow: MLflow, now: float, ship: Callable[[str], None] | None = None) -> int:
+    """Ends the MLflow runs of trials and studies that are over, as a kill leaves them RUNNING. How many it ended.
+
+    ship: sends what a trial could not send while it ran, given its folder; by default as `maskray sync` does.
+    """
     ended = 0
     with ledger.reading(engine) as connection:
-        columns = (TRIALS.c.id, TRIALS.c.state, TRIALS.c.error, TRIALS.c.cached_from)
+        columns = (TRIALS.c.id, TRIALS.c.state, TRIALS.c.error, TRIALS.c.cached_from, TRIALS.c.folder)
         query = (
             select(*columns, TRIALS.c.study, STUDIES.c.mlflow_experiment, STUDIES.c.mlflow_run_id.label("parent"))
             .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
@@ -64,6 +72,8 @@ def close_runs(engine: Engine, mlflow: MLflow, now: float) -> int:
     for trial in trials:
         run_id = ""
         if trial["mlflow_experiment"] and not trial["cached_from"]:
+            if _unsent(trial["folder"]):
+                (ship or _ship)(trial["folder"])
             experiment = mlflow.experiment(trial["mlflow_experiment"], {})
             for run in mlflow.runs(experiment, f"tags.`maskray.trial` = '{trial['id']}'"):
                 run_id = str(run["info"]["run_id"])
@@ -72,6 +82,27 @@ def close_runs(engine: Engine, mlflow: MLflow, now: float) -> int:
         with engine.begin() as connection:
             ledger.move_trial(connection, trial["id"], FINAL_STATES, values)
     return ended + _close_parents(engine, mlflow, now)
+
+
+def _unsent(folder: str) -> bool:
+    """Whether a trial that is over left something that its tracker was not told, because it was down."""
+    try:
+        whole = storage.size(storage.join(folder, *SPOOL_RECORDS.split("/")))
+        cursor = storage.read_json(storage.join(folder, *SPOOL_CURSOR.split("/"))) if whole else None
+    except OSError:
+        return False
+    return whole > int((cursor or {}).get("bytes", 0))
+
+
+def _ship(folder: str) -> None:
+    command = [sys.executable, "-m", "workers.sync", folder]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SHIP_S, check=False)
+        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done.returncode else ""
+    except subprocess.TimeoutExpired:
+        why = f"not done after {_SHIP_S:.0f} s"
+    if why:
+        LOG.warning("%s: what MLflow was not told stays there (%s); send it with maskray sync", folder, why)
 
 
 def _close(mlflow: MLflow, run: dict[str, object], trial: ledger.Row, now: float) -> int:

@@ -33,6 +33,12 @@ def exists(uri: str) -> bool:
     return bool(filesystem.get_file_info(path).type == fs.FileType.File)
 
 
+def size(uri: str) -> int:
+    """Bytes of a file; 0 if there is none."""
+    filesystem, path = _locate(uri)
+    return int(filesystem.get_file_info(path).size or 0)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Writes whole or not at all: a local file appears by renaming, an object by its upload."""
     filesystem, path = _locate(uri)
