@@ -91,11 +91,13 @@ def grace_enforced(request: StopRequest, grace_s: float, leave: Callable[[Reason
         if not ended.wait(grace_s):
             leave(request.reason)
 
-    threading.Thread(target=watch, name="grace", daemon=True).start()
+    thread = threading.Thread(target=watch, name="grace", daemon=True)
+    thread.start()
     try:
         yield
     finally:
         ended.set()
+        thread.join()  # what it holds must not outlive the interpreter
 
 
 def late_outcome(reason: Reason, grace_s: float) -> Outcome:

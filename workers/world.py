@@ -100,7 +100,7 @@ def end_with_launcher() -> None:
 @contextmanager
 def launched_world(environment: Mapping[str, str]) -> Iterator[World]:
     """The world that torchrun's variables describe; without them, this process alone."""
-    if "RANK" in environment:
+    if "TORCHELASTIC_RUN_ID" in environment:  # its main thread starts the ranks, and the kernel sees its end
         end_with_launcher()
     if "RANK" not in environment or int(environment.get("WORLD_SIZE", "1")) == 1:
         yield join_world()
