@@ -82,6 +82,8 @@ def pack(
     images, out = Store(images_uri), Store(out_uri)
     if not images.exists():
         raise ValueError(f"{images_uri}: no such folder; give --images the folder that the file names are relative to")
+    if out.local is not None and out.local.exists() and not out.local.is_dir():
+        raise ValueError(f"{out_uri}: is a file; give --out a folder")
     with tempfile.TemporaryDirectory(prefix="maskray-pack-") as folder:
         spooled = Path(folder) / "spool.sqlite"
         problems: list[Problem] = []

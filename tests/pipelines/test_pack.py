@@ -208,6 +208,8 @@ def test_missing_inputs_and_empty_datasets_are_refused(tmp_path):
         pack_folder(tmp_path, tmp_path / "absent.json")
     with pytest.raises(ValueError, match="no such folder"):
         pack([tmp_path / "instances.json"], str(tmp_path / "absent"), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="is a file; give --out a folder"):
+        pack([tmp_path / "instances.json"], str(tmp_path / "images"), str(tmp_path / "instances.json"))
 
 
 def test_image_and_category_ids_from_0_are_kept(tmp_path):
