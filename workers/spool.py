@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from workers.storage import explained
+from workers.storage import Storage, explained
 
 # {"kind": "metrics", "at": ms, "step": n, "values": {...}} | {"kind": "params", "values"} | {"kind": "tags", "values"}
 # | {"kind": "artifact", "path", "folder"} | {"kind": "status", "at", "status"} | {"kind": "rewind", "step"}
@@ -57,12 +57,10 @@ class Spool:
     def _take(self) -> None:
         data = self._path.read_bytes() if self._path.exists() else b""
         data = data[: data.rfind(b"\n") + 1]  # without the line that a crash tore
-        aside = self._path.with_suffix(f".{os.getpid()}.part")
-        aside.write_bytes(data)
-        aside.replace(self._path)
+        files = Storage(str(self.folder))
+        files.write(self._path.name, data)
         if self.cursor > len(data):  # a machine that crashed lost the end of the file
-            aside.write_text(json.dumps({"bytes": 0}))
-            aside.replace(self._cursor_path)
+            files.write_json(self._cursor_path.name, {"bytes": 0})
 
     def _check_mine(self) -> None:
         """Raises TakenError."""

@@ -52,13 +52,13 @@ def whole(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("step", [2, 7, 11])
+@pytest.mark.parametrize("step", [2, 7])
 def test_killed_in_a_step_resumes_to_the_same_bits(tmp_path, whole, step):
     run_ranks(kill_in_step, 1, tmp_path, small_run(), step, 0)
     assert run_ranks(go_on, 1, tmp_path, small_run(), 2) == [whole]
 
 
-@pytest.mark.parametrize("write", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("write", [1, 2, 3, 5])
 def test_killed_in_a_checkpoint_write_resumes_to_the_same_bits(tmp_path, whole, write):
     """Writes 1, 2 and 3 are the tensors, the plain data and the marker of the first checkpoint; then the second's."""
     assert run_ranks(kill_in_write, 1, tmp_path, small_run(), write) == [None]
