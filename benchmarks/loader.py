@@ -5,8 +5,8 @@
     python benchmarks/loader.py --peer litdata --repeat 30 --images 2000      stored bytes and annotations, no decoding
 
 Real COCO images repeated (--data, a folder like coco-mini; synthetic ones without it), short side 800, flip, masks.
-Start-up (until the first batch) is left out and reported apart, and so is what was prefetched meanwhile. `bare` runs one
-process a worker on images that lie in memory, and delivers to nobody. litdata is no dependency (pip install litdata);
+Start-up (until the first batch) is left out and reported apart, and so is what was prefetched meanwhile. `bare` runs
+one process a worker on images in memory, and delivers to nobody. litdata (pip install litdata) is no dependency;
 --repeat keeps it within its first epoch, since it starts threads anew for each. Runs alternate; medians.
 """
 
