@@ -143,6 +143,11 @@ class Inbox:
         return [_batch(self._maps[parcel.sender, key], layout) for key, layout in parcel.contents]
 
 
+def _release(memory: mmap.mmap, consumer: int) -> None:
+    if os.getpid() == consumer:  # a process forked from the consumer has no say
+        memory[0] = 0
+
+
 def _layout(batch: Batch) -> tuple[Any, ...]:
     tensors = [getattr(batch, f.name) for f in fields(batch)]
     return tuple((t.dtype, t.storage_offset(), tuple(t.shape), t.stride()) for t in tensors)
@@ -151,7 +156,7 @@ def _layout(batch: Batch) -> tuple[Any, ...]:
 def _batch(memory: mmap.mmap, layout: tuple[Any, ...]) -> Batch:
     """Tensors in the block; when the last of them is gone, so is `owner`, and the worker may fill the block again."""
     owner = np.frombuffer(memory, np.uint8, offset=ALIGNMENT)
-    weakref.finalize(owner, memory.__setitem__, 0, 0).atexit = False
+    weakref.finalize(owner, _release, memory, os.getpid()).atexit = False
     storage = torch.from_numpy(owner).untyped_storage()
     return Batch(
         *(torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride) for dtype, offset, shape, stride in layout)
