@@ -98,7 +98,7 @@ def test_trials_carry_where_their_numbers_come_from(data: Path) -> None:
         ({"roi": {"a": {"model.roi.kind": "aling"}}}, "model.roi.kind: no kind 'aling'; did you mean 'align'?"),
         ({"roi": {"a": {"model.roi.kind": "x"}}}, "model.roi.kind: no kind 'x'; there are align, pool, warp"),
         ({"lr": {"a": {"optimiser": {"lr": 1}}}}, "optimiser.kind: is required, it says which fields there are"),
-        ({"roi": {"a": {"model.roi.samples": 0}}}, "model.roi.samples: Input should be greater than or equal to 1"),
+        ({"roi": {"a": {"model.roi.samples": -1}}}, "model.roi.samples: Input should be greater than or equal to 0"),
         ({"roi": {"a": {"loop.steps": "many"}}}, "loop.steps: Input should be a valid integer"),
         ({"x": {"a": {"model.nope": 1}, "b": {"model.nope": 2}}}, "(no level of 'x' fits the baseline)"),
         ({"x": {"a": {"loop.steps.more": 1}}}, "it has no fields"),
