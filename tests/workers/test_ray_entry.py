@@ -33,7 +33,6 @@ class Head:
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "RAY_TMPDIR": self._temporary,
             "RAY_AUTH_MODE": "disabled",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # keeps Ray on 127.0.0.1
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1 stays what it is, in the driver too
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_enable_worker_prestart": "0",
