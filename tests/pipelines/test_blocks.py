@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import itertools
-
 import torch
 
 from model.structures import Batch
 from pipelines.blocks import CAPACITY_STEP, Inbox, Outbox, Parcel, carve, private_block
-from tests.pipelines.test_loader import config, loader
 
 SHAPES = {
     "images": (torch.uint8, (2, 3, 5, 7)),
@@ -70,14 +67,3 @@ def test_a_block_that_is_too_small_makes_room_for_a_larger_one():
     [batch] = inbox.open(larger)
     del inbox, outbox
     assert (batch.images == 2).all(), "a batch outlives both boxes"
-
-
-def test_batches_that_are_kept_do_not_change_while_workers_go_on(shapes):
-    stream, alone = loader(config(shapes, num_loader_workers=1)), loader(config(shapes))
-    kept = list(itertools.islice(stream, 12))
-    for one, two in zip(kept, alone, strict=False):
-        assert one.step == two.step
-        for name, value in vars(two.batches[0]).items():
-            assert torch.equal(getattr(one.batches[0], name), value)
-    stream.close()
-    assert torch.equal(kept[0].batches[0].images, next(iter(alone)).batches[0].images)
