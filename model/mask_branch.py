@@ -36,7 +36,7 @@ class FCNHead(nn.Module):
         """forward(features)[r, channel[r]], (R, M, M), without computing the other channels."""
         hidden = self._hidden(features)
         weight = self.logits.weight.flatten(1)[channel_R]
-        own = torch.bmm(weight[:, None], hidden.flatten(2)).unflatten(2, hidden.shape[2:])[:, 0]
+        own = torch.unflatten(torch.bmm(weight[:, None], hidden.flatten(2)), 2, hidden.shape[2:])[:, 0]
         assert self.logits.bias is not None
         return own + self.logits.bias[channel_R][:, None, None]
 

@@ -101,7 +101,8 @@ class RPN(nn.Module):
         cell, kind = torch.div(index_BS, per_cell, rounding_mode="floor"), index_BS % per_cell
         hidden = F.relu(F.linear(neighbourhoods(maps, cell), self.conv.weight.flatten(1), self.conv.bias))
         logits = F.linear(hidden, self.objectness.weight.flatten(1), self.objectness.bias)
-        offsets = F.linear(hidden, self.offsets.weight.flatten(1), self.offsets.bias).unflatten(2, (per_cell, 4))
+        offsets = F.linear(hidden, self.offsets.weight.flatten(1), self.offsets.bias)
+        offsets = torch.unflatten(offsets, 2, (per_cell, 4))
         chosen = offsets.gather(2, kind[:, :, None, None].expand(-1, -1, 1, 4))[:, :, 0]
         return logits.gather(2, kind[:, :, None])[:, :, 0], chosen
 
@@ -154,7 +155,7 @@ def neighbourhoods(maps: Sequence[Tensor], cell_BS: Tensor) -> Tensor:
         result = values if result is None else result + values
         first += rows * columns
     assert result is not None
-    return result.unflatten(2, (-1, 9)).transpose(1, 2).flatten(2)
+    return torch.unflatten(result, 2, (-1, 9)).transpose(1, 2).flatten(2)
 
 
 def _take_columns(values_BCN: Tensor, index_BK: Tensor) -> Tensor:

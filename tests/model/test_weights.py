@@ -71,22 +71,22 @@ def test_vgg_takes_its_classifier_with_fc6_and_fc7():
         load_initial(detector, {n: v for n, v in state.items() if n != "classifier.3.bias"}, "backbone")
 
 
-@pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
-def test_a_loaded_resnet_has_torchvisions_features(norm):
+@torch.no_grad()
+@pytest.mark.parametrize(("layout", "norm"), [("c4", "frozen_bn"), ("fpn", "bn")])
+def test_a_loaded_resnet_has_torchvisions_features(layout, norm):
     network, image = classifier("resnet18"), torch.randn(1, 3, 64, 96)
-    backbone = {"kind": "resnet", "depth": 18, "norm": {"kind": norm}}
-    for layout in ("fpn", "c4"):
-        detector = build_detector(pretrained(layout, backbone=backbone))
-        load_initial(detector, network.state_dict(), "backbone")
-        maps = detector.eval().backbone(image)
-        x = network.maxpool(F.relu(network.bn1(network.conv1(image))))
-        for i, ours in enumerate(maps):
-            x = getattr(network, f"layer{i + 1}")(x)
-            torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
-        if layout == "c4":  # res5 at stride 1 on the whole map has the classifier's weights
-            res5 = detector.crops.res5
-            res5[0].conv1.stride = res5[0].downsample[0].stride = (2, 2)
-            torch.testing.assert_close(res5(x), network.layer4(x), rtol=1e-4, atol=1e-4)
+    detector = build_detector(pretrained(layout, backbone={"kind": "resnet", "depth": 18, "norm": {"kind": norm}}))
+    load_initial(detector, network.state_dict(), "backbone")
+    detector.train(norm == "frozen_bn")  # folded while training
+    maps = detector.backbone(image)
+    x = network.maxpool(F.relu(network.bn1(network.conv1(image))))
+    for i, ours in enumerate(maps):
+        x = getattr(network, f"layer{i + 1}")(x)
+        torch.testing.assert_close(ours, x, rtol=1e-4, atol=1e-4)
+    if layout == "c4":  # at the classifier's stride, res5 is its last stage
+        res5 = detector.crops.res5
+        res5[0].conv1.stride = res5[0].downsample[0].stride = (2, 2)
+        torch.testing.assert_close(res5(x), network.layer4(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
