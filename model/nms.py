@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.boxes import iou
 
-_BLOCK = 32  # boxes decided together; their mutual overlaps fit the bits of one int64
+_BLOCK = 62  # boxes decided together, as the bits of one int64
 
 
 def nms(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
@@ -34,22 +34,20 @@ def nms_listwise(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
 
 
 def nms_fixed_shape(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
-    """The same without data-dependent shapes or a host sync: blocks of 32 boxes in turn, decided bit by bit inside."""
-    lists, boxes = valid_LN.shape
+    """The same without data-dependent shapes or a host sync: blocks of boxes in turn, decided bit by bit inside."""
+    boxes = valid_LN.shape[1]
     alive = valid_LN.clone()
-    bits = torch.ones((), dtype=torch.int64, device=boxes_LN4.device) << torch.arange(_BLOCK, device=boxes_LN4.device)
+    place = torch.arange(_BLOCK, device=boxes_LN4.device)
+    bits = torch.ones_like(place) << place
     for start in range(0, boxes, _BLOCK):
         stop = min(start + _BLOCK, boxes)
-        block = boxes_LN4[:, start:stop]
-        overlaps = iou(block, boxes_LN4[:, start:]) > max_iou  # (L, block, N - start)
-        rows = (overlaps[:, :, : stop - start] * bits[: stop - start]).sum(dim=2)  # whom each box of the block removes
-        removed = torch.zeros(lists, dtype=torch.int64, device=boxes_LN4.device)
-        kept = []
-        for i in range(stop - start):
-            keeps = alive[:, start + i] & ((removed >> i) & 1 == 0)
-            removed = torch.where(keeps, removed | rows[:, i], removed)
-            kept.append(keeps)
-        kept_block = torch.stack(kept, dim=1)
-        later = (overlaps[:, :, stop - start :] & kept_block[:, :, None]).any(dim=1)
-        alive = torch.cat([alive[:, :start], kept_block, alive[:, stop:] & ~later], dim=1)
+        size = stop - start
+        overlaps = iou(boxes_LN4[:, start:stop], boxes_LN4[:, start:]) > max_iou  # (L, size, N - start)
+        spared = ~(overlaps[:, :, :size].triu(1) * bits[:size]).sum(dim=2)  # what each box of the block leaves alive
+        word = (alive[:, start:stop] * bits[:size]).sum(dim=1)
+        for i in range(size):
+            word = torch.where((word & (1 << i)) != 0, word & spared[:, i], word)
+        kept = (word[:, None] & bits[:size]) != 0
+        later = (overlaps[:, :, size:] & kept[:, :, None]).any(dim=1)
+        alive = torch.cat([alive[:, :start], kept, alive[:, stop:] & ~later], dim=1)
     return alive
