@@ -79,6 +79,8 @@ class Stopwatch:
             memory = psutil.Process().memory_info().rss / 2**10
             shippers = [t.ident for t in threading.enumerate() if t.name == "shipper" and t.ident is not None]
             shipper_s = sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in shippers)
+            if progress.step % 500 == 0:
+                print(f"step {progress.step}: {memory / 2**10:.1f} MiB", file=sys.stderr, flush=True)
             self.marks[progress.step] = Mark(time.process_time(), shipper_s, time.perf_counter(), memory)
 
     def per_step(self, name: str) -> float:
@@ -105,7 +107,8 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/files"]
     with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # starts sooner
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     uri = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -179,12 +182,29 @@ def memory_growth(folder: Path, steps: int) -> dict[str, Any]:
         "loop.log_every_steps": MEMORY_LOG,
         "loop.checkpoint_every_steps": 250,
     }
+    dead = measured({**overrides, "loop.steps": steps // 5}, MLflowTracking(uri=DEAD_SERVER, experiment="memory"))
+    print(f"dead server: {shares(dead)}", file=sys.stderr, flush=True)
     with mlflow_server(folder) as uri:
         watch = measured(overrides, MLflowTracking(uri=uri, experiment="memory"))
     marks = [(step, mark.memory_kib) for step, mark in watch.marks.items() if step >= steps // 4]
     slope = statistics.linear_regression(*zip(*marks, strict=True)).slope
     quarter, end = marks[0][1], marks[-1][1]
-    return {"steps": steps, "kib_per_1000_steps": slope * 1000, "mib": [quarter / 2**10, end / 2**10]}
+    return {
+        "steps": steps,
+        "kib_per_1000_steps": slope * 1000,
+        "mib": [quarter / 2**10, end / 2**10],
+        "on": shares(watch),
+        "dead": shares(dead),
+    }
+
+
+def shares(watch: Stopwatch) -> dict[str, float]:
+    """CPU seconds a step after the first hundred, and the shipper's part of them."""
+    steps = [step for step in watch.marks if step >= 100]
+    began, ended = watch.marks[steps[0]], watch.marks[steps[-1]]
+    cpu_s, shipper_s = ended.cpu_s - began.cpu_s, ended.shipper_s - began.shipper_s
+    count = steps[-1] - steps[0]
+    return {"cpu_s_per_step": cpu_s / count, "shipper_s_per_step": shipper_s / count, "share": shipper_s / cpu_s}
 
 
 def alternated(arms: dict[str, tuple[dict[str, Any], Tracking]], pairs: int) -> dict[str, list[Stopwatch]]:

@@ -23,7 +23,7 @@ from workers.storage import Storage
 from workers.sync import sync
 from workers.train import next_attempt
 
-STEPS, EVALUATED, LOGGED = 96, 24, 2
+STEPS, EVALUATED, LOGGED = 72, 24, 2
 RANKS = (1, 2, 3, 1, 2)  # of the groups
 DEAD_SERVER = "http://127.0.0.1:9"  # the discard port: nobody listens
 _PATIENCE_S = 300
