@@ -22,7 +22,7 @@ from tests.model.test_detector import total
 from workers.evaluate import coco_results
 
 IMAGES, OBJECTS, CLASSES, POINTS = 8, 2, 3, 17
-RATE, STEPS, MANY_STEPS = 1e-3, 60, 120  # many where every channel of a mask has to be learnt
+RATE, STEPS, MANY_STEPS = 1e-3, 60, 120
 SIDES = {"fpn": 48, "c4": 64, "c4-14": 64, "c5": 96, "conv5": 64}  # of the images, by layout
 GN = {"kind": "gn", "groups": 16}
 RESNET = {"kind": "resnet", "depth": 18, "norm": GN, "frozen_stages": 0}
@@ -106,13 +106,18 @@ def test_every_arm_learns_eight_images_by_heart(name, tmp_path):
     cfg = arm(name)
     batch = with_points(shape_batch(IMAGES, OBJECTS, SIDES[layout], CLASSES, POINTS, apart=True))
     detector = build_detector(cfg)
-    train(detector, batch, MANY_STEPS if "softmax" in name or "mlp" in name else STEPS)
+    train(detector, batch, MANY_STEPS if needs_many(name) else STEPS)
     results = coco_results(cfg, detector.predict(batch), list(range(1, CLASSES + 1)))
     truth = tmp_path / "truth.json"
     truth.write_text(json.dumps(as_coco(batch)))
     found = {kind: evaluate(truth, r, "segm" if kind.startswith("segm") else kind) for kind, r in results.items()}
     scores = {kind: evaluation.stats["AP50"] for kind, evaluation in found.items()}
     assert all(score > 0.9 for score in scores.values()), scores
+
+
+def needs_many(name: str) -> bool:
+    """Coarse maps learn slowly, and so do masks of which every channel has to be learnt."""
+    return not name.startswith("fpn") or "softmax" in name or "mlp" in name
 
 
 def train(detector: torch.nn.Module, batch: Batch, steps: int) -> None:
