@@ -26,9 +26,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 
 from pipelines.collate import round_up
@@ -41,7 +42,14 @@ from pipelines.pack import PackOptions, pack
 from pipelines.synth import synthesise
 
 SHORT, LONGEST, MULTIPLE, BATCH = 800, 1333, 32, 8
-Timed = tuple[float, float]  # images per second after start-up, seconds until the first batch
+
+
+class Timed(NamedTuple):
+    """One run; CPU time is of all its processes, and hardly depends on what else the machine does."""
+
+    images_per_s: float  # after start-up
+    start_s: float  # until the first batch
+    cpu_ms: float  # per image, after start-up
 
 
 def source_files(data: str, folder: Path, repeat: int) -> tuple[Path, Path]:
@@ -71,13 +79,19 @@ def timed(batches: Iterator[int], num_images: int, warm_up: int = 1) -> Timed:
     start_up = time.perf_counter() - started
     for _ in range(warm_up - 1):
         next(batches)
-    first = time.perf_counter()
+    first, cpu = time.perf_counter(), cpu_seconds()
     seen = 0
     for count in batches:
         seen += count
         if seen >= num_images:
             break
-    return seen / (time.perf_counter() - first), start_up
+    return Timed(seen / (time.perf_counter() - first), start_up, (cpu_seconds() - cpu) / seen * 1e3)
+
+
+def cpu_seconds() -> float:
+    """Of this process and its descendants, ended ones included."""
+    me = psutil.Process()
+    return sum(sum(process.cpu_times()[:4]) for process in (me, *me.children(recursive=True)))
 
 
 def ours(packed: Path, workers: int, num_images: int) -> Timed:
@@ -154,10 +168,12 @@ def bare_peer(packed: Path, workers: int, num_images: int) -> Timed:
     started = time.perf_counter()
     for process in processes:
         process.start()
-    seconds = [queue.get() for _ in processes]
+    reports = [queue.get() for _ in processes]
     for process in processes:
         process.join()
-    return workers * share / max(seconds), time.perf_counter() - started - max(seconds)
+    seconds, cpu = (list(values) for values in zip(*reports, strict=True))
+    start_up = time.perf_counter() - started - max(seconds)
+    return Timed(workers * share / max(seconds), start_up, sum(cpu) / (workers * share) * 1e3)
 
 
 def bare_worker(packed: Path, number: int, count: int, gate: Any, queue: Any) -> None:
@@ -166,13 +182,13 @@ def bare_worker(packed: Path, number: int, count: int, gate: Any, queue: Any) ->
     rows = [dataset.row(row) for row in dataset.rows()[number * 40 : number * 40 + 40]]
     contents = [(bytes(row.content), row.height, row.width) for row in rows]
     gate.wait()
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     for content, height, width in itertools.islice(itertools.cycle(contents), count):
         size = resized_size(height, width, SHORT, LONGEST)
         image = resize(decode(content, 1), *size)
         canvas = torch.empty(round_up(size[0], MULTIPLE), round_up(size[1], MULTIPLE), 3, dtype=torch.uint8)
         canvas.permute(2, 0, 1)[:, : size[0], : size[1]] = image
-    queue.put(time.perf_counter() - started)
+    queue.put((time.perf_counter() - started, time.process_time() - cpu))
 
 
 # --- raw delivery -----------------------------------------------------------------------------------------------------
@@ -262,18 +278,19 @@ def main() -> None:
         for number in range(args.pairs):
             pairs.append((run_ours(), run_peer()))
             if not args.json:
-                (rate, start), (peer_rate, peer_start) = pairs[-1]
-                print(
-                    f"{number + 1}: ours {rate:.1f}/s after {start:.1f} s, peer {peer_rate:.1f}/s, {peer_start:.1f} s"
-                )
+                for who, run in zip(("ours", "peer"), pairs[-1], strict=True):
+                    print(f"{number + 1} {who}: " + ", ".join(f"{k} {v:.2f}" for k, v in run._asdict().items()))
     result = {
         "name": f"loader-vs-{args.peer}",
-        "ours": statistics.median(pair[0][0] for pair in pairs),
-        "peer": statistics.median(pair[1][0] for pair in pairs),
-        "ratio": statistics.median(pair[0][0] / pair[1][0] for pair in pairs),
+        "ours": statistics.median(us.images_per_s for us, _ in pairs),
+        "peer": statistics.median(them.images_per_s for _, them in pairs),
+        "ratio": statistics.median(us.images_per_s / them.images_per_s for us, them in pairs),
         "unit": "images/s",
-        "start_s": statistics.median(pair[0][1] for pair in pairs),
-        "peer_start_s": statistics.median(pair[1][1] for pair in pairs),
+        "start_s": statistics.median(us.start_s for us, _ in pairs),
+        "peer_start_s": statistics.median(them.start_s for _, them in pairs),
+        "cpu_ms": statistics.median(us.cpu_ms for us, _ in pairs),
+        "peer_cpu_ms": statistics.median(them.cpu_ms for _, them in pairs),
+        "cpu_ratio": statistics.median(them.cpu_ms / us.cpu_ms for us, them in pairs),
         "device": f"cpu, {args.workers} workers",
         "images": "coco" if args.data else "synthetic",
         "pairs": len(pairs),
