@@ -79,9 +79,10 @@ class Stopwatch:
             memory = psutil.Process().memory_info().rss / 2**10
             shippers = [t.ident for t in threading.enumerate() if t.name == "shipper" and t.ident is not None]
             shipper_s = sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in shippers)
+            mark = Mark(time.process_time(), shipper_s, time.perf_counter(), memory)
+            self.marks[progress.step] = mark
             if progress.step % 500 == 0:
-                print(f"step {progress.step}: {memory / 2**10:.1f} MiB", file=sys.stderr, flush=True)
-            self.marks[progress.step] = Mark(time.process_time(), shipper_s, time.perf_counter(), memory)
+                print(f"step {progress.step}: {mark}", file=sys.stderr, flush=True)
 
     def per_step(self, name: str) -> float:
         """Seconds of a step over the window that is timed."""
