@@ -101,10 +101,14 @@ def _below(path: str, base: str) -> bool:
 def accept(
     engine: Engine, settings: ServiceSettings, submission: Submission, owner: str, now: float
 ) -> tuple[str, bool]:
-    """The study's id, and whether it is new: the same idempotency key of one owner is one study."""
+    """The study's id, and whether it is new: the same idempotency key of one owner is one study.
+
+    Raises ValueError if the key was used for another study.
+    """
     with engine.begin() as connection:
         known = _by_key(connection, owner, submission.idempotency_key)
         if known:
+            _check_same(connection, known, submission)
             return known, False
         study = ledger.new_study_id(submission.study.name)
         base = submission.storage or storage_root(settings)
@@ -163,6 +167,17 @@ def _insert(connection: Connection, study: str, base: str, submission: Submissio
             idempotency_key=submission.idempotency_key or None,
         )
     )
+
+
+def _check_same(connection: Connection, known: str, submission: Submission) -> None:
+    query = select(TRIALS.c.key, TRIALS.c.identity).where(TRIALS.c.study == known)
+    before = {row.key: row.identity for row in connection.execute(query)}
+    now = {trial.key: trial.identity for trial in submission.trials}
+    if before != now:
+        raise ValueError(
+            f"the key {submission.idempotency_key!r} was used for study {known}, which is another one "
+            "(its trials, their data or their code differ); give another key"
+        )
 
 
 def _by_key(connection: Connection, owner: str, key: str) -> str:

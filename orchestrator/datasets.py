@@ -42,6 +42,10 @@ def read_manifest(uri: str, field: str) -> Manifest:
         raw = read_bytes(place)
     except (OSError, ValueError) as error:
         raise ValueError(f"{field}: {place} cannot be read: {error}") from None
+    if raw is None and "://" not in uri and (Path(uri).parent / MANIFEST_NAME).is_file():
+        raise ValueError(
+            f"{field}: {uri} is inside a packed dataset; give --data the folder that holds 'train' and 'val'"
+        )
     if raw is None:
         raise ValueError(f"{field}: {uri} has no {MANIFEST_NAME}; pack the data with 'maskray data pack'")
     try:

@@ -31,6 +31,9 @@ def read_log(
         if attempt:
             raise HTTPException(404, f"trial {trial}: attempt {attempt} was never started, {row['attempts']} were")
         return LogPage(text="", next=offset, done=row["state"] not in ("queued",), attempt=0, rank=rank)
+    ranks = _ranks(engine, row["study"])
+    if rank >= ranks:
+        raise HTTPException(404, f"trial {trial}: there is no rank {rank}, it has {ranks}, counted from 0")
     name = DRIVER_LOG.format(attempt=number) if rank < 0 else LOG_FILE.format(attempt=number, rank=rank)
     ended = tried["ended_at"] > 0
     data = storage.read_bytes(storage.join(row["folder"], name), offset, _PAGE_BYTES)
@@ -39,6 +42,12 @@ def read_log(
     whole = _whole_characters(data or b"")
     done = ended and len(data or b"") < _PAGE_BYTES
     return LogPage(text=whole.decode(errors="replace"), next=offset + len(whole), done=done, attempt=number, rank=rank)
+
+
+def _ranks(engine: Engine, study: str) -> int:
+    with ledger.reading(engine) as connection:
+        row = ledger.study_row(connection, study)
+    return int(row["spec"]["resources"]["ranks"]) if row is not None else 1
 
 
 def _whole_characters(data: bytes) -> bytes:

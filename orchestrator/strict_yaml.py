@@ -27,6 +27,8 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], str]:
     """The mapping in the file and its text. Raises ValueError or FileNotFoundError with the file and the line."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give a YAML file")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     with path.open("rb") as file:

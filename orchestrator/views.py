@@ -14,6 +14,7 @@ from orchestrator.spec import gang_of
 from orchestrator.tables import ATTEMPTS, STUDIES, TRIALS
 
 _HEAVY = ("run", "tags")
+_PAUSED = "its study is paused"
 
 
 def study_views(
@@ -48,10 +49,16 @@ def study_views(
             warnings=row["warnings"],
             mlflow_experiment=row["mlflow_experiment"],
             counts=counts.get(row["id"], {}),
-            trials=by_study.get(row["id"], []),
+            trials=_with_pause(row["state"], by_study.get(row["id"], [])),
         )
         for row in connection.execute(query).mappings()
     ]
+
+
+def _with_pause(state: str, trials: list[TrialView]) -> list[TrialView]:
+    if state != "paused":
+        return trials
+    return [t.model_copy(update={"why": _PAUSED}) if t.state == "queued" else t for t in trials]
 
 
 def _trial_view(row: ledger.Row, waits: Mapping[str, Wait], attempts: list[AttemptView]) -> TrialView:
@@ -138,7 +145,7 @@ def queue(connection: Connection, waits: Mapping[str, Wait]) -> dict[str, Sequen
     waiting = [entry for entry in entries if entry.state == "queued"]
     return {
         "running": [entry for entry in entries if entry.state != "queued"],
-        "queue": sorted(waiting, key=lambda entry: (entry.position == 0, entry.position)),
+        "queue": sorted(waiting, key=lambda entry: (entry.position == 0, entry.position, -entry.priority)),
     }
 
 
@@ -155,7 +162,7 @@ def _entry(row: ledger.Row, study: ledger.Row, wants: str, waits: Mapping[str, W
         priority=study["priority"],
         position=wait.position if wait is not None and not paused else 0,
         needs=wants,
-        why="its study is paused" if paused else _why(row, wait),
+        why=_PAUSED if paused else _why(row, wait),
     )
 
 

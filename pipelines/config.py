@@ -59,7 +59,7 @@ class DataConfig(Record):
         return value
 
 
-class OtherSchema(ValueError):
+class OtherSchemaError(ValueError):
     """A whole manifest, but of a schema that this version does not read."""
 
 
@@ -78,13 +78,13 @@ class ManifestHeader(BaseModel):
 
     @classmethod
     def parse(cls, text: str | bytes) -> ManifestHeader:
-        """Raises ValueError if the text is not a manifest, OtherSchema if it is one of another schema."""
+        """Raises ValueError if the text is not a manifest, OtherSchemaError if it is one of another schema."""
         try:
             header = cls.model_validate(json.loads(text))
         except ValueError as error:  # pydantic's errors are ValueErrors too
             raise ValueError("not a readable manifest; restore it, or pack the data again") from error
         if header.schema_version != SCHEMA_VERSION:
-            raise OtherSchema(
+            raise OtherSchemaError(
                 f"manifest has schema {header.schema_version}, this version reads {SCHEMA_VERSION}; "
                 'pack the data again with "maskray data pack"'
             )

@@ -41,6 +41,9 @@ def run_app(app: Any, argv: Sequence[str], program: str) -> int:
         try:
             status = app(args=list(argv), prog_name=program, standalone_mode=False)
         except TyperException as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # typer does not export it; its message is the help
+                print(error.format_message(), file=sys.stderr)
+                return INPUT_WRONG
             message = error.format_message().removesuffix(".").replace("Value error, ", "")
             raise ValueError(f"{message}; see {program} --help") from None
         return status if isinstance(status, int) else SUCCESS

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.config import MANIFEST_NAME, ManifestHeader, OtherSchema
+from pipelines.config import MANIFEST_NAME, ManifestHeader, OtherSchemaError
 from pipelines.storage import Store
 
 INDEX_NAME = "index.arrow"
@@ -62,7 +62,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     try:
         ManifestHeader.parse(text)
         manifest = Manifest.model_validate_json(text)
-    except OtherSchema as error:
+    except OtherSchemaError as error:
         raise ValueError(f"{where}: {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise RuntimeError(f"{where}: not a readable manifest; restore it or pack the data again") from error

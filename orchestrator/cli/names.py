@@ -32,6 +32,8 @@ def trial_id(client: Client, name: str) -> str:
     else:
         known = _trials_beside(client, name)
         found = [trial for trial in known if trial == name]
+    if not found and not key and name in _names_of_studies(client):
+        raise ValueError(f"trial {name!r}: that is a study; name one of its trials: {name}:KEY (see maskray status)")
     if not found:
         raise ValueError(f"trial {name!r}: not known{_nearest(key or name, known)}")
     return found[0]
@@ -39,6 +41,10 @@ def trial_id(client: Client, name: str) -> str:
 
 def is_trial(client: Client, name: str) -> bool:
     return ":" in name or name in _trials_beside(client, name)
+
+
+def _names_of_studies(client: Client) -> set[str]:
+    return {"last"} | {name for view in client.studies(trials=False) for name in (view.study, view.name)}
 
 
 def _trials_beside(client: Client, name: str) -> list[str]:

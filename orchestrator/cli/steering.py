@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli.options import Debug, Json, JsonLines, StudyId, print_json
+from orchestrator.cli.options import Debug, Json, JsonLines, StudyId, print_json, say
+from pipelines.console import SUCCESS, WORK_FAILED
 
 Target = Annotated[str, typer.Argument(metavar="STUDY_ID", help="A study; cancel and retry take a trial too.")]
 TrialId = Annotated[str, typer.Argument(metavar="TRIAL_ID", help="Id of a trial, or STUDY_ID:KEY.")]
@@ -33,6 +34,16 @@ _ACTIONS = {
 }
 
 
+_LIVE = ("queued", "starting", "running", "stopping")
+_APPLIES = {"cancel": _LIVE, "pause": _LIVE, "resume": _LIVE, "retry": ("failed", "cancelled")}  # states of trials
+_DONE = {
+    "cancel": "is being cancelled",
+    "pause": "is being paused",
+    "resume": "goes on",
+    "retry": "is tried again",
+}
+
+
 def status(
     study: Annotated[str, typer.Argument(metavar="[STUDY_ID]", help="Without it: all studies.")] = "",
     json: Json = False,
@@ -52,8 +63,8 @@ def status(
     print_json(view.model_dump()) if json else tables.print_study(view)
 
 
-def watch(study: StudyId, json: JsonLines = False, debug: Debug = False) -> None:
-    """Follow a study live until it ends."""
+def watch(study: StudyId, json: JsonLines = False, debug: Debug = False) -> int:
+    """Follow a study live until it ends; ends with 1 if it failed or was cancelled."""
     from orchestrator.cli import tables
     from orchestrator.cli.follow import follow
     from orchestrator.cli.names import study_id
@@ -63,6 +74,7 @@ def watch(study: StudyId, json: JsonLines = False, debug: Debug = False) -> None
     view = follow(client, study_id(client, study), mode="json" if json else "live")
     if not json:
         tables.print_study(view)
+    return WORK_FAILED if view.state in ("failed", "cancelled") else SUCCESS
 
 
 def logs(
@@ -70,7 +82,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the trial ends.")] = False,
     attempt: Annotated[int, typer.Option(help="Attempt number; 0 is the newest.")] = 0,
     rank: Annotated[int, typer.Option(help="Rank; -1 is the driver that starts the ranks.")] = 0,
-    json: JsonLines = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object; with -f one a line.")] = False,
     debug: Debug = False,
 ) -> None:
     """Print the log of one rank of a trial."""
@@ -80,18 +92,22 @@ def logs(
     client = connected_client()
     trial = trial_id(client, trial)
     offset = 0
+    hinted = False
     collected: list[str] = []
     while True:
         page = client.logs(trial, attempt=attempt, rank=rank, offset=offset)
         if json and follow:
             for line in page.text.splitlines():
-                print_json({"attempt": page.attempt, "rank": page.rank, "line": line})
+                print_json({"trial": trial, "attempt": page.attempt, "rank": page.rank, "line": line})
         elif json:
             collected.append(page.text)
         else:
             print(page.text, end="", flush=True)
         ended = page.next == offset
         offset = page.next
+        if not offset and not hinted:
+            hinted = True
+            say(f"trial {trial}: nothing written yet" if page.attempt else f"trial {trial}: not started yet")
         if ended and (page.done or not follow):
             break
         if ended:
@@ -120,14 +136,31 @@ def _action_command(action: str) -> Callable[..., None]:
 
         client = connected_client()
         if action in ("cancel", "retry") and is_trial(client, target):
-            client.act_on_trial(trial_id(client, target), action)
-            print_json({"trial": target, "action": action}) if json else print(f"{action}: trial {target}")
+            trial = trial_id(client, target)
+            view = client.study(trial.rpartition("-")[0])
+            changes = any(one.state in _APPLIES[action] for one in view.trials if one.trial == trial)
+            client.act_on_trial(trial, action)
+            _say_done(action, "trial", trial, changes, json)
             return
         study = study_id(client, target)
+        view = client.study(study)
+        changes = any(one.state in _APPLIES[action] for one in view.trials)
+        if action in ("pause", "resume"):
+            changes = view.state == ("active" if action == "pause" else "paused")
         view = client.act_on_study(study, action)
-        print_json({"study": study, "state": view.state}) if json else print(f"{action}: study {study} is {view.state}")
+        _say_done(action, "study", study, changes, json, state=view.state)
 
     return command
+
+
+def _say_done(action: str, what: str, name: str, changes: bool, json: bool, **more: str) -> None:
+    if json:
+        print_json({what: name, "action": action, "changed": changes, **more})
+    elif changes:
+        print(f"{what} {name} {_DONE[action]}")
+    else:
+        state = f"it is {more['state']}" if more else "its state does not allow it"
+        print(f"{what} {name} stays as it is, there is nothing to {action}: {state}")
 
 
 def priority(

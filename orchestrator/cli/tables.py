@@ -66,7 +66,7 @@ def study_table(view: StudyView) -> RenderableType:
         if trial.error:
             notes.append(Text(f"{trial.key}: {trial.error}", "red"))
         elif trial.state == "queued" and trial.why:
-            notes.append(Text(f"{trial.key} waits: {trial.why}", "dim"))
+            notes.append(Text(f"{trial.key} waits: {trial.why.removeprefix('waits ')}", "dim"))
         notes.extend(Text(f"{trial.key}: {event.get('text', event.get('kind'))}", "yellow") for event in trial.events)
     notes.extend(Text(f"warning: {warning}", "yellow") for warning in view.warnings)
     title = Text(f"{view.name} ({view.study}): {view.state}", "bold")

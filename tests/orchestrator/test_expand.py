@@ -130,6 +130,7 @@ def test_data_must_be_there(tmp_path: Path) -> None:
     assert "no dataset; give --data DIR" in refused(tiny_study(), "")
     assert "has no manifest.json; pack the data with 'maskray data pack'" in refused(tiny_study(), tmp_path)
     write_dataset(tmp_path)
+    assert "is inside a packed dataset; give --data the folder" in refused(tiny_study(), tmp_path / "val")
     (tmp_path / "val" / "manifest.json").write_text("[]")
     assert "data.val: " in refused(tiny_study(), tmp_path)
     (tmp_path / "val" / "manifest.json").write_text('{"schema_version": ')

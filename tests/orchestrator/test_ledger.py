@@ -73,6 +73,8 @@ def test_one_idempotency_key_is_one_study(house):
     assert (created, created_again, first == again) == (True, False, True)
     other, _ = house.submit(plan("a", identity="b" * 64), idempotency_key="")
     assert other != first
+    with pytest.raises(ValueError, match=f"the key 'k' was used for study {first}, which is another one"):
+        house.submit(plan("a", identity="b" * 64), idempotency_key="k")
 
 
 def test_an_attempt_starts_once_and_only_from_the_queue(house):

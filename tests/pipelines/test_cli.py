@@ -127,3 +127,23 @@ def test_the_module_runs_and_imports_no_torch_to_pack(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["images"] == 1
+
+
+def test_a_file_where_a_folder_should_be_is_told_apart(call, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for words in (
+        ("data", "synth", tmp_path / "file", "--images", 4),
+        ("data", "synth", tmp_path / "new", "--seed", -1),
+        ("data", "verify", tmp_path / "file"),
+        ("data", "show", tmp_path / "file"),
+    ):
+        status, out, err = call(*words)
+        assert (status, out, err.count("\n")) == (2, "", 1), (words, err)
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_command_prints_the_help(call):
+    status, out, err = call()
+    assert (status, out) == (2, "")
+    assert "Commands:" in err
+    assert err.count("\n") > 3
