@@ -24,14 +24,14 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from orchestrator import accept, auth, ledger, steer, storage, views
 from orchestrator.auth import User
 from orchestrator.client import EventPage, LogPage, QueueView
-from orchestrator.config import Check, Info, ServiceSettings, StudyView, Submission
+from orchestrator.config import ActedView, Check, Info, ServiceSettings, StudyView, Submission
 from orchestrator.decide import Node, Wait
 from orchestrator.logs import read_log
 from orchestrator.places import code_uri, storage_root
 from orchestrator.retention import apply_retention, plan_retention
 
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
-_STUDY_ACTIONS: Mapping[str, Callable[[Connection, str, str, float], None]] = {
+_STUDY_ACTIONS: Mapping[str, Callable[[Connection, str, str, float], bool]] = {
     "cancel": steer.cancel_study,
     "pause": steer.pause_study,
     "resume": steer.resume_study,
@@ -152,12 +152,13 @@ def build_app(hub: Hub, version: str) -> FastAPI:
     @app.post("/v1/studies/{study}/{action}")
     def act_on_study(
         study: StudyPath, action: Literal["cancel", "pause", "resume", "retry"], who: Submitter
-    ) -> StudyView:
+    ) -> ActedView:
+        """The study after it, and whether there was anything to change."""
         with hub.engine.begin() as connection:
             _own_study(connection, study, who)
-            _STUDY_ACTIONS[action](connection, study, who.name, time.time())
+            changed = _STUDY_ACTIONS[action](connection, study, who.name, time.time())
         hub.wake()
-        return _view(hub, study)
+        return ActedView(**_view(hub, study).model_dump(), changed=changed)
 
     @app.delete("/v1/studies/{study}")
     def forget(study: StudyPath, who: Submitter) -> dict[str, Any]:
@@ -180,9 +181,9 @@ def build_app(hub: Hub, version: str) -> FastAPI:
             if row is None:
                 raise HTTPException(404, f"trial {trial!r}: there is none")
             _own_study(connection, row["study"], who)
-            _TRIAL_ACTIONS[action](connection, trial, who.name, time.time())
+            changed = _TRIAL_ACTIONS[action](connection, trial, who.name, time.time())
         hub.wake()
-        return {"trial": trial, "action": action}
+        return {"trial": trial, "action": action, "changed": changed}
 
     @app.get("/v1/trials/{trial}/logs", dependencies=READ)
     def logs(

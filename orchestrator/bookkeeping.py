@@ -85,12 +85,15 @@ def close_runs(engine: Engine, mlflow: MLflow, now: float, ship: Callable[[str],
 
 
 def _unsent(folder: str) -> bool:
-    """Whether a trial that is over left something that its tracker was not told, because it was down."""
+    """Whether a trial that is over left something that its tracker was not told, because it was down.
+
+    Also where that cannot be read: shipping then says why, and what to do.
+    """
     try:
         whole = storage.size(storage.join(folder, *SPOOL_RECORDS.split("/")))
         cursor = storage.read_json(storage.join(folder, *SPOOL_CURSOR.split("/"))) if whole else None
     except OSError:
-        return False
+        return True
     return whole > int((cursor or {}).get("bytes", 0))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from pydantic import BaseModel
 
-from orchestrator.config import Check, EventView, Info, QueueEntry, StudyView, Submission
+from orchestrator.config import ActedView, Check, EventView, Info, QueueEntry, StudyView, Submission
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ class Client:
         params: Mapping[str, str | float] = {"study": study, "after": after, "wait_s": wait_s}
         return EventPage.model_validate(self._call("GET", "/v1/events", params=params, timeout=wait_s + 30))
 
-    def act_on_study(self, study: str, action: str) -> StudyView:
+    def act_on_study(self, study: str, action: str) -> ActedView:
         """`action`: cancel, pause, resume or retry."""
-        return StudyView.model_validate(self._call("POST", f"/v1/studies/{study}/{action}"))
+        return ActedView.model_validate(self._call("POST", f"/v1/studies/{study}/{action}"))
 
-    def act_on_trial(self, trial: str, action: str) -> None:
-        """`action`: cancel or retry."""
-        self._call("POST", f"/v1/trials/{trial}/{action}")
+    def act_on_trial(self, trial: str, action: str) -> bool:
+        """`action`: cancel or retry. Whether there was anything to change."""
+        return bool(self._call("POST", f"/v1/trials/{trial}/{action}")["changed"])
 
     def set_priority(self, study: str, priority: int) -> None:
         self._call("POST", f"/v1/studies/{study}/priority", json={"priority": priority})

@@ -152,6 +152,12 @@ class EventView(BaseModel):
     cause: str
 
 
+class ActedView(StudyView):
+    """A study after a person cancelled, paused, resumed or retried it; `changed`: whether that did anything."""
+
+    changed: bool
+
+
 class QueueEntry(BaseModel):
     trial: str
     key: str

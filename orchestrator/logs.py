@@ -24,6 +24,8 @@ def read_log(
         row = ledger.trial_row(connection, trial)
         if row is None:
             raise HTTPException(404, f"trial {trial!r}: there is none")
+        study = ledger.study_row(connection, row["study"])
+        assert study is not None
         number = attempt or row["attempts"]
         query = select(ATTEMPTS).where(ATTEMPTS.c.trial == trial, ATTEMPTS.c.number == number)
         tried = connection.execute(query).mappings().first()
@@ -31,7 +33,7 @@ def read_log(
         if attempt:
             raise HTTPException(404, f"trial {trial}: attempt {attempt} was never started, {row['attempts']} were")
         return LogPage(text="", next=offset, done=row["state"] not in ("queued",), attempt=0, rank=rank)
-    ranks = _ranks(engine, row["study"])
+    ranks = study["spec"]["resources"]["ranks"]
     if rank >= ranks:
         raise HTTPException(404, f"trial {trial}: there is no rank {rank}, it has {ranks}, counted from 0")
     name = DRIVER_LOG.format(attempt=number) if rank < 0 else LOG_FILE.format(attempt=number, rank=rank)
@@ -42,12 +44,6 @@ def read_log(
     whole = _whole_characters(data or b"")
     done = ended and len(data or b"") < _PAGE_BYTES
     return LogPage(text=whole.decode(errors="replace"), next=offset + len(whole), done=done, attempt=number, rank=rank)
-
-
-def _ranks(engine: Engine, study: str) -> int:
-    with ledger.reading(engine) as connection:
-        row = ledger.study_row(connection, study)
-    return int(row["spec"]["resources"]["ranks"]) if row is not None else 1
 
 
 def _whole_characters(data: bytes) -> bytes:

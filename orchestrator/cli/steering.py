@@ -34,8 +34,6 @@ _ACTIONS = {
 }
 
 
-_LIVE = ("queued", "starting", "running", "stopping")
-_APPLIES = {"cancel": _LIVE, "pause": _LIVE, "resume": _LIVE, "retry": ("failed", "cancelled")}  # states of trials
 _DONE = {
     "cancel": "is being cancelled",
     "pause": "is being paused",
@@ -137,26 +135,19 @@ def _action_command(action: str) -> Callable[..., None]:
         client = connected_client()
         if action in ("cancel", "retry") and is_trial(client, target):
             trial = trial_id(client, target)
-            view = client.study(trial.rpartition("-")[0])
-            changes = any(one.state in _APPLIES[action] for one in view.trials if one.trial == trial)
-            client.act_on_trial(trial, action)
-            _say_done(action, "trial", trial, changes, json)
+            _say_done(action, "trial", trial, client.act_on_trial(trial, action), json)
             return
         study = study_id(client, target)
-        view = client.study(study)
-        changes = any(one.state in _APPLIES[action] for one in view.trials)
-        if action in ("pause", "resume"):
-            changes = view.state == ("active" if action == "pause" else "paused")
         view = client.act_on_study(study, action)
-        _say_done(action, "study", study, changes, json, state=view.state)
+        _say_done(action, "study", study, view.changed, json, state=view.state)
 
     return command
 
 
-def _say_done(action: str, what: str, name: str, changes: bool, json: bool, **more: str) -> None:
+def _say_done(action: str, what: str, name: str, changed: bool, json: bool, **more: str) -> None:
     if json:
-        print_json({what: name, "action": action, "changed": changes, **more})
-    elif changes:
+        print_json({what: name, "action": action, "changed": changed, **more})
+    elif changed:
         print(f"{what} {name} {_DONE[action]}")
     else:
         state = f"it is {more['state']}" if more else "its state does not allow it"

@@ -156,7 +156,10 @@ def test_a_submitter_steers_only_their_own_studies(http):
     refused(http.post(f"/v1/studies/{study}/priority", headers=by("bob"), json={"priority": 9}), 403, "is ann's")
     refused(http.delete(f"/v1/studies/{study}", headers=by("bob")), 403, "is ann's")
     refused(http.post("/v1/shutdown", headers=by("ann")), 403, "needs 'admin'")
-    assert http.post(f"/v1/studies/{study}/cancel", headers=by("ann")).json()["state"] == "cancelled"
+    for changed in (True, False):
+        answer = http.post(f"/v1/studies/{study}/cancel", headers=by("ann")).json()
+        assert (answer["state"], answer["changed"]) == ("cancelled", changed)
+    assert http.post(f"/v1/trials/{study}-000/cancel", headers=by("ann")).json()["changed"] is False
     assert http.delete(f"/v1/studies/{study}", headers=by("root")).status_code == 200
 
 

@@ -154,14 +154,18 @@ def test_steering_moves_only_what_can_move(house):
     first, second, third = (f"{study}-00{i}" for i in range(3))
     ledger.start_attempt(house.engine, first, 1.0, "free")
     with house.engine.begin() as connection:
-        steer.pause_study(connection, study, "ann", 1.0)
+        assert steer.pause_study(connection, study, "ann", 1.0)
+        assert not steer.pause_study(connection, study, "ann", 1.0)
     assert states(house.engine) == ["stopping", "queued", "queued"]
     with house.engine.begin() as connection:
         assert ledger.waiting_trials(connection) == []
-        steer.resume_study(connection, study, "ann", 2.0)
+        assert steer.resume_study(connection, study, "ann", 2.0)
+        assert not steer.resume_study(connection, study, "ann", 2.0)
         assert [row["id"] for row in ledger.waiting_trials(connection)] == [second, third]
-        steer.cancel_trial(connection, second, "ann", 3.0)
-        steer.cancel_study(connection, study, "ann", 4.0)
+        assert steer.cancel_trial(connection, second, "ann", 3.0)
+        assert not steer.cancel_trial(connection, second, "ann", 3.0)
+        assert not steer.retry_trial(connection, first, "ann", 3.0)
+        assert steer.cancel_study(connection, study, "ann", 4.0)
     assert states(house.engine) == ["stopping", "cancelled", "cancelled"]
     with ledger.reading(house.engine) as connection:
         assert ledger.trial_row(connection, first)["wish"] == "cancel"
@@ -170,7 +174,9 @@ def test_steering_moves_only_what_can_move(house):
             steer.forget_study(connection, study, "ann", 5.0)
         ledger.move_trial(connection, first, ["stopping"], {"state": "failed"})
         assert ledger.end_study_if_over(connection, study, 5.0) == "failed"
-        steer.retry_study(connection, study, "ann", 6.0)
+        assert not steer.cancel_study(connection, study, "ann", 6.0)
+        assert steer.retry_study(connection, study, "ann", 6.0)
+        assert not steer.retry_study(connection, study, "ann", 6.0)
     assert states(house.engine) == ["queued", "queued", "queued"]
     with house.engine.begin() as connection:
         assert ledger.study_row(connection, study)["state"] == "active"
