@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ from orchestrator.client import Client, Connection
 from orchestrator.config import Resources, StudyView
 from orchestrator.processes import find_child, own_token
 from tests.orchestrator.submissions import identity, plan, submission
+from tests.orchestrator.waiting import wait_until
 from workers.config import apply_overrides, run_preset
 
 HERE = Path(__file__).parent
-PATIENCE_S = 240  # until a test gives up; nothing is timed
 GPUS = 2  # of each node but the head
 
 pytestmark = pytest.mark.slow
@@ -108,13 +107,7 @@ class House:
         return str(self.client.submit(submission(*plans, resources=resources, **fields))["study"])
 
     def until(self, what: str, condition: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            found = condition()
-            if found:
-                return found
-            time.sleep(0.1)
-        raise AssertionError(f"no {what} in {PATIENCE_S} s; {(self.root / 'nodes.log').read_text()[-3000:]}")
+        return wait_until(what, condition, self.root / "nodes.log")
 
     def ended(self, study: str) -> StudyView:
         self.until(f"end of {study}", lambda: self.client.study(study).state not in ("active", "paused"))

@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,9 +32,9 @@ from orchestrator.mlflow_client import MLflow
 from orchestrator.processes import marked_processes, recorded_child
 from orchestrator.stack import mlflow_mark, ray_mark
 from tests.orchestrator.submissions import identity, plan, submission
+from tests.orchestrator.waiting import wait_until
 
 FAKE = Path(__file__).with_name("fake_entry.py")
-PATIENCE_S = 240  # until a test gives up; nothing is timed
 
 
 class House:
@@ -71,14 +70,7 @@ class House:
         return self.root / name
 
     def until(self, what: str, condition: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            found = condition()
-            if found:
-                return found
-            time.sleep(0.1)
-        log = (self.home / "service-process.log").read_text()[-3000:]
-        raise AssertionError(f"no {what} in {PATIENCE_S} s; the service said:\n{log}")
+        return wait_until(what, condition, self.home / "service-process.log")
 
     def ended(self, client: Client, study: str) -> StudyView:
         return self.until(
