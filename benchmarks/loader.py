@@ -94,20 +94,25 @@ def cpu_seconds() -> float:
     return sum(sum(process.cpu_times()[:4]) for process in (me, *me.children(recursive=True)))
 
 
-def ours(packed: Path, workers: int, num_images: int) -> Timed:
+def opened(packed: Path, workers: int, short: int, longest: int, batch: int) -> TrainLoader:
+    """Training batches with masks, of a whole dataset on one rank."""
     cfg = DataConfig(
-        train=str(packed), val="none", short_sides_px=(SHORT,), max_side_px=LONGEST, num_loader_workers=workers
+        train=str(packed), val="none", short_sides_px=(short,), max_side_px=longest, num_loader_workers=workers
     )
-    stream = TrainLoader(
+    return TrainLoader(
         cfg,
         open_dataset(str(packed)),
         seed=0,
-        global_batch=BATCH,
+        global_batch=batch,
         rank=0,
         world_size=1,
-        max_images_per_forward=BATCH,
+        max_images_per_forward=batch,
         masks=True,
     )
+
+
+def ours(packed: Path, workers: int, num_images: int) -> Timed:
+    stream = opened(packed, workers, SHORT, LONGEST, BATCH)
     try:
         return timed((sum(len(batch) for batch in step.batches) for step in stream), num_images, 4 * workers)
     finally:

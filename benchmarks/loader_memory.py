@@ -26,10 +26,11 @@ import psutil
 import torch
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.loader import opened
 from model.structures import Batch
-from pipelines.config import DataConfig
-from pipelines.dataset import open_dataset
-from pipelines.loader import TrainLoader, _Stream
+from pipelines.loader import _Stream
 
 NUM_IMAGES, NUM_ANNOTATIONS, SIDE, POINTS, CATEGORIES = 118_287, 860_001, 32, 20, 80
 SHARDS = 290  # as many as train2017 has at 64 MiB
@@ -117,19 +118,7 @@ def empty_worker_mib() -> float:
 
 def epoch(packed: Path, workers: int) -> tuple[list[float], float, float]:
     """The largest worker's private memory at 20 moments of an epoch, MiB of a batch, images/s."""
-    cfg = DataConfig(
-        train=str(packed), val="none", short_sides_px=(SIDE,), max_side_px=SIDE * 2, num_loader_workers=workers
-    )
-    stream = TrainLoader(
-        cfg,
-        open_dataset(str(packed)),
-        seed=0,
-        global_batch=BATCH,
-        rank=0,
-        world_size=1,
-        max_images_per_forward=BATCH,
-        masks=True,
-    )
+    stream = opened(packed, workers, SIDE, SIDE * 2, BATCH)
     last, found, batch_mib = stream.steps_per_epoch - 1, [], 0.0
     started = time.perf_counter()
     for step in stream:
