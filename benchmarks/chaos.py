@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -208,8 +209,19 @@ def account(house: House, study: str) -> dict[str, Any]:
         "attempts": trial.attempts,
         "weights": result.get("weights_sha256", ""),
         "steps_of_attempts": steps,
+        "resumes": resumes(trial.events),
         "metrics": metric_points(uri, study, trial.trial, trial.storage),
     }
+
+
+def resumes(events: list[dict[str, Any]]) -> dict[str, int]:
+    """Attempt -> the step that it went on from."""
+    found = {}
+    for event in events:
+        match = re.match(r"attempt (\d+) ", event["text"]) if event["kind"] == "resume" else None
+        if match:
+            found[match[1]] = int(event["step"])
+    return found
 
 
 def metric_points(uri: str, study: str, trial: str, storage: str) -> dict[str, Counter[int]]:
@@ -255,8 +267,12 @@ def judge(cell: str, ours: dict[str, Any], reference: dict[str, Any]) -> list[st
         if set(seen) != set(points):
             wrong.append(f"{name}: steps {sorted(set(points) ^ set(seen))[:5]} are missing or too many")
         twice = [step for step, count in seen.items() if count > 1]
-        if len(twice) > CHECKPOINT_EVERY + 1:
-            wrong.append(f"{name}: {len(twice)} steps were recorded twice, more than a checkpoint interval")
+        if twice:
+            wrong.append(f"{name}: steps {twice[:5]} were recorded twice")
+    for number, resumed in ours["resumes"].items():
+        lost = ours["steps_of_attempts"][int(number) - 2] - resumed
+        if lost > CHECKPOINT_EVERY + 1:  # and the one during which the checkpoint was being written
+            wrong.append(f"attempt {number} went on from step {resumed}, {lost} steps were lost")
     return wrong
 
 
@@ -285,7 +301,9 @@ def run_cell(house: House, cell: str, reference: dict[str, Any]) -> tuple[list[s
         ours = account(house, study)
     except (RuntimeError, IndexError) as error:
         return [str(error)], ""
-    return judge(cell, ours, reference), f"{ours['attempts']} attempts, steps {ours['steps_of_attempts']}"
+    return judge(cell, ours, reference), (
+        f"{ours['attempts']} attempts, last seen at steps {ours['steps_of_attempts']}, resumed at {ours['resumes']}"
+    )
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,21 +50,25 @@ def _shape(nodes: Sequence[Node], gang: Gang) -> str:
 
 
 def _check_paths(submission: Submission, settings: ServiceSettings) -> None:
-    """No URI holds credentials; with roots configured, every path and URI that a study names lies in one of them."""
     named = [("storage", submission.storage)] if submission.storage else []
     for trial in submission.trials:
         named += [(f"trial {trial.key}, {path}", value) for path, value in _strings(trial.run, "run")]
+    check_uris(named, settings)
+
+
+def check_uris(named: Iterable[tuple[str, str]], settings: ServiceSettings) -> None:
+    """Raises ValueError if one holds credentials or, with roots configured, lies in none of them.
+
+    named: where it was found and the text, which may also be something else than a path or URI.
+    """
     for where, value in named:
         if "://" in value and has_credentials(value):
             raise ValueError(
                 f"{where}: the URI holds credentials, which would be kept in the ledger and in MLflow; "
                 "give them to the nodes' environment instead"
             )
-    if not settings.roots:
-        return
-    for where, value in named:
         outside = "://" in value or value.startswith(("/", "~", "\\")) or ".." in Path(value).parts
-        if outside and not any(_within(value, root) for root in settings.roots):
+        if settings.roots and outside and not any(_within(value, root) for root in settings.roots):
             raise ValueError(f"{where}: {value!r} is outside the service's roots ({', '.join(settings.roots)})")
 
 

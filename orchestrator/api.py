@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Protocol, TypeAlias
 
-from fastapi import Depends, FastAPI, HTTPException, Query, Request
+from fastapi import Depends, FastAPI, HTTPException, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -24,7 +24,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from orchestrator import accept, auth, ledger, steer, storage, views
 from orchestrator.auth import User
 from orchestrator.client import EventPage, LogPage, QueueView
-from orchestrator.config import ActedView, Check, Info, ServiceSettings, StudyView, Submission
+from orchestrator.cluster import UnreachableError
+from orchestrator.config import ActedView, Check, Info, ServiceSettings, Staging, StudyView, Submission
 from orchestrator.decide import Node, Wait
 from orchestrator.logs import read_log
 from orchestrator.places import code_uri, storage_root
@@ -54,6 +55,8 @@ class Hub(Protocol):
     def tracking_uri(self) -> str: ...
     def driver_log(self, submission_id: str) -> str: ...
     def examine(self) -> list[Check]: ...
+    def stage(self, uri: str, cache_gib: float) -> Staging: ...
+    def staging(self, name: str) -> Staging: ...
     def put_report(self, study: str, files: Mapping[str, bytes]) -> None: ...
     def touch(self) -> None: ...
     def wake(self) -> None: ...
@@ -67,6 +70,11 @@ class Priority(BaseModel):
 class Retention(BaseModel):
     checkpoints_days: float = Field(30.0, ge=0, le=36500)  # after the end of their study
     apply: bool = False
+
+
+class StageRequest(BaseModel):
+    uri: str = Field(min_length=1, max_length=2000, pattern=r"^[^\x00]+://")
+    cache_gib: float = Field(20.0, ge=0.001, le=1e6)
 
 
 class NewUser(BaseModel):
@@ -271,6 +279,19 @@ def build_app(hub: Hub, version: str) -> FastAPI:
         """Starts a short job on every node: the checks of `maskray doctor`."""
         return {"checks": hub.examine()}
 
+    @app.post("/v1/staging", dependencies=SUBMIT)
+    def stage(body: StageRequest) -> Staging:
+        """Starts a job on every node that fetches a dataset into its cache."""
+        accept.check_uris([("uri", body.uri)], hub.settings)
+        return hub.stage(body.uri, body.cache_gib)
+
+    @app.get("/v1/staging/{name}", dependencies=READ)
+    def staging(name: Annotated[str, Path(pattern=r"^stage-[0-9a-f]{16}$")]) -> Staging:
+        found = hub.staging(name)
+        if not found.nodes:
+            raise HTTPException(404, f"staging {name!r}: there is none, or Ray's head was restarted since: stage again")
+        return found
+
     @app.post("/v1/shutdown", dependencies=ADMIN)
     def shutdown() -> dict[str, Any]:
         hub.end()
@@ -294,6 +315,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ValueError)
     async def wrong(_: Request, error: ValueError) -> JSONResponse:
         return JSONResponse({"detail": views.in_words(error)}, 400)
+
+    @app.exception_handler(UnreachableError)
+    async def unreachable(_: Request, error: UnreachableError) -> JSONResponse:
+        return JSONResponse({"detail": views.in_words(error)}, 503)
 
     @app.middleware("http")
     async def no_nul(request: Request, call_next: Any) -> Response:

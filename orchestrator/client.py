@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from pydantic import BaseModel
 
-from orchestrator.config import ActedView, Check, EventView, Info, QueueEntry, StudyView, Submission
+from orchestrator.config import ActedView, Check, EventView, Info, QueueEntry, Staging, StudyView, Submission
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,15 @@ class Client:
     def examine(self) -> list[Check]:
         """What `maskray doctor` prints; takes as long as the slowest node needs to start a process."""
         return [Check.model_validate(check) for check in self._call("POST", "/v1/doctor", timeout=600.0)["checks"]]
+
+    def stage(self, uri: str, cache_gib: float) -> Staging:
+        """Starts filling every node's cache with a remote dataset."""
+        return Staging.model_validate(
+            self._call("POST", "/v1/staging", json={"uri": uri, "cache_gib": cache_gib}, timeout=150.0)
+        )
+
+    def staging(self, name: str) -> Staging:
+        return Staging.model_validate(self._call("GET", f"/v1/staging/{name}"))
 
     def shut_down(self) -> None:
         self._call("POST", "/v1/shutdown")

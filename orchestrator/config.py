@@ -189,6 +189,24 @@ class Check(BaseModel):
     remedy: str = ""
 
 
+class StagedNode(BaseModel):
+    """What `maskray data stage` did on one node. done, total: files. bytes, cache: once it is done."""
+
+    node: str  # Ray's id
+    address: str
+    state: Literal["running", "done", "failed"]
+    done: int = 0
+    total: int = 0
+    bytes: int = 0
+    cache: str = ""
+    error: str = ""
+
+
+class Staging(BaseModel):
+    staging: str  # id
+    nodes: list[StagedNode]
+
+
 # --- the service ----------------------------------------------------------------------------------------------------
 
 

@@ -25,10 +25,10 @@ import uvicorn
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import DatabaseError
 
-from orchestrator import auth, bookkeeping, ledger, stack
+from orchestrator import auth, bookkeeping, ledger, stack, staging
 from orchestrator.api import build_app
 from orchestrator.cluster import Cluster, UnreachableError
-from orchestrator.config import Check, ServiceSettings
+from orchestrator.config import Check, ServiceSettings, Staging
 from orchestrator.decide import Node, Wait
 from orchestrator.doctor import examine
 from orchestrator.local import write_service_record
@@ -104,15 +104,25 @@ class Service:
     def examine(self) -> list[Check]:
         """One examination at a time, once the cluster of this service answers."""
         with self._examining:
-            deadline = time.monotonic() + _READY_S
-            while (self._cluster is None or not self.loop.nodes) and time.monotonic() < deadline:
-                self._ending.wait(0.2)
-            if self._cluster is None:
-                return [Check(name="ray", ok=False, found=self.loop.cluster_words, remedy="see the service's log")]
             try:
-                return examine(self._cluster, self.settings, self.loop.tracking_uri or self._tracking_uri)
+                return examine(self._ready_cluster(), self.settings, self.loop.tracking_uri or self._tracking_uri)
             except UnreachableError as error:
                 return [Check(name="ray", ok=False, found=str(error), remedy="start the head, or correct `ray`")]
+
+    def stage(self, uri: str, cache_gib: float) -> Staging:
+        return staging.begin(self._ready_cluster(), self.settings, uri, cache_gib)
+
+    def staging(self, name: str) -> Staging:
+        return staging.look(self._ready_cluster(), name)
+
+    def _ready_cluster(self) -> Cluster:
+        """Raises UnreachableError if none answers in time."""
+        deadline = time.monotonic() + _READY_S
+        while (self._cluster is None or not self.loop.nodes) and time.monotonic() < deadline:
+            self._ending.wait(0.2)
+        if self._cluster is None:
+            raise UnreachableError(f"the cluster is not there: {self.loop.cluster_words}; see the service's log")
+        return self._cluster
 
     def touch(self) -> None:
         self._touched = time.monotonic()

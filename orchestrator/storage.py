@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def delete_folder(uri: str) -> None:
     """Removes a folder and all that is in it, if it is there."""
     filesystem, path = _locate(uri)
     if filesystem.get_file_info(path).type == fs.FileType.Directory:
-        filesystem.delete_dir(path)
+        with suppress(FileNotFoundError):  # GCS misses a marker of the folder, after all in it is gone
+            filesystem.delete_dir(path)
 
 
 def folder_bytes(uri: str) -> int:

@@ -171,6 +171,7 @@ def stage(
     uri: Uri,
     cache: Annotated[str, typer.Option(help="Cache folder; empty is the one that training uses by default.")] = "",
     cache_gib: Annotated[float, typer.Option(min=0.001, help="Its size cap.")] = 20.0,
+    lines: Annotated[bool, typer.Option("--lines", help="Tell progress on stderr line by line, for a log.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -178,7 +179,7 @@ def stage(
     from pipelines.dataset import open_dataset
 
     dataset = open_dataset(uri, cache, cache_gib)
-    with bar("fetching", as_json) as progress:
+    with bar("fetching", as_json, lines) as progress:
         size = dataset.fetch_all(progress)
     content = {"uri": uri, "bytes": size, "cache": str(dataset.cache.folder), "remote": dataset.store.local is None}
     where = f"in {dataset.cache.folder}" if content["remote"] else "on this machine already"

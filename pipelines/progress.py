@@ -14,8 +14,11 @@ def silent(_done: int, _total: int) -> None:
 
 
 @contextmanager
-def bar(what: str, quiet: bool) -> Iterator[Progress]:
-    """A bar on stderr if that is a terminal."""
+def bar(what: str, quiet: bool, lines: bool = False) -> Iterator[Progress]:
+    """A bar on stderr if that is a terminal. With `lines`, for a log: "WHAT DONE/TOTAL" on stderr at each percent."""
+    if lines:
+        yield lambda done, total: _line(what, done, total)
+        return
     if quiet or not sys.stderr.isatty():
         yield silent
         return
@@ -25,3 +28,8 @@ def bar(what: str, quiet: bool) -> Iterator[Progress]:
     with RichProgress(console=Console(stderr=True), transient=True) as shown:
         task = shown.add_task(what, total=None)
         yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+def _line(what: str, done: int, total: int) -> None:
+    if done * 100 // total > (done - 1) * 100 // total:
+        print(f"{what} {done}/{total}", file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -109,7 +109,8 @@ class Storage:
         """Deletes a file or a folder with all below it; nothing happens if there is none."""
         kind = self._fs.get_file_info(self._full(path)).type
         if kind == pafs.FileType.Directory:
-            self._fs.delete_dir(self._full(path))
+            with suppress(FileNotFoundError):  # GCS misses a marker of the folder, after all in it is gone
+                self._fs.delete_dir(self._full(path))
         elif kind == pafs.FileType.File:
             self._fs.delete_file(self._full(path))
 

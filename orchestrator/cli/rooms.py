@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -18,27 +19,31 @@ def register(app: typer.Typer) -> None:
     app.command("sync", context_settings=_FORWARD, help="Send to MLflow what a run could not send.")(_sync)
 
 
-def _data(context: typer.Context) -> None:
-    _become("pipelines", "data", *context.args)
+def _data(context: typer.Context) -> int:
+    if context.args[:1] != ["stage"]:
+        become("pipelines", "data", *context.args)
+    from orchestrator.cli.stage import stage_app
+
+    return int(stage_app(args=context.args[1:], prog_name="maskray data stage", standalone_mode=False) or 0)
 
 
 def _eval(context: typer.Context) -> None:
-    _become("pipelines", "eval", *context.args)
+    become("pipelines", "eval", *context.args)
 
 
 def _train(context: typer.Context) -> None:
-    _become("workers.train", *context.args)
+    become("workers.train", *context.args)
 
 
 def _proposals(context: typer.Context) -> None:
-    _become("workers.propose", *context.args)
+    become("workers.propose", *context.args)
 
 
 def _sync(context: typer.Context) -> None:
-    _become("workers.sync", *context.args)
+    become("workers.sync", *context.args)
 
 
-def _become(module: str, *arguments: str) -> None:
+def become(module: str, *arguments: str) -> NoReturn:
     """Replaces this process, so that signals, streams and the exit status are the program's own."""
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])

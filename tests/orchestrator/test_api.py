@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from orchestrator import auth, ledger
 from orchestrator.api import build_app
-from orchestrator.config import Check, ServiceSettings
+from orchestrator.config import Check, ServiceSettings, StagedNode, Staging
 from orchestrator.decide import Node
 from tests.orchestrator.submissions import identity, plan, submission
 
@@ -58,6 +58,12 @@ class FakeHub:
 
     def examine(self) -> list[Check]:
         return [Check(name="nodes", ok=True, found="2 nodes")]
+
+    def stage(self, uri: str, cache_gib: float) -> Staging:
+        return Staging(staging=f"stage-{0:016x}", nodes=[StagedNode(node="n0", address=uri, state="running")])
+
+    def staging(self, name: str) -> Staging:
+        return Staging(staging=name, nodes=[])
 
     def put_report(self, study: str, files: dict[str, bytes]) -> None:
         self.reports[study] = files
@@ -142,7 +148,7 @@ def test_a_read_token_reads_and_changes_nothing(http, hub):
             study=study, trial=f"{study}-000", sha256="0" * 64, name="eve"
         )
         response = http.request(method, address, headers=by("eve"), params={"identity": "0"}, json={"priority": 1})
-        expected = 403 if method in ("post", "put", "delete") or path == "/v1/users" else (200, 404)
+        expected = 403 if method in ("post", "put", "delete") or path == "/v1/users" else (200, 400, 404)
         assert response.status_code in (expected if isinstance(expected, tuple) else (expected,)), (method, path)
     assert http.get(f"/v1/studies/{study}", headers=by("ann")).json()["state"] == "active"
     assert not hub.ended
@@ -304,6 +310,24 @@ def packed(name: str, text: str = "x", attributes: int = 0) -> bytes:
 def put_code(http: Http, data: bytes, name: str = "") -> httpx.Response:
     sha256 = name or hashlib.sha256(data).hexdigest()
     return http.put(f"/v1/code/{sha256}", content=data, headers=by("ann"))
+
+
+def test_a_staging_names_a_uri_that_the_service_may_read(tmp_path):
+    hub = FakeHub(tmp_path, roots=("s3://data",))
+    http = Http(build_app(hub, "1"))
+    for uri, status, words in (
+        ("s3://data/coco", 200, ""),
+        ("s3://other/coco", 400, "outside the service's roots"),
+        ("s3://key:secret@data/coco", 400, "holds credentials"),
+        ("/data/coco", 400, "uri: "),
+    ):
+        answer = http.post("/v1/staging", headers=by("ann"), json={"uri": uri})
+        assert answer.status_code == status
+        assert words in answer.text
+    refused(http.post("/v1/staging", headers=by("eve"), json={"uri": "s3://data/coco"}), 403, "needs 'submit'")
+    refused(http.get(f"/v1/staging/stage-{1:016x}", headers=by("eve")), 404, "stage again")
+    refused(http.get("/v1/staging/doctor-1", headers=by("eve")), 400, "name")
+    hub.engine.dispose()
 
 
 def test_a_code_package_is_kept_under_its_hash(http):

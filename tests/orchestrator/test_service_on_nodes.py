@@ -16,11 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
+from orchestrator.cli.app import app
 from orchestrator.client import Client, Connection
 from orchestrator.config import Resources, StudyView
 from orchestrator.processes import find_child, own_token
+from pipelines.console import run_app
+from pipelines.pack import PackOptions, pack
+from pipelines.synth import synthesise
 from tests.orchestrator.submissions import identity, plan, submission
 from tests.orchestrator.waiting import wait_until
 from workers.config import apply_overrides, run_preset
@@ -44,6 +50,9 @@ class House:
             "HOME": str(root),
             "TMPDIR": str(root),
             "PYTHONPATH": str(HERE.parents[1]),
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_EC2_METADATA_DISABLED": "true",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -144,6 +153,42 @@ def test_the_doctor_sees_every_node_and_every_pair(house):
     assert [check for check in checks.values() if not check.ok] == []
     assert checks["nodes"].found.startswith("3 nodes: ")
     assert checks["all-reduce"].found.startswith("3 pairs over lo, ")
+
+
+def test_a_dataset_is_staged_on_every_node(house, monkeypatch, capsys):
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        uri = _in_a_bucket(house.root / "stage", f"127.0.0.1:{server.get_host_and_port()[1]}")
+        monkeypatch.setenv("MASKRAY_SERVER", house.client.connection.url)
+        monkeypatch.setenv("MASKRAY_TOKEN", house.client.connection.token)
+        assert run_app(app, ["data", "stage", uri, "--json"], "maskray") == 0
+        told = json.loads(capsys.readouterr().out)
+        assert run_app(app, ["data", "stage", uri.replace("train", "gone"), "--json"], "maskray") == 1
+        refused = json.loads(capsys.readouterr().out)
+    finally:
+        server.stop()
+    nodes = house.client.info().cluster["nodes"]
+    assert {node["node"] for node in told["nodes"]} == {node["id"] for node in nodes}
+    assert {node["state"] for node in told["nodes"]} == {"done"}
+    cache = {node["cache"] for node in told["nodes"]}.pop()
+    assert sum(path.stat().st_size for path in Path(cache).glob("*.arrow")) == told["nodes"][0]["bytes"]
+    assert len(refused["nodes"]) == len(nodes)
+    assert all("gone" in node["error"] for node in refused["nodes"])
+
+
+def _in_a_bucket(folder: Path, endpoint: str) -> str:
+    """The URI of a small packed dataset behind a new S3 endpoint."""
+    synthesise(folder / "drawn", num_images=20, size=32, seed=1)
+    annotations = [folder / "drawn/annotations/instances_train.json"]
+    pack(annotations, str(folder / "drawn/images/train"), str(folder / "train"), PackOptions(shard_mib=0.01))
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+    client = boto3.client("s3", endpoint_url=f"http://{endpoint}", **keys)
+    client.create_bucket(Bucket="data")
+    for path in (folder / "train").iterdir():
+        client.upload_file(str(path), "data", f"train/{path.name}")
+    client.close()
+    return f"s3://data/train?endpoint_override={endpoint}&scheme=http&region=us-east-1"
 
 
 def test_a_gang_spreads_over_two_nodes_or_stays_on_one(house):
