@@ -10,7 +10,9 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -70,36 +72,60 @@ class Cluster:
 
     def machines(self) -> list[Machine]:
         """The nodes that live, the head first."""
-        rows = self._json("GET", "/api/v0/nodes?limit=10000")["data"]["result"]["result"]
-        found = [
-            Machine(row["node_id"], row["node_ip"], bool(row["is_head_node"]))
-            for row in rows
-            if row["state"] == "ALIVE"
-        ]
+        with _expected(self.url, "nodes"):
+            found = [Machine(row["node_id"], row["node_ip"], bool(row["is_head_node"])) for row in self._alive()]
         return sorted(found, key=lambda machine: (not machine.is_head, machine.address, machine.id))
 
     def nodes(self) -> list[Node]:
-        """The nodes by Ray's id. A cluster with an autoscaler of its own reports them by address."""
-        status = self._json("GET", "/api/cluster_status")["data"]["clusterStatus"]
-        usage: Mapping[str, Mapping[str, Sequence[float]]] = status["loadMetricsReport"].get("usageByNode") or {}
-        known = {name for name in usage if _NODE_ID.match(name)}
-        ids = {} if len(known) == len(usage) else {machine.address: machine.id for machine in self.machines()}
-        return [_node(ids.get(name, name), amounts) for name, amounts in sorted(usage.items())]
+        """The nodes by Ray's id, with what is free on each."""
+        with _expected(self.url, "the cluster's status"):
+            status = self._json("GET", "/api/cluster_status")["data"]["clusterStatus"]
+            if status is None:  # the second version of Ray's autoscaler reports none
+                return self._counted_nodes()
+            usage: Mapping[str, Mapping[str, Sequence[float]]] = status["loadMetricsReport"].get("usageByNode") or {}
+            known = {name for name in usage if _NODE_ID.match(name)}
+            # Ray's first autoscaler reports nodes by address.
+            ids = {} if len(known) == len(usage) else {machine.address: machine.id for machine in self.machines()}
+            return [_node(ids.get(name, name), amounts) for name, amounts in sorted(usage.items())]
+
+    def _counted_nodes(self) -> list[Node]:
+        """What the nodes have less what placement groups and actors hold. (The tasks of others are not seen.)"""
+        taken: dict[str, Counter[str]] = defaultdict(Counter)
+        for group in self._state("placement_groups", "CREATED"):
+            for bundle in group["bundles"]:
+                taken[bundle["node_id"]].update(bundle["unit_resources"])
+        for actor in self._state("actors", "ALIVE"):
+            if not actor["placement_group_id"]:
+                taken[actor["node_id"]].update(actor["required_resources"] or {})
+        rows = {row["node_id"]: row["resources_total"] for row in self._alive()}
+        return [
+            _node(name, {resource: (taken[name][resource], amount) for resource, amount in total.items()})
+            for name, total in sorted(rows.items())
+        ]
+
+    def _alive(self) -> list[dict[str, Any]]:
+        return self._state("nodes", "ALIVE")
+
+    def _state(self, what: str, state: str) -> list[dict[str, Any]]:
+        """Rows of Ray's state API."""
+        query = f"detail=1&limit=10000&filter_keys=state&filter_predicates=%3D&filter_values={state}"
+        return list(self._json("GET", f"/api/v0/{what}?{query}")["data"]["result"]["result"])
 
     def jobs(self) -> dict[str, Job]:
         """The jobs submitted through the API, by submission id."""
-        return {
-            job["submission_id"]: Job(
-                submission_id=job["submission_id"],
-                state=job["status"],
-                message=" ".join((job.get("message") or "").split())[:1000],
-                exit_code=job.get("driver_exit_code"),
-                node=job.get("driver_node_id") or "",
-                metadata=job.get("metadata") or {},
-            )
-            for job in self._json("GET", "/api/jobs/")
-            if job.get("submission_id")
-        }
+        with _expected(self.url, "jobs"):
+            return {
+                job["submission_id"]: Job(
+                    submission_id=job["submission_id"],
+                    state=job["status"],
+                    message=" ".join((job.get("message") or "").split())[:1000],
+                    exit_code=job.get("driver_exit_code"),
+                    node=job.get("driver_node_id") or "",
+                    metadata=job.get("metadata") or {},
+                )
+                for job in self._json("GET", "/api/jobs/")
+                if job.get("submission_id")
+            }
 
     def submit(
         self,
@@ -168,6 +194,17 @@ class Cluster:
         if response.status_code in (401, 403):
             raise UnreachableError(f"Ray at {self.url} refuses the token: give the cluster's own in ray_token_file")
         return response
+
+
+@contextmanager
+def _expected(url: str, what: str) -> Iterator[None]:
+    """An answer that is not built as Ray builds it (a head that is only coming up) is no answer."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UnreachableError(
+            f"Ray at {url} says {what} in an unknown way ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _node(name: str, amounts: Mapping[str, Sequence[float]]) -> Node:
