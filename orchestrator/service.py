@@ -41,7 +41,26 @@ from pipelines.console import run_command
 LOG = logging.getLogger("maskray")
 _BOOK_S = 2.0  # between two looks at MLflow
 _LEASE_EVERY_S = 5.0
+_SAME_WARNING_S = 60.0  # between two log entries of one text
 _READY_S = 90.0  # for a head that is starting
+
+
+class SeldomTwice(logging.Filter):
+    """Lets a warning through once a minute: what fails is tried again every turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        text = f"{record.getMessage()} {record.exc_info[1] if record.exc_info else ''}"
+        if record.created - self._said.get(text, 0.0) < _SAME_WARNING_S:
+            return False
+        self._said = {said: at for said, at in self._said.items() if record.created - at < _SAME_WARNING_S}
+        self._said[text] = record.created
+        return True
 
 
 class Service:
@@ -167,8 +186,8 @@ class Service:
             LOG.warning("ledger: %s; tried again", " ".join(str(error.orig).split()))
         except OSError as error:
             LOG.warning("storage or network: %s; tried again", error)
-        except (RuntimeError, ValueError):
-            LOG.exception("a turn of the loop failed; tried again")  # a service that ended would help nobody
+        except Exception:  # a service that ended would help nobody
+            LOG.exception("a turn of the loop failed; tried again")
         if self.settings.idle_minutes and self._idle():
             LOG.info("idle for %g minutes: ends itself", self.settings.idle_minutes)
             self.end()
@@ -207,6 +226,8 @@ class Service:
                 LOG.warning("%s", error)
             except (DatabaseError, OSError) as error:
                 LOG.warning("books: %s", " ".join(str(error).split())[:500])
+            except Exception:
+                LOG.exception("bookkeeping failed; tried again")
             self._ending.wait(_BOOK_S)
 
     def _turn_books(self) -> None:
@@ -266,6 +287,7 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     settings = settings.model_copy(update={"home": str(home)})
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    LOG.addFilter(SeldomTwice())
     for noisy in ("httpx", "alembic", "uvicorn.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     engine = ledger.open_ledger(settings.ledger or f"sqlite:///{home / 'ledger.db'}")

@@ -22,7 +22,7 @@ from moto.server import ThreadedMotoServer
 
 from orchestrator.cli.app import app
 from orchestrator.client import Client, Connection
-from orchestrator.config import Resources, StudyView
+from orchestrator.config import Resources, StudyView, TrialView
 from orchestrator.processes import find_child, own_token
 from pipelines.console import run_app
 from pipelines.pack import PackOptions, pack
@@ -121,10 +121,6 @@ class House:
     def ended(self, study: str) -> StudyView:
         self.until(f"end of {study}", lambda: self.client.study(study).state not in ("active", "paused"))
         return self.client.study(study)
-
-    def reaches(self, study: str, step: int) -> None:
-        """Waits until the study's first trial has taken this step."""
-        self.until(f"step {step}", lambda: self.client.study(study).trials[0].progress.get("step", 0) >= step)
 
     def sits(self, study: str, attempt: int = 1) -> list[str]:
         """The nodes of the ranks of the study's first trial, once this attempt of it trains."""
@@ -258,8 +254,9 @@ def test_two_studies_share_the_cluster_by_their_priority(house):
     assert [name for name in starts if name.startswith(("low", "high"))] == [f"{low}-000", f"{high}-000", f"{low}-001"]
 
 
-def test_training_over_two_nodes_comes_out_to_the_bit_although_one_is_lost(house):
-    """The real entry: two ranks, each on a node of its own, and the weights of a run that lost nothing."""
+@pytest.fixture(scope="module")
+def training(house) -> Callable[[str], str]:
+    """Submits a study of one trial by its name: two ranks of the real entry, each on a node of its own."""
     data = house.root / "data"
     command = [sys.executable, "-m", "pipelines", "data", "synth", str(data)]
     options = ["--images", "40", "--size", "128", "--pack"]
@@ -271,17 +268,36 @@ def test_training_over_two_nodes_comes_out_to_the_bit_although_one_is_lost(house
     run = apply_overrides(run_preset("tiny"), overrides)
     made = plan("real", identity("real")).model_copy(update={"run": run})
     resources = Resources(ranks=2, cpus_per_rank=1, custom_per_rank={"whole": 1})
-    weights = []
-    for disturbed in (False, True):
-        study = house.client.submit(submission(made, resources=resources, name="real", fresh=True))["study"]
-        if disturbed:
-            assert sorted(house.sits(study)) == sorted(house.two)
-            house.reaches(study, 6)
-            lost = house.two[1]
-            house.ask(kill=lost)
-            house.replace(lost)
-        trial = house.ended(study).trials[0]
-        assert (trial.state, trial.attempts) == ("done", 1 + disturbed), trial.error
-        weights.append(json.loads((Path(trial.storage) / "result.json").read_text())["weights_sha256"])
-    assert weights[0] == weights[1]
-    assert [attempt.step for attempt in trial.attempt_list][1:] == [16]
+    return lambda name: str(house.client.submit(submission(made, resources=resources, name=name, fresh=True))["study"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(house, training) -> str:
+    """The hash of the last weights of a run that lost nothing."""
+    return _weights(house, training("plain"), attempts=1)
+
+
+def _weights(house: House, study: str, attempts: int) -> str:
+    trial = house.ended(study).trials[0]
+    assert (trial.state, trial.attempts) == ("done", attempts), trial.error
+    assert trial.attempt_list[-1].step == 16
+    return str(json.loads((Path(trial.storage) / "result.json").read_text())["weights_sha256"])
+
+
+REACHED: dict[str, Callable[[TrialView], bool]] = {
+    "starting": lambda trial: trial.progress.get("phase") == "starting",
+    "training": lambda trial: trial.progress.get("step", 0) >= 6,
+    "checkpoint": lambda trial: any(Path(trial.storage).glob("checkpoints/*")),
+    "finishing": lambda trial: trial.progress.get("phase") in ("evaluating", "finishing"),
+}
+
+
+@pytest.mark.parametrize("phase", REACHED)
+def test_a_node_lost_while_training_changes_no_bit(house, training, undisturbed, phase):
+    study = training(phase)
+    house.until(phase, lambda: REACHED[phase](house.client.study(study).trials[0]))
+    assert sorted(house.sits(study)) == sorted(house.two)
+    lost = house.two[1]
+    house.ask(kill=lost)
+    house.replace(lost)
+    assert _weights(house, study, attempts=2) == undisturbed
