@@ -54,13 +54,16 @@ def run_spec(spec: RunSpec) -> int:
     """Runs the attempt on Ray and returns its exit status."""
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
-    storage, asked, failures = Storage(spec.storage), StopRequest(), list[str]()
+    storage, asked, failures, connected = Storage(spec.storage), StopRequest(), list[str](), threading.Event()
     # in a thread of its own: in the main thread Ray would answer SIGINT by aborting all ranks within 5 s
-    thread = threading.Thread(target=lambda: failures.extend(_fit(spec)), name="ray-train", daemon=True)
-    with _signals_forwarded(storage, spec, asked):
+    thread = threading.Thread(target=lambda: failures.extend(_fit(spec, connected)), name="ray-train", daemon=True)
+    with _signals_forwarded(storage, spec, asked) as take_signals:
         thread.start()
         while thread.is_alive() and not asked.reason:
             thread.join(0.2)
+            if connected.is_set():
+                take_signals()
+                connected.clear()
         thread.join(spec.grace_s if asked.reason else None)
     if thread.is_alive():  # the last checkpoint stands; leaving ends the ranks
         late = late_outcome(asked.reason, spec.grace_s)
@@ -70,8 +73,11 @@ def run_spec(spec: RunSpec) -> int:
     return conclude(spec, storage, failures)
 
 
-def _fit(spec: RunSpec) -> list[str]:
-    """Trains to the end; returns how ranks or Ray itself failed, nothing if they did not."""
+def _fit(spec: RunSpec, connected: threading.Event) -> list[str]:
+    """Trains to the end; returns how ranks or Ray itself failed, nothing if they did not.
+
+    connected: set once Ray is there. Its core has then put its own handler of SIGTERM, which aborts, in place of ours.
+    """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -82,6 +88,7 @@ def _fit(spec: RunSpec) -> list[str]:
         resources["GPU"] = spec.gpus_per_rank
     try:
         ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="warning")
+        connected.set()
         TorchTrainer(
             train_rank,
             train_loop_config={"spec": spec.model_dump_json()},
@@ -220,8 +227,11 @@ def _flush() -> None:
 
 
 @contextlib.contextmanager
-def _signals_forwarded(storage: Storage, spec: RunSpec, asked: StopRequest) -> Iterator[None]:
-    """Within the block a signal to this process becomes a file that rank 0 looks for: SIGINT stop, SIGTERM preempt."""
+def _signals_forwarded(storage: Storage, spec: RunSpec, asked: StopRequest) -> Iterator[Callable[[], None]]:
+    """Within the block a signal to this process becomes a file that rank 0 looks for: SIGINT stop, SIGTERM preempt.
+
+    Gives a function that takes the signals again, from whoever took them meanwhile.
+    """
 
     def forward(path: str, reason: Reason) -> Callable[[int, Any], None]:
         def handle(number: int, _: Any) -> None:
@@ -230,15 +240,22 @@ def _signals_forwarded(storage: Storage, spec: RunSpec, asked: StopRequest) -> I
 
         return handle
 
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, forward(ATTEMPT_STOP_FILE.format(attempt=spec.attempt), "stopped")),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, forward(PREEMPT_FILE.format(attempt=spec.attempt), "preempted")),
+    handlers = {
+        signal.SIGINT: forward(ATTEMPT_STOP_FILE.format(attempt=spec.attempt), "stopped"),
+        signal.SIGTERM: forward(PREEMPT_FILE.format(attempt=spec.attempt), "preempted"),
     }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+
+    def take() -> None:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+
+    before = {number: signal.getsignal(number) for number in handlers}
+    take()
+    try:
+        yield take
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def conclude(spec: RunSpec, storage: Storage, failures: Sequence[str]) -> int:
