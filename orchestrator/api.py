@@ -8,7 +8,7 @@ import math
 import re
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Protocol, TypeAlias
@@ -55,7 +55,7 @@ class Hub(Protocol):
     def tracking_uri(self) -> str: ...
     def driver_log(self, submission_id: str) -> str: ...
     def examine(self) -> list[Check]: ...
-    def stage(self, uri: str, cache_gib: float) -> Staging: ...
+    def stage(self, uris: Sequence[str], cache_gib: float) -> Staging: ...
     def staging(self, name: str) -> Staging: ...
     def put_report(self, study: str, files: Mapping[str, bytes]) -> None: ...
     def touch(self) -> None: ...
@@ -73,7 +73,9 @@ class Retention(BaseModel):
 
 
 class StageRequest(BaseModel):
-    uri: str = Field(min_length=1, max_length=2000, pattern=r"^[^\x00]+://")
+    uris: tuple[Annotated[str, Field(max_length=2000, pattern=r"^(s3|gs|gcs)://[^\x00]+$")], ...] = Field(
+        min_length=1, max_length=100
+    )
     cache_gib: float = Field(20.0, ge=0.001, le=1e6)
 
 
@@ -281,9 +283,9 @@ def build_app(hub: Hub, version: str) -> FastAPI:
 
     @app.post("/v1/staging", dependencies=SUBMIT)
     def stage(body: StageRequest) -> Staging:
-        """Starts a job on every node that fetches a dataset into its cache."""
-        accept.check_uris([("uri", body.uri)], hub.settings)
-        return hub.stage(body.uri, body.cache_gib)
+        """Starts a job on every node that fetches datasets into its cache."""
+        accept.check_uris([(f"uris.{number}", uri) for number, uri in enumerate(body.uris)], hub.settings)
+        return hub.stage(body.uris, body.cache_gib)
 
     @app.get("/v1/staging/{name}", dependencies=READ)
     def staging(name: Annotated[str, Path(pattern=r"^stage-[0-9a-f]{16}$")]) -> Staging:

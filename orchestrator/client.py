@@ -151,11 +151,10 @@ class Client:
         """What `maskray doctor` prints; takes as long as the slowest node needs to start a process."""
         return [Check.model_validate(check) for check in self._call("POST", "/v1/doctor", timeout=600.0)["checks"]]
 
-    def stage(self, uri: str, cache_gib: float) -> Staging:
-        """Starts filling every node's cache with a remote dataset."""
-        return Staging.model_validate(
-            self._call("POST", "/v1/staging", json={"uri": uri, "cache_gib": cache_gib}, timeout=150.0)
-        )
+    def stage(self, uris: Sequence[str], cache_gib: float) -> Staging:
+        """Starts filling every node's cache with remote datasets."""
+        body = {"uris": list(uris), "cache_gib": cache_gib}
+        return Staging.model_validate(self._call("POST", "/v1/staging", json=body, timeout=150.0))
 
     def staging(self, name: str) -> Staging:
         return Staging.model_validate(self._call("GET", f"/v1/staging/{name}"))

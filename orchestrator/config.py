@@ -190,15 +190,19 @@ class Check(BaseModel):
 
 
 class StagedNode(BaseModel):
-    """What `maskray data stage` did on one node. done, total: files. bytes, cache: once it is done."""
+    """What `maskray data stage` did on one node. done, total: files.
 
-    node: str  # Ray's id
+    bytes, cache, evicted (files of other datasets): once it is done; without a cache all was there already.
+    """
+
+    node: str  # Ray's id, empty for this machine
     address: str
     state: Literal["running", "done", "failed"]
     done: int = 0
     total: int = 0
     bytes: int = 0
     cache: str = ""
+    evicted: int = 0
     error: str = ""
 
 

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -128,8 +128,8 @@ class Service:
             except UnreachableError as error:
                 return [Check(name="ray", ok=False, found=str(error), remedy="start the head, or correct `ray`")]
 
-    def stage(self, uri: str, cache_gib: float) -> Staging:
-        return staging.begin(self._ready_cluster(), self.settings, uri, cache_gib)
+    def stage(self, uris: Sequence[str], cache_gib: float) -> Staging:
+        return staging.begin(self._ready_cluster(), self.settings, uris, cache_gib, time.time())
 
     def staging(self, name: str) -> Staging:
         return staging.look(self._ready_cluster(), name)

@@ -9,28 +9,36 @@ import json
 import re
 import secrets
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestrator.cluster import ENDED, Cluster, Job
+from orchestrator.cluster import ENDED, Cluster, Job, UnreachableError
 from orchestrator.config import ServiceSettings, StagedNode, Staging
 
-_NODE, _ADDRESS = "stage_node", "stage_address"
+_NODE, _ADDRESS, _AT = "stage_node", "stage_address", "stage_at"
+_REMEMBERED_S = 3600.0  # of a staging, for whoever follows it
 _SHARDS = re.compile(r"^fetching (\d+)/(\d+)$", re.MULTILINE)
 
 
-def begin(cluster: Cluster, settings: ServiceSettings, uri: str, cache_gib: float) -> Staging:
-    """Starts `maskray data stage` on every node. Raises UnreachableError if Ray does not answer."""
-    for name, job in cluster.jobs().items():
-        if _ADDRESS in job.metadata and job.state in ENDED:
-            cluster.forget(name)
+def begin(cluster: Cluster, settings: ServiceSettings, uris: Sequence[str], cache_gib: float, now: float) -> Staging:
+    """Starts `maskray data stage` on every node. Raises UnreachableError if Ray does not answer or has no node."""
+    _forget_old(cluster, now)
+    machines = cluster.machines()
+    if not machines:
+        raise UnreachableError(f"Ray at {cluster.url} has no node yet; try again")
     name = f"stage-{secrets.token_hex(8)}"
-    command = [settings.entry[0], "-m", "pipelines", "data", "stage", uri, "--cache-gib", f"{cache_gib:g}"]
-    for index, machine in enumerate(cluster.machines()):
-        entry = f"exec {shlex.join([*command, '--lines', '--json'])}"
-        metadata = {_NODE: machine.id, _ADDRESS: machine.address}
+    command = [settings.entry[0], "-m", "pipelines", "data", "stage", *uris, "--cache-gib", f"{cache_gib:g}"]
+    entry = f"exec {shlex.join([*command, '--lines', '--json'])}"
+    for index, machine in enumerate(machines):
+        metadata = {_NODE: machine.id, _ADDRESS: machine.address, _AT: f"{now:.0f}"}
         cluster.submit(f"{name}-{index}", entry, settings.environment, "", metadata, machine.id)
     return look(cluster, name)
+
+
+def _forget_old(cluster: Cluster, now: float) -> None:
+    for name, job in cluster.jobs().items():
+        if _AT in job.metadata and job.state in ENDED and now - float(job.metadata[_AT]) > _REMEMBERED_S:
+            cluster.forget(name)
 
 
 def look(cluster: Cluster, name: str) -> Staging:
@@ -47,8 +55,8 @@ def _node(job: Job, log: str) -> StagedNode:
     if job.state not in ENDED:
         return found
     said = _last_object(log)
-    if job.state == "SUCCEEDED" and "bytes" in said:
-        return found.model_copy(update={"state": "done", "bytes": said["bytes"], "cache": said["cache"]})
+    if job.state == "SUCCEEDED" and said.get("nodes"):
+        return StagedNode.model_validate({**said["nodes"][0], "node": node, "address": address})
     error = said.get("error") or job.message or f"its job is {job.state}"
     return found.model_copy(update={"state": "failed", "error": str(error)})
 

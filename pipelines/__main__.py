@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -168,22 +170,23 @@ def export(
 
 @data.command()
 def stage(
-    uri: Uri,
+    uris: Annotated[list[str], typer.Argument(metavar="URI...", help="Packed datasets: folders, s3://... or gs://...")],
     cache: Annotated[str, typer.Option(help="Cache folder; empty is the one that training uses by default.")] = "",
-    cache_gib: Annotated[float, typer.Option(min=0.001, help="Its size cap.")] = 20.0,
+    cache_gib: Annotated[float, typer.Option(min=0.001, max=1e6, help="Its size cap.")] = 20.0,
     lines: Annotated[bool, typer.Option("--lines", help="Tell progress on stderr line by line, for a log.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Fetch and verify all shards of a remote dataset into this node's cache, ahead of a study."""
-    from pipelines.dataset import open_dataset
+    """Fetch and verify all shards of remote datasets, ahead of a study, into this node's cache."""
+    from pipelines.dataset import open_dataset, stage_datasets
 
-    dataset = open_dataset(uri, cache, cache_gib)
+    datasets = [open_dataset(uri, cache, cache_gib) for uri in uris]
     with bar("fetching", as_json, lines) as progress:
-        size = dataset.fetch_all(progress)
-    content = {"uri": uri, "bytes": size, "cache": str(dataset.cache.folder), "remote": dataset.store.local is None}
-    where = f"in {dataset.cache.folder}" if content["remote"] else "on this machine already"
-    return _done(as_json, content, f"{size / 2**20:.1f} MiB {where}")
+        staged = stage_datasets(datasets, progress)
+    where = f"{staged.bytes / 2**20:.1f} MiB in {staged.cache}" if staged.cache else "all on this machine already"
+    lost = f"; evicted {staged.evicted} files of other datasets, give --cache-gib more" if staged.evicted else ""
+    node = {"node": "", "address": socket.gethostname(), "state": "done", "error": "", **asdict(staged)}
+    return _done(as_json, {"uris": uris, "ok": True, "nodes": [node]}, where + lost)
 
 
 @app.command(name="eval")

@@ -11,51 +11,74 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from pipelines.manifest import FileEntry
 from pipelines.storage import Store, retried
 
+QUARANTINED = 4  # damaged copies that are kept, to be looked at
 FETCHES = 2  # after a second wrong hash the store itself holds wrong bytes
+
+T = TypeVar("T")
 
 
 class Cache:
     def __init__(self, folder: str, cap_gib: float):
         self.folder = Path(folder or Path(tempfile.gettempdir()) / f"maskray-cache-{os.getuid()}")
         self.cap_bytes = int(cap_gib * 2**30)
+        self.evicted = 0  # files that this process removed for want of room
 
-    def fetch(self, store: Store, entry: FileEntry, describe: Callable[[Path], str] = lambda _: "") -> Path:
-        """The local copy of a file of `store`, verified on arrival.
+    def fetch(
+        self, store: Store, entry: FileEntry, use: Callable[[Path], T], describe: Callable[[Path], str] = lambda _: ""
+    ) -> T:
+        """`use` of the local copy of a file of `store`, verified on arrival. It is not evicted while it is being used.
 
         Raises RuntimeError if its hash is wrong twice (then `describe` is asked what is wrong with the copy) or the
         store stays unreachable.
         """
         path = self.folder / f"{entry.sha256}.arrow"
-        if _touch(path):
-            return path
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / f"{entry.sha256}.lock"):
+        with self._kept():
             if _touch(path):
-                return path
+                return use(path)
+        with _locked(self.folder / f"{entry.sha256}.lock"):
+            with self._kept():
+                if _touch(path):  # by another process, meanwhile
+                    return use(path)
             part = path.with_suffix(".part")  # a crashed process leaves it; the next one writes over it
             for _ in range(FETCHES):
                 found = retried(lambda: _download(store, entry.name, part), store.describe(entry.name))
                 if found == entry.sha256:
-                    with _locked(self.folder / "eviction.lock"):
+                    with self._kept(fcntl.LOCK_EX):
                         self._evict(entry.bytes)
                         part.replace(path)
-                    return path
+                        return use(path)
                 aside = self._quarantine(part, found)
         raise RuntimeError(
             f"{store.describe(entry.name)}{describe(aside)}: sha256 {found[:12]}..., "
             f"the manifest says {entry.sha256[:12]}...; fetched {FETCHES} times, the last copy is {aside}; "
-            'pack it again with "maskray data pack"'
+            'remove it from the store and pack again with "maskray data pack"'
         )
+
+    def drop_if_damaged(self, entry: FileEntry) -> None:
+        """Removes a copy whose bytes changed after its arrival."""
+        path = self.folder / f"{entry.sha256}.arrow"
+        with self._kept(fcntl.LOCK_EX):
+            if path.exists() and _sha256(path) != entry.sha256:
+                path.unlink()
+
+    def _kept(self, how: int = fcntl.LOCK_SH) -> AbstractContextManager[None]:
+        """While it is held shared nothing is evicted."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return _locked(self.folder / "eviction.lock", how)
 
     def _quarantine(self, part: Path, found: str) -> Path:
         target = self.folder / "quarantine" / f"{found}.arrow"
         target.parent.mkdir(exist_ok=True)
+        for older in sorted(target.parent.glob("*.arrow"), key=lambda file: file.stat().st_mtime_ns)[: 1 - QUARANTINED]:
+            older.unlink(missing_ok=True)
         return part.replace(target)
 
     def _evict(self, incoming: int) -> None:
@@ -66,6 +89,7 @@ class Cache:
             if total <= self.cap_bytes:
                 return
             file.unlink(missing_ok=True)
+            self.evicted += 1
             total -= size
 
 
@@ -83,9 +107,14 @@ def _download(store: Store, name: str, target: Path) -> str:
     return digest.hexdigest()
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Holds an advisory lock that ends with the process."""
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, how)
         yield

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipelines.cache import Cache
 from pipelines.config import DataConfig, Filter
@@ -18,6 +19,8 @@ from pipelines.shards import Row, Shard, damaged_rows
 from pipelines.storage import Store
 
 MAX_OPEN_SHARDS = 64
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Dataset:
 
     @cached_property
     def index(self) -> Index:
-        return Index(self._local(self.manifest.index))
+        return self._use(self.manifest.index, Index)
 
     @property
     def categories(self) -> tuple[dict[str, Any], ...]:
@@ -79,7 +82,7 @@ class Dataset:
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
-        opened = Shard(self._local(self.manifest.shards[number]))
+        opened = self._use(self.manifest.shards[number], Shard)
         while len(self._open) >= MAX_OPEN_SHARDS:
             self._open.popitem(last=False)
         self._open[number] = opened
@@ -97,7 +100,7 @@ class Dataset:
         images, annotations = [], []
         for shard in range(self.index.num_shards):
             rows = set((self.index.selected(shard, self.selection) - self.index.starts[shard]).tolist())
-            for number, record in enumerate(Shard(self._local(self.manifest.shards[shard])).records()):
+            for number, record in enumerate(self._use(self.manifest.shards[shard], Shard).records()):
                 if number not in rows:
                     continue
                 images.append(image_record(record))
@@ -122,24 +125,21 @@ class Dataset:
                 return [annotation_record(a, image_id) for a in record["annotations"] if a["category_id"] in kept]
         raise ValueError(f"{self.store.uri}: no image {image_id}")
 
-    def fetch_all(self, progress: Progress = silent) -> int:
-        """Fills the node's cache with every file; returns their bytes. Local datasets need nothing."""
-        entries = (self.manifest.index, *self.manifest.shards)
-        size = sum(entry.bytes for entry in entries)
-        if self.store.local is None and size > self.cache.cap_bytes:
-            raise ValueError(
-                f"{self.store.uri}: has {size / 2**30:.1f} GiB, the cache holds {self.cache.cap_bytes / 2**30:.1f}; "
-                "give it more with --cache-gib (and data.cache_gib in the run)"
-            )
-        for done, entry in enumerate(entries):
-            self._local(entry)
-            progress(done + 1, len(entries))
-        return size
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        return (self.manifest.index, *self.manifest.shards)
 
-    def _local(self, entry: FileEntry) -> Path:
+    def fetch(self, entry: FileEntry) -> None:
+        """Has a sound copy of one of its files in the node's cache. A dataset of this machine needs none."""
+        if self.store.local is None:
+            self.cache.drop_if_damaged(entry)
+        self._use(entry, lambda _: None)
+
+    def _use(self, entry: FileEntry, use: Callable[[Path], T]) -> T:
+        """`use` of the local file of an entry."""
         folder = self.store.local
         if folder is None:
-            return self.cache.fetch(self.store, entry, lambda copy: self._rows_of_damage(entry, copy))
+            return self.cache.fetch(self.store, entry, use, lambda copy: self._rows_of_damage(entry, copy))
         path = folder / entry.name
         if not path.exists():
             raise RuntimeError(f'{path}: is missing; restore it or pack the data again with "maskray data pack"')
@@ -147,7 +147,7 @@ class Dataset:
             raise RuntimeError(
                 f"{path}: has {path.stat().st_size} bytes, the manifest says {entry.bytes}; restore it or pack again"
             )
-        return path
+        return use(path)
 
     def _rows_of_damage(self, entry: FileEntry, copy: Path) -> str:
         """The rows of a shard that came damaged, in words."""
@@ -155,6 +155,42 @@ class Dataset:
             return ""
         rows = damaged_rows(copy, self.index.column(self.manifest.shards.index(entry), "crc32"))
         return f" (row {', '.join(str(row) for row in rows)})" if rows else ""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What `stage_datasets` did. cache: the folder, empty if no dataset is remote. evicted: files of other datasets."""
+
+    done: int
+    total: int
+    bytes: int
+    cache: str
+    evicted: int
+
+
+def stage_datasets(datasets: Sequence[Dataset], progress: Progress = silent) -> Staged:
+    """Fills one cache with all of them. Raises ValueError if it cannot hold them together."""
+    remote = {entry.sha256: entry.bytes for d in datasets if d.store.local is None for entry in d.files}
+    size, total = sum(remote.values()), sum(len(dataset.files) for dataset in datasets)
+    cache = datasets[0].cache
+    if size > cache.cap_bytes:
+        uris = ", ".join(dataset.store.describe("")[:-1] for dataset in datasets)
+        raise ValueError(
+            f"{uris}: {_size(size)} in all, the cache holds {_size(cache.cap_bytes)}; "
+            "give it more with --cache-gib (and data.cache_gib in the run)"
+        )
+    done = 0
+    for dataset in datasets:
+        for entry in dataset.files:
+            dataset.fetch(entry)
+            done += 1
+            progress(done, total)
+    evicted = sum(dataset.cache.evicted for dataset in datasets)
+    return Staged(total, total, size, str(cache.folder) if remote else "", evicted)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"
 
 
 def open_dataset(uri: str, cache: str = "", cache_gib: float = 20) -> Dataset:

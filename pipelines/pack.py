@@ -9,7 +9,7 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from pipelines.manifest import INDEX_NAME, FileEntry, Manifest, parse_manifest
 from pipelines.mapping import view
 from pipelines.progress import Progress, silent
 from pipelines.schema import Problem
+from pipelines.scratch import scratch_folder
 from pipelines.storage import LOCAL_ERRORS, Store
 
 PROGRESS_FOLDER = ".packing"
@@ -84,8 +85,8 @@ def pack(
         raise ValueError(f"{images_uri}: no such folder; give --images the folder that the file names are relative to")
     if out.local is not None and out.local.exists() and not out.local.is_dir():
         raise ValueError(f"{out_uri}: is a file; give --out a folder")
-    with tempfile.TemporaryDirectory(prefix="maskray-pack-") as folder:
-        spooled = Path(folder) / "spool.sqlite"
+    with scratch_folder("maskray-pack-") as folder:
+        spooled = folder / "spool.sqlite"
         problems: list[Problem] = []
         contents = spool.fill(spooled, annotation_files, _collector(problems, options.on_error))
         if contents.num_images == 0:
@@ -93,9 +94,6 @@ def pack(
             raise ValueError(f"{files}: lists no image that can be packed; give files with images")
         ranges, listing = _plan(spooled, images, options.shard_mib)
         source = _digest(contents.digest, listing, options.on_error, options.shard_mib)
-        if existing := _existing(out, source):
-            out.remove_folder(PROGRESS_FOLDER)
-            return Packed(existing, existing.num_skipped, unchanged=True, resumed_shards=0)
         folder_name = f"{PROGRESS_FOLDER}/{source[:16]}"
         tasks = [
             _Task(
@@ -112,6 +110,9 @@ def pack(
             )
             for number, (first, last) in enumerate(ranges)
         ]
+        if (existing := _existing(out, source, options.num_workers)) and not _any_mended(out, tasks):
+            out.remove_folder(PROGRESS_FOLDER)
+            return Packed(existing, existing.num_skipped, unchanged=True, resumed_shards=0)
         finished = {task.number: found for task in tasks if (found := _finished(task))}
         resumed = len(finished)
         progress(resumed, len(tasks))
@@ -165,29 +166,59 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([SCHEMA_VERSION, *parts]).encode()).hexdigest()
 
 
-def _existing(out: Store, source: str) -> Manifest | None:
+def _existing(out: Store, source: str, num_workers: int) -> Manifest | None:
+    """The dataset of these inputs if it is there and whole: every hash on this machine, every size elsewhere."""
     if out.size(MANIFEST_NAME) is None:
         return None
-    manifest = parse_manifest(out.read_bytes(MANIFEST_NAME), out.describe(MANIFEST_NAME))
+    try:
+        manifest = parse_manifest(out.read_bytes(MANIFEST_NAME), out.describe(MANIFEST_NAME))
+    except RuntimeError:
+        return None  # damaged: packing again is the remedy
     if manifest.source != source:
         raise ValueError(
             f"{out.uri}: holds a dataset packed from other inputs or options; choose another --out or remove it first"
         )
-    expected = [entry.bytes for entry in (*manifest.shards, manifest.index)]
-    whole = out.sizes([entry.name for entry in (*manifest.shards, manifest.index)]) == expected
-    return manifest if whole else None
+    entries = (*manifest.shards, manifest.index)
+    if out.sizes([entry.name for entry in entries]) != [entry.bytes for entry in entries]:
+        return None
+    if (local := out.local) is not None:
+        with ThreadPoolExecutor(num_workers) as threads:
+            if list(threads.map(lambda e: _sha256(local / e.name), entries)) != [entry.sha256 for entry in entries]:
+                return None
+    return manifest
+
+
+def _any_mended(out: Store, tasks: Sequence[_Task]) -> bool:
+    """Whether an image that was left out could be packed now. (A mended file may have the size it had before.)"""
+    if out.size(SKIPPED_NAME) is None:
+        return False
+    skipped = {p["file"] for p in json.loads(out.read_bytes(SKIPPED_NAME)) if p["kind"] == "image"}
+    return bool(skipped) and any(
+        _image_row(task, record, lambda _: None) is not None
+        for task in tasks
+        for _, record in spool.images(task.spool, task.first, task.last)
+        if task.images.describe(record["file_name"]) in skipped
+    )
 
 
 # --- one shard --------------------------------------------------------------------------------------------------------
 
 
 def _finished(task: _Task) -> dict[str, Any] | None:
-    """The result of an earlier run for this shard, if shard and index part are whole."""
-    name = f"{task.progress}/{task.name}.json"
-    if task.out.size(name) is None:
-        return None
-    result: dict[str, Any] = json.loads(task.out.read_bytes(name))
-    return result if task.out.size(task.name) == result["entry"]["bytes"] else None
+    """The result of an earlier run for this shard, if shard and index part are whole and no image was left out."""
+    try:
+        result: dict[str, Any] = json.loads(task.out.read_bytes(f"{task.progress}/{task.name}.json"))
+        files = {task.name: result["entry"], f"{task.progress}/{task.name}.index": result["index"]}
+        whole = all(_is_whole(task.out, name, entry) for name, entry in files.items())
+        return result if whole and not any(p["kind"] == "image" for p in result["problems"]) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None  # a note that a crash cut short is none
+
+
+def _is_whole(out: Store, name: str, entry: dict[str, Any]) -> bool:
+    if out.size(name) != entry["bytes"]:
+        return False
+    return out.local is None or bool(_sha256(out.local / name) == entry["sha256"])
 
 
 def _run(tasks: list[_Task], num_workers: int) -> Iterator[dict[str, Any]]:
@@ -213,16 +244,18 @@ def pack_shard(task: _Task) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=None if local is None else local / task.progress) as folder:
         part = Path(folder) / task.name
         index = _write_rows(part, _rows(task, _collector(problems, task.on_error)), task)
-        entry = {"name": task.name, "sha256": _sha256(part), "bytes": part.stat().st_size, "rows": index.num_rows}
+        entry = {**_sum(part), "name": task.name, "rows": index.num_rows}
         index_part = Path(folder) / "index"
         with pa.ipc.new_file(str(index_part), schema.INDEX) as writer:
             writer.write_batch(index)
+        index_sum = _sum(index_part)
         task.out.move_in(part, task.name)
         task.out.move_in(index_part, f"{task.progress}/{task.name}.index")
     flags = view(index["ann_flags"].flatten())
     result = {
         "number": task.number,
         "entry": entry,
+        "index": index_sum,
         "annotations": len(flags),
         "masks": bool((flags & schema.HAS_MASK).any()),
         "keypoints": bool((flags & schema.HAS_KEYPOINTS).any()),
@@ -310,14 +343,18 @@ def _finish(
     source: str,
 ) -> Manifest:
     """Joins the index, writes the report of skips, and last the manifest: only then is the dataset there."""
-    with tempfile.TemporaryDirectory(prefix="maskray-pack-") as temporary:
-        path = Path(temporary) / INDEX_NAME
+    rows = sum(part["entry"]["rows"] for part in parts)
+    if not rows:
+        first = Problem(**parts[0]["problems"][0])
+        raise ValueError(f"no image could be packed; the first: {first}")
+    with scratch_folder("maskray-pack-") as temporary:
+        path = temporary / INDEX_NAME
         with pa.ipc.new_file(str(path), schema.INDEX) as writer:
             for part in parts:
                 piece = pa.ipc.open_file(pa.py_buffer(out.read_bytes(f"{folder}/{part['entry']['name']}.index")))
                 writer.write_batch(piece.get_batch(0))
         rows = sum(part["entry"]["rows"] for part in parts)
-        index = FileEntry(name=INDEX_NAME, sha256=_sha256(path), bytes=path.stat().st_size, rows=rows)
+        index = FileEntry(name=INDEX_NAME, rows=rows, **_sum(path))
         content = path.read_bytes()
     out.write_bytes(INDEX_NAME, content)
     skipped = [asdict(problem) for problem in problems] + [p for part in parts for p in part["problems"]]
@@ -343,6 +380,10 @@ def _finish(
     out.write_bytes(MANIFEST_NAME, manifest.dump())
     out.remove_folder(PROGRESS_FOLDER)
     return manifest
+
+
+def _sum(path: Path) -> dict[str, Any]:
+    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
 
 
 def _sha256(path: Path) -> str:

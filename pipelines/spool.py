@@ -54,8 +54,19 @@ def fill(path: Path, sources: Sequence[Path], report: Report) -> Contents:
     finally:
         connection.close()
     categories = tuple(reader.categories[key] for key in sorted(reader.categories))
+    for name, value in (("info", reader.info), ("licenses", reader.licenses), ("categories", categories)):
+        _check_kept(name, value, sources)
     digest = hashlib.sha256("".join(_file_digest(source) for source in sources).encode()).hexdigest()
     return Contents(categories, reader.info, tuple(reader.licenses), count, digest)
+
+
+def _check_kept(name: str, value: Any, sources: Sequence[Path]) -> None:
+    """What goes into the manifest as it is must be sound JSON: no NaN, no half of a surrogate pair."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError as error:
+        files = ", ".join(str(source) for source in sources)
+        raise ValueError(f"{files}: {name} holds what JSON cannot keep ({error}); mend or remove it") from None
 
 
 def images(path: Path, first: int = 0, last: int = 1 << 62) -> Iterator[tuple[int, dict[str, Any]]]:

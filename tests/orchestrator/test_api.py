@@ -10,7 +10,7 @@ import logging
 import math
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,8 @@ class FakeHub:
     def examine(self) -> list[Check]:
         return [Check(name="nodes", ok=True, found="2 nodes")]
 
-    def stage(self, uri: str, cache_gib: float) -> Staging:
-        return Staging(staging=f"stage-{0:016x}", nodes=[StagedNode(node="n0", address=uri, state="running")])
+    def stage(self, uris: Sequence[str], cache_gib: float) -> Staging:
+        return Staging(staging=f"stage-{0:016x}", nodes=[StagedNode(node="n0", address=uris[0], state="running")])
 
     def staging(self, name: str) -> Staging:
         return Staging(staging=name, nodes=[])
@@ -319,12 +319,13 @@ def test_a_staging_names_a_uri_that_the_service_may_read(tmp_path):
         ("s3://data/coco", 200, ""),
         ("s3://other/coco", 400, "outside the service's roots"),
         ("s3://key:secret@data/coco", 400, "holds credentials"),
-        ("/data/coco", 400, "uri: "),
+        ("/data/coco", 400, "uris.0: "),
+        ("file:///data/coco", 400, "uris.0: "),
     ):
-        answer = http.post("/v1/staging", headers=by("ann"), json={"uri": uri})
+        answer = http.post("/v1/staging", headers=by("ann"), json={"uris": [uri]})
         assert answer.status_code == status
         assert words in answer.text
-    refused(http.post("/v1/staging", headers=by("eve"), json={"uri": "s3://data/coco"}), 403, "needs 'submit'")
+    refused(http.post("/v1/staging", headers=by("eve"), json={"uris": ["s3://data/coco"]}), 403, "needs 'submit'")
     refused(http.get(f"/v1/staging/stage-{1:016x}", headers=by("eve")), 404, "stage again")
     refused(http.get("/v1/staging/doctor-1", headers=by("eve")), 400, "name")
     hub.engine.dispose()

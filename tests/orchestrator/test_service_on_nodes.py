@@ -168,7 +168,7 @@ def test_a_dataset_is_staged_on_every_node(house, monkeypatch, capsys):
     assert {node["node"] for node in told["nodes"]} == {node["id"] for node in nodes}
     assert {node["state"] for node in told["nodes"]} == {"done"}
     cache = {node["cache"] for node in told["nodes"]}.pop()
-    assert sum(path.stat().st_size for path in Path(cache).glob("*.arrow")) == told["nodes"][0]["bytes"]
+    assert sum(path.stat().st_size for path in Path(cache).glob("*.arrow")) == told["nodes"][0]["bytes"] > 0
     assert len(refused["nodes"]) == len(nodes)
     assert all("gone" in node["error"] for node in refused["nodes"])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.cluster import Job, Machine
+from orchestrator.cluster import Job, Machine, UnreachableError
 from orchestrator.config import ServiceSettings
 from orchestrator.staging import begin, look
 from pipelines.pack import PackOptions, pack
@@ -21,6 +21,8 @@ MACHINES = [Machine("a" * 56, "10.0.0.1", True), Machine("b" * 56, "10.0.0.2", F
 
 class PlayedCluster:
     """Runs a job to its end as it is submitted, unless it is told to hold it back."""
+
+    url = "http://ray"
 
     def __init__(self) -> None:
         self.known: dict[str, Job] = {}
@@ -63,8 +65,8 @@ def packed(tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
-def started(cluster: Any, packed: Path) -> Any:
-    return begin(cluster, ServiceSettings(home=str(packed.parent)), str(packed), 1.0)
+def started(cluster: Any, packed: Path, now: float = 1000.0) -> Any:
+    return begin(cluster, ServiceSettings(home=str(packed.parent)), [str(packed)], 1.0, now)
 
 
 def test_every_node_says_what_it_has(packed):
@@ -74,7 +76,7 @@ def test_every_node_says_what_it_has(packed):
         (machine.id, machine.address, "done", "") for machine in MACHINES
     ]
     assert {(node.done, node.total) for node in found.nodes} == {(2, 2)}  # the index and a shard
-    assert {node.bytes for node in found.nodes} == {sum(path.stat().st_size for path in packed.glob("*.arrow"))}
+    assert {(node.cache, node.bytes, node.evicted) for node in found.nodes} == {("", 0, 0)}, "it is on this machine"
     assert look(cluster, found.staging) == found
 
 
@@ -91,9 +93,18 @@ def test_a_node_that_cannot_tells_why(packed):
         assert str(packed) in node.error
 
 
-def test_what_ended_is_forgotten_with_the_next_staging(packed):
+def test_what_ended_is_forgotten_once_nobody_can_be_following_it(packed):
     cluster = PlayedCluster()
-    first = started(cluster, packed)
-    second = started(cluster, packed)
+    first = started(cluster, packed, now=1000.0)
+    started(cluster, packed, now=1001.0)
+    assert len(look(cluster, first.staging).nodes) == 2
+    third = started(cluster, packed, now=10_000.0)
     assert not look(cluster, first.staging).nodes
-    assert len(cluster.known) == len(second.nodes) == 2
+    assert len(cluster.known) == len(third.nodes) == 2
+
+
+def test_a_cluster_that_comes_up_is_named(packed, monkeypatch):
+    cluster = PlayedCluster()
+    monkeypatch.setattr(cluster, "machines", list)
+    with pytest.raises(UnreachableError, match="has no node yet"):
+        started(cluster, packed)

@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import socket
 import socketserver
 import threading
@@ -24,7 +25,7 @@ from pipelines.__main__ import app
 from pipelines.cache import Cache
 from pipelines.config import DataConfig
 from pipelines.console import run_app
-from pipelines.dataset import Dataset, open_dataset
+from pipelines.dataset import Dataset, open_dataset, stage_datasets
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.manifest import FileEntry
 from pipelines.pack import PackOptions, pack
@@ -158,8 +159,9 @@ def test_after_staging_training_asks_the_store_for_nothing(restored, s3, shapes,
     assert run_app(app, ["data", "stage", restored, "--cache", cache, "--json"], "maskray") == 0
     told = json.loads(capsys.readouterr().out)
     local = open_dataset(str(shapes / "train"))
-    assert told["remote"]
-    assert told["bytes"] == sum(entry.bytes for entry in (local.manifest.index, *local.manifest.shards))
+    [node] = told["nodes"]
+    assert (told["ok"], node["cache"], node["evicted"]) == (True, cache, 0)
+    assert node["bytes"] == sum(entry.bytes for entry in local.files)
     dataset = open_dataset(restored, cache)
     s3[0].away = True
     cfg = DataConfig(train="t", val="v", short_sides_px=(32,), num_loader_workers=1)
@@ -189,7 +191,7 @@ def test_a_store_that_stays_away_is_named(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.0)
     entry = open_dataset(str(shapes / "train")).manifest.shards[0]
     with pytest.raises(RuntimeError, match=r"s3://x/shard-00000\.arrow: connection reset; tried 5 times"):
-        Cache(str(tmp_path), 1).fetch(Gone("s3://x"), entry)
+        Cache(str(tmp_path), 1).fetch(Gone("s3://x"), entry, as_path)
 
 
 def test_a_wrong_shard_is_fetched_twice_then_named_with_its_rows(restored, bucket, shapes, tmp_path):
@@ -217,7 +219,7 @@ def test_one_wrong_copy_is_put_aside_and_fetched_again(shapes, tmp_path):
                 also(b"noise on the line")
 
     manifest = open_dataset(str(shapes / "train")).manifest
-    path = Cache(str(tmp_path / "cache"), 1).fetch(OnceWrong(str(shapes / "train")), manifest.shards[0])
+    path = Cache(str(tmp_path / "cache"), 1).fetch(OnceWrong(str(shapes / "train")), manifest.shards[0], as_path)
     assert OnceWrong.calls == 2
     assert hashlib.sha256(path.read_bytes()).hexdigest() == manifest.shards[0].sha256
     assert len(list((tmp_path / "cache" / "quarantine").iterdir())) == 1
@@ -238,6 +240,10 @@ def test_packing_to_s3_gives_the_same_manifest_and_goes_on(bucket, s3, shapes):
 # --- the cache itself ---
 
 
+def as_path(path: Path) -> Path:
+    return path
+
+
 def make_store(folder: Path, count: int, size: int = 1000) -> tuple[Store, list[FileEntry]]:
     folder.mkdir()
     entries = []
@@ -253,9 +259,9 @@ def test_the_cache_keeps_its_size_and_drops_what_was_used_longest_ago(tmp_path):
     store, entries = make_store(tmp_path / "store", 5)
     cache = Cache(str(tmp_path / "cache"), 3000 / 2**30)
     for n in (0, 1, 2):
-        os.utime(cache.fetch(store, entries[n]), (n, n))
-    cache.fetch(store, entries[0])  # used again
-    cache.fetch(store, entries[3])
+        os.utime(cache.fetch(store, entries[n], as_path), (n, n))
+    cache.fetch(store, entries[0], as_path)  # used again
+    cache.fetch(store, entries[3], as_path)
     there = [n for n in range(5) if (tmp_path / "cache" / f"{entries[n].sha256}.arrow").exists()]
     assert there == [0, 2, 3]
 
@@ -265,10 +271,50 @@ def test_a_file_that_is_open_survives_its_eviction(tmp_path):
 
     store, entries = make_store(tmp_path / "store", 2)
     cache = Cache(str(tmp_path / "cache"), 1000 / 2**30)
-    mapped = pa.memory_map(str(cache.fetch(store, entries[0])))
-    cache.fetch(store, entries[1])
+    mapped = pa.memory_map(str(cache.fetch(store, entries[0], as_path)))
+    cache.fetch(store, entries[1], as_path)
     assert not (tmp_path / "cache" / f"{entries[0].sha256}.arrow").exists()
     assert mapped.read() == bytes(1000)
+
+
+def _open_at_random(folder: str, store: Store, entries: list[FileEntry], seed: int) -> None:
+    chance, cache = random.Random(seed), Cache(folder, 1000 / 2**30)
+    for _ in range(300):
+        entry = chance.choice(entries)
+        content = cache.fetch(store, entry, lambda path: path.read_bytes())
+        assert hashlib.sha256(content).hexdigest() == entry.sha256
+
+
+def test_nothing_is_evicted_between_its_arrival_and_its_opening(tmp_path):
+    store, entries = make_store(tmp_path / "store", 6)
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_open_at_random, args=(str(tmp_path / "cache"), store, entries, seed))
+        for seed in range(3)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+
+
+def test_staging_mends_a_copy_that_was_damaged_and_says_what_it_evicted(restored, tmp_path):
+    cache = tmp_path / "cache"
+    command = ["data", "stage", restored, "--cache", str(cache), "--json"]
+    assert run_app(app, command, "maskray") == 0
+    dataset = open_dataset(restored, str(cache))
+    copy = cache / f"{dataset.manifest.shards[1].sha256}.arrow"
+    copy.write_bytes(bytes(copy.stat().st_size))
+    assert run_app(app, command, "maskray") == 0
+    assert hashlib.sha256(copy.read_bytes()).hexdigest() == dataset.manifest.shards[1].sha256
+    size = sum(entry.bytes for entry in dataset.files)
+    (cache / f"{'0' * 64}.arrow").write_bytes(bytes(1000))
+    os.utime(cache / f"{'0' * 64}.arrow", (0, 0))
+    copy.unlink()
+    assert stage_datasets([open_dataset(restored, str(cache), (size + 500) / 2**30)]).evicted == 1
+    with pytest.raises(ValueError, match=r"s3://data/train: .* MiB in all, the cache holds 0\.\d+ MiB; give it more"):
+        stage_datasets([open_dataset(restored, str(cache), (size - 1) / 2**30)])
 
 
 class _Counting(Store):
@@ -285,7 +331,7 @@ class _Counting(Store):
 
 def _fetch_all(folder: str, store: Store, entries: list[FileEntry]) -> None:
     for entry in entries:
-        path = Cache(folder, 1).fetch(store, entry)
+        path = Cache(folder, 1).fetch(store, entry, as_path)
         assert hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256
 
 
@@ -306,7 +352,7 @@ def test_what_a_crash_left_half_fetched_is_fetched_anew(tmp_path):
     store, [entry] = make_store(tmp_path / "store", 1)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / f"{entry.sha256}.part").write_bytes(b"half")
-    path = Cache(str(tmp_path / "cache"), 1).fetch(store, entry)
+    path = Cache(str(tmp_path / "cache"), 1).fetch(store, entry, as_path)
     assert path.read_bytes() == bytes(1000)
 
 
