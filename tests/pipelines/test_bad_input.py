@@ -1,0 +1,107 @@
+"""What a person can get wrong, or a disk: one line that names it, and the right exit code."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from pipelines.__main__ import app
+from pipelines.console import run_app
+from pipelines.dataset import open_dataset
+from pipelines.evaluation import evaluate
+from tests.pipelines.tiny_coco import CATEGORIES, box_annotation, packed_coco, write_coco
+
+
+@pytest.fixture
+def call(capsys):
+    def run(*words: Any) -> tuple[int, str]:
+        """The exit status and the line on stderr, which must be the only one."""
+        status = run_app(app, [str(word) for word in words], "maskray")
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == (status != 0), captured.err
+        assert len(captured.err) < 1000
+        return status, captured.err
+
+    return run
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+BAD_POLYGONS = [
+    ([1, 2, 3, math.nan, 3, 3], "polygon has a coordinate that is not finite"),
+    ([1, 2, 3, math.inf, 3, 3], "polygon has a coordinate that is not finite"),
+    ([1, 2, 3, 10**400, 3, 3], "polygon has a coordinate that is not finite"),
+    ([1, 2, 3, 1e9, 3, 3], "polygon reaches 33333332 image sides beyond the edge"),
+    ([1, 2, 3, 4], "give polygons of 3 or more points"),
+    ([1, 2, 3, 4, 5, 6, 7], "give polygons of 3 or more points"),
+    ([1, 2, "3", 4, 5, 6], "give polygons of 3 or more points"),
+    ("123456", "give polygons of 3 or more points"),
+]
+
+
+@pytest.mark.parametrize(("polygon", "message"), BAD_POLYGONS)
+def test_a_polygon_that_would_fill_the_memory_is_refused(call, tmp_path, polygon, message):
+    path = write_coco(tmp_path, [box_annotation(1)])
+    good = {"image_id": 1, "category_id": 3, "score": 0.5, "segmentation": [[1, 2, 9, 2, 3, 9]]}
+    (tmp_path / "dt.json").write_text(json.dumps([good, good | {"segmentation": [polygon]}]))
+    status, line = call("eval", "--gt", path, "--dt", tmp_path / "dt.json", "--iou", "segm")
+    assert (status, "result 1: " in line, message in line) == (2, True, True), line
+    path = write_coco(tmp_path, [box_annotation(5, segmentation=[polygon])])
+    (tmp_path / "dt.json").write_text("[]")
+    status, line = call("eval", "--gt", path, "--dt", tmp_path / "dt.json", "--iou", "segm")
+    assert (status, "annotation 5: " in line, message in line) == (2, True, True), line
+
+
+def test_a_polygon_off_the_image_is_an_empty_mask(tmp_path):
+    path = write_coco(tmp_path, [box_annotation(1)])
+    result = {"image_id": 1, "category_id": 3, "score": 0.5, "segmentation": [[50, 2, 60, 2, 55, 9]]}
+    assert evaluate(path, [result], "segm").stats["AP"] == 0
+
+
+@pytest.mark.parametrize("sides", [(1 << 21, 4), (1 << 16, 1 << 16)])
+def test_an_image_too_large_for_masks_is_refused(tmp_path, sides):
+    image = {"id": 1, "file_name": "1.jpg", "width": sides[0], "height": sides[1]}
+    path = write_coco(tmp_path, [box_annotation(1)], images=[image])
+    with pytest.raises(ValueError, match=r"image 1 of the ground truth has height and width .*fit in memory"):
+        evaluate(path, [], "segm")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "fields", "message"),
+    [
+        ({}, {"categories": [{"id": 3, "name": [1]}]}, "category 3: name is .1.; write its name as text"),
+        ({}, {"categories": [*CATEGORIES, CATEGORIES[0]]}, r"categories\[2\]: id 3 is there twice"),
+        ({}, {"images": [{"id": 1}, {"id": 1}]}, r"images\[1\]: id 1 is there twice"),
+        ({}, {"images": [{"id": 1}, {"id": 10**400}]}, r"images\[1\]: id is 10*\.\.\.; write a whole number of 64"),
+        ({"category_id": 4}, {}, "annotation 1: category_id 4 is not among the categories"),
+        ({"image_id": 2}, {}, "annotation 1: image_id 2 is not among the images"),
+    ],
+)
+def test_ground_truth_that_contradicts_itself_is_refused(tmp_path, annotation, fields, message):
+    path = write_coco(tmp_path, [box_annotation(1, **annotation)], **fields)
+    with pytest.raises(ValueError, match=f"instances.json: {message}") as caught:
+        evaluate(path, [], "bbox")
+    assert len(str(caught.value).removeprefix(str(path))) < 200
+
+
+def test_a_score_of_400_digits_is_told_in_short(call, tmp_path):
+    path = write_coco(tmp_path, [box_annotation(1)])
+    result = {"image_id": 1, "category_id": 3, "score": 10**400, "bbox": [1, 2, 3, 4]}
+    (tmp_path / "dt.json").write_text(json.dumps([result]))
+    status, line = call("eval", "--gt", path, "--dt", tmp_path / "dt.json")
+    assert (status, "score is 1000" in line, len(line) < 150) == (2, True, True)
+
+
+def test_two_categories_of_one_name_are_both_told(tmp_path):
+    categories = [{"id": 7, "name": "cat"}, {"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}]
+    annotations = [box_annotation(1), box_annotation(2, category_id=7)]
+    found = [{"image_id": 1, "category_id": 7, "score": 0.5, "bbox": [5, 5, 10, 10]}]
+    expected = {"cat (id 3)": 0, "cat (id 7)": pytest.approx(1), "dog": -1}
+    dataset = packed_coco(tmp_path, annotations, categories=categories)
+    assert evaluate(dataset, found, "bbox").per_class["AP"] == expected
+    (tmp_path / "exported.json").write_text(json.dumps(open_dataset(str(tmp_path / "packed")).coco()))
+    assert evaluate(tmp_path / "exported.json", found, "bbox").per_class["AP"] == expected
