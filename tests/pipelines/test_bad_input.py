@@ -12,6 +12,7 @@ from pipelines.__main__ import app
 from pipelines.console import run_app
 from pipelines.dataset import open_dataset
 from pipelines.evaluation import evaluate
+from pipelines.storage import Store
 from tests.pipelines.tiny_coco import CATEGORIES, box_annotation, packed_coco, write_coco
 
 
@@ -105,3 +106,32 @@ def test_two_categories_of_one_name_are_both_told(tmp_path):
     assert evaluate(dataset, found, "bbox").per_class["AP"] == expected
     (tmp_path / "exported.json").write_text(json.dumps(open_dataset(str(tmp_path / "packed")).coco()))
     assert evaluate(tmp_path / "exported.json", found, "bbox").per_class["AP"] == expected
+
+
+# --- stores -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://", "s3://: names no bucket; write s3://BUCKET/PATH"),
+        ("s3:///train", "s3:///train: names no bucket; write s3://BUCKET/PATH"),
+        ("s3://?region=x", "names no bucket"),
+        ("gs://anonymous@/x", "names no bucket; write gs://BUCKET/PATH"),
+        ("abfs://c@a/x", "'abfs' is none of s3, gs, gcs, file"),
+        ("hdfs://host/x", "'hdfs' is none of s3, gs, gcs, file"),
+        ("s3://me:secret@/x", "s3://***@/x: names no bucket"),
+        ("s3://me:sec/ret@bucket/x?frobnicate=1", "s3://***@bucket/x?frobnicate=1: not a URI that pyarrow.fs opens"),
+        ("ftp://me:secret@host/x", "ftp://***@host/x: not a URI"),
+    ],
+)
+def test_a_uri_that_cannot_be_opened_is_named_without_its_password(call, uri, message):
+    for command in ("verify", "show"):
+        status, line = call("data", command, uri)
+        assert (status, message in line, "sec" in line) == (2, True, False), line
+
+
+def test_a_store_is_described_without_its_password():
+    assert Store("s3://me:secret@bucket/train?region=x").describe("a") == "s3://***@bucket/train/a"
+    assert Store("gs://anonymous@bucket/train").describe("a") == "gs://anonymous@bucket/train/a"
+    assert Store("/data/a:b@c").describe("a") == "/data/a:b@c/a"
