@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from pipelines.__main__ import app
 from pipelines.console import run_app
 from pipelines.dataset import open_dataset
 from pipelines.evaluation import evaluate
+from pipelines.mapping import MappedFile
 from pipelines.storage import Store
+from pipelines.verify import verify
 from tests.pipelines.tiny_coco import CATEGORIES, box_annotation, packed_coco, write_coco
 
 
@@ -135,3 +138,45 @@ def test_a_store_is_described_without_its_password():
     assert Store("s3://me:secret@bucket/train?region=x").describe("a") == "s3://***@bucket/train/a"
     assert Store("gs://anonymous@bucket/train").describe("a") == "gs://anonymous@bucket/train/a"
     assert Store("/data/a:b@c").describe("a") == "/data/a:b@c/a"
+
+
+# --- a packed dataset that was damaged --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["index.arrow", "shard-00000.arrow"])
+@pytest.mark.parametrize("kept", [0, 64])
+def test_a_zeroed_file_is_named(call, shapes, tmp_path, name, kept):
+    copy = shutil.copytree(shapes / "val", tmp_path / "copy")
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[:kept] + bytes(len(content) - kept))
+    (tmp_path / "dt.json").write_text("[]")
+    for words in (
+        ("data", "show", copy, "--out", tmp_path / "look.png"),
+        ("data", "export", copy, "--out", tmp_path / "back.json"),
+        ("eval", "--gt", copy, "--dt", tmp_path / "dt.json"),
+    ):
+        status, line = call(*words)
+        assert (status, f"{copy / name}: is damaged" in line, "pack the data again" in line) == (1, True, True), line
+    assert [damage.shard for damage in verify(str(copy)).errors] == [name]
+
+
+def test_an_arrow_file_that_ends_early_within_is_named(shapes, tmp_path):
+    """The footer is whole, the record batches are not."""
+    content = (shapes / "val" / "shard-00000.arrow").read_bytes()
+    (tmp_path / "shard").write_bytes(content[:8] + bytes(len(content) // 2 - 8) + content[len(content) // 2 :])
+    with pytest.raises(RuntimeError, match="shard: is damaged"):
+        MappedFile(tmp_path / "shard")
+    with pytest.raises(RuntimeError, match="is a folder; restore it"):
+        MappedFile(tmp_path)
+
+
+def test_a_manifest_that_is_none_is_named(call, shapes, tmp_path):
+    copy = shutil.copytree(shapes / "val", tmp_path / "copy")
+    manifest = copy / "manifest.json"
+    manifest.write_text("[" * 100_000)
+    status, line = call("data", "show", copy)
+    assert (status, f"{manifest}: not a readable manifest" in line) == (1, True), line
+    manifest.unlink()
+    manifest.mkdir()
+    status, line = call("data", "show", copy)
+    assert (status, f"{manifest}: is a folder; restore the file" in line) == (1, True), line
