@@ -16,7 +16,7 @@ from pipelines.evaluation import evaluate
 from pipelines.mapping import MappedFile
 from pipelines.storage import Store
 from pipelines.verify import verify
-from tests.pipelines.tiny_coco import CATEGORIES, box_annotation, packed_coco, write_coco
+from tests.pipelines.tiny_coco import CATEGORIES, box_annotation, pack_folder, packed_coco, write_coco
 
 
 @pytest.fixture
@@ -109,6 +109,39 @@ def test_two_categories_of_one_name_are_both_told(tmp_path):
     assert evaluate(dataset, found, "bbox").per_class["AP"] == expected
     (tmp_path / "exported.json").write_text(json.dumps(open_dataset(str(tmp_path / "packed")).coco()))
     assert evaluate(tmp_path / "exported.json", found, "bbox").per_class["AP"] == expected
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_persons_error(call, shapes, tmp_path):
+    (tmp_path / "file").write_text("x")
+    show = ("data", "show", shapes / "val", "--out")
+    status, line = call(*show, tmp_path)
+    assert (status, f"{tmp_path}: is a folder; give --out a PNG file" in line) == (2, True)
+    status, line = call(*show, tmp_path / "file" / "deep" / "look.png")
+    assert (status, f"{tmp_path / 'file'} is a file; give --out a path below folders" in line) == (2, True)
+    for seed in (10**40, 2**63, -(2**63) - 1):
+        status, line = call(*show, tmp_path / "look.png", "--seed", seed)
+        assert (status, "give a whole number of 64 bits" in line) == (2, True)
+    assert not (tmp_path / "look.png").exists()
+    assert call(*show, tmp_path / "look.png", "--seed", -(2**63))[0] == 0
+
+
+def test_a_dataset_without_images_is_not_drawn(call, tmp_path):
+    write_coco(tmp_path, [], num_images=2)
+    for name in ("1.jpg", "2.jpg"):
+        (tmp_path / "images" / name).unlink()
+    pack_folder(tmp_path, on_error="skip")
+    assert call("data", "show", tmp_path / "packed")[0] == 0
+    status, line = call("data", "show", tmp_path / "packed", "--out", tmp_path / "look.png")
+    assert (status, "holds no image to draw; leave --out away" in line) == (2, True)
+
+
+@pytest.mark.parametrize("size", [31, 10_000_000, 10**40])
+def test_a_size_that_cannot_be_drawn_is_refused(call, tmp_path, size):
+    status, line = call("data", "synth", tmp_path / "new", "--size", size)
+    assert (status, "give 32 to 4096 px" in line, (tmp_path / "new").exists()) == (2, True, False)
 
 
 # --- stores -----------------------------------------------------------------------------------------------------------
