@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import struct
+import warnings
+import zlib
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from pipelines.__main__ import app
 from pipelines.console import run_app
 from pipelines.dataset import open_dataset
+from pipelines.decoding import decode_pixels, stored_orientation
 from pipelines.evaluation import evaluate
 from pipelines.mapping import MappedFile
 from pipelines.storage import Store
@@ -213,3 +217,37 @@ def test_a_manifest_that_is_none_is_named(call, shapes, tmp_path):
     manifest.mkdir()
     status, line = call("data", "show", copy)
     assert (status, f"{manifest}: is a folder; restore the file" in line) == (1, True), line
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def large_png(width: int, height: int) -> bytes:
+    """A whole grey PNG whose pixels are all 0."""
+    packer, pieces = zlib.compressobj(1), [b"\x89PNG\r\n\x1a\n"]
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    pieces.append(chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)))
+    row = bytes(1 + -(-width // 8))
+    pieces.append(chunk(b"IDAT", b"".join(packer.compress(row) for _ in range(height)) + packer.flush()))
+    return b"".join([*pieces, chunk(b"IEND", b"")])
+
+
+def test_an_image_that_is_too_large_is_told_so():
+    content = large_png(14_000, 14_000)
+    message = "14000 x 14000 pixels, more than the 180 megapixels allowed, scale it down"
+    with pytest.raises(OSError, match=message):
+        stored_orientation(content, 14_000, 14_000)
+    with pytest.raises(RuntimeError, match=message):
+        decode_pixels(content)
+    header = bytes.fromhex("ffd8ffc0001108 36b0 36b0 03011100021100031100 ffda000c03010002000300003f00 00 ffd9")
+    with pytest.raises(RuntimeError, match=message):
+        decode_pixels(header)
+
+
+def test_a_large_image_below_the_bound_gives_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert stored_orientation(large_png(10_000, 12_000), 10_000, 12_000) == (1, (10_000, 12_000))
