@@ -26,6 +26,12 @@ def _are_finite(values: Collection[Any]) -> bool:
     return not values or (min(values) >= -_LARGEST and max(values) <= _LARGEST and not isnan(sum(values)))
 
 
+def shortened(value: Any) -> str:
+    """A value as a message shows it: told apart, but no longer than a line can bear."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def _unencodable(text: str) -> bool:
     """Half of a surrogate pair, which JSON can write and no file name can hold."""
     return any(0xD800 <= ord(character) < 0xE000 for character in text)
@@ -45,10 +51,10 @@ def check_image(record: Any) -> Finding | None:
     if not isinstance(name, str) or not name:
         return "has no file_name", "name the image's file relative to --images"
     if not _is_path_below(name):
-        return f"file_name {name[:80]!r} is no path below --images", "name the image's file relative to --images"
+        return f"file_name {shortened(name)} is no path below --images", "name the image's file relative to --images"
     for side in ("width", "height"):
         if not _is_int(record.get(side), 32) or record[side] <= 0:
-            return f"{side} is {record.get(side)!r}", "write the size of the image file in pixels"
+            return f"{side} is {shortened(record.get(side))}", "write the size of the image file in pixels"
     return None
 
 
@@ -60,7 +66,10 @@ def check_annotation_ids(record: Any) -> Finding | None:
         return f"id {record['id']} is below 1", "number annotations from 1: pycocotools takes id 0 for 'unmatched'"
     for name in ("image_id", "category_id"):
         if not _is_int(record.get(name)):
-            return f"{name} is {record.get(name)!r}", f"give it the whole number of its {name.removesuffix('_id')}"
+            return (
+                f"{name} is {shortened(record.get(name))}",
+                f"give it the whole number of its {name.removesuffix('_id')}",
+            )
     return None
 
 
@@ -69,10 +78,10 @@ def check_category_record(record: Any) -> Finding | None:
     if not isinstance(record, dict) or not _is_int(record.get("id")):
         return "has no integer id of 64 bits", "mend the list of categories"
     if not isinstance(record.get("name"), str) or _unencodable(record["name"]):
-        return f"name is {record.get('name')!r}", "write its name as text"
+        return f"name is {shortened(record.get('name'))}", "write its name as text"
     points = record.get("keypoints", [])
     if not isinstance(points, list) or not all(isinstance(name, str) for name in points):
-        return f"keypoints is {points!r}", "write the names of its keypoints, or leave them out"
+        return f"keypoints is {shortened(points)}", "write the names of its keypoints, or leave them out"
     return None
 
 
@@ -98,9 +107,9 @@ def check_category(category_id: int, known: Collection[int]) -> Finding | None:
 
 def _check_box(box: Any, width: int, height: int) -> Finding | None:
     if not _are_numbers(box) or len(box) != 4:
-        return f"bbox is {box!r}", "write it as [x, y, width, height]"
+        return f"bbox is {shortened(box)}", "write it as [x, y, width, height]"
     if not _are_finite(box):
-        return f"bbox {box} is not finite", "compute it anew from the segmentation or drop the annotation"
+        return f"bbox {shortened(box)} is not finite", "compute it anew from the segmentation or drop the annotation"
     x, y, w, h = box
     if w < 0 or h < 0:
         return f"bbox {box} is inverted (negative side)", "write it as [x, y, width, height], not as two corners"
@@ -112,9 +121,9 @@ def _check_box(box: Any, width: int, height: int) -> Finding | None:
 def _check_area(record: dict[str, Any]) -> Finding | None:
     area: Any = record.get("area")
     if not _are_numbers([area]) or not _are_finite([area]) or area < 0:
-        return f"area is {area!r}", "write the object's area in pixels; evaluation sorts objects by it"
+        return f"area is {shortened(area)}", "write the object's area in pixels; evaluation sorts objects by it"
     if record.get("iscrowd", 0) not in (0, 1):
-        return f"iscrowd is {record['iscrowd']!r}", "write 0 or 1"
+        return f"iscrowd is {shortened(record['iscrowd'])}", "write 0 or 1"
     return None
 
 
@@ -127,7 +136,10 @@ def _check_segmentation(segmentation: Any, width: int, height: int) -> Finding |
         return "segmentation is neither polygons nor an RLE", "write [[x, y, ...], ...] or {'size', 'counts'}"
     size, counts = segmentation["size"], segmentation["counts"]
     if size != [height, width] or not all(_is_int(side) for side in size):
-        return f"RLE size {size} is not the image's [{height}, {width}]", "encode the mask at the image's size"
+        return (
+            f"RLE size {shortened(size)} is not the image's [{height}, {width}]",
+            "encode the mask at the image's size",
+        )
     if not counts:
         return "RLE is empty", "drop the annotation or encode its mask"
     runs = counts if isinstance(counts, list) else rle_runs(counts) if isinstance(counts, str) else None
@@ -171,26 +183,37 @@ def _check_polygons(polygons: list[Any], width: int, height: int) -> Finding | N
             return f"polygon has {len(polygon) // 2} points, fewer than 3", "give it 3 or more points or drop it"
         if len(polygon) % 2:
             return f"polygon has {len(polygon)} numbers, an odd count", "write each polygon as [x, y, x, y, ...]"
-        if not _are_finite(polygon):
-            return "polygon has a coordinate that is not finite", "mend or drop the polygon"
+        if finding := check_reach(polygon, width, height):
+            return finding
         xs, ys = polygon[::2], polygon[1::2]
         if max(xs) < 0 or max(ys) < 0 or min(xs) > width or min(ys) > height:
             return f"polygon lies off its {width} x {height} image", "mend or drop the polygon"
-        reach = max(max(-min(xs), max(xs) - width) / width, max(-min(ys), max(ys) - height) / height)
-        if reach > _FAR:
-            return f"polygon reaches {reach:.0f} image sides beyond the edge", "mend or drop the polygon"
+    return None
+
+
+def check_reach(polygon: list[Any], width: int, height: int) -> Finding | None:
+    """A polygon of 3 or more points as numbers: pycocotools takes memory by its length, whatever the image's size."""
+    if not _are_finite(polygon):
+        return "polygon has a coordinate that is not finite", "mend or drop the polygon"
+    xs, ys = polygon[::2], polygon[1::2]
+    reach = max(max(-min(xs), max(xs) - width) / width, max(-min(ys), max(ys) - height) / height)
+    if reach > _FAR:
+        return f"polygon reaches {reach:.0f} image sides beyond the edge", "mend or drop the polygon"
     return None
 
 
 def _check_keypoints(record: dict[str, Any], keypoints: int) -> Finding | None:
     if not _is_int(record.get("num_keypoints", 0), 32) or record.get("num_keypoints", 0) < 0:
-        return f"num_keypoints is {record['num_keypoints']!r}", "write how many keypoints are labelled"
+        return f"num_keypoints is {shortened(record['num_keypoints'])}", "write how many keypoints are labelled"
     values = record.get("keypoints")
     if values is None:
         return None
     if not isinstance(values, list) or len(values) != 3 * keypoints:
         count = len(values) if isinstance(values, list) else values
-        return f"keypoints has {count!r} numbers, its category has {keypoints} points", "write x, y, v for each point"
+        return (
+            f"keypoints has {shortened(count)} numbers, its category has {keypoints} points",
+            "write x, y, v for each point",
+        )
     if not _are_numbers(values) or not _are_finite(values):
         return "a keypoint is not finite", "mend it or set its visibility to 0"
     if any(v not in (0, 1, 2) for v in values[2::3]):

@@ -12,6 +12,8 @@ from PIL import Image, UnidentifiedImageError
 
 _EXIF_ORIENTATION = 0x0112
 _JPEG = b"\xff\xd8"
+MAX_MEGAPIXELS = 180
+Image.MAX_IMAGE_PIXELS = None  # Pillow warns at 89 and refuses at 179 megapixels; the bound here is told and one
 
 
 def decode_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
@@ -26,7 +28,9 @@ def decode_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
 
 
 def _jpeg_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
-    if simplejpeg.decode_jpeg_header(content)[2] in ("CMYK", "YCCK"):
+    height, width, colour = simplejpeg.decode_jpeg_header(content)[:3]
+    _check_size(width, height)
+    if colour in ("CMYK", "YCCK"):
         return _any_pixels(content)
     return np.asarray(simplejpeg.decode_jpeg(content, "RGB"))
 
@@ -34,9 +38,15 @@ def _jpeg_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
 def _any_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
     """By Pillow: PNG of any kind, and JPEG of four channels."""
     with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+        _check_size(*image.size)
         if image.mode.startswith("I"):  # 16-bit grayscale
             return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         return np.array(image.convert("RGB"))
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_MEGAPIXELS * 1_000_000:
+        raise ValueError(f"{width} x {height} pixels, more than the {MAX_MEGAPIXELS} megapixels allowed, scale it down")
 
 
 def stored_orientation(content: bytes, width: int, height: int) -> tuple[int, tuple[int, int]]:
@@ -47,6 +57,7 @@ def stored_orientation(content: bytes, width: int, height: int) -> tuple[int, tu
     """
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+            _check_size(*image.size)
             bare, orientation = image.size, _exif_orientation(image)
     except UnidentifiedImageError:
         raise OSError("neither JPEG nor PNG, or damaged at its start") from None

@@ -5,6 +5,7 @@ Results are sorted before an engine sees them, because tied scores move AP with 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ _KEYPOINT_STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "AR
 class Evaluation:
     """stats: pycocotools' summary by name, fractions, -1 where there is nothing to evaluate.
 
-    per_class: statistic (AP, AP50, AP75, APs, APm, APl) -> category name -> value.
+    per_class: statistic (AP, AP50, AP75, APs, APm, APl) -> category name (with its id where two share it) -> value.
     """
 
     stats: dict[str, float]
@@ -135,8 +136,7 @@ def _per_class(found: Curves, coco: dict[str, Any], iou_type: IouType) -> dict[s
     """AP of each category from the precisions at the largest number of detections."""
     params = Params(iou_type)
     precision = found.precision[..., -1]
-    named = {category["id"]: category["name"] for category in coco["categories"]}
-    names = [named[key] for key in sorted(named)]
+    names = _names_apart(coco["categories"])
     areas = {label: place for place, label in enumerate(params.areaRngLbl)}
     picks: dict[str, tuple[Any, int]] = {"AP": (slice(None), areas["all"])}
     for name, threshold in (("AP50", 0.5), ("AP75", 0.75)):
@@ -149,6 +149,15 @@ def _per_class(found: Curves, coco: dict[str, Any], iou_type: IouType) -> dict[s
         stat: {name: _mean(precision[rows, :, k, area]) for k, name in enumerate(names)}
         for stat, (rows, area) in picks.items()
     }
+
+
+def _names_apart(categories: Sequence[Mapping[str, Any]]) -> list[str]:
+    """By ascending id; two categories of one name are told apart by their ids."""
+    often = Counter(category["name"] for category in categories)
+    return [
+        c["name"] if often[c["name"]] == 1 else f"{c['name']} (id {c['id']})"
+        for c in sorted(categories, key=lambda category: int(category["id"]))
+    ]
 
 
 def _mean(values: NDArray[np.float64]) -> float:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 from pycocotools import mask as rle_tools
 
+from pipelines.checks import check_category_record, check_reach, shortened
 from pipelines.engines import NEEDED, IouType
 from pipelines.schema import coco_rle
 
 COCO_KEYPOINTS = 17
 _LARGEST = 1e300
+_LONGEST_SIDE = 1 << 20  # px; pycocotools takes memory by a polygon's length, which the image's sides bound
+_MOST_PIXELS = 1 << 32  # its run lengths have 32 bits
 _FIELDS = {
     "images": ("id",),
     "annotations": ("id", "image_id", "category_id", "bbox", "area"),
@@ -49,24 +52,42 @@ def check_truth(path: Path, coco: Mapping[str, Any]) -> None:
                 raise ValueError(f"{path}: {part}[{number}] has no {missing[0]!r}; give a COCO annotation file")
             for key in keys:
                 if key.endswith("id") and not _is_int(record[key]):
-                    raise ValueError(f"{path}: {part}[{number}]: {key} is {record[key]!r}; write a whole number")
+                    raise ValueError(
+                        f"{path}: {part}[{number}]: {key} is {shortened(record[key])}; write a whole number of 64 bits"
+                    )
+    for category in coco["categories"]:
+        if finding := check_category_record(category):
+            raise ValueError(f"{path}: category {category['id']}: {finding[0]}; {finding[1]}")
+    known = {part: _distinct_ids(path, part, coco[part]) for part in ("images", "categories")}
     for annotation in coco["annotations"]:
         where = f"{path}: annotation {annotation['id']}"
+        for key, part in (("image_id", "images"), ("category_id", "categories")):
+            if annotation[key] not in known[part]:
+                raise ValueError(f"{where}: {key} {annotation[key]} is not among the {part}; add it or drop this")
         if not _are_numbers(annotation["bbox"]) or len(annotation["bbox"]) != 4:
-            raise ValueError(f"{where}: bbox is {annotation['bbox']!r}; write it as [x, y, width, height]")
+            raise ValueError(f"{where}: bbox is {shortened(annotation['bbox'])}; write it as [x, y, width, height]")
         if not _is_number(annotation["area"]):
-            raise ValueError(f"{where}: area is {annotation['area']!r}; write the object's area in pixels")
+            raise ValueError(f"{where}: area is {shortened(annotation['area'])}; write the object's area in pixels")
         if annotation.get("iscrowd", 0) not in (0, 1):
-            raise ValueError(f"{where}: iscrowd is {annotation['iscrowd']!r}; write 0 or 1")
+            raise ValueError(f"{where}: iscrowd is {shortened(annotation['iscrowd'])}; write 0 or 1")
+
+
+def _distinct_ids(path: Path, part: str, records: Sequence[Mapping[str, Any]]) -> set[int]:
+    """(Not of annotations: pycocotools knows them twice, and `engines` leaves such files to it.)"""
+    seen: set[int] = set()
+    for number, record in enumerate(records):
+        if record["id"] in seen:
+            raise ValueError(f"{path}: {part}[{number}]: id {record['id']} is there twice; give each an id of its own")
+        seen.add(record["id"])
+    return seen
 
 
 def with_masks(coco: dict[str, Any]) -> dict[str, Any]:
-    """Every mask as compressed RLE. Annotations of images that are not listed count nowhere, and are left out."""
+    """Every mask as compressed RLE."""
     images = {image["id"]: image for image in coco["images"]}
     masks = [
         a | {"segmentation": _rle(f"annotation {a['id']}", a.get("segmentation"), images[a["image_id"]])}
         for a in coco["annotations"]
-        if a["image_id"] in images
     ]
     return coco | {"annotations": masks}
 
@@ -122,11 +143,11 @@ def checked_results(
 def _check_result(number: int, result: Mapping[str, Any], iou_type: IouType) -> None:
     for key in ("image_id", "category_id"):
         if not _is_int(result[key]):
-            raise ValueError(f"result {number}: {key} is {result[key]!r}; it must be a whole number")
+            raise ValueError(f"result {number}: {key} is {shortened(result[key])}; it must be a whole number")
     if not _is_number(result["score"]):
-        raise ValueError(f"result {number}: score is {result['score']!r}; it must be a finite number")
+        raise ValueError(f"result {number}: score is {shortened(result['score'])}; it must be a finite number")
     if "bbox" in result and (not _are_numbers(result["bbox"]) or len(result["bbox"]) != 4):
-        raise ValueError(f"result {number}: bbox is {result['bbox']!r}; it must be 4 finite numbers")
+        raise ValueError(f"result {number}: bbox is {shortened(result['bbox'])}; it must be 4 finite numbers")
     if iou_type == "keypoints":
         points = result["keypoints"]
         if not _are_numbers(points) or len(points) != 3 * COCO_KEYPOINTS:
@@ -137,9 +158,18 @@ def _rle(where: str, mask: Any, image: Mapping[str, Any]) -> dict[str, Any]:
     """pycocotools' compressed RLE of a mask of an image. Raises ValueError if it is none."""
     size: list[Any] = [image.get("height"), image.get("width")]
     if not _is_int(size[0]) or not _is_int(size[1]) or min(size) < 1:
-        raise ValueError(f"image {image['id']} of the ground truth has height and width {size}; masks need its size")
+        raise ValueError(
+            f"image {image['id']} of the ground truth has height and width {shortened(size)}; masks need its size"
+        )
+    if max(size) > _LONGEST_SIDE or prod(size) >= _MOST_PIXELS:
+        raise ValueError(
+            f"image {image['id']} of the ground truth has height and width {size}; pycocotools compares masks of fewer "
+            f"than {_MOST_PIXELS} pixels, and sides of at most {_LONGEST_SIDE} fit in memory"
+        )
     if isinstance(mask, Mapping) and mask.get("size") not in (size, tuple(size)):
-        raise ValueError(f"{where}: its mask is of size {mask.get('size')}, image {image['id']} is {size}")
+        raise ValueError(f"{where}: its mask is of size {shortened(mask.get('size'))}, image {image['id']} is {size}")
+    if isinstance(mask, list):
+        _check_polygons(where, mask, *size)
     try:
         counts = mask["counts"] if isinstance(mask, Mapping) else ()
         text = counts.encode() if isinstance(counts, str) else counts
@@ -149,16 +179,28 @@ def _rle(where: str, mask: Any, image: Mapping[str, Any]) -> dict[str, Any]:
             return rle
     except (ValueError, TypeError, KeyError, IndexError, UnicodeError, OverflowError):
         pass  # told below, like every other mask that is none
-    raise ValueError(f"{where}: segmentation is {str(mask)[:60]}; give an RLE of size {size} or polygons")
+    raise ValueError(f"{where}: segmentation is {shortened(mask)}; give an RLE of size {size} or polygons")
+
+
+def _check_polygons(where: str, polygons: list[Any], height: int, width: int) -> None:
+    """Not whether they are on the image: pycocotools compares those that are not as empty masks."""
+    for polygon in polygons:
+        numbers = isinstance(polygon, list) and all(isinstance(v, int | float) and v is not True for v in polygon)
+        if not numbers or len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(f"{where}: segmentation is {shortened(polygons)}; give polygons of 3 or more points x, y")
+        if finding := check_reach(polygon, width, height):
+            raise ValueError(f"{where}: {finding[0]} ({shortened(polygons)}); {finding[1]}")
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:
     """Finite, and no integer that is too large for a float."""
-    return bool(value - value == 0) if isinstance(value, float) else _is_int(value) and abs(value) < _LARGEST
+    if isinstance(value, float):
+        return isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def _are_numbers(values: Any) -> bool:

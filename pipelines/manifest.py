@@ -64,7 +64,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except OtherSchemaError as error:
         raise ValueError(f"{where}: {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise RuntimeError(f"{where}: not a readable manifest; restore it or pack the data again") from error
     if manifest.dump() != text:
         raise RuntimeError(f"{where}: was changed after packing (its checksum differs); restore it or pack again")
@@ -74,14 +74,17 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 def read_manifest(store: Store) -> Manifest:
     """Raises ValueError with the remedy if there is no packed dataset."""
     if store.local is not None and store.local.is_file():
-        raise ValueError(f"{store.uri}: is a file; give the folder that holds {MANIFEST_NAME}")
+        raise ValueError(f"{store.name}: is a file; give the folder that holds {MANIFEST_NAME}")
+    where = store.describe(MANIFEST_NAME)
     try:
         text = store.read_bytes(MANIFEST_NAME)
     except FileNotFoundError:
         raise ValueError(
-            f'{store.uri}: no {MANIFEST_NAME} there; pack the data first with "maskray data pack --out {store.uri}"'
+            f'{store.name}: no {MANIFEST_NAME} there; pack the data first with "maskray data pack --out {store.name}"'
         ) from None
-    return parse_manifest(text, store.describe(MANIFEST_NAME))
+    except IsADirectoryError:
+        raise RuntimeError(f"{where}: is a folder; restore the file or pack the data again") from None
+    return parse_manifest(text, where)
 
 
 def _digest(content: dict[str, Any]) -> str:

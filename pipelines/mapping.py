@@ -19,11 +19,18 @@ class MappedFile:
     """
 
     def __init__(self, path: Path):
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._map.madvise(mmap.MADV_WILLNEED)  # read ahead into the page cache
-        reader = pa.ipc.open_file(pa.py_buffer(self._map))
-        self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        """Raises RuntimeError, naming the file, if it is none."""
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map.madvise(mmap.MADV_WILLNEED)  # read ahead into the page cache
+            reader = pa.ipc.open_file(pa.py_buffer(self._map))
+            self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        except (FileNotFoundError, PermissionError):
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:  # Arrow fails on damaged bytes in many ways
+            reason = "is a folder" if path.is_dir() else f"is damaged ({error})"
+            raise RuntimeError(f"{path}: {reason}; restore it or pack the data again") from error
 
     def let_go(self) -> None:
         """Takes the pages off this process; they stay in the page cache, and views stay valid."""

@@ -79,7 +79,7 @@ class Problem:
 
     def __str__(self) -> str:
         what = self.what if len(self.what) < 300 else f"{self.what[:300]}..."
-        return f"{self.file}: {self.kind} {self.id}: {what}; {self.remedy}"
+        return f"{self.file}: {self.kind} {str(self.id)[:80]}: {what}; {self.remedy}"
 
 
 def annotation_row(record: dict[str, Any]) -> dict[str, Any]:

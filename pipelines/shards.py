@@ -165,5 +165,5 @@ def damaged_rows(path: Path, crc32: NDArray[np.uint32]) -> list[int | None]:
     try:
         opened = Shard(path)
         return [row for row in range(len(crc32)) if zlib.crc32(opened.content(row)) != crc32[row]]
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OSError, IndexError, ValueError, KeyError):
+    except (pa.ArrowException, RuntimeError, OSError, IndexError, ValueError, KeyError):
         return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +17,7 @@ from pyarrow import fs
 RETRIES = 5
 FIRST_PAUSE_S = 0.2
 COPY_BYTES = 1 << 20
+SCHEMES = ("s3", "gs", "gcs", "file")
 LOCAL_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # trying again is no help
 
 T = TypeVar("T")
@@ -34,13 +36,27 @@ class Store:
     def _place(self) -> tuple[fs.FileSystem, str]:
         if "://" not in self.uri:
             return fs.LocalFileSystem(), str(Path(self.uri).absolute())
+        scheme, rest = self.uri.split("://", 1)
+        if scheme not in SCHEMES:  # pyarrow has more, and some of them end the process when they fail
+            raise ValueError(
+                f"{self.name}: not a URI that pyarrow.fs opens here ({scheme!r} is none of {', '.join(SCHEMES)}); "
+                "use a folder, s3://... or gs://..."
+            )
+        if scheme != "file" and not re.split("[/?]", rest)[0].rpartition("@")[2]:
+            raise ValueError(f"{self.name}: names no bucket; write {scheme}://BUCKET/PATH")
         try:
             filesystem, path = fs.FileSystem.from_uri(self.uri)
         except (ValueError, TypeError) as error:
+            reason = str(error) if self.name == self.uri else "check its credentials and its options"
             raise ValueError(
-                f"{self.uri}: not a URI that pyarrow.fs opens ({error}); use a folder or s3://..."
+                f"{self.name}: not a URI that pyarrow.fs opens ({reason}); use a folder, s3://... or gs://..."
             ) from None
         return filesystem, path.rstrip("/")
+
+    @property
+    def name(self) -> str:
+        """The URI as messages show it, without a password."""
+        return re.sub("://[^?]*:[^?]*@", "://***@", self.uri)
 
     @property
     def local(self) -> Path | None:
@@ -111,7 +127,7 @@ class Store:
                 self._place[0].delete_dir(self.path(name))
 
     def describe(self, name: str) -> str:
-        return f"{self.uri.split('?')[0].rstrip('/')}/{name}"
+        return f"{self.name.split('?')[0].rstrip('/')}/{name}"
 
 
 def retried(action: Callable[[], T], what: str) -> T:
@@ -121,8 +137,6 @@ def retried(action: Callable[[], T], what: str) -> T:
             return action()
         except LOCAL_ERRORS:
             raise
-        except (NotADirectoryError, IsADirectoryError) as error:  # waiting does not change these
-            raise ValueError(f"{what}: {error.strerror or error}; is this the right place?") from None
         except OSError as error:
             if attempt == RETRIES - 1:
                 raise RuntimeError(f"{what}: {error}; tried {RETRIES} times; is the store reachable?") from error

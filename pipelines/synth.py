@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as rle_tools
 
+from pipelines.checks import shortened
 from pipelines.progress import Progress, silent
 from pipelines.shapes import COCO_KEYPOINTS, COCO_SKELETON, SHAPES, Points, person
 
@@ -26,6 +27,7 @@ SETTINGS_NAME = "synth.json"
 VAL_PART = 5  # one image in so many is for validation
 CROWD_RATE = 0.05
 MIN_VISIBLE = 0.55  # of an object's pixels; a new object that would hide more of another one is not placed
+MAX_SIZE = 4096  # px; drawing takes about 200 bytes a pixel
 VERSION = 2
 
 
@@ -55,8 +57,8 @@ def synthesise(
     """
     if num_images < 2:
         raise ValueError(f"--images is {num_images}; give at least 2, one to train on and one to validate on")
-    if size < 32:
-        raise ValueError(f"--size is {size}; give at least 32 px, objects need room")
+    if not 32 <= size <= MAX_SIZE:
+        raise ValueError(f"--size is {shortened(size)}; give 32 to {MAX_SIZE} px: objects need room, pixels memory")
     if seed < 0:
         raise ValueError(f"--seed is {seed}; give 0 or more")
     if out.exists() and not out.is_dir():
@@ -66,8 +68,9 @@ def synthesise(
     settings = {"version": VERSION, **counts, "size": size, "seed": seed, "keypoints": keypoints}
     note = out / SETTINGS_NAME
     if note.exists():
-        if json.loads(note.read_text()) != settings:
-            raise ValueError(f"{out}: holds another synthetic dataset ({note.read_text().strip()}); choose another OUT")
+        there = note.read_text(errors="replace")
+        if there != json.dumps(settings) + "\n":
+            raise ValueError(f"{out}: holds another synthetic dataset ({there[:200].strip()}); choose another OUT")
         return {**settings, "unchanged": True}
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     done = 0
