@@ -159,8 +159,10 @@ def export(
     debug: Debug = False,
 ) -> int:
     """Give COCO JSON back: pycocotools computes the same numbers on it, to the bit."""
+    from pipelines.checks import check_file_to_write
     from pipelines.dataset import open_dataset
 
+    check_file_to_write(out)
     coco = open_dataset(uri).coco()
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(coco))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from math import isnan
+from pathlib import Path
 from typing import Any
 
 Finding = tuple[str, str]  # what is wrong, what to do
@@ -30,6 +31,15 @@ def shortened(value: Any) -> str:
     """A value as a message shows it: told apart, but no longer than a line can bear."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def check_file_to_write(out: Path) -> None:
+    """Raises ValueError if `--out` names a folder or something below a file."""
+    if out.is_dir():
+        raise ValueError(f"{out}: is a folder; give --out a file to write")
+    blocked = [folder for folder in out.parents if folder.exists() and not folder.is_dir()]
+    if blocked:
+        raise ValueError(f"{out}: {blocked[0]} is a file; give --out a path below folders")
 
 
 def _unencodable(text: str) -> bool:

@@ -123,7 +123,7 @@ class Dataset:
                 kept = set(self.category_ids)
                 record = self.shard(shard).record(int(local[0]))
                 return [annotation_record(a, image_id) for a in record["annotations"] if a["category_id"] in kept]
-        raise ValueError(f"{self.store.uri}: no image {image_id}")
+        raise ValueError(f"{self.store.name}: no image {image_id}")
 
     @property
     def files(self) -> tuple[FileEntry, ...]:

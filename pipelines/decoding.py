@@ -16,6 +16,10 @@ MAX_MEGAPIXELS = 180
 Image.MAX_IMAGE_PIXELS = None  # Pillow warns at 89 and refuses at 179 megapixels; the bound here is told and one
 
 
+class TooLargeError(RuntimeError):
+    """A sound image of more pixels than are decoded."""
+
+
 def decode_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
     """uint8 (H, W, 3) as the file has them. Grayscale is repeated, alpha dropped, CMYK converted.
 
@@ -23,6 +27,8 @@ def decode_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
     """
     try:
         return _jpeg_pixels(content) if bytes(content[:2]) == _JPEG else _any_pixels(content)
+    except TooLargeError:
+        raise
     except Exception as error:  # decoders fail on damaged bytes in many ways
         raise RuntimeError(str(error) or type(error).__name__) from error
 
@@ -46,14 +52,14 @@ def _any_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_MEGAPIXELS * 1_000_000:
-        raise ValueError(f"{width} x {height} pixels, more than the {MAX_MEGAPIXELS} megapixels allowed, scale it down")
+        raise TooLargeError(f"{width} x {height} pixels, more than the {MAX_MEGAPIXELS} megapixels allowed")
 
 
 def stored_orientation(content: bytes, width: int, height: int) -> tuple[int, tuple[int, int]]:
     """The orientation to apply so that the file comes out as (width, height), and the size that results.
 
     The EXIF orientation counts (as detectron2 and browsers have it), unless only the bare pixels have the size that
-    the JSON gives. Raises OSError if the header cannot be read.
+    the JSON gives. Raises OSError if the header cannot be read, TooLargeError for more pixels than are decoded.
     """
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
@@ -61,6 +67,8 @@ def stored_orientation(content: bytes, width: int, height: int) -> tuple[int, tu
             bare, orientation = image.size, _exif_orientation(image)
     except UnidentifiedImageError:
         raise OSError("neither JPEG nor PNG, or damaged at its start") from None
+    except TooLargeError:
+        raise
     except Exception as error:  # decoders fail on damaged bytes in many ways
         raise OSError(str(error) or type(error).__name__) from error
     turned = (bare[1], bare[0]) if orientation >= 5 else bare

@@ -146,7 +146,9 @@ class TrainLoader:
         if global_batch < world_size:
             raise ValueError(f"loop.global_batch is {global_batch} for {world_size} ranks; each needs at least 1 image")
         if masks and not dataset.manifest.has_masks:
-            raise ValueError(f"{dataset.store.uri}: has no masks, the model trains some; set model.mask.kind to 'none'")
+            raise ValueError(
+                f"{dataset.store.name}: has no masks, the model trains some; set model.mask.kind to 'none'"
+            )
         self.dataset = dataset.for_training(cfg.filter, masks)
         self._start_step = start_step
         self._source = _TrainSource(

@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipelines import schema, spool
 from pipelines.checks import check_annotation, check_category
 from pipelines.config import MANIFEST_NAME, SCHEMA_VERSION
-from pipelines.decoding import decode_pixels, stored_orientation
+from pipelines.decoding import TooLargeError, decode_pixels, stored_orientation
 from pipelines.manifest import INDEX_NAME, FileEntry, Manifest, parse_manifest
 from pipelines.mapping import view
 from pipelines.progress import Progress, silent
@@ -82,9 +82,9 @@ def pack(
     """
     images, out = Store(images_uri), Store(out_uri)
     if not images.exists():
-        raise ValueError(f"{images_uri}: no such folder; give --images the folder that the file names are relative to")
+        raise ValueError(f"{images.name}: no such folder; give --images the folder that the file names are relative to")
     if out.local is not None and out.local.exists() and not out.local.is_dir():
-        raise ValueError(f"{out_uri}: is a file; give --out a folder")
+        raise ValueError(f"{out.name}: is a file; give --out a folder")
     with scratch_folder("maskray-pack-") as folder:
         spooled = folder / "spool.sqlite"
         problems: list[Problem] = []
@@ -176,7 +176,7 @@ def _existing(out: Store, source: str, num_workers: int) -> Manifest | None:
         return None  # damaged: packing again is the remedy
     if manifest.source != source:
         raise ValueError(
-            f"{out.uri}: holds a dataset packed from other inputs or options; choose another --out or remove it first"
+            f"{out.name}: holds a dataset packed from other inputs or options; choose another --out or remove it first"
         )
     entries = (*manifest.shards, manifest.index)
     if out.sizes([entry.name for entry in entries]) != [entry.bytes for entry in entries]:
@@ -311,6 +311,9 @@ def _image_row(task: _Task, record: dict[str, Any], report: Callable[[Problem], 
         orientation, size = stored_orientation(content, width, height)
         if size == (width, height):
             decode_pixels(content)
+    except TooLargeError as error:
+        report(Problem(where, "image", record["id"], f"has {error}", "scale it down"))
+        return None
     except (OSError, RuntimeError) as error:
         what = f"cannot be read ({str(error).splitlines()[0].rsplit(': ', 1)[-1]})"
         report(Problem(where, "image", record["id"], what, "replace the file by a whole JPEG or PNG"))

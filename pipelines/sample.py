@@ -86,7 +86,7 @@ def read_image(row: Row, dataset: Dataset) -> Tensor:
         return decode(row.content, row.orientation)
     except RuntimeError as error:
         raise RuntimeError(
-            f'{dataset.store.uri}: image {row.image_id} cannot be decoded ({error}); run "maskray data verify" on it'
+            f'{dataset.store.name}: image {row.image_id} cannot be decoded ({error}); run "maskray data verify" on it'
         ) from error
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle_tools
 
-from pipelines.checks import shortened
+from pipelines.checks import check_file_to_write, shortened
 from pipelines.dataset import Dataset
 from pipelines.noise import shuffled
 from pipelines.sample import read_image
@@ -48,15 +48,9 @@ def summary(dataset: Dataset) -> dict[str, Any]:
 
 def draw_samples(dataset: Dataset, out: Path, *, count: int, seed: int, masks: bool) -> list[int]:
     """Writes a PNG of `count` images in a grid; returns their ids. Raises ValueError if nothing can be drawn there."""
-    if out.is_dir():
-        raise ValueError(f"{out}: is a folder; give --out a PNG file to write")
-    blocked = [folder for folder in out.parents if folder.exists() and not folder.is_dir()]
-    if blocked:
-        raise ValueError(f"{out}: {blocked[0]} is a file; give --out a path below folders")
+    check_file_to_write(out)
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"--seed is {shortened(seed)}; give a whole number of 64 bits")
-    if not dataset.manifest.num_images:
-        raise ValueError(f"{dataset.store.name}: holds no image to draw; leave --out away")
     rows = shuffled(dataset.manifest.num_images, seed)[:count]
     tiles, ids = [], []
     for number in rows:

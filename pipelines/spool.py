@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.checks import check_annotation_ids, check_category_record, check_image
+from pipelines.checks import check_annotation_ids, check_category_record, check_image, shortened
 from pipelines.coco_json import read_coco
 from pipelines.schema import Problem
 
 _TABLES = """
 CREATE TABLE images (id INTEGER PRIMARY KEY, seq INTEGER UNIQUE, source INTEGER, text TEXT);
+CREATE TABLE repeats (id INTEGER, source INTEGER, PRIMARY KEY (id, source));
 CREATE TABLE annotations (id INTEGER PRIMARY KEY, seq INTEGER, image_id INTEGER, source INTEGER, text TEXT);
 CREATE TABLE additions (id INTEGER, source INTEGER, text TEXT, PRIMARY KEY (id, source));
 """
@@ -132,12 +133,16 @@ class _Reader:
         self.sequence += 1
         if other is None:
             return
-        if other[0] == source:
+        first = json.loads(other[1])
+        new = other[0] != source and self._is_new("repeats", (record["id"], source))
+        if not new:
             finding = ("its id is there twice", "give each image an id of its own")
             self.report(Problem(str(path), "image", record["id"], *finding))
-        elif json.loads(other[1])["file_name"] != record["file_name"]:
-            what = f"its id means {json.loads(other[1])['file_name']} in another file and {record['file_name']} here"
-            raise ValueError(f"{path}: image {record['id']}: {what}; merge only files of the same images")
+            return
+        for name in ("file_name", "width", "height"):
+            if first[name] != record[name]:
+                what = f"its {name} is {first[name]!r} in another file and {record[name]!r} here"
+                raise ValueError(f"{path}: image {record['id']}: {what}; merge only files of the same images")
 
     def _annotation(self, path: Path, source: int, record: Any, text: str) -> None:
         if finding := check_annotation_ids(record):
@@ -149,19 +154,14 @@ class _Reader:
         if other is None:
             return
         first = json.loads(other[1])
-        if other[0] == source:
+        if other[0] == source or not self._is_new("additions", (record["id"], source, text)):
             finding = ("its id is there twice", "give each annotation an id of its own")
             self.report(Problem(str(path), "annotation", record["id"], *finding))
-        elif any(first[name] != record[name] for name in ("image_id", "category_id")):
-            what = "it is on another image or of another category in the other file"
-            raise ValueError(f"{path}: annotation {record['id']}: {what}; merge only files of the same annotations")
-        elif self.connection.execute(
-            "SELECT 1 FROM additions WHERE id = ? AND source = ?", (record["id"], source)
-        ).fetchone():
-            finding = ("its id is there twice", "give each annotation an id of its own")
-            self.report(Problem(str(path), "annotation", record["id"], *finding))
-        else:
-            self.connection.execute("INSERT INTO additions VALUES (?, ?, ?)", (record["id"], source, text))
+            return
+        for name in ("image_id", "category_id", "bbox", "area", "iscrowd"):
+            if name in first and name in record and first[name] != record[name]:
+                what = f"its {name} is {shortened(first[name])} in another file and {shortened(record[name])} here"
+                raise ValueError(f"{path}: annotation {record['id']}: {what}; merge only files of the same annotations")
 
     def _category(self, path: Path, record: Any) -> None:
         if finding := check_category_record(record):
@@ -176,14 +176,18 @@ class _Reader:
 
     def _insert(self, table: str, key: int, row: tuple[Any, ...]) -> tuple[int, str] | None:
         """Inserts a new row; of a known id returns (source, text) of the row that has it."""
-        marks = ", ".join("?" * len(row))
-        if self.connection.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount:
+        if self._is_new(table, row):
             return None
         found: tuple[int, str] = self.connection.execute(
             f"SELECT source, text FROM {table} WHERE id = ?",
             (key,),
         ).fetchone()
         return found
+
+    def _is_new(self, table: str, row: tuple[Any, ...]) -> bool:
+        """Inserts a row unless one of its key is there."""
+        marks = ", ".join("?" * len(row))
+        return bool(self.connection.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount)
 
 
 def _report_orphans(connection: sqlite3.Connection, sources: Sequence[Path], report: Report) -> None:

@@ -15,7 +15,7 @@ import pytest
 from pipelines.__main__ import app
 from pipelines.console import run_app
 from pipelines.dataset import open_dataset
-from pipelines.decoding import decode_pixels, stored_orientation
+from pipelines.decoding import TooLargeError, decode_pixels, stored_orientation
 from pipelines.evaluation import evaluate
 from pipelines.mapping import MappedFile
 from pipelines.storage import Store
@@ -122,7 +122,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_persons_error(call, shapes, tmp_pat
     (tmp_path / "file").write_text("x")
     show = ("data", "show", shapes / "val", "--out")
     status, line = call(*show, tmp_path)
-    assert (status, f"{tmp_path}: is a folder; give --out a PNG file" in line) == (2, True)
+    assert (status, f"{tmp_path}: is a folder; give --out a file" in line) == (2, True)
     status, line = call(*show, tmp_path / "file" / "deep" / "look.png")
     assert (status, f"{tmp_path / 'file'} is a file; give --out a path below folders" in line) == (2, True)
     for seed in (10**40, 2**63, -(2**63) - 1):
@@ -130,16 +130,6 @@ def test_a_picture_that_cannot_be_drawn_is_a_persons_error(call, shapes, tmp_pat
         assert (status, "give a whole number of 64 bits" in line) == (2, True)
     assert not (tmp_path / "look.png").exists()
     assert call(*show, tmp_path / "look.png", "--seed", -(2**63))[0] == 0
-
-
-def test_a_dataset_without_images_is_not_drawn(call, tmp_path):
-    write_coco(tmp_path, [], num_images=2)
-    for name in ("1.jpg", "2.jpg"):
-        (tmp_path / "images" / name).unlink()
-    pack_folder(tmp_path, on_error="skip")
-    assert call("data", "show", tmp_path / "packed")[0] == 0
-    status, line = call("data", "show", tmp_path / "packed", "--out", tmp_path / "look.png")
-    assert (status, "holds no image to draw; leave --out away" in line) == (2, True)
 
 
 @pytest.mark.parametrize("size", [31, 10_000_000, 10**40])
@@ -237,13 +227,13 @@ def large_png(width: int, height: int) -> bytes:
 
 def test_an_image_that_is_too_large_is_told_so():
     content = large_png(14_000, 14_000)
-    message = "14000 x 14000 pixels, more than the 180 megapixels allowed, scale it down"
-    with pytest.raises(OSError, match=message):
+    message = "14000 x 14000 pixels, more than the 180 megapixels allowed"
+    with pytest.raises(TooLargeError, match=message):
         stored_orientation(content, 14_000, 14_000)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(TooLargeError, match=message):
         decode_pixels(content)
     header = bytes.fromhex("ffd8ffc0001108 36b0 36b0 03011100021100031100 ffda000c03010002000300003f00 00 ffd9")
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(TooLargeError, match=message):
         decode_pixels(header)
 
 
@@ -251,3 +241,39 @@ def test_a_large_image_below_the_bound_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert stored_orientation(large_png(10_000, 12_000), 10_000, 12_000) == (1, (10_000, 12_000))
+
+
+def test_an_export_needs_a_file_to_write(tmp_path, capsys):
+    packed_coco(tmp_path, [box_annotation(1)])
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file/x.json"):
+        assert run_app(app, ["data", "export", str(tmp_path / "packed"), "--out", str(out)], "maskray") == 2
+        assert "give --out a" in capsys.readouterr().err
+
+
+# --- merging ---
+
+
+@pytest.mark.parametrize(
+    ("images", "annotations", "message"),
+    [
+        ({}, [{"bbox": [5, 5, 11, 10]}], r"k.json: annotation 1: its bbox is \[5, 5, 10, 10\] in another file and"),
+        ({}, [{"bbox": "junk"}], r"annotation 1: its bbox is \[5, 5, 10, 10\] in another file and 'junk' here"),
+        ({}, [{"area": 99}], "annotation 1: its area is 100 in another file and 99 here; merge only files of the same"),
+        ({}, [{"image_id": 2}], "annotation 1: its image_id is 1 in another file and 2 here"),
+        ({}, [{}, {}], "annotation 1: its id is there twice"),
+        ({"width": 41}, [{}], "k.json: image 1: its width is 40 in another file and 41 here; merge only files of the"),
+        ({"file_name": "b.jpg"}, [{}], "image 1: its file_name is '1.jpg' in another file and 'b.jpg' here"),
+        ({"again": True}, [{}], "k.json: image 1: its id is there twice"),
+    ],
+)
+def test_files_that_contradict_each_other_are_not_merged(tmp_path, images, annotations, message):
+    first = write_coco(tmp_path, [box_annotation(1)], num_images=2)
+    coco = json.loads(first.read_text())
+    again = [coco["images"][0]] if images.pop("again", False) else []
+    coco["images"] = [coco["images"][0] | images, coco["images"][1], *again]
+    coco["annotations"] = [box_annotation(1) | {"num_keypoints": 0} | changes for changes in annotations]
+    second = tmp_path / "k.json"
+    second.write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match=message):
+        pack_folder(tmp_path, first, second)

@@ -292,7 +292,7 @@ def test_instances_and_keypoints_merge_by_annotation_id(tmp_path):
 def test_files_that_contradict_each_other_are_refused(tmp_path):
     plain = write_coco(tmp_path, [box_annotation(1)], num_images=2)
     other = write_coco(tmp_path, [box_annotation(1, image_id=2)], num_images=2, name="other.json")
-    with pytest.raises(ValueError, match=r"other\.json: annotation 1: it is on another image"):
+    with pytest.raises(ValueError, match=r"other\.json: annotation 1: its image_id is 1 in another file and 2 here"):
         pack_folder(tmp_path, plain, other)
 
 
