@@ -91,7 +91,8 @@ def _within(value: str, root: str) -> bool:
         ours, theirs = urlsplit(root), urlsplit(value)
         path = os.path.normpath("/" + theirs.path.lstrip("/"))
         base = os.path.normpath("/" + ours.path.lstrip("/"))
-        same_place = (ours.scheme, ours.netloc) == (theirs.scheme, theirs.netloc)
+        # the query too: it can name another endpoint, which would be sent the service's credentials
+        same_place = (ours.scheme, ours.netloc, ours.query) == (theirs.scheme, theirs.netloc, theirs.query)
         return same_place and "%" not in theirs.path and _below(path, base)
     if value.startswith("~"):
         return False
@@ -177,10 +178,16 @@ def _check_same(connection: Connection, known: str, submission: Submission) -> N
     query = select(TRIALS.c.key, TRIALS.c.identity).where(TRIALS.c.study == known)
     before = {row.key: row.identity for row in connection.execute(query)}
     now = {trial.key: trial.identity for trial in submission.trials}
+    spec, fresh = connection.execute(select(STUDIES.c.spec, STUDIES.c.fresh).where(STUDIES.c.id == known)).one()
+    fields = submission.study.model_dump(mode="json")
+    differs = [name for name, value in fields.items() if spec.get(name) != value]
+    differs += ["fresh"] if fresh != submission.fresh else []
     if before != now:
+        differs.append("its trials, their data or their code")
+    if differs:
         raise ValueError(
             f"the key {submission.idempotency_key!r} was used for study {known}, which is another one "
-            "(its trials, their data or their code differ); give another key"
+            f"({', '.join(differs)}); give another key"
         )
 
 

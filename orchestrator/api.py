@@ -92,7 +92,11 @@ def reader(request: Request) -> User:
     with ledger.reading(hub.engine) as connection:
         found = auth.user_of(connection, request.headers.get("authorization", ""))
     if found is None:
-        raise HTTPException(401, "no valid token: set MASKRAY_TOKEN", {"WWW-Authenticate": "Bearer"})
+        raise HTTPException(
+            401,
+            "no valid token: set MASKRAY_TOKEN to yours (`maskray user NAME` gives one)",
+            {"WWW-Authenticate": "Bearer"},
+        )
     hub.touch()
     return found
 
@@ -271,9 +275,10 @@ def build_app(hub: Hub, version: str) -> FastAPI:
     @app.post("/v1/gc", dependencies=ADMIN)
     def collect(body: Retention) -> dict[str, Any]:
         """What a retention policy lets go; with `apply` it goes."""
+        now = time.time()
         with ledger.reading(hub.engine) as connection:
-            removals = plan_retention(connection, time.time(), body.checkpoints_days)
-        freed = apply_retention(removals) if body.apply else 0
+            removals = plan_retention(connection, now, body.checkpoints_days)
+        freed = apply_retention(hub.engine, removals, now, body.checkpoints_days) if body.apply else 0
         return {"removals": [asdict(removal) for removal in removals], "applied": body.apply, "freed_bytes": freed}
 
     @app.post("/v1/doctor", dependencies=SUBMIT)
@@ -319,7 +324,8 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse({"detail": views.in_words(error)}, 400)
 
     @app.exception_handler(UnreachableError)
-    async def unreachable(_: Request, error: UnreachableError) -> JSONResponse:
+    @app.exception_handler(OSError)  # of the storage
+    async def unreachable(_: Request, error: UnreachableError | OSError) -> JSONResponse:
         return JSONResponse({"detail": views.in_words(error)}, 503)
 
     @app.middleware("http")
@@ -389,8 +395,9 @@ def _refuse_what_sql_cannot_hold(submission: Submission) -> None:
         raise HTTPException(400, "submission: a number is not finite")
     if "\\u0000" in submission.model_dump_json():
         raise HTTPException(400, "submission: a text holds a NUL character")
-    if any(not -(2**31) <= trial.seed < 2**31 for trial in submission.trials):
-        raise HTTPException(400, "submission: a seed is larger than 2147483647")
+    for trial in submission.trials:
+        if not -(2**31) <= trial.seed < 2**31:
+            raise HTTPException(400, f"trial {trial.key}: its seed {trial.seed} is larger than 2147483647")
 
 
 def _floats(value: Any) -> Iterator[float]:
@@ -456,6 +463,14 @@ def _report_files(data: bytes) -> dict[str, bytes]:
 def _keep_report(hub: Hub, study: str, files: Mapping[str, bytes], who: User) -> dict[str, Any]:
     with ledger.reading(hub.engine) as connection:
         row = _own_study(connection, study, who)
+    folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
+    for name in files:
+        if (
+            name in folders
+            or not PurePosixPath(name).name
+            or any(len(part) > 200 for part in PurePosixPath(name).parts)
+        ):
+            raise HTTPException(400, f"report: {name[:200]!r} is no name of a file; pack it again")
     for name, data in files.items():
         storage.write_bytes(storage.join(row["storage"], study, "report", name), data)
     hub.put_report(study, files)

@@ -10,7 +10,8 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import httpx
 from sqlalchemy import Engine, select, update
@@ -18,7 +19,7 @@ from sqlalchemy import Engine, select, update
 from orchestrator import ledger, storage
 from orchestrator.compare import compare
 from orchestrator.config import FINAL_STATES, StudyView
-from orchestrator.mlflow_client import MLflow
+from orchestrator.mlflow_client import MLflow, TrackingRefusedError
 from orchestrator.tables import STUDIES, TRIALS
 from orchestrator.views import study_views
 from workers.config import SPOOL_CURSOR, SPOOL_RECORDS
@@ -36,22 +37,32 @@ def make_parents(engine: Engine, mlflow: MLflow) -> None:
         query = select(STUDIES).where(STUDIES.c.mlflow_run_id == "", STUDIES.c.state.in_(("active", "paused")))
         studies = list(connection.execute(query).mappings())
     for study in studies:
-        tags = {"maskray.study": study["id"], "maskray.owner": study["owner"]}
-        experiment = mlflow.experiment(study["id"], {**tags, "mlflow.note.content": study["spec"]["question"]})
-        found = mlflow.run_by_tag(experiment, "maskray.parent", study["id"])
-        if found is not None:
-            run = str(found["info"]["run_id"])
-        else:
-            run = mlflow.create_run(
-                experiment, study["name"], {**tags, "maskray.parent": study["id"]}, study["created_at"]
-            )
-            mlflow.put_artifact(run, "study.yaml", study["study_yaml"].encode())
-        with engine.begin() as connection:
-            connection.execute(
-                update(STUDIES)
-                .where(STUDIES.c.id == study["id"])
-                .values(mlflow_experiment=study["id"], mlflow_run_id=run)
-            )
+        with _apart(f"study {study['id']}"):
+            _make_parent(engine, mlflow, study)
+
+
+@contextmanager
+def _apart(what: str) -> Iterator[None]:
+    """What MLflow or the storage refuses of one study or trial holds up no other; the next turn tries again."""
+    try:
+        yield
+    except (TrackingRefusedError, OSError) as error:
+        LOG.warning("%s: %s", what, " ".join(str(error).split())[:500])
+
+
+def _make_parent(engine: Engine, mlflow: MLflow, study: ledger.Row) -> None:
+    tags = {"maskray.study": study["id"], "maskray.owner": study["owner"]}
+    experiment = mlflow.experiment(study["id"], {**tags, "mlflow.note.content": study["spec"]["question"]})
+    found = mlflow.run_by_tag(experiment, "maskray.parent", study["id"])
+    if found is not None:
+        run = str(found["info"]["run_id"])
+    else:
+        run = mlflow.create_run(experiment, study["name"], {**tags, "maskray.parent": study["id"]}, study["created_at"])
+        mlflow.put_artifact(run, "study.yaml", study["study_yaml"].encode())
+    with engine.begin() as connection:
+        connection.execute(
+            update(STUDIES).where(STUDIES.c.id == study["id"]).values(mlflow_experiment=study["id"], mlflow_run_id=run)
+        )
 
 
 def close_runs(engine: Engine, mlflow: MLflow, now: float, ship: Callable[[str], None] | None = None) -> int:
@@ -70,18 +81,24 @@ def close_runs(engine: Engine, mlflow: MLflow, now: float, ship: Callable[[str],
         )
         trials = list(connection.execute(query).mappings())
     for trial in trials:
-        run_id = ""
-        if trial["mlflow_experiment"] and not trial["cached_from"]:
-            if _unsent(trial["folder"]):
-                (ship or _ship)(trial["folder"])
-            experiment = mlflow.experiment(trial["mlflow_experiment"], {})
-            for run in mlflow.runs(experiment, f"tags.`maskray.trial` = '{trial['id']}'"):
-                run_id = str(run["info"]["run_id"])
-                ended += _close(mlflow, run, trial, now)
-        values = {"mlflow_closed": True, **({"mlflow_run_id": run_id} if run_id else {})}
-        with engine.begin() as connection:
-            ledger.move_trial(connection, trial["id"], FINAL_STATES, values)
+        with _apart(f"trial {trial['id']}"):
+            ended += _close_trial(engine, mlflow, trial, now, ship or _ship)
     return ended + _close_parents(engine, mlflow, now)
+
+
+def _close_trial(engine: Engine, mlflow: MLflow, trial: ledger.Row, now: float, ship: Callable[[str], None]) -> int:
+    ended, run_id = 0, ""
+    if trial["mlflow_experiment"] and not trial["cached_from"]:
+        if _unsent(trial["folder"]):
+            ship(trial["folder"])
+        experiment = mlflow.experiment(trial["mlflow_experiment"], {})
+        for run in mlflow.runs(experiment, f"tags.`maskray.trial` = '{trial['id']}'"):
+            run_id = str(run["info"]["run_id"])
+            ended += _close(mlflow, run, trial, now)
+    values = {"mlflow_closed": True, **({"mlflow_run_id": run_id} if run_id else {})}
+    with engine.begin() as connection:
+        ledger.move_trial(connection, trial["id"], FINAL_STATES, values)
+    return ended
 
 
 def _unsent(folder: str) -> bool:
@@ -135,13 +152,14 @@ def _close_parents(engine: Engine, mlflow: MLflow, now: float) -> int:
         )
         studies = list(connection.execute(query).mappings())
     for study in studies:
-        with ledger.reading(engine) as connection:
-            (view,) = study_views(connection, {}, study["id"])
-        at = study["ended_at"] or now
-        mlflow.log_metrics(study["mlflow_run_id"], study_metrics(view), at)
-        mlflow.end_run(study["mlflow_run_id"], _STATUS[study["state"]], at)
-        with engine.begin() as connection:
-            connection.execute(update(STUDIES).where(STUDIES.c.id == study["id"]).values(mlflow_closed=True))
+        with _apart(f"study {study['id']}"):
+            with ledger.reading(engine) as connection:
+                (view,) = study_views(connection, {}, study["id"])
+            at = study["ended_at"] or now
+            mlflow.log_metrics(study["mlflow_run_id"], study_metrics(view), at)
+            mlflow.end_run(study["mlflow_run_id"], _STATUS[study["state"]], at)
+            with engine.begin() as connection:
+                connection.execute(update(STUDIES).where(STUDIES.c.id == study["id"]).values(mlflow_closed=True))
     return len(studies)
 
 
@@ -171,8 +189,11 @@ def send_webhooks(engine: Engine, url: str) -> None:
         try:
             response = httpx.post(url, json=body, timeout=10.0, trust_env=False)
             response.raise_for_status()
+        except httpx.HTTPStatusError as error:
+            LOG.warning("webhook of study %s: status %d; tried again later", study["id"], error.response.status_code)
+            continue
         except httpx.HTTPError as error:
             LOG.warning("webhook of study %s: %s; tried again later", study["id"], type(error).__name__)
-            return
+            return  # nobody is there
         with engine.begin() as connection:
             connection.execute(update(STUDIES).where(STUDIES.c.id == study["id"]).values(webhook_sent=True))

@@ -13,6 +13,9 @@ TrialState = Literal["queued", "starting", "running", "stopping", "done", "faile
 FINAL_STATES = ("done", "failed", "cancelled")
 
 
+_LEAST, _MOST = 1e-4, 1e6  # of a resource: Ray's unit, and far more than a rank can use
+
+
 # --- the study file -------------------------------------------------------------------------------------------------
 
 
@@ -27,11 +30,28 @@ class Baseline(Record):
 class Resources(Record):
     """What one trial of the study occupies: a gang of `ranks` that starts as a whole or waits."""
 
-    ranks: int = Field(1, ge=1)
-    cpus_per_rank: float = Field(1.0, gt=0)
-    gpus_per_rank: float = Field(0.0, ge=0)
+    ranks: int = Field(1, ge=1, le=100_000)
+    cpus_per_rank: float = Field(1.0, ge=_LEAST, le=_MOST)
+    gpus_per_rank: float = Field(0.0, ge=0, le=_MOST)
     custom_per_rank: dict[str, float] = {}  # custom Ray resources
     max_nodes: int = Field(0, ge=0)  # 0: the gang may spread over any number of nodes
+
+    @field_validator("gpus_per_rank")
+    @classmethod
+    def _countable(cls, value: float) -> float:
+        if 0 < value < _LEAST:
+            raise ValueError(f"is {value:g}; Ray counts in steps of {_LEAST:g}")
+        return value
+
+    @field_validator("custom_per_rank")
+    @classmethod
+    def _custom(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, amount in value.items():
+            if name in ("CPU", "GPU", "memory", "object_store_memory") or not name:
+                raise ValueError(f"{name!r} is no custom resource; use cpus_per_rank or gpus_per_rank")
+            if not _LEAST <= amount <= _MOST:
+                raise ValueError(f"{name} is {amount:g}; give {_LEAST:g} to {_MOST:g}")
+        return value
 
 
 class Study(Record):

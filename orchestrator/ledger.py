@@ -193,20 +193,28 @@ def cached_values(source: Row) -> dict[str, Any]:
 
 
 def move_trial(
-    connection: Connection, trial: str, states: Sequence[str], values: Mapping[str, Any], attempt: int = 0
+    connection: Connection,
+    trial: str,
+    states: Sequence[str],
+    values: Mapping[str, Any],
+    attempt: int = 0,
+    wish: str | None = None,
 ) -> bool:
-    """Changes a trial that is in one of `states` (and at `attempt`, if given). False if it is not."""
+    """Changes a trial that is in one of `states` (and at `attempt`, with `wish`, if given). False if it is not."""
     query = update(TRIALS).where(TRIALS.c.id == trial, TRIALS.c.state.in_(states))
     if attempt:
         query = query.where(TRIALS.c.attempts == attempt)
+    if wish is not None:
+        query = query.where(TRIALS.c.wish == wish)
     return connection.execute(query.values(**values)).rowcount == 1
 
 
 def start_attempt(engine: Engine, trial: str, now: float, cause: str, avoid: Sequence[str] = ()) -> int:
-    """The number of a new attempt of a queued trial, 0 if the trial is no longer queued."""
+    """The number of a new attempt of a queued trial, 0 if the trial is no longer queued or its study not active."""
     with engine.begin() as connection:
         row = trial_row(connection, trial)
-        if row is None:
+        study = study_row(connection, row["study"]) if row is not None else None
+        if row is None or study is None or study["state"] != "active":
             return 0
         number = row["attempts"] + 1
         values = {"state": "starting", "attempts": number, "moved_at": now}
@@ -245,6 +253,7 @@ def live_attempts(connection: Connection) -> list[Row]:
             TRIALS.c.progress,
             STUDIES.c.spec,
             STUDIES.c.owner,
+            STUDIES.c.state.label("study_state"),
         )
         .join(TRIALS, TRIALS.c.id == ATTEMPTS.c.trial)
         .join(STUDIES, STUDIES.c.id == TRIALS.c.study)

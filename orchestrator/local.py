@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -79,9 +80,13 @@ def _configured() -> Connection | None:
     url = os.environ.get("MASKRAY_SERVER", "")
     if not url:
         return None
-    token = os.environ.get("MASKRAY_TOKEN", "")
+    token = os.environ.get("MASKRAY_TOKEN", "").strip()
     if not token:
         raise ValueError(f"MASKRAY_SERVER is {url}, but MASKRAY_TOKEN is empty: set it to your token")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ValueError(
+            "MASKRAY_TOKEN: holds characters that no token has; set it to the one line that you were given"
+        )
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"MASKRAY_SERVER: {url!r} is no URL; write http://HOST:PORT")
     return Connection(url.rstrip("/"), token)

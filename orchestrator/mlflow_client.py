@@ -16,6 +16,10 @@ class TrackingDownError(RuntimeError):
     """The server does not answer now; whoever asked tries again later."""
 
 
+class TrackingRefusedError(TrackingDownError):
+    """The server answers, and does not do this; other requests may still go well."""
+
+
 class MLflow:
     """A client of one tracking server. Every method raises TrackingDownError if there is no sound answer."""
 
@@ -113,7 +117,8 @@ class MLflow:
         if missing and response.status_code == 404:
             return None
         if response.status_code != 200:
-            raise TrackingDownError(f"MLflow at {self.url}{path}: status {response.status_code}, {response.text[:300]}")
+            kind = TrackingRefusedError if response.status_code < 500 else TrackingDownError
+            raise kind(f"MLflow at {self.url}{path}: status {response.status_code}, {response.text[:300]}")
         return response
 
 

@@ -12,12 +12,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import Connection, Engine, select, update
 
 from orchestrator import ledger, storage
 from orchestrator.capacity import Bundle, request_entry, request_id, wanted
 from orchestrator.cluster import ENDED, Cluster, Job
-from orchestrator.config import ServiceSettings
+from orchestrator.config import Resources, ServiceSettings
 from orchestrator.decide import (
     ELSEWHERE,
     UNKNOWN,
@@ -63,6 +64,7 @@ class Reconciler:
         self._asked: list[Bundle] | None = None
         self._gangs: dict[str, Gang] = {}  # by study
         self._known_code: set[str] = set()
+        self._sound: dict[str, str] = {}  # study -> what is wrong with its resources
         self._durations: dict[str, float] = {}  # seconds that a trial of this study took, at most
 
     # --- one tick ---
@@ -95,6 +97,8 @@ class Reconciler:
         else:
             if job.state == "RUNNING":
                 self._note_progress(row, now)
+            if row["study_state"] == "paused" and not row["wish"]:  # it was being started when the pause came
+                self._wish(row["trial"], "pause", "its study is paused", now)
             self._stop_if_wished(cluster, row, now)
 
     def _note_progress(self, row: ledger.Row, now: float) -> None:
@@ -197,13 +201,20 @@ class Reconciler:
         )
         if job is not None:
             self._keep_log(cluster, row)
-        self._write_verdict(row, verdict, result, outcome, step, now)
-        if job is not None:
+        # a wish that came meanwhile was not judged: the next tick does
+        if self._write_verdict(row, verdict, result, outcome, step, now, trial["wish"]) and job is not None:
             cluster.forget(row["submission_id"])
 
     def _write_verdict(
-        self, row: ledger.Row, verdict: Verdict, result: Result | None, outcome: Outcome | None, step: int, now: float
-    ) -> None:
+        self,
+        row: ledger.Row,
+        verdict: Verdict,
+        result: Result | None,
+        outcome: Outcome | None,
+        step: int,
+        now: float,
+        wish: str,
+    ) -> bool:
         ranks = row["spec"]["resources"]["ranks"]
         preempted = outcome is not None and outcome.state == "preempted"
         seconds = now - (row["running_at"] or now)
@@ -229,8 +240,8 @@ class Reconciler:
             values["marks"] = [mark.model_dump() for mark in marks]
         with self.engine.begin() as connection:
             states = ["starting", "running", "stopping"]
-            if not ledger.move_trial(connection, row["trial"], states, values, row["number"]):
-                return
+            if not ledger.move_trial(connection, row["trial"], states, values, row["number"], wish):
+                return False
             self._set_attempt(
                 connection, row, {"state": verdict.attempt, "cause": verdict.cause, "ended_at": now, "step": step}
             )
@@ -239,6 +250,7 @@ class Reconciler:
             self._record(connection, row, kind, cause, now)
             ledger.end_study_if_over(connection, row["study"], now)
         LOG.info("trial %s attempt %d: %s, %s", row["trial"], row["number"], verdict.state, verdict.cause)
+        return True
 
     def _nodes_of(self, row: ledger.Row) -> list[str]:
         """The nodes of an attempt's ranks, as its rank 0 wrote them down; nothing if it did not come to that."""
@@ -381,8 +393,11 @@ class Reconciler:
         held: list[Wait] = []
         free: list[ledger.Row] = []
         under_way = self._identities([row["trial"] for row in attempts])
-        for row in waiting:
-            if row["code"] and not self._has_code(row["code"]):
+        first: dict[str, str] = {}  # identity -> the trial of it that waits in front
+        for row in sorted(waiting, key=lambda row: (-row["priority"], row["queued_at"])):
+            if problem := self._unsound(row):
+                self._give_up(row["id"], "person", problem, now)
+            elif row["code"] and not self._has_code(row["code"]):
                 held.append(Wait(row["id"], 0, "its code package is missing: submit the study's code again"))
             elif self.settings.ray == "local" and not self._holdable(row):
                 self._give_up(
@@ -392,11 +407,25 @@ class Reconciler:
                 held.append(Wait(row["id"], 0, "waits for the MLflow server"))
             elif not row["fresh"] and row["identity"] in under_way:
                 held.append(Wait(row["id"], 0, f"is the same run as trial {under_way[row['identity']]}, under way"))
+            elif not row["fresh"] and row["identity"] in first:
+                held.append(Wait(row["id"], 0, f"is the same run as trial {first[row['identity']]}, which waits first"))
             else:
                 free.append(row)
                 if not row["fresh"]:
-                    under_way[row["identity"]] = row["id"]
-        return held, free
+                    first[row["identity"]] = row["id"]
+        place = {row["id"]: index for index, row in enumerate(waiting)}
+        return held, sorted(free, key=lambda row: place[row["id"]])
+
+    def _unsound(self, row: ledger.Row) -> str:
+        """What is wrong with a study's resources, from a ledger that an older version filled; it must stop no other."""
+        if row["study"] not in self._sound:
+            try:
+                Resources.model_validate(row["spec"]["resources"])
+                self._sound[row["study"]] = ""
+            except ValidationError as error:
+                found = error.errors(include_url=False)[0]
+                self._sound[row["study"]] = f"resources.{'.'.join(map(str, found['loc']))}: {found['msg']}"
+        return self._sound[row["study"]]
 
     def _has_code(self, sha256: str) -> bool:
         if sha256 not in self._known_code and storage.exists(code_uri(self.settings, sha256)):

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Engine, select
 
-from orchestrator import storage
+from orchestrator import ledger, storage
 from orchestrator.config import FINAL_STATES
 from orchestrator.tables import STUDIES, TRIALS
 from workers.config import CHECKPOINT_FOLDER
@@ -28,11 +28,11 @@ class Removal:
     bytes: int
 
 
-def plan_retention(connection: Connection, now: float, checkpoints_days: float) -> list[Removal]:
+def plan_retention(connection: Connection, now: float, checkpoints_days: float, trial: str = "") -> list[Removal]:
     """The checkpoints of trials whose study ended more than `checkpoints_days` ago, largest first.
 
     Results, logs, artifacts and the last weights stay; a trial that failed can then only be retried from its start.
-    A trial whose folder a cached one points to is its own folder: it is listed once.
+    A trial whose folder a cached one points to is its own folder: it is listed once. trial: of this one alone.
     """
     query = (
         select(TRIALS.c.id, TRIALS.c.study, TRIALS.c.folder)
@@ -45,6 +45,8 @@ def plan_retention(connection: Connection, now: float, checkpoints_days: float) 
             TRIALS.c.cached_from == "",
         )
     )
+    if trial:
+        query = query.where(TRIALS.c.id == trial)
     found = []
     for row in connection.execute(query).mappings():
         folder = storage.join(row["folder"], CHECKPOINT_FOLDER)
@@ -54,8 +56,13 @@ def plan_retention(connection: Connection, now: float, checkpoints_days: float) 
     return sorted(found, key=lambda removal: (-removal.bytes, removal.trial))
 
 
-def apply_retention(removals: Sequence[Removal]) -> int:
-    """Deletes what a plan lists; the bytes that are free now."""
+def apply_retention(engine: Engine, removals: Sequence[Removal], now: float, checkpoints_days: float) -> int:
+    """Deletes what a plan lists, except of trials that were retried since; the bytes that are free now."""
+    freed = 0
     for removal in removals:
-        storage.delete_folder(removal.folder)
-    return sum(removal.bytes for removal in removals)
+        with ledger.reading(engine) as connection:
+            still = plan_retention(connection, now, checkpoints_days, removal.trial)
+        if still:
+            storage.delete_folder(removal.folder)
+            freed += removal.bytes
+    return freed

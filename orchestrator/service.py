@@ -220,14 +220,15 @@ class Service:
 
     def _keep_books(self) -> None:
         while not self._ending.is_set():
-            try:
-                self._turn_books()
-            except TrackingDownError as error:
-                LOG.warning("%s", error)
-            except (DatabaseError, OSError) as error:
-                LOG.warning("books: %s", " ".join(str(error).split())[:500])
-            except Exception:
-                LOG.exception("bookkeeping failed; tried again")
+            for turn in (self._turn_books, self._turn_webhooks):
+                try:
+                    turn()
+                except TrackingDownError as error:
+                    LOG.warning("%s", error)
+                except (DatabaseError, OSError) as error:
+                    LOG.warning("books: %s", " ".join(str(error).split())[:500])
+                except Exception:
+                    LOG.exception("bookkeeping failed; tried again")
             self._ending.wait(_BOOK_S)
 
     def _turn_books(self) -> None:
@@ -246,6 +247,8 @@ class Service:
         if self._mlflow is not None:
             bookkeeping.make_parents(self.engine, self._mlflow)
             bookkeeping.close_runs(self.engine, self._mlflow, time.time())
+
+    def _turn_webhooks(self) -> None:
         if self.settings.webhook:
             bookkeeping.send_webhooks(self.engine, self.settings.webhook)
 

@@ -18,7 +18,9 @@ def study_id(client: Client, name: str) -> str:
         return views[-1].study
     named = [view.study for view in views if name in (view.study, view.name)]
     if not named:
-        raise ValueError(f"study {name!r}: not known{_nearest(name, [view.study for view in views])}")
+        raise ValueError(
+            f"study {name!r}: not known{_nearest(name, [view.study for view in views])}; maskray status lists them"
+        )
     return named[-1]
 
 

@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
     app.command()(queue)
     for action, text in _ACTIONS.items():
         app.command(action, help=text)(_action_command(action))
-    app.command()(priority)
+    app.command(context_settings={"ignore_unknown_options": True})(priority)  # a negative one is no option
     app.command()(forget)
 
 
@@ -160,7 +160,7 @@ def priority(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Change a study's priority. A negative one follows `--`: `maskray priority last -- -5`."""
+    """Change a study's priority."""
     from orchestrator.cli.names import study_id
     from orchestrator.local import connected_client
 

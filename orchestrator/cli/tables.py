@@ -18,7 +18,7 @@ def print_studies(views: Sequence[StudyView]) -> None:
     if not views:
         print('no studies yet; "maskray run STUDY.yaml" starts one')
         return
-    table = Table("study", "name", "owner", "state", "priority", "done", "age", box=None, pad_edge=False)
+    table = Table("study", "name", "owner", "state", "priority", "ended", "age", box=None, pad_edge=False)
     for view in views:
         done = sum(count for state, count in view.counts.items() if state in FINAL_STATES)
         state = Text(view.state, _STYLES.get(view.state, ""))

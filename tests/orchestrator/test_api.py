@@ -331,6 +331,51 @@ def test_a_staging_names_a_uri_that_the_service_may_read(tmp_path):
     hub.engine.dispose()
 
 
+@pytest.mark.parametrize("names", [("a", "a/b"), ("x" * 300,), (".",)])
+def test_a_report_of_impossible_names_is_refused(http, names):
+    study = post(http).json()["study"]
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
+    answer = http.put(f"/v1/studies/{study}/report", headers=by("ann"), content=packed.getvalue())
+    refused(answer, 400, "is no name of a file")
+
+
+@pytest.mark.parametrize(
+    ("resources", "words"),
+    [
+        ({"custom_per_rank": {"CPU": 0}}, "'CPU' is no custom resource; use cpus_per_rank"),
+        ({"custom_per_rank": {"x": -1}}, "x is -1; give 0.0001 to 1e+06"),
+        ({"cpus_per_rank": 1e-320}, "cpus_per_rank: Input should be greater than or equal to 0.0001"),
+        ({"gpus_per_rank": 1e-9}, "is 1e-09; Ray counts in steps of 0.0001"),
+    ],
+)
+def test_resources_that_cannot_be_counted_are_refused(http, resources, words):
+    body = json.loads(submission(plan("a", identity("a"))).model_dump_json())
+    body["study"]["resources"] |= resources
+    refused(http.post("/v1/studies", content=json.dumps(body), headers=by("ann")), 400, words)
+
+
+def test_a_key_belongs_to_one_study_in_every_field(http):
+    first = post(http, idempotency_key="k")
+    assert post(http, idempotency_key="k").json() == {**first.json(), "created": False}
+    refused(post(http, idempotency_key="k", priority=50), 400, "which is another one (priority); give another key")
+    refused(post(http, idempotency_key="k", fresh=True), 400, "which is another one (fresh); give another key")
+
+
+def test_a_query_cannot_lead_out_of_the_roots(tmp_path):
+    hub = FakeHub(tmp_path, roots=("s3://data?region=eu", "s3://plain"))
+    http = Http(build_app(hub, "1"))
+    for uri, status in (
+        ("s3://data/coco?region=eu", 200),
+        ("s3://data/coco?region=eu&endpoint_override=127.0.0.1:1", 400),
+        ("s3://plain/coco?endpoint_override=169.254.169.254&scheme=http", 400),
+    ):
+        assert http.post("/v1/staging", headers=by("ann"), json={"uris": [uri]}).status_code == status
+    hub.engine.dispose()
+
+
 def test_a_code_package_is_kept_under_its_hash(http):
     data = packed("model/__init__.py")
     sha256 = hashlib.sha256(data).hexdigest()

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from sqlalchemy import update
 
 from orchestrator import accept, ledger
-from orchestrator.bookkeeping import close_runs, study_metrics
+from orchestrator.bookkeeping import close_runs, send_webhooks, study_metrics
 from orchestrator.config import ServiceSettings, StudyView
+from orchestrator.mlflow_client import TrackingRefusedError
 from orchestrator.tables import STUDIES, TRIALS
 from tests.orchestrator.studies import finished
 from tests.orchestrator.submissions import plan, submission
@@ -81,4 +83,50 @@ def test_what_a_trial_could_not_send_is_sent_before_its_run_is_closed(tmp_path: 
         close_runs(engine, mlflow, 2.0, shipped.append)  # type: ignore[arg-type]
     assert shipped == [str(left)]
     assert mlflow.ended == ["FINISHED", "FINISHED"]
+    engine.dispose()
+
+
+def test_what_mlflow_refuses_of_one_trial_holds_up_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    settings = ServiceSettings(home=str(tmp_path))
+    studies = [accept.accept(engine, settings, submission(plan("a")), "ann", at)[0] for at in (1.0, 2.0)]
+    with engine.begin() as connection:
+        connection.execute(update(TRIALS).values(state="done"))
+        for study in studies:
+            connection.execute(update(STUDIES).where(STUDIES.c.id == study).values(mlflow_experiment=study))
+
+    class Refusing(FakeMLflow):
+        def experiment(self, name: str, tags: Any) -> str:
+            if name == studies[0]:
+                raise TrackingRefusedError("status 400, experiment is deleted")
+            return name
+
+    mlflow = Refusing()
+    close_runs(engine, mlflow, 2.0, lambda _: None)  # type: ignore[arg-type]
+    assert mlflow.ended == ["FINISHED"]
+    assert f"trial {studies[0]}-000: status 400, experiment is deleted" in caplog.text
+    with ledger.reading(engine) as connection:
+        closed = [ledger.trial_row(connection, f"{study}-000")["mlflow_closed"] for study in studies]
+    assert closed == [False, True]
+    engine.dispose()
+
+
+def test_a_webhook_that_refuses_one_study_is_told_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    settings = ServiceSettings(home=str(tmp_path))
+    studies = [accept.accept(engine, settings, submission(plan("a")), "ann", at)[0] for at in (1.0, 2.0)]
+    with engine.begin() as connection:
+        connection.execute(update(STUDIES).values(state="done", ended_at=3.0))
+    told: list[str] = []
+
+    def post(url: str, json: dict[str, Any], **_: Any) -> httpx.Response:
+        told.append(json["study"])
+        return httpx.Response(400 if json["study"] == studies[0] else 200, request=httpx.Request("POST", url))
+
+    monkeypatch.setattr(httpx, "post", post)
+    for _ in range(2):
+        send_webhooks(engine, "http://hook")
+    assert told == [*studies, studies[0]]
     engine.dispose()

@@ -255,11 +255,74 @@ def test_nothing_changes_while_ray_does_not_answer(house):
 def test_the_same_run_twice_is_paid_for_once(house):
     first, second = house.submit(plan("a")), house.submit(plan("b"))
     house.tick()
+    assert house.loop.waits[f"{second}-000"].why == f"is the same run as trial {first}-000, which waits first"
+    house.tick()
     assert house.loop.waits[f"{second}-000"].why == f"is the same run as trial {first}-000, under way"
     house.cluster.end(f"{first}-000-1")
     house.tick(2)
     row = house.trial(f"{second}-000")
     assert (row["state"], row["cached_from"], row["attempts"]) == ("done", f"{first}-000", 0)
+
+
+def test_of_the_same_run_twice_the_one_of_higher_priority_runs(house):
+    low = house.submit(plan("a"), priority=-5)
+    high = house.submit(plan("b"), priority=5)
+    house.tick()
+    assert (house.state(f"{low}-000"), house.state(f"{high}-000")) == ("queued", "starting")
+
+
+@pytest.mark.parametrize("resources", [{"CPU": 0}, {"x": float("nan")}, {"x": -1.0}])
+def test_a_study_of_unsound_resources_stops_no_other(house, resources):
+    bad = house.submit(plan("a", identity("bad")), priority=9)
+    with house.engine.begin() as connection:  # as an older version let it in
+        spec = ledger.study_row(connection, bad)["spec"]
+        spec["resources"]["custom_per_rank"] = resources
+        connection.execute(update(STUDIES).where(STUDIES.c.id == bad).values(spec=spec))
+    good = house.submit(plan("b", identity("good")))
+    house.tick()
+    assert house.state(f"{good}-000") == "starting"
+    assert house.state(f"{bad}-000") == "failed"
+    assert house.trial(f"{bad}-000")["error"].startswith("resources.custom_per_rank")
+
+
+def test_a_cancel_that_comes_while_an_attempt_is_judged_is_kept(house):
+    trial = f"{house.submit(plan('a'))}-000"
+    house.tick(2)
+    house.cluster.end(f"{trial}-1", 1, Outcome(state="failed", error_class="node", error="lost"), done=False)
+    plain = house.cluster.log
+
+    def cancelled_meanwhile(name: str) -> str:
+        house.cluster.log = plain
+        house.act(steer.cancel_trial, trial)
+        return str(plain(name))
+
+    house.cluster.log = cancelled_meanwhile
+    house.tick(2)
+    assert house.state(trial) == "cancelled"
+    assert house.cluster.started == [f"{trial}-1"]
+
+
+def test_a_pause_that_comes_while_trials_are_being_started_starts_no_more(house):
+    study = house.submit(plan("a", identity("a")), plan("b", identity("b")))
+    plain = house.cluster.submit
+
+    def paused_meanwhile(*arguments: Any, **more: Any) -> None:
+        house.cluster.submit = plain
+        house.act(steer.pause_study, study)
+        plain(*arguments, **more)
+
+    house.cluster.submit = paused_meanwhile
+    house.tick()
+    assert [house.state(f"{study}-00{i}") for i in range(2)] == ["stopping", "queued"]
+
+
+def test_what_runs_in_a_paused_study_is_stopped(house):
+    study = house.submit(plan("a"))
+    house.tick(2)
+    with house.engine.begin() as connection:  # the pause of another database session that saw it queued
+        connection.execute(update(STUDIES).where(STUDIES.c.id == study).values(state="paused"))
+    house.tick(2)
+    assert (house.state(f"{study}-000"), house.cluster.stops) == ("stopping", [f"{study}-000-1"])
 
 
 def test_a_spent_budget_ends_the_study(house):

@@ -33,7 +33,13 @@ def test_only_checkpoints_of_studies_long_over_go(tmp_path):
     assert [(removal.study, removal.bytes) for removal in removals] == [(old, 100)]
     folder = Path(removals[0].folder)
     assert folder.exists(), "a plan deletes nothing"
-    assert apply_retention(removals) == 100
+    with engine.begin() as connection:
+        steer.retry_trial(connection, removals[0].trial, "ann", 10 * DAY)
+    assert apply_retention(engine, removals, 10 * DAY, 7) == 0
+    assert folder.exists(), "it goes on from there"
+    with engine.begin() as connection:
+        steer.cancel_study(connection, old, "ann", 1 * DAY)
+    assert apply_retention(engine, removals, 10 * DAY, 7) == 100
     assert not folder.exists()
     assert (folder.parent / "artifacts/data").exists()
     with engine.begin() as connection:
