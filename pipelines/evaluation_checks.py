@@ -58,12 +58,10 @@ def check_truth(path: Path, coco: Mapping[str, Any]) -> None:
     for category in coco["categories"]:
         if finding := check_category_record(category):
             raise ValueError(f"{path}: category {category['id']}: {finding[0]}; {finding[1]}")
-    known = {part: _distinct_ids(path, part, coco[part]) for part in ("images", "categories")}
+    for part in ("images", "categories"):
+        _check_distinct(path, part, coco[part])
     for annotation in coco["annotations"]:
         where = f"{path}: annotation {annotation['id']}"
-        for key, part in (("image_id", "images"), ("category_id", "categories")):
-            if annotation[key] not in known[part]:
-                raise ValueError(f"{where}: {key} {annotation[key]} is not among the {part}; add it or drop this")
         if not _are_numbers(annotation["bbox"]) or len(annotation["bbox"]) != 4:
             raise ValueError(f"{where}: bbox is {shortened(annotation['bbox'])}; write it as [x, y, width, height]")
         if not _is_number(annotation["area"]):
@@ -72,22 +70,22 @@ def check_truth(path: Path, coco: Mapping[str, Any]) -> None:
             raise ValueError(f"{where}: iscrowd is {shortened(annotation['iscrowd'])}; write 0 or 1")
 
 
-def _distinct_ids(path: Path, part: str, records: Sequence[Mapping[str, Any]]) -> set[int]:
+def _check_distinct(path: Path, part: str, records: Sequence[Mapping[str, Any]]) -> None:
     """(Not of annotations: pycocotools knows them twice, and `engines` leaves such files to it.)"""
     seen: set[int] = set()
     for number, record in enumerate(records):
         if record["id"] in seen:
             raise ValueError(f"{path}: {part}[{number}]: id {record['id']} is there twice; give each an id of its own")
         seen.add(record["id"])
-    return seen
 
 
 def with_masks(coco: dict[str, Any]) -> dict[str, Any]:
-    """Every mask as compressed RLE."""
+    """Every mask as compressed RLE. Annotations of images that are not listed count nowhere, and are left out."""
     images = {image["id"]: image for image in coco["images"]}
     masks = [
         a | {"segmentation": _rle(f"annotation {a['id']}", a.get("segmentation"), images[a["image_id"]])}
         for a in coco["annotations"]
+        if a["image_id"] in images
     ]
     return coco | {"annotations": masks}
 
