@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
+from pipelines.console import one_line
 from pipelines.dataset import Dataset
 from workers.build import eval_loader, initial_detector, open_datasets, train_loader_opener
 from workers.causes import Cause, cause_of, common_cause, record_cause, write_outcome
@@ -22,7 +24,7 @@ from workers.journal import NOTHING, Journal, SilentJournal
 from workers.loop import Ending, Parts, train
 from workers.pictures import comparison
 from workers.scribe import Scribe
-from workers.state import TrainState, weights_of
+from workers.state import TrainState, check_same_run, weights_of
 from workers.step import check_precision
 from workers.stop import StopRequest
 from workers.storage import Storage
@@ -42,10 +44,14 @@ def run_trial(spec: RunSpec, world: World, stop: StopRequest, show: Callable[[Pr
     try:
         store = CheckpointStore(storage, spec.attempt, spec.run.loop.keep_checkpoints, print_warning)
         if world.is_first:
+            store.check_claim()
+        check_shared(storage, spec.attempt, world)
+        with refused_together(world):
+            given = _open(spec, world, store)
+        if world.is_first:  # from here on the folder is ours: an attempt that still trains in it ends
             store.claim()
             scribe = Scribe(spec, storage, show)
-        check_shared(storage, spec.attempt, world)
-        outcome = _run(spec, world, stop, storage, store, scribe)
+        outcome = _run(spec, world, stop, storage, store, scribe, given)
     except Exception as error:  # noqa: BLE001 - whatever it is, the attempt ends with it and says so
         outcome = _failed(spec, world, storage, cause_of(error, world.rank))
         if scribe is not None:
@@ -73,24 +79,60 @@ def _by_rank(cause: Cause, world: World) -> str:
     return f"rank {cause.rank}: {cause.error}" if world.size > 1 and cause.error_class != "person" else cause.error
 
 
-def _run(
-    spec: RunSpec, world: World, stop: StopRequest, storage: Storage, store: CheckpointStore, scribe: Scribe | None
-) -> Outcome:
+@contextmanager
+def refused_together(world: World) -> Iterator[None]:
+    """What a person got wrong, found in the block by some rank, is raised at its end on every rank."""
+    own: Exception | None = None
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        own = error
+    told = world.from_first([text for text in world.gather(one_line(own) if own else "") if text])
+    if own is not None:
+        raise own
+    if told:
+        raise ValueError(told[0])
+
+
+@dataclass(frozen=True)
+class _Given:
+    train_data: Dataset
+    val_data: Dataset
+    detector: nn.Module
+
+
+def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Given:
+    """Data and detector, once all that a person can get wrong is checked; leaves the trial's folder as it is."""
     run = spec.run
-    journal: Journal = scribe.journal if scribe is not None else SilentJournal()
     if world.device.type == "cpu":
         torch.set_num_threads(max(int(spec.cpus_per_rank), 1))
     check_precision(run.loop, world.device)
     if run.loop.global_batch < world.size:
         raise ValueError(f"loop.global_batch is {run.loop.global_batch} for {world.size} ranks; each needs an image")
-    journal.progress("starting", 0, None)
     train_data, val_data = open_datasets(run, spec.cache)
+    name = store.newest() if world.is_first else ""
+    if name:
+        check_same_run(store.load(name).plain["run"], run.model_dump(mode="json"))
+    return _Given(train_data, val_data, initial_detector(run))
+
+
+def _run(
+    spec: RunSpec,
+    world: World,
+    stop: StopRequest,
+    storage: Storage,
+    store: CheckpointStore,
+    scribe: Scribe | None,
+    given: _Given,
+) -> Outcome:
+    run, train_data, val_data = spec.run, given.train_data, given.val_data
+    journal: Journal = scribe.journal if scribe is not None else SilentJournal()
+    journal.progress("starting", 0, None)
     if scribe is not None:
         scribe.begin(
             {"maskray.manifest.train": train_data.manifest.hash, "maskray.manifest.val": val_data.manifest.hash}
         )
-    detector = initial_detector(run).to(world.device)
-    state = TrainState(run, detector)
+    state = TrainState(run, given.detector.to(world.device))
     name = world.from_first(store.newest() if world.is_first else "")
     if name:
         snapshot = store.load(name)

@@ -159,7 +159,7 @@ def share_of_cores(environment: Mapping[str, str]) -> int:
 
 
 def next_attempt(storage: Storage) -> tuple[int, str]:
-    """One more than the last attempt that claimed this folder, and the trial's id.
+    """One more than the last attempt that claimed this folder or was refused, and the trial's id.
 
     The tracker knows the trial by its id, so two folders of one name have two.
     """
@@ -167,6 +167,7 @@ def next_attempt(storage: Storage) -> tuple[int, str]:
         last = int(storage.read_json(f"{CHECKPOINT_FOLDER}/claim.json")["attempt"])
     except FileNotFoundError:
         last = 0
+    last = max([last, *(int(name) for name in storage.names("attempts") if name.isdecimal())])
     specs = [SPEC_FILE.format(attempt=attempt) for attempt in range(last, 0, -1)]
     known = next((str(storage.read_json(spec)["trial"]) for spec in specs if storage.exists(spec)), "")
     name = storage.uri.partition("?")[0].rstrip("/").rpartition("/")[2]

@@ -25,6 +25,7 @@ from workers.run import run_trial
 from workers.stop import StopRequest, files_asking
 from workers.storage import Storage
 from workers.sync import sync
+from workers.train import next_attempt
 from workers.world import World
 
 
@@ -176,6 +177,45 @@ def test_an_older_attempt_is_fenced_and_writes_no_result(tmp_path, packed):
     assert (outcome.state, outcome.error_class) == ("failed", "node")
     assert "attempt 2 has taken over" in outcome.error
     assert not (tmp_path / "result.json").exists()
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"optimiser__lr": 0.5}, "the checkpoint was written with optimiser.lr"),
+        ({"data__train": "/nowhere/at/all"}, "/nowhere/at/all: no manifest.json"),
+    ],
+)
+def test_a_refused_attempt_leaves_the_folder_to_the_one_that_trains_in_it(tmp_path, packed, overrides, message):
+    assert go(spec_of(tmp_path, run_of(packed, loop__steps=100_000)), asked_at_once()).state == "preempted"
+    before = files_below(tmp_path)
+    refused = go(spec_of(tmp_path, run_of(packed, loop__steps=100_000, **overrides), attempt=2))
+    assert (refused.error_class, message in refused.error) == ("person", True), refused.error
+    after = files_below(tmp_path)
+    assert {name: data for name, data in after.items() if not name.startswith("attempts/2/")} == before
+    assert next_attempt(Storage(str(tmp_path)))[0] == 3
+
+
+def test_what_one_rank_finds_wrong_is_refused_by_all_before_the_folder_is_taken(tmp_path, packed):
+    outcomes = run_ranks(no_data_on_rank_1, 2, spec_of(tmp_path, run_of(packed), ranks=2))
+    assert [(outcome.error_class, outcome.error) for outcome in outcomes] == [("person", "no data on this node")] * 2
+    assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "spool").exists()
+
+
+def no_data_on_rank_1(world: World, spec: RunSpec) -> Outcome:
+    import workers.run
+
+    def missing(run: RunConfig, cache: str) -> Any:
+        raise ValueError("no data on this node")
+
+    if world.rank == 1:
+        workers.run.open_datasets = missing
+    return run_trial(spec, world, StopRequest(), lambda progress: None)
 
 
 def test_a_trial_on_an_object_store_keeps_there_what_a_dead_tracker_could_not_be_told(
