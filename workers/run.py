@@ -24,7 +24,7 @@ from workers.journal import NOTHING, Journal, SilentJournal
 from workers.loop import Ending, Parts, train
 from workers.pictures import comparison
 from workers.scribe import Scribe
-from workers.state import TrainState, check_same_run, weights_of
+from workers.state import TrainState, check_same_training, weights_of
 from workers.step import check_precision
 from workers.stop import StopRequest
 from workers.storage import Storage
@@ -100,6 +100,10 @@ class _Given:
     val_data: Dataset
     detector: nn.Module
 
+    @property
+    def manifests(self) -> dict[str, str]:
+        return {"train": self.train_data.manifest.hash, "val": self.val_data.manifest.hash}
+
 
 def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Given:
     """Data and detector, once all that a person can get wrong is checked; leaves the trial's folder as it is."""
@@ -109,11 +113,11 @@ def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Given:
     check_precision(run.loop, world.device)
     if run.loop.global_batch < world.size:
         raise ValueError(f"loop.global_batch is {run.loop.global_batch} for {world.size} ranks; each needs an image")
-    train_data, val_data = open_datasets(run, spec.cache)
+    given = _Given(*open_datasets(run, spec.cache), initial_detector(run))
     name = store.newest() if world.is_first else ""
     if name:
-        check_same_run(store.load(name).plain["run"], run.model_dump(mode="json"))
-    return _Given(train_data, val_data, initial_detector(run))
+        check_same_training(store.load(name).plain, run, given.manifests)
+    return given
 
 
 def _run(
@@ -125,14 +129,12 @@ def _run(
     scribe: Scribe | None,
     given: _Given,
 ) -> Outcome:
-    run, train_data, val_data = spec.run, given.train_data, given.val_data
+    run = spec.run
     journal: Journal = scribe.journal if scribe is not None else SilentJournal()
     journal.progress("starting", 0, None)
     if scribe is not None:
-        scribe.begin(
-            {"maskray.manifest.train": train_data.manifest.hash, "maskray.manifest.val": val_data.manifest.hash}
-        )
-    state = TrainState(run, given.detector.to(world.device))
+        scribe.begin({f"maskray.manifest.{name}": digest for name, digest in given.manifests.items()})
+    state = TrainState(run, given.detector.to(world.device), given.manifests)
     name = world.from_first(store.newest() if world.is_first else "")
     if name:
         snapshot = store.load(name)
@@ -143,7 +145,7 @@ def _run(
         del snapshot
     elif scribe is not None:
         scribe.journal.restore(NOTHING, 0)
-    with closing(eval_loader(run, val_data, world)) as batches:
+    with closing(eval_loader(run, given.val_data, world)) as batches:
         reporter = _Reporter(spec, storage, store, journal, batches.dataset)
 
         def evaluate(now: TrainState, stopping: Callable[[], bool]) -> Scores | None:
@@ -158,7 +160,9 @@ def _run(
             now.detector.load_state_dict(initial_detector(run).state_dict())
             now.begin()
 
-        parts = Parts(state, train_loader_opener(run, train_data, world), evaluate, store, journal, stop, start_again)
+        parts = Parts(
+            state, train_loader_opener(run, given.train_data, world), evaluate, store, journal, stop, start_again
+        )
         ending = train(run, world, parts)
     outcome = Outcome(state=ending.state, step=state.step)
     if scribe is not None:

@@ -22,6 +22,7 @@ from workers.checkpoints import FencedError
 from workers.config import MLflowTracking, NoTracking, Outcome, Result, RunConfig, RunSpec
 from workers.evaluate import evaluate_detector
 from workers.run import run_trial
+from workers.state import check_same_training
 from workers.stop import StopRequest, files_asking
 from workers.storage import Storage
 from workers.sync import sync
@@ -198,6 +199,24 @@ def test_a_refused_attempt_leaves_the_folder_to_the_one_that_trains_in_it(tmp_pa
     after = files_below(tmp_path)
     assert {name: data for name, data in after.items() if not name.startswith("attempts/2/")} == before
     assert next_attempt(Storage(str(tmp_path)))[0] == 3
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_other_data_at_the_same_path_is_not_resumed_on(tmp_path, packed, name):
+    place = tmp_path / "data"
+    shutil.copytree(packed[("train", "val").index(name)], place)
+    run = run_of(packed, loop__steps=100_000, **{f"data__{name}": str(place)})
+    assert go(spec_of(tmp_path / "out", run), asked_at_once()).state == "preempted"
+    shutil.rmtree(place)
+    shutil.copytree(packed[("val", "train").index(name)], place)
+    refused = go(spec_of(tmp_path / "out", run, attempt=2))
+    pattern = rf"data\.{name}: {place} is other data .*manifest [0-9a-f]{{12}} then, [0-9a-f]{{12}} now.*new folder"
+    assert (refused.error_class, bool(re.search(pattern, refused.error))) == ("person", True), refused.error
+
+
+def test_a_checkpoint_without_hashes_of_its_data_is_resumed_from(packed):
+    run = run_of(packed)
+    check_same_training({"run": run.model_dump(mode="json")}, run, {"train": "a", "val": "b"})
 
 
 def test_what_one_rank_finds_wrong_is_refused_by_all_before_the_folder_is_taken(tmp_path, packed):
