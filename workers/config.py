@@ -87,7 +87,7 @@ class LoopConfig(Record):
     log_every_steps: int = Field(50, ge=1)
     checkpoint_every_steps: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
-    best_metric: str = "segm/AP"  # names the kept best weights; tables always use the last
+    best_metric: str = "segm/AP"  # names the kept best weights, without masks bbox/AP does; tables use the last
     eval_every_steps: int = Field(0, ge=0)  # 0 evaluates at the end alone
     eval_batch: int = Field(8, ge=1)
     guard: Guard = Guard()

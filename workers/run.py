@@ -19,7 +19,7 @@ from workers.build import eval_loader, initial_detector, open_datasets, train_lo
 from workers.causes import Cause, cause_of, common_cause, record_cause, write_outcome
 from workers.checkpoints import CheckpointStore
 from workers.config import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
-from workers.evaluate import Scores, evaluate_detector
+from workers.evaluate import Scores, best_metric, evaluate_detector
 from workers.journal import NOTHING, Journal, SilentJournal
 from workers.loop import Ending, Parts, train
 from workers.pictures import comparison
@@ -111,6 +111,7 @@ def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Given:
     if world.device.type == "cpu":
         torch.set_num_threads(max(int(spec.cpus_per_rank), 1))
     check_precision(run.loop, world.device)
+    best_metric(run)
     if run.loop.global_batch < world.size:
         raise ValueError(f"loop.global_batch is {run.loop.global_batch} for {world.size} ranks; each needs an image")
     given = _Given(*open_datasets(run, spec.cache), initial_detector(run))
@@ -233,6 +234,7 @@ class _Reporter:
         self, spec: RunSpec, storage: Storage, store: CheckpointStore, journal: Journal, dataset: Dataset
     ) -> None:
         self._loop, self._storage, self._store = spec.run.loop, storage, store
+        self._best_metric = best_metric(spec.run)
         self._journal, self._dataset = journal, dataset
 
     def evaluated(self, state: TrainState, scores: Scores) -> None:
@@ -244,7 +246,7 @@ class _Reporter:
         picture = f"{ARTIFACT_FOLDER}/pictures/step-{state.step:08d}.png"
         self._storage.write(picture, comparison(self._dataset, scores.results))
         self._journal.artifact(picture, "pictures")
-        best = scores.metrics.get(self._loop.best_metric, scores.metrics["bbox/AP"])
+        best = scores.metrics[self._best_metric]
         if best > state.best:
             state.best = best
             _write_weights(self._storage, state.detector, "weights-best")

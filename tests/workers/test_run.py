@@ -20,7 +20,7 @@ from workers.build import eval_loader, initial_detector, open_datasets
 from workers.causes import cause_of, classify, exit_status, explain_out_of_memory, most_telling
 from workers.checkpoints import FencedError
 from workers.config import MLflowTracking, NoTracking, Outcome, Result, RunConfig, RunSpec
-from workers.evaluate import evaluate_detector
+from workers.evaluate import best_metric, evaluate_detector, metric_names, result_kinds, score
 from workers.run import run_trial
 from workers.state import check_same_training
 from workers.stop import StopRequest, files_asking
@@ -124,6 +124,8 @@ def test_a_diverging_trial_fails_with_its_reason_in_outcome_and_mlflow(tmp_path,
         ({"model__num_classes": 80}, r"model.num_classes is 80, .* has 4 categories .* set model.num_classes=4"),
         ({"data__train": "/nowhere/at/all"}, r"/nowhere/at/all: no manifest.json there; pack the data"),
         ({"data__filter__categories": ["unicorn"]}, "unicorn"),
+        ({"loop__best_metric": "segm/APP"}, "loop.best_metric: this model has no metric 'segm/APP'; .* 'segm/AP'"),
+        ({"loop__best_metric": "keypoints/AP"}, "this model has no metric 'keypoints/AP'"),
         ({"model__weights__kind": "file", "model__weights__path": "/no/w.pt"}, "weights.path: /no/w.pt does not exist"),
     ],
 )
@@ -132,6 +134,24 @@ def test_what_a_person_got_wrong_is_one_line_and_status_2(tmp_path, packed, over
     assert (outcome.state, outcome.error_class, exit_status(outcome)) == ("failed", "person", 2)
     assert re.search(message, outcome.error), outcome.error
     assert "\n" not in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({}, "segm/AP"),
+        ({"model__mask__kind": "none"}, "bbox/AP"),
+        ({"loop__best_metric": "bbox/AP75"}, "bbox/AP75"),
+    ],
+)
+def test_the_best_weights_are_chosen_by_a_metric_that_the_model_has(packed, overrides, expected):
+    assert best_metric(run_of(packed, **overrides)) == expected
+
+
+def test_the_metrics_that_a_model_has_are_those_that_its_evaluation_finds(packed):
+    run = run_of(packed, model__mask__loss__kind="softmax")
+    _, data = open_datasets(run, "")
+    assert list(score(data, {kind: [] for kind in result_kinds(run.model)}).metrics) == metric_names(run.model)
 
 
 def test_data_of_another_schema_is_one_line_and_status_2(tmp_path, packed):
