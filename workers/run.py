@@ -17,9 +17,10 @@ from pipelines.console import one_line
 from pipelines.dataset import Dataset
 from workers.build import eval_loader, initial_detector, open_datasets, train_loader_opener
 from workers.causes import Cause, cause_of, common_cause, record_cause, write_outcome
-from workers.checkpoints import CheckpointStore
+from workers.checkpoints import CheckpointStore, FencedError
 from workers.config import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
 from workers.evaluate import Scores, best_metric, evaluate_detector
+from workers.guard import DivergedError
 from workers.journal import NOTHING, Journal, SilentJournal
 from workers.loop import Ending, Parts, train
 from workers.pictures import comparison
@@ -53,7 +54,7 @@ def run_trial(spec: RunSpec, world: World, stop: StopRequest, show: Callable[[Pr
             scribe = Scribe(spec, storage, show)
         outcome = _run(spec, world, stop, storage, store, scribe, given)
     except Exception as error:  # noqa: BLE001 - whatever it is, the attempt ends with it and says so
-        outcome = _failed(spec, world, storage, cause_of(error, world.rank))
+        outcome = _failed(spec, world, storage, error)
         if scribe is not None:
             outcome.events = scribe.journal.events
     if scribe is not None:
@@ -62,15 +63,17 @@ def run_trial(spec: RunSpec, world: World, stop: StopRequest, show: Callable[[Pr
     return outcome
 
 
-def _failed(spec: RunSpec, world: World, storage: Storage, own: Cause) -> Outcome:
-    print(own.details, flush=True)
+def _failed(spec: RunSpec, world: World, storage: Storage, error: Exception) -> Outcome:
+    own = cause_of(error, world.rank)
+    explained = own.error_class == "person" or isinstance(error, DivergedError | FencedError)
+    print(f"rank {world.rank} ends: {own.error}" if explained else own.details, flush=True)
     try:
         record_cause(storage, spec.attempt, own)
         cause = common_cause(storage, spec.attempt, own)
         outcome = Outcome(state="failed", error_class=cause.error_class, error=_by_rank(cause, world))
         write_outcome(storage, spec.attempt, outcome)
-    except (OSError, RuntimeError) as error:  # the storage itself may be what failed
-        print_warning(f"the reason could not be written to {storage.uri}: {error}")
+    except (OSError, RuntimeError) as unwritten:  # the storage itself may be what failed
+        print_warning(f"the reason could not be written to {storage.uri}: {unwritten}")
         outcome = Outcome(state="failed", error_class=own.error_class, error=_by_rank(own, world))
     return outcome
 

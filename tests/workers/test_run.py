@@ -129,10 +129,12 @@ def test_a_diverging_trial_fails_with_its_reason_in_outcome_and_mlflow(tmp_path,
         ({"model__weights__kind": "file", "model__weights__path": "/no/w.pt"}, "weights.path: /no/w.pt does not exist"),
     ],
 )
-def test_what_a_person_got_wrong_is_one_line_and_status_2(tmp_path, packed, overrides, message):
+def test_what_a_person_got_wrong_is_one_line_and_status_2(tmp_path, packed, overrides, message, capsys):
     outcome = go(spec_of(tmp_path, run_of(packed, **overrides)))
     assert (outcome.state, outcome.error_class, exit_status(outcome)) == ("failed", "person", 2)
     assert re.search(message, outcome.error), outcome.error
+    assert capsys.readouterr().out == f"rank 0 ends: {outcome.error}\n"
+    assert "Traceback" in json.loads((tmp_path / "attempts/1/rank-0.cause.json").read_text())["details"]
     assert "\n" not in outcome.error
 
 
@@ -192,11 +194,12 @@ def asked_at_once() -> StopRequest:
     return stop
 
 
-def test_an_older_attempt_is_fenced_and_writes_no_result(tmp_path, packed):
+def test_an_older_attempt_is_fenced_and_writes_no_result(tmp_path, packed, capsys):
     Storage(str(tmp_path)).write_json("checkpoints/claim.json", {"attempt": 2})
     outcome = go(spec_of(tmp_path, run_of(packed)))
     assert (outcome.state, outcome.error_class) == ("failed", "node")
     assert "attempt 2 has taken over" in outcome.error
+    assert "Traceback" not in capsys.readouterr().out
     assert not (tmp_path / "result.json").exists()
 
 
