@@ -20,8 +20,8 @@ from pipelines.dataset import Dataset
 from pipelines.engines import Curves, Engine, IouType, curves, default_engine
 from pipelines.evaluation_checks import check_truth, checked_results, read_json, with_keypoints, with_masks
 
-_BOX_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-_KEYPOINT_STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
+BOX_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+KEYPOINT_STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def evaluate(
     coco = _ground_truth(truth, iou_type)
     ordered = sorted(checked_results(coco, results, iou_type), key=_canonical)
     found = curves(engine or default_engine(coco), coco, ordered, iou_type)
-    names = _KEYPOINT_STATS if iou_type == "keypoints" else _BOX_STATS
+    names = KEYPOINT_STATS if iou_type == "keypoints" else BOX_STATS
     stats = {name: float(value) for name, value in zip(names, found.stats, strict=True)}
     return Evaluation(stats, _per_class(found, coco, iou_type))
 

@@ -68,7 +68,9 @@ class Guard(Record):
     """What happens when the loss is not finite or jumps: back to the last good checkpoint, then on as `action` says."""
 
     action: Literal["skip_window", "lower_rate"] = "skip_window"
-    spike_factor: float = Field(10.0, gt=1)  # of the running mean of the total loss; non-finite always counts
+    spike_factor: float = Field(
+        10.0, gt=1
+    )  # of the running mean of the total loss; a non-finite loss or gradient always counts
     check_every_steps: int = Field(20, ge=1)
     max_rollbacks: int = Field(3, ge=0)
     rate_factor: float = Field(0.5, gt=0, lt=1)  # of "lower_rate"
@@ -85,7 +87,7 @@ class LoopConfig(Record):
     log_every_steps: int = Field(50, ge=1)
     checkpoint_every_steps: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
-    best_metric: str = "segm/AP"  # names the kept best weights; tables always use the last
+    best_metric: str = "segm/AP"  # names the kept best weights, without masks bbox/AP does; tables use the last
     eval_every_steps: int = Field(0, ge=0)  # 0 evaluates at the end alone
     eval_batch: int = Field(8, ge=1)
     guard: Guard = Guard()

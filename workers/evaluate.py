@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -13,8 +14,9 @@ from model.config import MaskBranch, ModelConfig, NoKeypoints, SoftmaxMask
 from model.paste import paste_mask
 from model.structures import Batch, Detections
 from pipelines.dataset import Dataset
-from pipelines.evaluation import encode_crop, evaluate, image_results
+from pipelines.evaluation import BOX_STATS, KEYPOINT_STATS, encode_crop, evaluate, image_results
 from workers.causes import FEWER_EVALUATED, memory_explained
+from workers.config import LoopConfig, RunConfig
 from workers.world import World
 
 ImageResults = dict[str, list[dict[str, Any]]]  # kind of result -> COCO results
@@ -81,6 +83,23 @@ def result_kinds(model: ModelConfig) -> tuple[str, ...]:
     if not isinstance(model.keypoints, NoKeypoints):
         kinds.append("keypoints")
     return tuple(kinds)
+
+
+def metric_names(model: ModelConfig) -> list[str]:
+    """The names of all that `score` finds for a model."""
+    stats = {kind: KEYPOINT_STATS if kind == "keypoints" else BOX_STATS for kind in result_kinds(model)}
+    return [f"{kind}/{name}" for kind, names in stats.items() for name in names]
+
+
+def best_metric(run: RunConfig) -> str:
+    """What the best weights are chosen by. Raises ValueError if the model is not scored on it."""
+    wanted, names = run.loop.best_metric, metric_names(run.model)
+    if wanted in names:
+        return wanted
+    if wanted == LoopConfig().best_metric:  # the default serves models without masks too
+        return "bbox/AP"
+    [near] = difflib.get_close_matches(wanted, names, n=1, cutoff=0.0)
+    raise ValueError(f"loop.best_metric: this model has no metric {wanted!r}; did you mean {near!r}?")
 
 
 def coco_results(model: ModelConfig, found: Detections, category_ids: Sequence[int]) -> ImageResults:

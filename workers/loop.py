@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -116,7 +117,7 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
 
             # --- values reach the host ---
             rows = meter.read(world)
-            state.guard, bad = judge(loop.guard, state.guard, [row.values["loss"] for row in rows])
+            state.guard, bad = judge(loop.guard, state.guard, [_judged(row, loop) for row in rows])
             journal.rows(rows)
             if bad is not None:
                 _roll_back(run, world, parts, writer, rows[bad], loader)
@@ -173,12 +174,22 @@ def _save(parts: Parts, writer: BackgroundWriter, world: World, wait: bool) -> N
         writer.drain()
 
 
+def _judged(row: Row, loop: LoopConfig) -> float:
+    """The loss that the guard judges: not a number where the gradients were not finite, and the weights now are not.
+
+    With fp16 the scaler looks for such gradients itself, and takes no step on them.
+    """
+    broken = loop.precision != "fp16" and not math.isfinite(row.values["grad_norm"])
+    return math.nan if broken else row.values["loss"]
+
+
 def _roll_back(run: RunConfig, world: World, parts: Parts, writer: BackgroundWriter, bad: Row, loader: Loader) -> None:
     """Puts the state back to the last good checkpoint, on all ranks, with the guard's decision in it."""
     state, guard = parts.state, run.loop.guard
     reached, before = state.step, state.guard
     losses = {name.removeprefix("loss/"): value for name, value in bad.values.items() if name.startswith("loss")}
-    what = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+    shown = {**losses, "gradient norm": bad.values["grad_norm"]}
+    what = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
     sample_ids = loader.sample_ids(bad.step - 1 + before.skipped)
     if before.rollbacks >= guard.max_rollbacks:
         raise DivergedError(

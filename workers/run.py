@@ -5,24 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 
 import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
+from pipelines.console import one_line
 from pipelines.dataset import Dataset
 from workers.build import eval_loader, initial_detector, open_datasets, train_loader_opener
 from workers.causes import Cause, cause_of, common_cause, record_cause, write_outcome
-from workers.checkpoints import CheckpointStore
+from workers.checkpoints import CheckpointStore, FencedError
 from workers.config import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
-from workers.evaluate import Scores, evaluate_detector
+from workers.evaluate import Scores, best_metric, evaluate_detector
+from workers.guard import DivergedError
 from workers.journal import NOTHING, Journal, SilentJournal
 from workers.loop import Ending, Parts, train
 from workers.pictures import comparison
 from workers.scribe import Scribe
-from workers.state import TrainState, weights_of
+from workers.state import TrainState, check_same_training, weights_of
 from workers.step import check_precision
 from workers.stop import StopRequest
 from workers.storage import Storage
@@ -42,12 +45,16 @@ def run_trial(spec: RunSpec, world: World, stop: StopRequest, show: Callable[[Pr
     try:
         store = CheckpointStore(storage, spec.attempt, spec.run.loop.keep_checkpoints, print_warning)
         if world.is_first:
+            store.check_claim()
+        check_shared(storage, spec.attempt, world)
+        with refused_together(world):
+            given = _open(spec, world, store)
+        if world.is_first:  # from here on the folder is ours: an attempt that still trains in it ends
             store.claim()
             scribe = Scribe(spec, storage, show)
-        check_shared(storage, spec.attempt, world)
-        outcome = _run(spec, world, stop, storage, store, scribe)
+        outcome = _run(spec, world, stop, storage, store, scribe, given)
     except Exception as error:  # noqa: BLE001 - whatever it is, the attempt ends with it and says so
-        outcome = _failed(spec, world, storage, cause_of(error, world.rank))
+        outcome = _failed(spec, world, storage, error)
         if scribe is not None:
             outcome.events = scribe.journal.events
     if scribe is not None:
@@ -56,15 +63,17 @@ def run_trial(spec: RunSpec, world: World, stop: StopRequest, show: Callable[[Pr
     return outcome
 
 
-def _failed(spec: RunSpec, world: World, storage: Storage, own: Cause) -> Outcome:
-    print(own.details, flush=True)
+def _failed(spec: RunSpec, world: World, storage: Storage, error: Exception) -> Outcome:
+    own = cause_of(error, world.rank)
+    explained = own.error_class == "person" or isinstance(error, DivergedError | FencedError)
+    print(f"rank {world.rank} ends: {own.error}" if explained else own.details, flush=True)
     try:
         record_cause(storage, spec.attempt, own)
         cause = common_cause(storage, spec.attempt, own)
         outcome = Outcome(state="failed", error_class=cause.error_class, error=_by_rank(cause, world))
         write_outcome(storage, spec.attempt, outcome)
-    except (OSError, RuntimeError) as error:  # the storage itself may be what failed
-        print_warning(f"the reason could not be written to {storage.uri}: {error}")
+    except (OSError, RuntimeError) as unwritten:  # the storage itself may be what failed
+        print_warning(f"the reason could not be written to {storage.uri}: {unwritten}")
         outcome = Outcome(state="failed", error_class=own.error_class, error=_by_rank(own, world))
     return outcome
 
@@ -73,24 +82,63 @@ def _by_rank(cause: Cause, world: World) -> str:
     return f"rank {cause.rank}: {cause.error}" if world.size > 1 and cause.error_class != "person" else cause.error
 
 
-def _run(
-    spec: RunSpec, world: World, stop: StopRequest, storage: Storage, store: CheckpointStore, scribe: Scribe | None
-) -> Outcome:
+@contextmanager
+def refused_together(world: World) -> Iterator[None]:
+    """What a person got wrong, found in the block by some rank, is raised at its end on every rank."""
+    own: Exception | None = None
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        own = error
+    told = world.from_first([text for text in world.gather(one_line(own) if own else "") if text])
+    if own is not None:
+        raise own
+    if told:
+        raise ValueError(told[0])
+
+
+@dataclass(frozen=True)
+class _Given:
+    train_data: Dataset
+    val_data: Dataset
+    detector: nn.Module
+
+    @property
+    def manifests(self) -> dict[str, str]:
+        return {"train": self.train_data.manifest.hash, "val": self.val_data.manifest.hash}
+
+
+def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Given:
+    """Data and detector, once all that a person can get wrong is checked; leaves the trial's folder as it is."""
     run = spec.run
-    journal: Journal = scribe.journal if scribe is not None else SilentJournal()
     if world.device.type == "cpu":
         torch.set_num_threads(max(int(spec.cpus_per_rank), 1))
     check_precision(run.loop, world.device)
+    best_metric(run)
     if run.loop.global_batch < world.size:
         raise ValueError(f"loop.global_batch is {run.loop.global_batch} for {world.size} ranks; each needs an image")
+    given = _Given(*open_datasets(run, spec.cache), initial_detector(run))
+    name = store.newest() if world.is_first else ""
+    if name:
+        check_same_training(store.load(name).plain, run, given.manifests)
+    return given
+
+
+def _run(
+    spec: RunSpec,
+    world: World,
+    stop: StopRequest,
+    storage: Storage,
+    store: CheckpointStore,
+    scribe: Scribe | None,
+    given: _Given,
+) -> Outcome:
+    run = spec.run
+    journal: Journal = scribe.journal if scribe is not None else SilentJournal()
     journal.progress("starting", 0, None)
-    train_data, val_data = open_datasets(run, spec.cache)
     if scribe is not None:
-        scribe.begin(
-            {"maskray.manifest.train": train_data.manifest.hash, "maskray.manifest.val": val_data.manifest.hash}
-        )
-    detector = initial_detector(run).to(world.device)
-    state = TrainState(run, detector)
+        scribe.begin({f"maskray.manifest.{name}": digest for name, digest in given.manifests.items()})
+    state = TrainState(run, given.detector.to(world.device), given.manifests)
     name = world.from_first(store.newest() if world.is_first else "")
     if name:
         snapshot = store.load(name)
@@ -101,7 +149,7 @@ def _run(
         del snapshot
     elif scribe is not None:
         scribe.journal.restore(NOTHING, 0)
-    with closing(eval_loader(run, val_data, world)) as batches:
+    with closing(eval_loader(run, given.val_data, world)) as batches:
         reporter = _Reporter(spec, storage, store, journal, batches.dataset)
 
         def evaluate(now: TrainState, stopping: Callable[[], bool]) -> Scores | None:
@@ -116,7 +164,9 @@ def _run(
             now.detector.load_state_dict(initial_detector(run).state_dict())
             now.begin()
 
-        parts = Parts(state, train_loader_opener(run, train_data, world), evaluate, store, journal, stop, start_again)
+        parts = Parts(
+            state, train_loader_opener(run, given.train_data, world), evaluate, store, journal, stop, start_again
+        )
         ending = train(run, world, parts)
     outcome = Outcome(state=ending.state, step=state.step)
     if scribe is not None:
@@ -187,6 +237,7 @@ class _Reporter:
         self, spec: RunSpec, storage: Storage, store: CheckpointStore, journal: Journal, dataset: Dataset
     ) -> None:
         self._loop, self._storage, self._store = spec.run.loop, storage, store
+        self._best_metric = best_metric(spec.run)
         self._journal, self._dataset = journal, dataset
 
     def evaluated(self, state: TrainState, scores: Scores) -> None:
@@ -198,7 +249,7 @@ class _Reporter:
         picture = f"{ARTIFACT_FOLDER}/pictures/step-{state.step:08d}.png"
         self._storage.write(picture, comparison(self._dataset, scores.results))
         self._journal.artifact(picture, "pictures")
-        best = scores.metrics.get(self._loop.best_metric, scores.metrics["bbox/AP"])
+        best = scores.metrics[self._best_metric]
         if best > state.best:
             state.best = best
             _write_weights(self._storage, state.detector, "weights-best")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,11 +31,13 @@ class TrainState:
     """The state after `step` finished optimiser steps.
 
     best: highest value so far of the run's best metric. train_seconds: in steps, of which wait_seconds for data.
+    manifests: hashes of the data's manifests, by "train" and "val".
     """
 
-    def __init__(self, run: RunConfig, detector: nn.Module) -> None:
+    def __init__(self, run: RunConfig, detector: nn.Module, manifests: Mapping[str, str] | None = None) -> None:
         self.run = run
         self.detector = detector
+        self.manifests = dict(manifests or {})
         self.train_seconds = self.wait_seconds = 0.0
         self.begin()
 
@@ -90,6 +92,7 @@ class TrainState:
         )
         plain = {
             "run": self.run.model_dump(mode="json"),
+            "manifests": self.manifests,
             "guard": vars(self.guard),
             "best": self.best,
             "seconds": [self.train_seconds, self.wait_seconds],
@@ -97,8 +100,8 @@ class TrainState:
         return Snapshot(self.step, tensors, plain)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Raises ValueError if the checkpoint was written by another configuration."""
-        check_same_run(snapshot.plain["run"], self.run.model_dump(mode="json"))
+        """Raises ValueError if the checkpoint was written by another configuration or on other data."""
+        check_same_training(snapshot.plain, self.run, self.manifests)
         self.detector.load_state_dict(snapshot.tensors["detector"])
         self.optimiser.load_state_dict(snapshot.tensors["optimiser"])
         self.scaler.load_state_dict(snapshot.tensors["scaler"])
@@ -109,6 +112,18 @@ class TrainState:
         self.best = snapshot.plain["best"]
         self.train_seconds, self.wait_seconds = snapshot.plain["seconds"]
         self.step = snapshot.step
+
+
+def check_same_training(plain: Mapping[str, Any], run: RunConfig, manifests: Mapping[str, str]) -> None:
+    """Raises ValueError if a checkpoint's plain data is of another configuration, or of other data at the same path."""
+    check_same_run(plain["run"], run.model_dump(mode="json"))
+    for name, before in plain.get("manifests", {}).items():  # which older checkpoints do not have
+        now = manifests.get(name, before)
+        if now != before:
+            raise ValueError(
+                f"data.{name}: {getattr(run.data, name)} is other data than the checkpoint was written on (manifest "
+                f"{before[:12]} then, {now[:12]} now); put the old data back, or start in a new folder"
+            )
 
 
 def check_same_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -74,6 +74,10 @@ def _train(arguments: argparse.Namespace) -> int:
     from workers.stop import Reason, StopRequest, files_asking, grace_enforced, late_outcome, signals_asking
     from workers.world import launched_world
 
+    if arguments.cpus_per_rank < 0:
+        raise ValueError(f"--cpus-per-rank {arguments.cpus_per_rank}: give 1 or more, or leave it out")
+    if not arguments.grace_s > 0:
+        raise ValueError(f"--grace-s {arguments.grace_s:g}: give more than 0 seconds")
     run = parse_run(read_run(Path(arguments.run), arguments.set), arguments.run)
     out = arguments.out or f"runs/{Path(arguments.run).stem}"
     stop = StopRequest()
@@ -123,20 +127,30 @@ def _train(arguments: argparse.Namespace) -> int:
 def read_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Nested data of a run file with `PATH=VALUE` overrides. Raises ValueError with one line."""
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; give a run file, e.g. with `preset: tiny` and `data: ...`") from None
-    except yaml.YAMLError as error:
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a folder; give a run file in it") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: holds {type(data).__name__}, a run is a mapping with `data:`, maybe `preset:`")
-    base = run_preset(data.pop("preset")) if "preset" in data else {}
+    name = data.pop("preset", None)
+    if not isinstance(name, str | None):
+        raise ValueError(f"{path}: preset: {name!r} is no name; write e.g. `preset: tiny`")
+    base = {} if name is None else run_preset(name)
     pairs = {}
     for override in overrides:
-        name, equals, value = override.partition("=")
+        field, equals, value = override.partition("=")
         if not equals:
             raise ValueError(f"--set {override}: has no '='; write --set path=value")
-        pairs[name] = yaml.safe_load(value)
+        try:
+            pairs[field] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"--set {override}: the value is not YAML: {error}") from None
     return apply_overrides(merged(base, data), pairs)
 
 
@@ -159,7 +173,7 @@ def share_of_cores(environment: Mapping[str, str]) -> int:
 
 
 def next_attempt(storage: Storage) -> tuple[int, str]:
-    """One more than the last attempt that claimed this folder, and the trial's id.
+    """One more than the last attempt that claimed this folder or was refused, and the trial's id.
 
     The tracker knows the trial by its id, so two folders of one name have two.
     """
@@ -167,6 +181,7 @@ def next_attempt(storage: Storage) -> tuple[int, str]:
         last = int(storage.read_json(f"{CHECKPOINT_FOLDER}/claim.json")["attempt"])
     except FileNotFoundError:
         last = 0
+    last = max([last, *(int(name) for name in storage.names("attempts") if name.isdecimal())])
     specs = [SPEC_FILE.format(attempt=attempt) for attempt in range(last, 0, -1)]
     known = next((str(storage.read_json(spec)["trial"]) for spec in specs if storage.exists(spec)), "")
     name = storage.uri.partition("?")[0].rstrip("/").rpartition("/")[2]

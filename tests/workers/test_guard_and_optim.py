@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from tests.workers.fakes import FakeDetector, fake_trial, small_run
-from workers.config import SGD, AdamW, CosineSchedule, Guard, OneCycle, StepSchedule
+from workers.config import SGD, AdamW, CosineSchedule, Guard, LoopConfig, OneCycle, StepSchedule
 from workers.guard import DivergedError, GuardState, judge, rolled_back
+from workers.loop import _judged
+from workers.meter import Row
 from workers.optim import base_rate, build_optimiser, rate_factor
 
 
@@ -65,6 +68,36 @@ def test_the_loop_rolls_back_skips_the_window_and_says_so(tmp_path):
     assert (event.kind, event.step) == ("rollback", 6)
     assert "sample ids [500, 501" in event.text
     assert all(torch.isfinite(p).all() for p in trial.state.trained)
+
+
+class BreakingGradients(Exploding):
+    """Its loss is finite on the global batches given, its gradients are not."""
+
+    def forward(self, batch):  # type: ignore[no-untyped-def]
+        terms = super().forward(batch)
+        bad, self.scale = math.isnan(self.scale), 1.0
+        if bad:
+            terms = FakeDetector.forward(self, batch)
+            zero = self.head.weight.sum() * 0
+            terms["common"] = replace(terms["common"], sum=terms["common"].sum + zero.sqrt())
+        return terms
+
+
+@pytest.mark.parametrize("bad", [2, 3])  # 3 is the last batch before a checkpoint
+def test_gradients_that_are_not_finite_roll_back_and_reach_no_checkpoint(tmp_path, bad):
+    trial = fake_trial(tmp_path, small_run(log_every_steps=4, keep_checkpoints=9), detector=BreakingGradients({bad}))
+    assert (trial.ending.state, trial.state.guard.rollbacks) == ("done", 1)
+    [event] = trial.journal.events
+    assert (event.step, "gradient norm nan" in event.text) == (bad + 1, True)
+    saved = [torch.load(path, weights_only=True)["detector"] for path in tmp_path.glob("checkpoints/*/state.pt")]
+    assert len(saved) == 3
+    assert all(torch.isfinite(value).all() for weights in saved for value in weights.values())
+
+
+def test_with_fp16_gradients_that_are_not_finite_are_left_to_the_scaler():
+    row = Row(1, {"loss": 2.0, "grad_norm": math.inf})
+    assert _judged(row, LoopConfig(precision="fp16")) == 2.0
+    assert math.isnan(_judged(row, LoopConfig()))
 
 
 def test_a_loss_that_was_never_good_begins_again_from_the_start(tmp_path):

@@ -20,11 +20,13 @@ from workers.build import eval_loader, initial_detector, open_datasets
 from workers.causes import cause_of, classify, exit_status, explain_out_of_memory, most_telling
 from workers.checkpoints import FencedError
 from workers.config import MLflowTracking, NoTracking, Outcome, Result, RunConfig, RunSpec
-from workers.evaluate import evaluate_detector
+from workers.evaluate import best_metric, evaluate_detector, metric_names, result_kinds, score
 from workers.run import run_trial
+from workers.state import check_same_training
 from workers.stop import StopRequest, files_asking
 from workers.storage import Storage
 from workers.sync import sync
+from workers.train import next_attempt
 from workers.world import World
 
 
@@ -122,14 +124,36 @@ def test_a_diverging_trial_fails_with_its_reason_in_outcome_and_mlflow(tmp_path,
         ({"model__num_classes": 80}, r"model.num_classes is 80, .* has 4 categories .* set model.num_classes=4"),
         ({"data__train": "/nowhere/at/all"}, r"/nowhere/at/all: no manifest.json there; pack the data"),
         ({"data__filter__categories": ["unicorn"]}, "unicorn"),
+        ({"loop__best_metric": "segm/APP"}, "loop.best_metric: this model has no metric 'segm/APP'; .* 'segm/AP'"),
+        ({"loop__best_metric": "keypoints/AP"}, "this model has no metric 'keypoints/AP'"),
         ({"model__weights__kind": "file", "model__weights__path": "/no/w.pt"}, "weights.path: /no/w.pt does not exist"),
     ],
 )
-def test_what_a_person_got_wrong_is_one_line_and_status_2(tmp_path, packed, overrides, message):
+def test_what_a_person_got_wrong_is_one_line_and_status_2(tmp_path, packed, overrides, message, capsys):
     outcome = go(spec_of(tmp_path, run_of(packed, **overrides)))
     assert (outcome.state, outcome.error_class, exit_status(outcome)) == ("failed", "person", 2)
     assert re.search(message, outcome.error), outcome.error
+    assert capsys.readouterr().out == f"rank 0 ends: {outcome.error}\n"
+    assert "Traceback" in json.loads((tmp_path / "attempts/1/rank-0.cause.json").read_text())["details"]
     assert "\n" not in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({}, "segm/AP"),
+        ({"model__mask__kind": "none"}, "bbox/AP"),
+        ({"loop__best_metric": "bbox/AP75"}, "bbox/AP75"),
+    ],
+)
+def test_the_best_weights_are_chosen_by_a_metric_that_the_model_has(packed, overrides, expected):
+    assert best_metric(run_of(packed, **overrides)) == expected
+
+
+def test_the_metrics_that_a_model_has_are_those_that_its_evaluation_finds(packed):
+    run = run_of(packed, model__mask__loss__kind="softmax")
+    _, data = open_datasets(run, "")
+    assert list(score(data, {kind: [] for kind in result_kinds(run.model)}).metrics) == metric_names(run.model)
 
 
 def test_data_of_another_schema_is_one_line_and_status_2(tmp_path, packed):
@@ -170,12 +194,70 @@ def asked_at_once() -> StopRequest:
     return stop
 
 
-def test_an_older_attempt_is_fenced_and_writes_no_result(tmp_path, packed):
+def test_an_older_attempt_is_fenced_and_writes_no_result(tmp_path, packed, capsys):
     Storage(str(tmp_path)).write_json("checkpoints/claim.json", {"attempt": 2})
     outcome = go(spec_of(tmp_path, run_of(packed)))
     assert (outcome.state, outcome.error_class) == ("failed", "node")
     assert "attempt 2 has taken over" in outcome.error
+    assert "Traceback" not in capsys.readouterr().out
     assert not (tmp_path / "result.json").exists()
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"optimiser__lr": 0.5}, "the checkpoint was written with optimiser.lr"),
+        ({"data__train": "/nowhere/at/all"}, "/nowhere/at/all: no manifest.json"),
+    ],
+)
+def test_a_refused_attempt_leaves_the_folder_to_the_one_that_trains_in_it(tmp_path, packed, overrides, message):
+    assert go(spec_of(tmp_path, run_of(packed, loop__steps=100_000)), asked_at_once()).state == "preempted"
+    before = files_below(tmp_path)
+    refused = go(spec_of(tmp_path, run_of(packed, loop__steps=100_000, **overrides), attempt=2))
+    assert (refused.error_class, message in refused.error) == ("person", True), refused.error
+    after = files_below(tmp_path)
+    assert {name: data for name, data in after.items() if not name.startswith("attempts/2/")} == before
+    assert next_attempt(Storage(str(tmp_path)))[0] == 3
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_other_data_at_the_same_path_is_not_resumed_on(tmp_path, packed, name):
+    place = tmp_path / "data"
+    shutil.copytree(packed[("train", "val").index(name)], place)
+    run = run_of(packed, loop__steps=100_000, **{f"data__{name}": str(place)})
+    assert go(spec_of(tmp_path / "out", run), asked_at_once()).state == "preempted"
+    shutil.rmtree(place)
+    shutil.copytree(packed[("val", "train").index(name)], place)
+    refused = go(spec_of(tmp_path / "out", run, attempt=2))
+    pattern = rf"data\.{name}: {place} is other data .*manifest [0-9a-f]{{12}} then, [0-9a-f]{{12}} now.*new folder"
+    assert (refused.error_class, bool(re.search(pattern, refused.error))) == ("person", True), refused.error
+
+
+def test_a_checkpoint_without_hashes_of_its_data_is_resumed_from(packed):
+    run = run_of(packed)
+    check_same_training({"run": run.model_dump(mode="json")}, run, {"train": "a", "val": "b"})
+
+
+def test_what_one_rank_finds_wrong_is_refused_by_all_before_the_folder_is_taken(tmp_path, packed):
+    outcomes = run_ranks(no_data_on_rank_1, 2, spec_of(tmp_path, run_of(packed), ranks=2))
+    assert [(outcome.error_class, outcome.error) for outcome in outcomes] == [("person", "no data on this node")] * 2
+    assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "spool").exists()
+
+
+def no_data_on_rank_1(world: World, spec: RunSpec) -> Outcome:
+    import workers.run
+
+    def missing(run: RunConfig, cache: str) -> Any:
+        raise ValueError("no data on this node")
+
+    if world.rank == 1:
+        workers.run.open_datasets = missing
+    return run_trial(spec, world, StopRequest(), lambda progress: None)
 
 
 def test_a_trial_on_an_object_store_keeps_there_what_a_dead_tracker_could_not_be_told(

@@ -57,6 +57,11 @@ def test_merging_replaces_a_record_of_another_kind():
         ("preset: tiny\n", [], "data.train: is required"),
         ("preset: tiny\n", ["--set", "loop.steps"], "has no '='"),
         ("- 1\n", [], "a run is a mapping"),
+        ("preset: tiny\n", ["--set", "loop.steps=[1"], "--set loop.steps=[1: the value is not YAML"),
+        ("preset: [a]\n", [], "run.yaml: preset: ['a'] is no name"),
+        ("preset: tiny\n", ["--cpus-per-rank", "-3"], "--cpus-per-rank -3: give 1 or more"),
+        ("preset: tiny\n", ["--grace-s", "0"], "--grace-s 0: give more than 0"),
+        ("preset: tiny\n", ["--grace-s", "nan"], "--grace-s nan: give more than 0"),
     ],
 )
 def test_mistakes_in_a_run_file_are_one_line_and_status_2(tmp_path, capsys, text, arguments, message):
@@ -66,6 +71,15 @@ def test_mistakes_in_a_run_file_are_one_line_and_status_2(tmp_path, capsys, text
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_run_file_that_is_a_folder_or_no_text_is_named(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_bytes(b"preset: \xff\n")
+    for path, message in ((tmp_path, "is a folder"), (tmp_path / "run.yaml", "not UTF-8 at byte 8")):
+        assert main([str(path)]) == 2
+        error = capsys.readouterr().err
+        assert f"{path}: {message}" in error
+        assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
