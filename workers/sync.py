@@ -46,9 +46,11 @@ def sync(where: str) -> int:
         if remote.local is None:
             for name in remote.names(""):
                 remote.fetch(name, folder)
-        spool = Spool(folder, take=False)  # its run may be alive
         target = SpoolTarget.model_validate_json((folder / TARGET_FILE).read_bytes())
-        sender = build_target(target, Storage(target.storage))
+        sender = build_target(target.tracking, target, Storage(target.storage))
+        if sender is None:
+            raise ValueError(f"{where}: its run has no tracker; resume it with one (--mlflow), which sends all of it")
+        spool = Spool(folder, take=False)  # its run may be alive
         total = 0
         try:
             while batch := spool.unsent():
