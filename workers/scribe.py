@@ -22,7 +22,7 @@ from workers.config import (
     Tracking,
 )
 from workers.journal import TrialJournal
-from workers.spool import Record, Shipper, Spool
+from workers.spool import Record, Shipper, Spool, print_warning
 from workers.storage import Storage
 from workers.tracking import TRIAL_TAG, MLflowTarget, flattened
 
@@ -188,7 +188,7 @@ def tell_failure(spec: RunSpec, storage: Storage, outcome: Outcome) -> None:
         spool.append(record)
     sender = build_target(spec.tracking, target, storage)
     if sender is not None:
-        shipper = Shipper(spool, sender, lambda text: print(f"warning: {text}", flush=True))
+        shipper = Shipper(spool, sender, print_warning)
         if not shipper.close(_LAST_SHIPMENT_S[outcome.state]):
             print(f'warning: send the rest later with "maskray sync {spool.folder}"', flush=True)
     spool.close()
