@@ -81,7 +81,8 @@ class CheckpointStore:
         ):
             with self._storage.replacing(f"{folder}/{name}") as raw:
                 sink = HashingSink(raw)
-                dump(sink)
+                with sink.telling():  # torch's zip writer turns an OSError into a RuntimeError of its own
+                    dump(sink)
             files[name] = {"sha256": sink.hexdigest(), "bytes": sink.size}
         self.check_claim()
         marker = {"step": snapshot.step, "attempt": self._attempt, "files": files}

@@ -1,8 +1,8 @@
 """What a run has to tell its tracker: appended to a file first, shipped later by a thread, in order and idempotently.
 
 A spool is a folder with `records.jsonl` (one record a line, with its original time), `cursor.json` (how many bytes of
-it have been shipped) and `rejected.jsonl` (damaged lines, and what the tracker refused for good). Sending a record twice
-adds nothing.
+it have been shipped) and `rejected.jsonl` (damaged lines, and what the tracker refused for good). Sending a record
+twice adds nothing.
 """
 
 from __future__ import annotations

@@ -114,6 +114,41 @@ def test_a_full_disk_ends_the_run_with_the_remedy_and_leaves_the_checkpoint_befo
     assert fake_trial(tmp_path / "full", run, attempt=3).digest == fake_trial(tmp_path / "whole", run).digest
 
 
+class FillingSink:
+    """Of a disk with room for `room` more bytes."""
+
+    def __init__(self, sink: Any, room: int) -> None:
+        self._sink, self._room = sink, room
+
+    def write(self, data: Any) -> None:
+        self._room -= len(data)
+        if self._room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._sink.write(data)
+
+
+class FillingStorage(Storage):
+    """A disk that is full in the middle of the tensors of a checkpoint."""
+
+    room = 0
+
+    @contextmanager
+    def replacing(self, path: str) -> Iterator[Any]:
+        with super().replacing(path) as sink:
+            yield FillingSink(sink, self.room) if path.endswith("state.pt") else sink
+
+
+@pytest.mark.parametrize("room", [0, 100, 50_000, 400_500])
+def test_a_disk_that_fills_up_inside_torchs_writer_is_told_as_full(tmp_path, room):
+    storage = FillingStorage(str(tmp_path))
+    storage.room = room
+    store = CheckpointStore(storage, 1, 2, print)
+    with pytest.raises(RuntimeError, match=r"no space left on .* while writing .*state\.pt; free some") as full:
+        store.publish(Snapshot(1, {"w": torch.zeros(100_000)}, {}))
+    assert classify(full.value) == "node"
+    assert not list((tmp_path / "checkpoints").rglob("*.p*t*"))
+
+
 def test_a_slow_write_does_not_hold_up_the_submitter_and_its_error_comes_later(tmp_path):
     import threading
 
