@@ -77,6 +77,16 @@ def test_an_older_attempt_can_publish_nothing_once_a_newer_one_has_claimed(tmp_p
     assert new.newest() == "0002-00000012"
 
 
+def test_of_two_starts_with_one_attempt_number_the_later_claim_holds(tmp_path):
+    first, _ = store_in(tmp_path)
+    first.publish(snapshot(10))
+    second, _ = store_in(tmp_path)
+    with pytest.raises(FencedError, match="attempt 1 was started twice; the other start has taken over"):
+        first.publish(snapshot(20))
+    second.publish(snapshot(12))
+    assert second.newest() == "0001-00000012"
+
+
 def test_the_newest_is_of_the_latest_attempt_even_at_a_lower_step(tmp_path):
     old, _ = store_in(tmp_path, attempt=1)
     old.publish(snapshot(50))
@@ -202,4 +212,4 @@ def test_checkpoints_behind_a_uri_are_published_found_and_pruned(s3_uri):
     assert again.load(again.newest()).tensors["w"].tolist() == [30.0] * 3
     names = Storage(s3_uri).names("checkpoints")
     assert [name for name in names if name.startswith("0")] == ["0001-00000020", "0001-00000030"]
-    assert json.loads(Storage(s3_uri).read("checkpoints/claim.json")) == {"attempt": 2}
+    assert json.loads(Storage(s3_uri).read("checkpoints/claim.json"))["attempt"] == 2
