@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -44,14 +45,20 @@ class Snapshot:
     plain: dict[str, Any]
 
 
-def check_claim(storage: Storage, attempt: int) -> None:
-    """Raises FencedError if a newer attempt has claimed the trial's folder."""
+def check_claim(storage: Storage, attempt: int, token: str = "") -> None:
+    """Raises FencedError if a newer attempt has claimed the trial's folder.
+
+    token: of the process's own claim, which another start of the same attempt replaces; empty if it made none.
+    """
     try:
-        holder = int(storage.read_json(_CLAIM)["attempt"])
+        claim = storage.read_json(_CLAIM)
     except FileNotFoundError:
         return
+    holder = int(claim["attempt"])
     if holder > attempt:
         raise FencedError(f"attempt {holder} has taken over {storage.uri}; attempt {attempt} ends here")
+    if holder == attempt and token and claim.get("token") != token:
+        raise FencedError(f"attempt {attempt} was started twice; the other start has taken over {storage.uri}")
 
 
 class CheckpointStore:
@@ -59,15 +66,17 @@ class CheckpointStore:
 
     def __init__(self, storage: Storage, attempt: int, keep: int, warn: Callable[[str], None]) -> None:
         self._storage, self._attempt, self._keep, self._warn = storage, attempt, keep, warn
+        self._token = ""
 
     def claim(self) -> None:
-        """Takes the folder for this attempt. Raises FencedError if a newer one has it."""
+        """Takes the folder for this start of this attempt. Raises FencedError if a newer attempt has it."""
         self.check_claim()
-        self._storage.write_json(_CLAIM, {"attempt": self._attempt})
+        self._token = uuid4().hex
+        self._storage.write_json(_CLAIM, {"attempt": self._attempt, "token": self._token})
 
     def check_claim(self) -> None:
-        """Raises FencedError if a newer attempt has claimed the folder."""
-        check_claim(self._storage, self._attempt)
+        """Raises FencedError if a newer attempt, or another start of this one, has claimed the folder."""
+        check_claim(self._storage, self._attempt, self._token)
 
     def publish(self, snapshot: Snapshot) -> None:
         """Writes one checkpoint and deletes those beyond the last `keep`. Raises FencedError, RuntimeError."""
@@ -81,7 +90,8 @@ class CheckpointStore:
         ):
             with self._storage.replacing(f"{folder}/{name}") as raw:
                 sink = HashingSink(raw)
-                dump(sink)
+                with sink.telling():  # torch's zip writer turns an OSError into a RuntimeError of its own
+                    dump(sink)
             files[name] = {"sha256": sink.hexdigest(), "bytes": sink.size}
         self.check_claim()
         marker = {"step": snapshot.step, "attempt": self._attempt, "files": files}

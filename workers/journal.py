@@ -71,8 +71,10 @@ class TrialJournal:
         global_batch: int,
         window_steps: int,
         show: Callable[[Progress], None],
+        shipped: bool = True,
     ) -> None:
-        self._spool, self._attempt, self._steps = spool, attempt, steps
+        """shipped: the spool empties as the run goes on, so that a checkpoint can carry what is left of it."""
+        self._spool, self._attempt, self._steps, self._shipped = spool, attempt, steps, shipped
         self._global_batch, self._window_steps = global_batch, window_steps
         self._series = SeriesParts(storage)
         self._window: list[Row] = []
@@ -148,7 +150,8 @@ class TrialJournal:
 
         def read() -> dict[str, Any]:
             self._series.write_part(rows)
-            return {"window": window, "tail": [record for _, record in self._spool.unsent(100_000)], "events": events}
+            tail = [record for _, record in self._spool.unsent(100_000)] if self._shipped else []
+            return {"window": window, "tail": tail, "events": events}
 
         return read
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import assert_never
 
@@ -22,7 +22,7 @@ from workers.config import (
     Tracking,
 )
 from workers.journal import TrialJournal
-from workers.spool import Record, Shipper, Spool
+from workers.spool import Record, Shipper, Spool, print_warning
 from workers.storage import Storage
 from workers.tracking import TRIAL_TAG, MLflowTarget, flattened
 
@@ -42,23 +42,15 @@ class SpoolTarget(ConfigRecord):
     storage: str
 
 
-class NoTarget:
-    """Nobody is told; what the spool keeps is enough."""
-
-    run_id = ""
-
-    def send(self, records: Sequence[Record]) -> None:
-        pass
-
-
-def build_target(target: SpoolTarget, storage: Storage) -> MLflowTarget | NoTarget:
-    match target.tracking:
+def build_target(tracking: Tracking, target: SpoolTarget, storage: Storage) -> MLflowTarget | None:
+    """None without a tracker: nothing is shipped then, and the records wait in the spool for one."""
+    match tracking:
         case NoTracking():
-            return NoTarget()
+            return None
         case MLflowTracking():
-            return MLflowTarget(target.tracking, target.trial, target.name, storage)
+            return MLflowTarget(tracking, target.trial, target.name, storage)
         case _:
-            assert_never(target.tracking)
+            assert_never(tracking)
 
 
 def spool_folder(spec: RunSpec, storage: Storage) -> Path:
@@ -69,11 +61,23 @@ def spool_folder(spec: RunSpec, storage: Storage) -> Path:
 
 
 def open_spool(spec: RunSpec, storage: Storage) -> tuple[Spool, SpoolTarget]:
-    """The trial's spool, taken over from whoever wrote it before, and where its records belong, noted in it."""
+    """The trial's spool, taken over from whoever wrote it before, and where its records belong, noted in it.
+
+    An attempt without a tracker leaves them to that of the attempts before.
+    """
     spool = Spool(spool_folder(spec, storage))
-    target = SpoolTarget(tracking=spec.tracking, trial=spec.trial, name=spec.name, storage=spec.storage)
-    Storage(str(spool.folder)).write(TARGET_FILE, target.model_dump_json(indent=1).encode())
+    files = Storage(str(spool.folder))
+    tracking = spec.tracking if isinstance(spec.tracking, MLflowTracking) else _tracking_before(files)
+    target = SpoolTarget(tracking=tracking, trial=spec.trial, name=spec.name, storage=spec.storage)
+    files.write(TARGET_FILE, target.model_dump_json(indent=1).encode())
     return spool, target
+
+
+def _tracking_before(files: Storage) -> Tracking:
+    try:
+        return SpoolTarget.model_validate_json(files.read(TARGET_FILE)).tracking
+    except (FileNotFoundError, ValueError):
+        return NoTracking()
 
 
 class Scribe:
@@ -82,13 +86,22 @@ class Scribe:
     def __init__(self, spec: RunSpec, storage: Storage, show: Callable[[Progress], None]) -> None:
         self._spec, self._storage = spec, storage
         self._spool, target = open_spool(spec, storage)
-        tracked = isinstance(spec.tracking, MLflowTracking)
         window = spec.tracking.step_metrics_every if isinstance(spec.tracking, MLflowTracking) else 50
         loop = spec.run.loop
-        self.journal = TrialJournal(self._spool, storage, spec.attempt, loop.steps, loop.global_batch, window, show)
-        self._target = build_target(target, storage)
-        self._shipper = Shipper(self._spool, self._target, self.journal.warn)
-        self._tracked, self._closed = tracked, False
+        self._target = build_target(spec.tracking, target, storage)
+        self.journal = TrialJournal(
+            self._spool,
+            storage,
+            spec.attempt,
+            loop.steps,
+            loop.global_batch,
+            window,
+            show,
+            shipped=self._target is not None,
+        )
+        self._shipper = Shipper(self._spool, self._target, self.journal.warn) if self._target else None
+        self._owing = isinstance(target.tracking, MLflowTracking)  # to this attempt's tracker, or to one before
+        self._closed = False
         self._tell_start()
 
     def _tell_start(self) -> None:
@@ -122,14 +135,15 @@ class Scribe:
             self._closed = True
             for record in ending_records(outcome):
                 self._spool.append(record)
-            if not self._shipper.close(_LAST_SHIPMENT_S[outcome.state]):
+            arrived = self._shipper.close(_LAST_SHIPMENT_S[outcome.state]) if self._shipper else not self._owing
+            if not arrived:
                 self.journal.warn(
                     f'some records could not be shipped; send them later with "maskray sync {self._spool.folder}"'
                 )
                 self._keep_unshipped()
             self.journal.close()
             self._spool.close()
-        return self._target.run_id
+        return self._target.run_id if self._target else ""
 
     def finish(self, outcome: Outcome) -> None:
         """Closes, whatever happened before."""
@@ -172,7 +186,9 @@ def tell_failure(spec: RunSpec, storage: Storage, outcome: Outcome) -> None:
     spool, target = open_spool(spec, storage)
     for record in ending_records(outcome):
         spool.append(record)
-    shipper = Shipper(spool, build_target(target, storage), lambda text: print(f"warning: {text}", flush=True))
-    if not shipper.close(_LAST_SHIPMENT_S[outcome.state]):
-        print(f'warning: send the rest later with "maskray sync {spool.folder}"', flush=True)
+    sender = build_target(spec.tracking, target, storage)
+    if sender is not None:
+        shipper = Shipper(spool, sender, print_warning)
+        if not shipper.close(_LAST_SHIPMENT_S[outcome.state]):
+            print(f'warning: send the rest later with "maskray sync {spool.folder}"', flush=True)
     spool.close()

@@ -1,11 +1,13 @@
 """What a run has to tell its tracker: appended to a file first, shipped later by a thread, in order and idempotently.
 
 A spool is a folder with `records.jsonl` (one record a line, with its original time), `cursor.json` (how many bytes of
-it have been shipped) and `rejected.jsonl` (what the tracker refused for good). Sending a record twice adds nothing.
+it have been shipped) and `rejected.jsonl` (damaged lines, and what the tracker refused for good). Sending a record
+twice adds nothing.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
@@ -20,6 +22,10 @@ from workers.storage import Storage, explained
 # | {"kind": "artifact", "path", "folder"} | {"kind": "status", "at", "status"} | {"kind": "rewind", "step"}
 Record: TypeAlias = dict[str, Any]
 _LAST_TRIES = 3  # of a shipper that is closed
+
+
+def print_warning(text: str) -> None:
+    print(f"warning: {text}", flush=True)
 
 
 class RejectedError(Exception):
@@ -41,23 +47,35 @@ class Target(Protocol):
 class Spool:
     """An append-only file of records. Safe between one appending and one shipping thread.
 
+    Lines that a crash of the machine left damaged are set aside when it is opened, and nobody is told them.
+
     take: to write it. The file is replaced by its copy, so that a process of an older attempt that still lives appends
     to a file that nobody sees. Otherwise it is read and shipped beside the process that writes it.
     """
 
-    def __init__(self, folder: Path, take: bool = True) -> None:
+    def __init__(self, folder: Path, take: bool = True, warn: Callable[[str], None] = print_warning) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._path, self._cursor_path = folder / "records.jsonl", folder / "cursor.json"
+        self._rejected_path = folder / "rejected.jsonl"
+        self._path.touch()
+        with self._path.open("rb") as file:
+            damaged = [repr(line) for line in file if line.endswith(b"\n") and _parsed(line) is None]
+        if damaged:
+            self.reject(damaged, "damaged")
+            warn(f"{self._path}: {len(damaged)} damaged line(s) of a crash, kept in {self._rejected_path}")
         if take:
-            self._take()
+            self._take(bool(damaged))
         self._file = self._path.open("ab")
         self._lock = threading.Lock()
 
-    def _take(self) -> None:
-        data = self._path.read_bytes() if self._path.exists() else b""
+    def _take(self, damaged: bool) -> None:
+        data = self._path.read_bytes()
         data = data[: data.rfind(b"\n") + 1]  # without the line that a crash tore
         files = Storage(str(self.folder))
+        if damaged:
+            data = b"".join(line for line in io.BytesIO(data) if _parsed(line) is not None)
+            files.write_json(self._cursor_path.name, {"bytes": 0})  # first: it counts bytes of the old file
         files.write(self._path.name, data)
         if self.cursor > len(data):  # a machine that crashed lost the end of the file
             files.write_json(self._cursor_path.name, {"bytes": 0})
@@ -102,19 +120,31 @@ class Spool:
                 if not line.endswith(b"\n") or len(found) == limit:
                     break
                 position += len(line)
-                found.append((position, json.loads(line)))
+                if (record := _parsed(line)) is not None:
+                    found.append((position, record))
         return found
 
     def records(self) -> list[Record]:
         with self._path.open("rb") as file:
-            return [json.loads(line) for line in file if line.endswith(b"\n")]
+            parsed = [_parsed(line) for line in file if line.endswith(b"\n")]
+        return [record for record in parsed if record is not None]
 
-    def reject(self, records: Iterable[Record], reason: str) -> None:
-        with (self.folder / "rejected.jsonl").open("a") as file:
+    def reject(self, records: Iterable[Record | str], reason: str) -> None:
+        """records: as they were told, or the text of a line that is none."""
+        with self._rejected_path.open("a") as file:
             file.writelines(json.dumps({"reason": reason, "record": record}) + "\n" for record in records)
 
     def close(self) -> None:
         self._file.close()
+
+
+def _parsed(line: bytes) -> Record | None:
+    """None if the line is no record."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # not JSON, or no text at all
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None
 
 
 def metric_points(records: Iterable[Record]) -> set[tuple[str, int]]:

@@ -25,17 +25,31 @@ class HashingSink:
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
         self._hash = hashlib.sha256()
+        self._error: OSError | None = None
         self.size = 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self._hash.update(view)
-        self._sink.write(view)  # type: ignore[arg-type]
+        try:
+            self._sink.write(view)  # type: ignore[arg-type]
+        except OSError as error:
+            self._error = self._error or error
+            raise
         self.size += view.nbytes
         return view.nbytes
 
     def flush(self) -> None:
         """What reached the sink is flushed when its file is closed."""
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Whatever a writer makes of a write that failed, the block raises the first one's own error."""
+        try:
+            yield
+        finally:
+            if self._error is not None:
+                raise self._error
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

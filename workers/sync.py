@@ -30,6 +30,10 @@ def _sync(where: str, as_json: bool) -> int:
     return 0
 
 
+def tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def sync(where: str) -> int:
     """Ships all unsent records of a spool; returns how many. Raises RuntimeError if the tracker cannot be reached."""
     remote = Storage(where)
@@ -46,13 +50,15 @@ def sync(where: str) -> int:
         if remote.local is None:
             for name in remote.names(""):
                 remote.fetch(name, folder)
-        spool = Spool(folder, take=False)  # its run may be alive
         target = SpoolTarget.model_validate_json((folder / TARGET_FILE).read_bytes())
-        sender = build_target(target, Storage(target.storage))
+        sender = build_target(target.tracking, target, Storage(target.storage))
+        if sender is None:
+            raise ValueError(f"{where}: its run has no tracker; resume it with one (--mlflow), which sends all of it")
+        spool = Spool(folder, take=False, warn=tell)  # its run may be alive
         total = 0
         try:
             while batch := spool.unsent():
-                ship_once(spool, sender, lambda text: print(text, file=sys.stderr))
+                ship_once(spool, sender, tell)
                 total += len(batch)
         except Exception as error:
             left = f"{total} records sent, the others stay in {where}"

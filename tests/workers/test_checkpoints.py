@@ -77,6 +77,16 @@ def test_an_older_attempt_can_publish_nothing_once_a_newer_one_has_claimed(tmp_p
     assert new.newest() == "0002-00000012"
 
 
+def test_of_two_starts_with_one_attempt_number_the_later_claim_holds(tmp_path):
+    first, _ = store_in(tmp_path)
+    first.publish(snapshot(10))
+    second, _ = store_in(tmp_path)
+    with pytest.raises(FencedError, match="attempt 1 was started twice; the other start has taken over"):
+        first.publish(snapshot(20))
+    second.publish(snapshot(12))
+    assert second.newest() == "0001-00000012"
+
+
 def test_the_newest_is_of_the_latest_attempt_even_at_a_lower_step(tmp_path):
     old, _ = store_in(tmp_path, attempt=1)
     old.publish(snapshot(50))
@@ -112,6 +122,41 @@ def test_a_full_disk_ends_the_run_with_the_remedy_and_leaves_the_checkpoint_befo
     assert not list((tmp_path / "full/checkpoints").rglob("*.part"))
     assert store_in(tmp_path / "full", attempt=2)[0].newest() == "0001-00000004"
     assert fake_trial(tmp_path / "full", run, attempt=3).digest == fake_trial(tmp_path / "whole", run).digest
+
+
+class FillingSink:
+    """Of a disk with room for `room` more bytes."""
+
+    def __init__(self, sink: Any, room: int) -> None:
+        self._sink, self._room = sink, room
+
+    def write(self, data: Any) -> None:
+        self._room -= len(data)
+        if self._room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._sink.write(data)
+
+
+class FillingStorage(Storage):
+    """A disk that is full in the middle of the tensors of a checkpoint."""
+
+    room = 0
+
+    @contextmanager
+    def replacing(self, path: str) -> Iterator[Any]:
+        with super().replacing(path) as sink:
+            yield FillingSink(sink, self.room) if path.endswith("state.pt") else sink
+
+
+@pytest.mark.parametrize("room", [0, 100, 50_000, 400_500])
+def test_a_disk_that_fills_up_inside_torchs_writer_is_told_as_full(tmp_path, room):
+    storage = FillingStorage(str(tmp_path))
+    storage.room = room
+    store = CheckpointStore(storage, 1, 2, print)
+    with pytest.raises(RuntimeError, match=r"no space left on .* while writing .*state\.pt; free some") as full:
+        store.publish(Snapshot(1, {"w": torch.zeros(100_000)}, {}))
+    assert classify(full.value) == "node"
+    assert not list((tmp_path / "checkpoints").rglob("*.p*t*"))
 
 
 def test_a_slow_write_does_not_hold_up_the_submitter_and_its_error_comes_later(tmp_path):
@@ -167,4 +212,4 @@ def test_checkpoints_behind_a_uri_are_published_found_and_pruned(s3_uri):
     assert again.load(again.newest()).tensors["w"].tolist() == [30.0] * 3
     names = Storage(s3_uri).names("checkpoints")
     assert [name for name in names if name.startswith("0")] == ["0001-00000020", "0001-00000030"]
-    assert json.loads(Storage(s3_uri).read("checkpoints/claim.json")) == {"attempt": 2}
+    assert json.loads(Storage(s3_uri).read("checkpoints/claim.json"))["attempt"] == 2

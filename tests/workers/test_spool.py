@@ -92,6 +92,39 @@ def test_a_line_torn_by_a_crash_is_dropped_and_the_next_is_whole(tmp_path):
     assert [record["step"] for record in again.records()] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "damage", [b"\0" * 64, b"\xff\xfe{", b"17", b'{"kind'], ids=["zeros", "bytes", "number", "torn"]
+)
+@pytest.mark.parametrize("shipped", [0, 1, 2])
+def test_a_damaged_line_is_set_aside_with_one_warning(tmp_path, damage, shipped):
+    tracker, warnings = FakeTracker(), []
+    first = Spool(tmp_path)
+    ends = [0]
+    for step in (1, 2):
+        first.append(metrics(step))
+        ends.append((tmp_path / "records.jsonl").stat().st_size)
+    first.advance(ends[shipped])
+    first.close()
+    lines = (tmp_path / "records.jsonl").read_bytes().splitlines()
+    (tmp_path / "records.jsonl").write_bytes(b"\n".join([lines[0], damage, lines[1], damage, b""]))
+    beside = Spool(tmp_path, take=False, warn=warnings.append)
+    assert {record["step"] for _, record in beside.unsent()} <= {1, 2}
+    beside.close()
+    (tmp_path / "rejected.jsonl").unlink()
+    again = Spool(tmp_path, warn=warnings.append)
+    again.append(metrics(3))
+    assert [record["step"] for record in again.records()] == [1, 2, 3]
+    assert Shipper(again, tracker, warnings.append).close(30)
+    again.close()
+    assert steps_of(tracker) == [1, 2, 3]
+    assert len(warnings) == 2  # of each opening
+    assert "2 damaged line(s)" in warnings[0]
+    aside = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert aside == [{"reason": "damaged", "record": repr(damage + b"\n")}] * 2
+    Spool(tmp_path, warn=warnings.append).close()
+    assert len(warnings) == 2
+
+
 def test_a_process_whose_spool_was_taken_over_adds_and_ships_nothing(tmp_path):
     tracker, warnings = FakeTracker(), []
     old = Spool(tmp_path)

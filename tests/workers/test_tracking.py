@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.workers.fakes import small_run
 from tests.workers.test_spool import metrics
-from workers.config import MLflowTracking
+from workers.config import MLflowTracking, NoTracking, Outcome, RunSpec, Tracking
+from workers.scribe import Scribe, open_spool
 from workers.spool import Shipper, Spool
 from workers.storage import Storage
 from workers.sync import sync
@@ -53,6 +55,42 @@ def test_values_that_mlflow_refuses_are_told_apart_from_a_dead_server(tmp_path, 
         sender.send([{"kind": "params", "values": {"lr": "2"}}])
     with pytest.raises(RejectedError, match="artifact is gone"):
         sender.send([{"kind": "artifact", "path": "nowhere.txt", "folder": ""}])
+
+
+def attempt_of(folder: Path, number: int, tracking: Tracking) -> RunSpec:
+    return RunSpec(run=small_run(), storage=str(folder), trial="t-1", attempt=number, tracking=tracking)
+
+
+def tell(spec: RunSpec, step: int) -> None:
+    """An attempt that tells one point and ends."""
+    scribe = Scribe(spec, Storage(spec.storage), lambda progress: None)
+    scribe.journal.metrics(step, {"loss": 1 / step})
+    assert scribe.journal.state()()["tail"] == []
+    scribe.close(Outcome(state="done", step=step))
+
+
+def test_a_run_first_trained_without_a_tracker_sends_that_part_once_it_has_one(tmp_path, empty_store, capsys):
+    own = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'own.db')}"
+    tell(attempt_of(tmp_path, 1, NoTracking()), 1)
+    assert not (tmp_path / "spool/cursor.json").exists()
+    assert "warning" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="its run has no tracker; resume it with one"):
+        sync(str(tmp_path))
+    scribe = Scribe(attempt_of(tmp_path, 2, MLflowTracking(uri=own, experiment="study")), Storage(str(tmp_path)), print)
+    scribe.journal.metrics(2, {"loss": 0.5})
+    assert scribe.close(Outcome(state="done", step=2))
+    assert history(own) == [(1, 1.0), (2, 0.5)]
+
+
+def test_an_attempt_without_a_tracker_leaves_its_records_to_the_tracker_before(tmp_path, empty_store, capsys):
+    own = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'own.db')}"
+    spool, _ = open_spool(attempt_of(tmp_path, 1, MLflowTracking(uri=own, experiment="study")), Storage(str(tmp_path)))
+    spool.append(metrics(1))  # and its tracker was dead
+    spool.close()
+    tell(attempt_of(tmp_path, 2, NoTracking()), 2)
+    assert "send them later with" in capsys.readouterr().out
+    sync(str(tmp_path))
+    assert history(own) == [(1, 1.0), (2, 0.5)]
 
 
 def test_config_becomes_dotted_params_within_the_limits():
