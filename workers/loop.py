@@ -197,11 +197,13 @@ def _roll_back(run: RunConfig, world: World, parts: Parts, writer: BackgroundWri
             f"({what}; sample ids {sample_ids}); lower the rate, warm up longer or clip gradients"
         )
     writer.drain()
+    best = state.best
     name = world.from_first(parts.checkpoints.newest() if world.is_first else "")
     if name:
         state.restore(parts.checkpoints.load(name))
     else:
         parts.start_again(state)
+    state.best = max(best, state.best)  # its weights are kept already: a worse evaluation must not replace them
     state.guard = rolled_back(guard, state.guard, before, reached - state.step)
     parts.journal.rewind(state.step)
     parts.journal.event(
