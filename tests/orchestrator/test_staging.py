@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def packed(tmp_path: Path) -> Path:
 
 
 def started(cluster: Any, packed: Path, now: float = 1000.0) -> Any:
-    return begin(cluster, ServiceSettings(home=str(packed.parent)), [str(packed)], 1.0, now)
+    settings = ServiceSettings(home=str(packed.parent), entry=(sys.executable, "-m", "workers.ray_entry"))
+    return begin(cluster, settings, [str(packed)], 1.0, now)
 
 
 def test_every_node_says_what_it_has(packed):
