@@ -444,7 +444,13 @@ def _entries(data: bytes, what: str) -> list[zipfile.ZipInfo]:
     for entry in entries:
         path = PurePosixPath(entry.filename)
         link = (entry.external_attr >> 16) & 0o170000 == 0o120000
-        if path.is_absolute() or ".." in path.parts or "\\" in entry.filename or ":" in path.parts[:1] or link:
+        if (
+            path.is_absolute()
+            or ".." in path.parts
+            or "\\" in entry.filename
+            or re.match("[A-Za-z]:", entry.filename)
+            or link
+        ):
             raise HTTPException(400, f"{what}: {entry.filename!r} leaves the package")
     return entries
 

@@ -77,7 +77,6 @@ def close_runs(engine: Engine, mlflow: MLflow, now: float, ship: Callable[[str],
             select(*columns, TRIALS.c.study, STUDIES.c.mlflow_experiment, STUDIES.c.mlflow_run_id.label("parent"))
             .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
             .where(TRIALS.c.mlflow_closed.is_(False), TRIALS.c.state.in_(FINAL_STATES))
-            .limit(200)
         )
         trials = list(connection.execute(query).mappings())
     for trial in trials:

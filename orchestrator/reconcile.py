@@ -1,4 +1,4 @@
-"""The loop that makes the cluster do what the ledger says: observe, record, decide, act.
+"""The loop that makes the cluster do what the ledger says: observe, record, and let `admission` start what may run.
 
 Each tick reads everything anew, so a service that dies between two lines of it is taken up by the next one. Only the
 ledger remembers; what is kept here besides are words for people and measurements that the next tick replaces.
@@ -8,44 +8,22 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import ValidationError
 from sqlalchemy import Connection, Engine, select, update
 
 from orchestrator import ledger, storage
-from orchestrator.capacity import Bundle, request_entry, request_id, wanted
+from orchestrator.admission import Admission, ask_to_stop
 from orchestrator.cluster import ENDED, Cluster, Job
-from orchestrator.config import Resources, ServiceSettings
-from orchestrator.decide import (
-    ELSEWHERE,
-    UNKNOWN,
-    Gang,
-    GiveUp,
-    Node,
-    Running,
-    Situation,
-    Start,
-    Stop,
-    Wait,
-    Waiting,
-    decide,
-    duration,
-    fit,
-    needs,
-    take,
-)
-from orchestrator.places import code_uri
-from orchestrator.spec import gang_of, run_spec, study_limits
+from orchestrator.config import ServiceSettings
+from orchestrator.decide import Node, duration
 from orchestrator.tables import ATTEMPTS, TRIALS
 from orchestrator.verdict import Ended, Verdict, judge, suspects
-from workers.config import NODES_FILE, OUTCOME_FILE, PROGRESS_FILE, RESULT_FILE, SPEC_FILE, Outcome, Progress, Result
+from workers.config import NODES_FILE, OUTCOME_FILE, PROGRESS_FILE, RESULT_FILE, Outcome, Progress, Result
 
 LOG = logging.getLogger("maskray")
 DRIVER_LOG = "attempts/{attempt}/driver.log"
-_FREE = Wait("", 0, "")
 _FORCE_AFTER_S = 30.0  # beyond the grace, should Ray not have ended a job that it was asked to stop
 
 
@@ -56,16 +34,10 @@ class Reconciler:
         self.engine = engine
         self.settings = settings
         self.nodes: Sequence[Node] = ()
-        self.waits: dict[str, Wait] = {}
         self.cluster_words = "the cluster is starting"
         self.tracking_uri = ""
         self.session = ""  # of the head that the last tick saw
-        self._ledger_id = ledger.ledger_id(engine)
-        self._asked: list[Bundle] | None = None
-        self._gangs: dict[str, Gang] = {}  # by study
-        self._known_code: set[str] = set()
-        self._sound: dict[str, str] = {}  # study -> what is wrong with its resources
-        self._durations: dict[str, float] = {}  # seconds that a trial of this study took, at most
+        self.admission = Admission(engine, settings)
 
     # --- one tick ---
 
@@ -85,20 +57,20 @@ class Reconciler:
         self.nodes = nodes
         self.cluster_words = "ready"
         self._take_cached(now)
-        self._admit(cluster, now)
+        self.admission.admit(cluster, nodes, self.tracking_uri, now)
 
     # --- observing ---
 
     def _follow(self, cluster: Cluster, row: ledger.Row, job: Job | None, now: float) -> None:
         if job is None and row["state"] == "submitting" and row["trial_state"] != "stopping":
-            self._submit(cluster, row["trial"], row["number"])
+            self.admission.submit(cluster, row["trial"], row["number"], self.tracking_uri)
         elif job is None or job.state in ENDED:
             self._conclude(cluster, row, job, now)
         else:
             if job.state == "RUNNING":
                 self._note_progress(row, now)
             if row["study_state"] == "paused" and not row["wish"]:  # it was being started when the pause came
-                self._wish(row["trial"], "pause", "its study is paused", now)
+                ask_to_stop(self.engine, row["trial"], "pause", "its study is paused", now)
             self._stop_if_wished(cluster, row, now)
 
     def _note_progress(self, row: ledger.Row, now: float) -> None:
@@ -153,7 +125,7 @@ class Reconciler:
     def _end_orphans(self, cluster: Cluster, jobs: Mapping[str, Job], known: set[str]) -> None:
         """Jobs of ours that the ledger holds for over: a start that was fenced, a trial that was forgotten."""
         for submission, job in jobs.items():
-            if submission in known or job.metadata.get("maskray") != self._mark():
+            if submission in known or job.metadata.get("maskray") != self.admission.mark:
                 continue
             if job.state in ENDED:
                 cluster.forget(submission)
@@ -266,204 +238,6 @@ class Reconciler:
         path = storage.join(row["folder"], DRIVER_LOG.format(attempt=row["number"]))
         storage.write_bytes(path, text.encode())
 
-    # --- starting ---
-
-    def _admit(self, cluster: Cluster, now: float) -> None:
-        with ledger.reading(self.engine) as connection:
-            attempts = ledger.live_attempts(connection)
-            waiting = ledger.waiting_trials(connection)
-            studies = study_limits(connection, attempts, now)
-            self._measure_durations(connection, {row["study"] for row in waiting})
-        held, free = self._hold_back(waiting, attempts, now)
-        situation = Situation(
-            nodes=self.nodes,
-            waiting=[self._waiting(row, now) for row in free],
-            running=self._running(attempts),
-            studies=studies,
-        )
-        decisions = decide(situation, self.settings.limits)
-        waits = {wait.trial: wait for wait in held}
-        for decision in decisions:
-            match decision:
-                case Start():
-                    number = ledger.start_attempt(self.engine, decision.trial, now, decision.why, decision.avoid)
-                    if number:
-                        self._submit(cluster, decision.trial, number)
-                case Stop():
-                    self._wish(decision.trial, "budget", decision.why, now)
-                case GiveUp():
-                    self._give_up(decision.trial, "budget", decision.why, now)
-                case Wait():
-                    waits[decision.trial] = decision
-        self.waits = waits
-        if self.settings.autoscale:
-            lacking = [row for row in free if waits.get(row["id"], _FREE).lacks]
-            head = min(lacking, key=lambda row: waits[row["id"]].position or 1, default=None)
-            self._ask_for_capacity(cluster, attempts, head, now)
-
-    def _ask_for_capacity(
-        self, cluster: Cluster, attempts: Sequence[ledger.Row], head: ledger.Row | None, now: float
-    ) -> None:
-        """Sends a request when it differs from the last one; a service that was started anew sends it again."""
-        gangs = [self._gang(row) for row in attempts]
-        bundles = wanted(gangs, self._gang(head) if head is not None else None, self.settings.node_shapes)
-        if bundles == self._asked or (not bundles and self._asked is None):
-            return
-        entry = f"exec {shlex.join(request_entry(bundles, self.settings.entry[0]))}"
-        cluster.submit(request_id(self._mark(), bundles, now), entry, {}, "", {})
-        self._asked = bundles
-        LOG.info("asked the cluster for %d bundles", len(bundles))
-
-    def _submit(self, cluster: Cluster, trial: str, number: int) -> None:
-        """Writes the attempt's spec and starts its job. Doing it twice does it once: the submission id is the fence."""
-        with ledger.reading(self.engine) as connection:
-            row = ledger.trial_row(connection, trial)
-            study = ledger.study_row(connection, row["study"]) if row is not None else None
-            avoid = connection.execute(
-                select(ATTEMPTS.c.avoid).where(ATTEMPTS.c.trial == trial, ATTEMPTS.c.number == number)
-            ).scalar()
-        if row is None or study is None:
-            return
-        spec = run_spec(row, study, number, (avoid or "").split(), self.tracking_uri, self.settings.grace_s)
-        path = storage.join(row["folder"], SPEC_FILE.format(attempt=number))
-        storage.write_bytes(path, json.dumps(spec, indent=1).encode())
-        package = ""
-        if study["code"]:
-            package = f"_ray_pkg_{study['code'][:32]}.zip"
-            cluster.upload(package, lambda: self._read_code(study["code"]))
-        environment = {
-            **self.settings.environment,
-            "RAY_JOB_STOP_SIGNAL": "SIGINT",
-            "RAY_JOB_STOP_WAIT_TIME_S": f"{self.settings.grace_s + 15:.0f}",
-        }
-        entry = f"exec {shlex.join([*self.settings.entry, '--spec', path])}"
-        submission = f"{trial}-{number}"
-        cluster.submit(submission, entry, environment, package, {"maskray": self._mark(), "trial": trial})
-        with self.engine.begin() as connection:
-            connection.execute(
-                update(ATTEMPTS)
-                .where(ATTEMPTS.c.submission_id == submission, ATTEMPTS.c.state == "submitting")
-                .values(state="submitted")
-            )
-
-    # --- what decide needs to know ---
-
-    def _gang(self, row: ledger.Row) -> Gang:
-        """One object for all trials of a study, whose spec never changes."""
-        if row["study"] not in self._gangs:
-            self._gangs[row["study"]] = gang_of(row["spec"])
-        return self._gangs[row["study"]]
-
-    def _waiting(self, row: ledger.Row, now: float) -> Waiting:
-        return Waiting(
-            trial=row["id"],
-            study=row["study"],
-            owner=row["owner"],
-            gang=self._gang(row),
-            priority=row["priority"],
-            age_s=max(0.0, now - row["queued_at"]),
-            backoff_s=max(0.0, row["not_before"] - now),
-            seconds=self._durations.get(row["study"], UNKNOWN),
-            suspects=tuple(row["suspects"].split()),
-        )
-
-    def _running(self, attempts: Sequence[ledger.Row]) -> list[Running]:
-        """A gang whose ranks have said something sits somewhere: its nodes' free resources lack it already.
-
-        Ray does not say over HTTP where, so it is put where that much is in use.
-        """
-        used = {
-            node.id: {name: node.total[name] - node.free.get(name, 0.0) for name in node.total} for node in self.nodes
-        }
-        found = []
-        for row in attempts:
-            seated = row["state"] == "running" and row["progress"].get("attempt") == row["number"]
-            left = row["progress"].get("seconds_left") if seated else None
-            gang = self._gang(row)
-            placement = (fit(gang, used) or {ELSEWHERE: gang.ranks}) if seated else {}
-            take(used, gang, placement)
-            seconds = UNKNOWN if left is None else float(left)
-            found.append(Running(row["trial"], row["study"], row["owner"], gang, placement, seconds))
-        return found
-
-    def _hold_back(
-        self, waiting: Sequence[ledger.Row], attempts: Sequence[ledger.Row], now: float
-    ) -> tuple[list[Wait], list[ledger.Row]]:
-        """Trials that wait for something that decide does not know, and the others."""
-        held: list[Wait] = []
-        free: list[ledger.Row] = []
-        under_way = self._identities([row["trial"] for row in attempts])
-        first: dict[str, str] = {}  # identity -> the trial of it that waits in front
-        for row in sorted(waiting, key=lambda row: (-row["priority"], row["queued_at"])):
-            if problem := self._unsound(row):
-                self._give_up(row["id"], "person", problem, now)
-            elif row["code"] and not self._has_code(row["code"]):
-                held.append(Wait(row["id"], 0, "its code package is missing: submit the study's code again"))
-            elif self.settings.ray == "local" and not self._holdable(row):
-                self._give_up(
-                    row["id"], "person", f"needs {needs(gang_of(row['spec']))}: more than this machine has", now
-                )
-            elif self._awaits_parent(row, now):
-                held.append(Wait(row["id"], 0, "waits for the MLflow server"))
-            elif not row["fresh"] and row["identity"] in under_way:
-                held.append(Wait(row["id"], 0, f"is the same run as trial {under_way[row['identity']]}, under way"))
-            elif not row["fresh"] and row["identity"] in first:
-                held.append(Wait(row["id"], 0, f"is the same run as trial {first[row['identity']]}, which waits first"))
-            else:
-                free.append(row)
-                if not row["fresh"]:
-                    first[row["identity"]] = row["id"]
-        place = {row["id"]: index for index, row in enumerate(waiting)}
-        return held, sorted(free, key=lambda row: place[row["id"]])
-
-    def _unsound(self, row: ledger.Row) -> str:
-        """What is wrong with a study's resources, from a ledger that an older version filled; it must stop no other."""
-        if row["study"] not in self._sound:
-            try:
-                Resources.model_validate(row["spec"]["resources"])
-                self._sound[row["study"]] = ""
-            except ValidationError as error:
-                found = error.errors(include_url=False)[0]
-                self._sound[row["study"]] = f"resources.{'.'.join(map(str, found['loc']))}: {found['msg']}"
-        return self._sound[row["study"]]
-
-    def _has_code(self, sha256: str) -> bool:
-        if sha256 not in self._known_code and storage.exists(code_uri(self.settings, sha256)):
-            self._known_code.add(sha256)
-        return sha256 in self._known_code
-
-    def _read_code(self, sha256: str) -> bytes:
-        data = storage.read_bytes(code_uri(self.settings, sha256))
-        if data is None:
-            self._known_code.discard(sha256)
-            raise FileNotFoundError(
-                f"code package {sha256[:12]} is gone from the storage; submit the study's code again"
-            )
-        return data
-
-    def _holdable(self, row: ledger.Row) -> bool:
-        return not self.nodes or fit(self._gang(row), {node.id: node.total for node in self.nodes}) is not None
-
-    def _awaits_parent(self, row: ledger.Row, now: float) -> bool:
-        wanted = self.settings.mlflow != "" and not row["mlflow_run_id"]
-        return wanted and now - row["created_at"] < self.settings.mlflow_wait_s
-
-    def _identities(self, trials: Sequence[str]) -> dict[str, str]:
-        with ledger.reading(self.engine) as connection:
-            query = select(TRIALS.c.identity, TRIALS.c.id).where(TRIALS.c.id.in_(trials))
-            return dict(connection.execute(query).all())
-
-    def _measure_durations(self, connection: Connection, studies: set[str]) -> None:
-        for study in studies:
-            query = (
-                select(ATTEMPTS.c.ended_at - ATTEMPTS.c.started_at)
-                .join(TRIALS, TRIALS.c.id == ATTEMPTS.c.trial)
-                .where(TRIALS.c.study == study, ATTEMPTS.c.state == "done")
-            )
-            measured = list(connection.execute(query).scalars())
-            if measured:
-                self._durations[study] = 1.2 * max(measured)
-
     # --- the ledger ---
 
     def _take_cached(self, now: float) -> None:
@@ -479,33 +253,12 @@ class Reconciler:
                     ledger.record(connection, "cached", text, study=row["study"], trial=row["id"], at=now)
                     ledger.end_study_if_over(connection, row["study"], now)
 
-    def _wish(self, trial: str, wish: str, why: str, now: float) -> None:
-        with self.engine.begin() as connection:
-            row = ledger.trial_row(connection, trial)
-            values = {"state": "stopping", "wish": wish}
-            if row is not None and ledger.move_trial(connection, trial, ["starting", "running"], values):
-                ledger.record(connection, "stopping", why, study=row["study"], trial=trial, at=now)
-
-    def _give_up(self, trial: str, error_class: str, why: str, now: float) -> None:
-        """Ends a trial that will never run: cancelled for its budget, failed for what a person must change."""
-        state = "cancelled" if error_class == "budget" else "failed"
-        with self.engine.begin() as connection:
-            row = ledger.trial_row(connection, trial)
-            values = {"state": state, "error": why, "error_class": error_class}
-            if row is not None and ledger.move_trial(connection, trial, ["queued"], values):
-                ledger.record(connection, state, why, study=row["study"], trial=trial, at=now)
-                ledger.end_study_if_over(connection, row["study"], now)
-
     def _set_attempt(self, connection: Connection, row: ledger.Row, values: Mapping[str, Any]) -> None:
         where = (ATTEMPTS.c.trial == row["trial"], ATTEMPTS.c.number == row["number"])
         connection.execute(update(ATTEMPTS).where(*where).values(**values))
 
     def _record(self, connection: Connection, row: ledger.Row, kind: str, cause: str, now: float) -> None:
         ledger.record(connection, kind, cause, study=row["study"], trial=row["trial"], attempt=row["number"], at=now)
-
-    def _mark(self) -> str:
-        """Tells this service's jobs from those of others on the same cluster."""
-        return self._ledger_id
 
 
 def _of(trial: ledger.Row, number: int) -> bool:

@@ -85,7 +85,7 @@ class Service:
     # --- what the routes use (api.Hub) ---
 
     def waits(self) -> Mapping[str, Wait]:
-        return self.loop.waits
+        return self.loop.admission.waits
 
     def nodes(self) -> list[Node]:
         """The cluster as it is; of a local one that is starting, what it will have (GPUs are for Ray to find)."""

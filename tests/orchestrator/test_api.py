@@ -387,7 +387,7 @@ def test_a_code_package_is_kept_under_its_hash(http):
     refused(put_code(http, b"no zip"), 400, "is no zip")
 
 
-@pytest.mark.parametrize("name", ["../evil.py", "/etc/evil.py", "a/../../evil.py", "a\\..\\evil.py"])
+@pytest.mark.parametrize("name", ["../evil.py", "/etc/evil.py", "a/../../evil.py", "a\\..\\evil.py", "C:/evil.py"])
 def test_a_package_cannot_leave_its_folder(http, name):
     refused(put_code(http, packed(name)), 400, "leaves the package")
     study = post(http).json()["study"]

@@ -89,7 +89,8 @@ def test_what_a_trial_could_not_send_is_sent_before_its_run_is_closed(tmp_path: 
 def test_what_mlflow_refuses_of_one_trial_holds_up_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     settings = ServiceSettings(home=str(tmp_path))
-    studies = [accept.accept(engine, settings, submission(plan("a")), "ann", at)[0] for at in (1.0, 2.0)]
+    many = submission(*(plan(f"a{number}") for number in range(250)))
+    studies = [accept.accept(engine, settings, sent, "ann", 1.0)[0] for sent in (many, submission(plan("a")))]
     with engine.begin() as connection:
         connection.execute(update(TRIALS).values(state="done"))
         for study in studies:

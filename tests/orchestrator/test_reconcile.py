@@ -255,9 +255,9 @@ def test_nothing_changes_while_ray_does_not_answer(house):
 def test_the_same_run_twice_is_paid_for_once(house):
     first, second = house.submit(plan("a")), house.submit(plan("b"))
     house.tick()
-    assert house.loop.waits[f"{second}-000"].why == f"is the same run as trial {first}-000, which waits first"
+    assert house.loop.admission.waits[f"{second}-000"].why == f"is the same run as trial {first}-000, which waits first"
     house.tick()
-    assert house.loop.waits[f"{second}-000"].why == f"is the same run as trial {first}-000, under way"
+    assert house.loop.admission.waits[f"{second}-000"].why == f"is the same run as trial {first}-000, under way"
     house.cluster.end(f"{first}-000-1")
     house.tick(2)
     row = house.trial(f"{second}-000")
@@ -356,15 +356,16 @@ def test_jobs_that_the_ledger_holds_for_over_are_ended_and_those_of_others_left_
 def test_a_missing_code_package_is_said(house):
     study = house.submit(plan("a"), code="f" * 64)
     house.tick()
-    assert "submit the study's code again" in house.loop.waits[f"{study}-000"].why
+    assert "submit the study's code again" in house.loop.admission.waits[f"{study}-000"].why
 
 
 def test_a_study_waits_for_its_parent_run_but_not_for_ever(tmp_path):
     house = House(tmp_path, mlflow_wait_s=30)
-    house.settings = house.loop.settings = house.settings.model_copy(update={"mlflow": "http://127.0.0.1:1"})
+    house.settings = house.settings.model_copy(update={"mlflow": "http://127.0.0.1:1"})
+    house.loop = Reconciler(house.engine, house.settings)
     trial = f"{house.submit(plan('a'))}-000"
     house.tick()
-    assert house.loop.waits[trial].why == "waits for the MLflow server"
+    assert house.loop.admission.waits[trial].why == "waits for the MLflow server"
     house.now += 30
     house.tick()
     assert house.state(trial) == "starting"
