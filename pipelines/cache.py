@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipelines.manifest import FileEntry
-from pipelines.storage import Store, retried
+from pipelines.storage import Store, file_sha256, retried
 
 QUARANTINED = 4  # damaged copies that are kept, to be looked at
 FETCHES = 2  # after a second wrong hash the store itself holds wrong bytes
@@ -39,7 +39,6 @@ class Cache:
         store stays unreachable.
         """
         path = self.folder / f"{entry.sha256}.arrow"
-        self.folder.mkdir(parents=True, exist_ok=True)
         with self._kept():
             if _touch(path):
                 return use(path)
@@ -66,7 +65,7 @@ class Cache:
         """Removes a copy whose bytes changed after its arrival."""
         path = self.folder / f"{entry.sha256}.arrow"
         with self._kept(fcntl.LOCK_EX):
-            if path.exists() and _sha256(path) != entry.sha256:
+            if path.exists() and file_sha256(path) != entry.sha256:
                 path.unlink()
 
     def _kept(self, how: int = fcntl.LOCK_SH) -> AbstractContextManager[None]:
@@ -105,11 +104,6 @@ def _download(store: Store, name: str, target: Path) -> str:
     digest = hashlib.sha256()
     store.copy_to(name, target, digest.update)
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
 
 
 @contextmanager

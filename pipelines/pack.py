@@ -25,7 +25,7 @@ from pipelines.mapping import view
 from pipelines.progress import Progress, silent
 from pipelines.schema import Problem
 from pipelines.scratch import scratch_folder
-from pipelines.storage import LOCAL_ERRORS, Store
+from pipelines.storage import LOCAL_ERRORS, Store, file_sha256
 
 PROGRESS_FOLDER = ".packing"
 SKIPPED_NAME = "skipped.json"
@@ -183,7 +183,7 @@ def _existing(out: Store, source: str, num_workers: int) -> Manifest | None:
         return None
     if (local := out.local) is not None:
         with ThreadPoolExecutor(num_workers) as threads:
-            if list(threads.map(lambda e: _sha256(local / e.name), entries)) != [entry.sha256 for entry in entries]:
+            if list(threads.map(lambda e: file_sha256(local / e.name), entries)) != [entry.sha256 for entry in entries]:
                 return None
     return manifest
 
@@ -218,7 +218,7 @@ def _finished(task: _Task) -> dict[str, Any] | None:
 def _is_whole(out: Store, name: str, entry: dict[str, Any]) -> bool:
     if out.size(name) != entry["bytes"]:
         return False
-    return out.local is None or bool(_sha256(out.local / name) == entry["sha256"])
+    return out.local is None or bool(file_sha256(out.local / name) == entry["sha256"])
 
 
 def _run(tasks: list[_Task], num_workers: int) -> Iterator[dict[str, Any]]:
@@ -386,12 +386,7 @@ def _finish(
 
 
 def _sum(path: Path) -> dict[str, Any]:
-    return {"sha256": _sha256(path), "bytes": path.stat().st_size}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
+    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
 
 
 def default_workers() -> int:

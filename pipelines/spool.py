@@ -13,6 +13,7 @@ from typing import Any
 from pipelines.checks import check_annotation_ids, check_category_record, check_image, shortened
 from pipelines.coco_json import read_coco
 from pipelines.schema import Problem
+from pipelines.storage import file_sha256
 
 _TABLES = """
 CREATE TABLE images (id INTEGER PRIMARY KEY, seq INTEGER UNIQUE, source INTEGER, text TEXT);
@@ -57,7 +58,7 @@ def fill(path: Path, sources: Sequence[Path], report: Report) -> Contents:
     categories = tuple(reader.categories[key] for key in sorted(reader.categories))
     for name, value in (("info", reader.info), ("licenses", reader.licenses), ("categories", categories)):
         _check_kept(name, value, sources)
-    digest = hashlib.sha256("".join(_file_digest(source) for source in sources).encode()).hexdigest()
+    digest = hashlib.sha256("".join(file_sha256(source) for source in sources).encode()).hexdigest()
     return Contents(categories, reader.info, tuple(reader.licenses), count, digest)
 
 
@@ -201,8 +202,3 @@ def _report_orphans(connection: sqlite3.Connection, sources: Sequence[Path], rep
 
 def _id_of(record: Any) -> Any:
     return record.get("id", "without id") if isinstance(record, dict) else repr(record)[:40]
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()

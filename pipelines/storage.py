@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import re
@@ -142,3 +143,9 @@ def retried(action: Callable[[], T], what: str) -> T:
                 raise RuntimeError(f"{what}: {error}; tried {RETRIES} times; is the store reachable?") from error
             time.sleep(FIRST_PAUSE_S * 2**attempt * (0.5 + random.random()))
     raise AssertionError("unreachable")
+
+
+def file_sha256(path: Path) -> str:
+    """Of a local file's bytes, in hex."""
+    with path.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()

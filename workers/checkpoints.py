@@ -116,6 +116,11 @@ class CheckpointStore:
         except _DamagedError as error:
             raise RuntimeError(f"checkpoint {folder} was damaged while it was read ({error}); start again") from None
 
+    def plain(self, folder: str) -> dict[str, Any]:
+        """The plain data alone of a folder that `newest` has just named."""
+        found: dict[str, Any] = self._storage.read_json(f"{CHECKPOINT_FOLDER}/{folder}/{_PLAIN}")
+        return found
+
     def _load(self, folder: str) -> Snapshot:
         files = self._verified(folder)
         tensors = torch.load(io.BytesIO(files[_TENSORS]), map_location="cpu", weights_only=True)

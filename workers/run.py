@@ -120,7 +120,7 @@ def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Given:
     given = _Given(*open_datasets(run, spec.cache), initial_detector(run))
     name = store.newest() if world.is_first else ""
     if name:
-        check_same_training(store.load(name).plain, run, given.manifests)
+        check_same_training(store.plain(name), run, given.manifests)
     return given
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.client import Client, Connection
 from orchestrator.config import Resources
-from orchestrator.processes import end_processes, find_child, free_ports, marked_processes, own_token
+from orchestrator.processes import end_processes, free_ports, marked_processes, own_token
+from tests.orchestrator.services import service_client, start_service
 from tests.orchestrator.submissions import identity, plan, submission
 from tests.orchestrator.waiting import wait_until
 
@@ -96,13 +96,8 @@ class House:
             "mlflow": "", "entry": [sys.executable, str(HERE / "gang_entry.py")], "poll_s": 0.2, "grace_s": 10,
             "autoscale": True, "node_shapes": [{"resources": {"CPU": 2, "GPU": 2}, "count": 3}],
         }  # fmt: skip
-        (root / "settings.json").write_text(json.dumps(settings))
-        self.service = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.service", str(root / "settings.json")],
-            cwd=HERE.parents[1], env=environment, stdout=self.log, stderr=self.log,
-        )  # fmt: skip
-        child = self.until("service", lambda: find_child("service", self.home))
-        self.client = Client(Connection(child.url, (self.home / "token").read_text()))
+        self.service = start_service(settings, environment, self.log)
+        self.client = service_client(settings, root / "log")
         self.until("head", lambda: len(self.nodes()) == 1)
 
     def nodes(self) -> list[dict[str, Any]]:

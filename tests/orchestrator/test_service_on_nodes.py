@@ -21,12 +21,12 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from orchestrator.cli.app import app
-from orchestrator.client import Client, Connection
 from orchestrator.config import Resources, StudyView, TrialView
-from orchestrator.processes import find_child, own_token
+from orchestrator.processes import own_token
 from pipelines.console import run_app
 from pipelines.pack import PackOptions, pack
 from pipelines.synth import synthesise
+from tests.orchestrator.services import service_client, start_service
 from tests.orchestrator.submissions import identity, plan, submission
 from tests.orchestrator.waiting import wait_until
 from workers.config import apply_overrides, run_preset
@@ -71,13 +71,8 @@ class House:
             "entry": [sys.executable, str(HERE / "gang_entry.py")], "poll_s": 0.2, "grace_s": 10,
             "limits": {"backoff_s": 0.2},
         }  # fmt: skip
-        (root / "settings.json").write_text(json.dumps(settings))
-        self.service = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.service", str(root / "settings.json")],
-            cwd=HERE.parents[1], env=environment, stdout=self.log, stderr=self.log,
-        )  # fmt: skip
-        child = self.until("service", lambda: find_child("service", self.home))
-        self.client = Client(Connection(child.url, (self.home / "token").read_text()))
+        self.service = start_service(settings, environment, self.log)
+        self.client = service_client(settings, root / "nodes.log")
         self.until("nodes", lambda: len(self.client.info().cluster["nodes"]) == 3)
 
     def close(self) -> None:
