@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from pipelines.cache import Cache
 from pipelines.config import DataConfig, Filter
-from pipelines.index import Index, Selection, select
+from pipelines.index import Index, Ints, Selection, select
 from pipelines.manifest import FileEntry, Manifest, read_manifest
 from pipelines.progress import Progress, silent
 from pipelines.schema import annotation_record, image_record
@@ -72,6 +74,10 @@ class Dataset:
     def rows(self) -> list[int]:
         """All rows of the view, ascending."""
         return [int(r) for shard in range(self.index.num_shards) for r in self.index.selected(shard, self.selection)]
+
+    def image_ids(self) -> Ints:
+        """Of the view's rows."""
+        return self.index.values("image_id", np.array(self.rows(), np.int64))
 
     def row(self, number: int) -> Row:
         shard, local = self.index.locate(number)

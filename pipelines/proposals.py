@@ -99,6 +99,15 @@ class ProposalTable:
         """The largest number of proposals of an image."""
         return max((int(np.diff(offsets).max(initial=0)) for _, _, offsets in self._table[3]), default=0)
 
+    def check_covers(self, image_ids: NDArray[np.int64]) -> None:
+        """Raises ValueError if some image has no entry."""
+        missing = np.setdiff1d(image_ids, self.image_ids)
+        if len(missing):
+            raise ValueError(
+                f"{self.uri}: no proposals for {len(missing)} of {len(image_ids)} images, the first is "
+                f'{missing[0]}; write them for this dataset with "maskray proposals"'
+            )
+
     def get(self, image_id: int) -> tuple[Boxes, Boxes]:
         """Boxes (Q, 4) in pixels of the image file and scores (Q,), best first. ValueError if there are none."""
         ids, number, local, views = self._table

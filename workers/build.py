@@ -11,6 +11,7 @@ from model.config import FixedProposals, KeypointBranch, MaskBranch, ModelConfig
 from model.weights import load_initial
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.loader import EvalLoader, TrainLoader
+from pipelines.proposals import ProposalTable
 from workers.config import RunConfig
 from workers.weights import initial_weights
 from workers.world import World
@@ -19,8 +20,14 @@ from workers.world import World
 def open_datasets(run: RunConfig, cache: str) -> tuple[Dataset, Dataset]:
     """Training and validation data, checked against the model. Raises ValueError with one line."""
     train, val = (open_dataset(uri, cache, run.data.cache_gib) for uri in (run.data.train, run.data.val))
-    check_data(run, train.for_training(run.data.filter), run.data.train)
-    check_data(run, val.for_evaluation(run.data), run.data.val)
+    trained = train.for_training(run.data.filter, masks=isinstance(run.model.mask, MaskBranch))
+    evaluated = val.for_evaluation(run.data)
+    check_data(run, trained, run.data.train)
+    check_data(run, evaluated, run.data.val)
+    if isinstance(run.model.proposals, FixedProposals):
+        table = ProposalTable(run.model.proposals.uri)
+        table.check_covers(trained.image_ids())
+        table.check_covers(evaluated.image_ids())
     return train, val
 
 

@@ -98,9 +98,14 @@ class CheckpointStore:
         self._storage.write_json(f"{folder}/{_MARKER}", marker)
         self._prune()
 
-    def newest(self) -> str:
-        """The newest undamaged checkpoint: of the latest attempt that has one, its highest step. Empty if none."""
+    def newest(self, below: int | None = None) -> str:
+        """The newest undamaged checkpoint: of the latest attempt that has one, its highest step. Empty if none.
+
+        below: only those of a step below this one.
+        """
         for folder in self._folders():
+            if below is not None and step_of(folder) >= below:
+                continue
             try:
                 self._verified(folder)
             except _DamagedError as error:
@@ -124,9 +129,7 @@ class CheckpointStore:
     def _load(self, folder: str) -> Snapshot:
         files = self._verified(folder)
         tensors = torch.load(io.BytesIO(files[_TENSORS]), map_location="cpu", weights_only=True)
-        match = _NAME.match(folder)
-        assert match is not None
-        return Snapshot(int(match[2]), tensors, json.loads(files[_PLAIN]))
+        return Snapshot(step_of(folder), tensors, json.loads(files[_PLAIN]))
 
     def _verified(self, folder: str) -> dict[str, bytes]:
         base = f"{CHECKPOINT_FOLDER}/{folder}"
@@ -194,6 +197,11 @@ class BackgroundWriter:
             work()
         except BaseException as error:  # noqa: BLE001 - carried to the loop's thread and raised there
             self._error = error
+
+
+def step_of(folder: str) -> int:
+    """Of a checkpoint's folder, as `CheckpointStore.newest` names it."""
+    return int(folder.rpartition("-")[2])
 
 
 def copied_to_host(state: Any) -> Any:

@@ -17,6 +17,7 @@ class GuardState:
     """mean: running mean of the total loss over `seen` steps. rollbacks: so far in the run.
 
     rate: factor on the learning rate. skipped: global batches that were passed over, all told.
+    returned_to: step of the checkpoint that the last rollback went back to, -1 before the first.
     """
 
     mean: float = 0.0
@@ -24,6 +25,7 @@ class GuardState:
     rollbacks: int = 0
     rate: float = 1.0
     skipped: int = 0
+    returned_to: int = -1
 
 
 class DivergedError(RuntimeError):
@@ -42,9 +44,9 @@ def judge(cfg: Guard, state: GuardState, losses: Sequence[float]) -> tuple[Guard
     return replace(state, mean=mean, seen=seen), None
 
 
-def rolled_back(cfg: Guard, at_checkpoint: GuardState, now: GuardState, window_steps: int) -> GuardState:
-    """The state to go on with from a checkpoint that lies `window_steps` before the step that was checked."""
-    state = replace(at_checkpoint, rollbacks=now.rollbacks + 1, rate=now.rate, skipped=now.skipped)
+def rolled_back(cfg: Guard, at_checkpoint: GuardState, now: GuardState, step: int, reached: int) -> GuardState:
+    """The state to go on with from the checkpoint of `step`, when a step up to `reached` was bad."""
+    state = replace(at_checkpoint, rollbacks=now.rollbacks + 1, rate=now.rate, skipped=now.skipped, returned_to=step)
     if cfg.action == "skip_window":
-        return replace(state, skipped=state.skipped + window_steps)
+        return replace(state, skipped=state.skipped + reached - step)
     return replace(state, rate=state.rate * cfg.rate_factor)

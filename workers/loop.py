@@ -13,10 +13,10 @@ import torch
 
 from pipelines.loader import TrainStep
 from workers.causes import memory_explained
-from workers.checkpoints import BackgroundWriter, CheckpointStore
+from workers.checkpoints import BackgroundWriter, CheckpointStore, step_of
 from workers.config import LoopConfig, RunConfig
 from workers.evaluate import Scores
-from workers.guard import DivergedError, judge, rolled_back
+from workers.guard import DivergedError, GuardState, judge, rolled_back
 from workers.journal import Journal
 from workers.meter import Meter, Row
 from workers.optim import base_rate, rate_factor
@@ -198,17 +198,25 @@ def _roll_back(run: RunConfig, world: World, parts: Parts, writer: BackgroundWri
         )
     writer.drain()
     best = state.best
-    name = world.from_first(parts.checkpoints.newest() if world.is_first else "")
+    name = world.from_first(_last_good(parts.checkpoints, before) if world.is_first else "")
     if name:
         state.restore(parts.checkpoints.load(name))
     else:
         parts.start_again(state)
     state.best = max(best, state.best)  # its weights are kept already: a worse evaluation must not replace them
-    state.guard = rolled_back(guard, state.guard, before, reached - state.step)
+    state.guard = rolled_back(guard, state.guard, before, state.step, reached)
     parts.journal.rewind(state.step)
     parts.journal.event(
         "rollback", bad.step, f"{what}; sample ids {sample_ids}; back to step {state.step}, {guard.action}"
     )
+
+
+def _last_good(checkpoints: CheckpointStore, guard: GuardState) -> str:
+    """The newest checkpoint; of one that led astray once already, the one before, if it is still kept."""
+    newest = checkpoints.newest()
+    if newest and step_of(newest) == guard.returned_to:
+        return checkpoints.newest(below=guard.returned_to) or newest
+    return newest
 
 
 def _log_system(step: int, system: SystemSampler, world: World, journal: Journal) -> None:

@@ -32,10 +32,17 @@ from workers.storage import Storage
 from workers.world import World, host_name
 
 
-def run_trial(spec: RunSpec, world: World, stop: StopRequest, show: Callable[[Progress], None]) -> Outcome:
+def run_trial(
+    spec: RunSpec,
+    world: World,
+    stop: StopRequest,
+    show: Callable[[Progress], None],
+    claimed: Callable[[], None] = lambda: None,
+) -> Outcome:
     """Runs the attempt to its end, whichever it is; never raises an Exception. Every rank returns its outcome.
 
-    Leaves `outcome.json` in the attempt's folder, and `result.json` when the trial is done.
+    Leaves `outcome.json` in the attempt's folder, and `result.json` when the trial is done. `claimed` is called on
+    rank 0 once the trial's folder is this attempt's.
     """
     try:
         storage = Storage(spec.storage)
@@ -51,6 +58,7 @@ def run_trial(spec: RunSpec, world: World, stop: StopRequest, show: Callable[[Pr
             given = _open(spec, world, store)
         if world.is_first:  # from here on the folder is ours: an attempt that still trains in it ends
             store.claim()
+            claimed()
             scribe = Scribe(spec, storage, show)
         outcome = _run(spec, world, stop, storage, store, scribe, given)
     except Exception as error:  # noqa: BLE001 - whatever it is, the attempt ends with it and says so
@@ -210,7 +218,7 @@ def _finish(
         world_size=world.size,
         weights_sha256=digest,
         artifacts=artifacts,
-        mlflow_run_id=scribe.close(Outcome(state="done", step=state.step)),
+        mlflow_run_id=scribe.flush(),
         events=journal.events,
     )
     store.check_claim()

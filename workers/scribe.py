@@ -101,7 +101,6 @@ class Scribe:
         )
         self._shipper = Shipper(self._spool, self._target, self.journal.warn) if self._target else None
         self._owing = isinstance(target.tracking, MLflowTracking)  # to this attempt's tracker, or to one before
-        self._closed = False
         self._tell_start()
 
     def _tell_start(self) -> None:
@@ -129,10 +128,15 @@ class Scribe:
         """What is known once the data is open."""
         self._spool.append({"kind": "tags", "values": dict(tags)})
 
-    def close(self, outcome: Outcome) -> str:
-        """Tells how it ended and ships what is left. Returns the tracker's run id, empty if it was never reached."""
-        if not self._closed:
-            self._closed = True
+    def flush(self) -> str:
+        """Waits for what was told so far to arrive. Returns the tracker's run id, empty if it was never reached."""
+        if self._shipper is not None:
+            self._shipper.flush(_LAST_SHIPMENT_S["done"])
+        return self._target.run_id if self._target else ""
+
+    def finish(self, outcome: Outcome) -> None:
+        """Tells how it ended and ships what is left."""
+        try:
             for record in ending_records(outcome):
                 self._spool.append(record)
             arrived = self._shipper.close(_LAST_SHIPMENT_S[outcome.state]) if self._shipper else not self._owing
@@ -143,12 +147,6 @@ class Scribe:
                 self._keep_unshipped()
             self.journal.close()
             self._spool.close()
-        return self._target.run_id if self._target else ""
-
-    def finish(self, outcome: Outcome) -> None:
-        """Closes, whatever happened before."""
-        try:
-            self.close(outcome)
         except (OSError, RuntimeError) as error:
             self.journal.warn(f"tracking could not be closed: {error}")
 

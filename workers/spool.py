@@ -184,14 +184,26 @@ class Shipper:
     def __init__(self, spool: Spool, target: Target, warn: Callable[[str], None], idle_s: float = 2.0) -> None:
         self._spool, self._target, self._warn, self._idle_s = spool, target, warn, idle_s
         self._closing = threading.Event()
+        self._nudged = threading.Event()  # to look at once, not after the wait
         self._failures = 0
         self._taken = False
         self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
         self._thread.start()
 
+    def flush(self, timeout_s: float) -> None:
+        """Waits until what is in the spool has arrived; not for a target that fails, nor beyond `timeout_s`.
+
+        Raises TakenError.
+        """
+        self._nudged.set()
+        end = time.monotonic() + timeout_s
+        while self._thread.is_alive() and not self._failures and time.monotonic() < end and self._spool.unsent(1):
+            time.sleep(0.02)
+
     def close(self, timeout_s: float) -> bool:
         """Ships what is left for up to `timeout_s`. Returns whether all of it arrived."""
         self._closing.set()
+        self._nudged.set()
         self._thread.join(timeout_s)
         return self._taken or (not self._thread.is_alive() and not self._spool.unsent(1))
 
@@ -215,7 +227,7 @@ class Shipper:
                         return
                     time.sleep(1.0)  # a server that was restarted refuses the old connections first
                 else:
-                    self._closing.wait(min(2.0**self._failures, 30.0))
+                    self._wait(min(2.0**self._failures, 30.0))
             else:
                 if self._failures and shipped:
                     self._warn("tracking is reachable again")
@@ -223,4 +235,8 @@ class Shipper:
                 if not shipped:
                     if closing:
                         return
-                    self._closing.wait(self._idle_s)
+                    self._wait(self._idle_s)
+
+    def _wait(self, longest_s: float) -> None:
+        self._nudged.wait(longest_s)
+        self._nudged.clear()

@@ -103,12 +103,14 @@ def _train(arguments: argparse.Namespace) -> int:
         )
         show: Callable[[Progress], None] = show_nothing
         if world.is_first:
-            storage.delete(STOP_FILE)  # of the run that this one resumes
             storage.write(SPEC_FILE.format(attempt=attempt), spec.model_dump_json(indent=1).encode())
-            stack.enter_context(files_asking(stop, storage, attempt, lambda: False, print))
             show = progress_shower()
             if world.device.type == "cpu":
                 print(f"{spec.cpus_per_rank:.0f} thread(s) a rank (--cpus-per-rank)", flush=True)
+
+        def claimed() -> None:
+            storage.delete(STOP_FILE)  # of the run that this one resumes; until here it might be for one that lives
+            stack.enter_context(files_asking(stop, storage, attempt, lambda: False, print))
 
         def leave(reason: Reason) -> None:
             late = late_outcome(reason, spec.grace_s)
@@ -118,7 +120,7 @@ def _train(arguments: argparse.Namespace) -> int:
             os._exit(exit_status(late))
 
         stack.enter_context(grace_enforced(stop, spec.grace_s, leave))
-        outcome = run_trial(spec, world, stop, show)
+        outcome = run_trial(spec, world, stop, show, claimed)
     if world.is_first:
         _report(outcome, storage, arguments)
     return exit_status(outcome)

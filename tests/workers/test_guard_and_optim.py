@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.workers.fakes import FakeDetector, fake_trial, small_run
 from workers.config import SGD, AdamW, CosineSchedule, Guard, LoopConfig, OneCycle, StepSchedule
+from workers.evaluate import Scores
 from workers.guard import DivergedError, GuardState, judge, rolled_back
 from workers.loop import _judged
 from workers.meter import Row
@@ -43,8 +44,8 @@ def test_judging_in_pieces_is_judging_at_once():
 def test_rolling_back_skips_the_window_or_lowers_the_rate():
     now = GuardState(mean=9.0, seen=60, rollbacks=1, rate=0.5, skipped=10)
     saved = GuardState(mean=1.0, seen=40, skipped=10)
-    assert rolled_back(Guard(), saved, now, 20) == GuardState(1.0, 40, 2, 0.5, 30)
-    assert rolled_back(Guard(action="lower_rate"), saved, now, 20) == GuardState(1.0, 40, 2, 0.25, 10)
+    assert rolled_back(Guard(), saved, now, 40, 60) == GuardState(1.0, 40, 2, 0.5, 30, 40)
+    assert rolled_back(Guard(action="lower_rate"), saved, now, 40, 60) == GuardState(1.0, 40, 2, 0.25, 10, 40)
 
 
 class Exploding(FakeDetector):
@@ -68,6 +69,26 @@ def test_the_loop_rolls_back_skips_the_window_and_says_so(tmp_path):
     assert (event.kind, event.step) == ("rollback", 6)
     assert "sample ids [500, 501" in event.text
     assert all(torch.isfinite(p).all() for p in trial.state.trained)
+
+
+@pytest.mark.parametrize(("keep", "places"), [(3, [8, 4]), (1, [8, 8])])
+def test_a_checkpoint_that_leads_astray_again_is_left_for_the_one_before(tmp_path, keep, places):
+    run = small_run(keep_checkpoints=keep, guard={"max_rollbacks": 2})
+    trial = fake_trial(tmp_path, run, detector=Exploding({8, 10}))  # 8 and 9 are passed over, then comes 10
+    assert (trial.ending.state, trial.state.guard.rollbacks) == ("done", 2)
+    assert [event.text.rpartition("back to step ")[2].partition(",")[0] for event in trial.journal.events] == [
+        str(place) for place in places
+    ]
+
+
+def test_the_best_score_outlives_a_rollback(tmp_path):
+    def evaluate(now, stopping):  # type: ignore[no-untyped-def]
+        now.best = max(now.best, 0.9 if now.step == 4 else 0.5)
+        return Scores({"bbox/AP": now.best}, {}, {})
+
+    run = small_run(eval_every_steps=4)
+    trial = fake_trial(tmp_path, run, detector=Exploding({5}), evaluate=evaluate)  # back to 4, saved before its score
+    assert (trial.state.guard.rollbacks, trial.state.guard.returned_to, trial.state.best) == (1, 4, 0.9)
 
 
 class BreakingGradients(Exploding):

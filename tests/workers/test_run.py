@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipelines.dataset import open_dataset
+from pipelines.proposals import write_proposals
 from tests.builders import tiny_run
 from tests.workers.fakes import alone, die
 from tests.workers.ranks import run_ranks
@@ -222,6 +226,35 @@ def test_a_refused_attempt_leaves_the_folder_to_the_one_that_trains_in_it(tmp_pa
     after = files_below(tmp_path)
     assert {name: data for name, data in after.items() if not name.startswith("attempts/2/")} == before
     assert next_attempt(Storage(str(tmp_path)))[0] == 3
+
+
+@pytest.mark.parametrize("missing", ["train", "val"])
+def test_proposals_that_lack_an_image_are_refused_before_the_folder_is_taken(tmp_path, packed, missing):
+    given = {name: open_dataset(uri).image_ids().tolist() for name, uri in zip(("train", "val"), packed, strict=True)}
+    gone = min(given[missing])
+    boxes, scores = np.array([[0, 0, 8, 8]], np.float32), np.ones(1, np.float32)
+    uri = str(tmp_path / "proposals.arrow")
+    write_proposals(uri, [(i, boxes, scores) for i in {*given["train"], *given["val"]} - {gone}])
+    out = tmp_path / "out"
+    refused = go(spec_of(out, run_of(packed, model__proposals__kind="fixed", model__proposals__uri=uri)))
+    pattern = rf"{uri}: no proposals for 1 of \d+ images, the first is {gone}; .*maskray proposals"
+    assert (refused.error_class, bool(re.search(pattern, refused.error))) == ("person", True), refused.error
+    assert not (out / "checkpoints").exists()
+
+
+def test_a_run_whose_result_cannot_be_written_is_finished_for_nobody(tmp_path, packed, store, monkeypatch):
+    write = Storage.write
+
+    def full(self: Storage, path: str, data: bytes) -> None:
+        if path == "result.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, path, data)
+
+    monkeypatch.setattr(Storage, "write", full)
+    outcome = go(spec_of(tmp_path, run_of(packed), tracking=MLflowTracking(uri=store, experiment="full disk")))
+    assert (outcome.state, "No space left" in outcome.error) == ("failed", True)
+    _, tracked = mlflow_run(store, "full disk")
+    assert (tracked.info.status, tracked.data.tags["maskray.state"]) == ("FAILED", "failed")
 
 
 @pytest.mark.parametrize("name", ["train", "val"])

@@ -69,6 +69,22 @@ def test_a_tracker_that_is_down_at_first_gets_all_of_it_later(spool):
     assert steps_of(tracker) == [1, 2, 3]
 
 
+def test_flushing_waits_for_a_tracker_that_takes_records_and_not_for_one_that_fails(spool):
+    tracker = FakeTracker()
+    shipper = Shipper(spool, tracker, print, idle_s=1000)
+    for step in range(1, 4):
+        spool.append(metrics(step))
+        shipper.flush(60)
+        assert steps_of(tracker) == list(range(1, step + 1))
+    tracker.failing = True
+    spool.append(metrics(4))
+    shipper.flush(1000)
+    assert steps_of(tracker) == [1, 2, 3]
+    tracker.failing = False
+    assert shipper.close(60)
+    assert steps_of(tracker) == [1, 2, 3, 4]
+
+
 def test_a_shipment_repeated_after_a_kill_adds_nothing(spool):
     tracker = FakeTracker()
     for step in range(1, 6):

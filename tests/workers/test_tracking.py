@@ -66,7 +66,7 @@ def tell(spec: RunSpec, step: int) -> None:
     scribe = Scribe(spec, Storage(spec.storage), lambda progress: None)
     scribe.journal.metrics(step, {"loss": 1 / step})
     assert scribe.journal.state()()["tail"] == []
-    scribe.close(Outcome(state="done", step=step))
+    scribe.finish(Outcome(state="done", step=step))
 
 
 def test_a_run_first_trained_without_a_tracker_sends_that_part_once_it_has_one(tmp_path, empty_store, capsys):
@@ -78,7 +78,8 @@ def test_a_run_first_trained_without_a_tracker_sends_that_part_once_it_has_one(t
         sync(str(tmp_path))
     scribe = Scribe(attempt_of(tmp_path, 2, MLflowTracking(uri=own, experiment="study")), Storage(str(tmp_path)), print)
     scribe.journal.metrics(2, {"loss": 0.5})
-    assert scribe.close(Outcome(state="done", step=2))
+    assert scribe.flush()
+    scribe.finish(Outcome(state="done", step=2))
     assert history(own) == [(1, 1.0), (2, 0.5)]
 
 

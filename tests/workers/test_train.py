@@ -105,6 +105,17 @@ def test_progress_is_one_line():
     assert progress_text(progress) == "training step 5/10  loss 1.2500  9.5 images/s  1:05 left"
 
 
+def test_a_refused_command_leaves_a_stop_file_to_the_run_that_it_was_written_for(tmp_path, packed):
+    out = tmp_path / "out"
+    Storage(str(out)).write("stop", b"")
+    path = run_file(tmp_path, packed, model__num_classes=7)
+    assert main([str(path), "--out", str(out), "--cpus-per-rank", "1"]) == 2
+    assert (out / "stop").exists()
+    path = run_file(tmp_path, packed)
+    assert main([str(path), "--out", str(out), "--cpus-per-rank", "1"]) == 0
+    assert not (out / "stop").exists()
+
+
 def test_a_folder_keeps_its_trial_id_and_shares_it_with_no_other_of_its_name(tmp_path):
     folders = [Storage(str(tmp_path / parent / "out")) for parent in ("a", "b")]
     (first, trial), (_, other) = map(next_attempt, folders)
