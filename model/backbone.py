@@ -10,6 +10,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from model.convolution import Convolution
+
 NormLayer = Callable[[int], nn.Module]
 
 RESNETS: dict[int, tuple[type[nn.Module], tuple[int, ...]]] = {
@@ -21,7 +23,7 @@ RESNETS: dict[int, tuple[type[nn.Module], tuple[int, ...]]] = {
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # res2 to res5
 
 
-class FoldedConv2d(nn.Conv2d):
+class FoldedConv2d(Convolution):
     """A bias-free convolution followed by frozen batch-norm.
 
     Training folds both into one convolution: that costs a pass over the weights, a separate norm two passes over the
@@ -52,14 +54,12 @@ class FoldedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            x = F.conv2d(x, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+            x = self._conv_forward(x, self.weight, None)
             norm = (self.running_mean, self.running_var, self.norm_weight, self.norm_bias)
             return F.batch_norm(x, *norm, training=False, eps=self.eps)
         scale = self.norm_weight * torch.rsqrt(self.running_var + self.eps)
         shift = self.norm_bias - self.running_mean * scale
-        return F.conv2d(
-            x, self.weight * scale[:, None, None, None], shift, self.stride, self.padding, self.dilation, self.groups
-        )
+        return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
 
 
 def fold_norms(network: nn.Module, eps: float) -> None:

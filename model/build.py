@@ -20,6 +20,7 @@ from model.backbone import (
     resnet,
 )
 from model.box_branch import BoxBranch, FCTrunk, MeanTrunk
+from model.convolution import take_fast_convolutions
 from model.crops import SeparateCrops, SharedCrops
 from model.detector import Detector, Settings
 from model.initial import initialise
@@ -40,6 +41,10 @@ def build_detector(cfg: config.ModelConfig, seed: int = 0) -> Detector:
     """The detector with its initial parameters, each drawn from (seed, its name)."""
     with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global generator
         detector = _assemble(cfg)
+    for head in (detector.mask, detector.keypoints):
+        if head is not None:  # it sees boxes that are chosen already
+            take_fast_convolutions(head, in_evaluation=True)
+    take_fast_convolutions(detector)
     initialise(detector, seed)
     return detector
 

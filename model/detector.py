@@ -137,9 +137,9 @@ class Detector(nn.Module):
 
     def _read(self, pixels: Tensor) -> tuple[Maps, AnchorOutputs | None]:
         """Normalised pixels (B, 3, H, W) to feature maps and what the RPN makes of them."""
-        on_cpu = pixels.device.type == "cpu"  # channels-last gains nothing there, and rounds differently
-        pixels = pixels.contiguous(memory_format=torch.contiguous_format if on_cpu else torch.channels_last)
-        maps: Maps = self.layout(self.backbone(pixels))
+        as_library = pixels.device.type == "cpu" and not self.training  # see `Convolution`
+        layout = torch.contiguous_format if as_library else torch.channels_last
+        maps: Maps = self.layout(self.backbone(pixels.contiguous(memory_format=layout)))
         return maps, self.rpn(maps.rpn, (pixels.shape[2], pixels.shape[3])) if self.rpn is not None else None
 
     def _rpn_targets(self, outputs: AnchorOutputs, batch: Batch) -> RPNTargets:

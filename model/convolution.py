@@ -1,0 +1,85 @@
+"""Convolutions as torch has them, computed on the CPU in the way that is fastest for their shape.
+
+The numbers are the library's but for rounding. On a GPU the library chooses.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from model import winograd
+
+
+class Convolution(nn.Conv2d):
+    """3 x 3 at stride 1 by Winograd's algorithm where that pays off, 1 x 1 as one product, else the library's.
+
+    In evaluation the library's alone, unless `in_evaluation`: what ranks and places boxes there rounds as in other
+    implementations, so that one's weights give another's detections to the hundredth of a pixel.
+    """
+
+    in_evaluation = False
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not (self.training or self.in_evaluation):
+            return cast(Tensor, super()._conv_forward(input, weight, bias))
+        if _plain(self, 3) and winograd.pays_off(input, weight):
+            return winograd.convolve(input, weight, bias)
+        if _plain(self, 1) and _is_one_product(input, weight):
+            pointwise: Tensor = _Pointwise.apply(input, weight.flatten(1))
+            return pointwise if bias is None else pointwise.add_(bias[:, None, None])
+        return cast(Tensor, super()._conv_forward(input, weight, bias))
+
+
+class _Pointwise(torch.autograd.Function):
+    """A 1 x 1 convolution of channels-last maps."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NCHW: Tensor, weight_OC: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NCHW, weight_OC)
+        result = winograd.empty_maps(x_NCHW, len(weight_OC))
+        torch.mm(_as_rows(x_NCHW), weight_OC.T, out=_as_rows(result))
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_NOHW: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_NCHW, weight_OC = ctx.saved_tensors
+        gradient, (of_x, of_weight) = _as_rows(gradient_NOHW), ctx.needs_input_grad
+        to_x = winograd.empty_maps(x_NCHW, x_NCHW.shape[1]) if of_x else None
+        if to_x is not None:
+            torch.mm(gradient, weight_OC, out=_as_rows(to_x))
+        return to_x, gradient.T @ _as_rows(x_NCHW) if of_weight else None
+
+
+def _as_rows(maps_NCHW: Tensor) -> Tensor:
+    """(N H W, C), a view of channels-last maps."""
+    return maps_NCHW.permute(0, 2, 3, 1).reshape(-1, maps_NCHW.shape[1])
+
+
+def take_fast_convolutions(network: nn.Module, in_evaluation: bool = False) -> None:
+    """Turns the convolutions that have a faster way into `Convolution`s; parameters and their names stay."""
+    for module in network.modules():
+        if type(module) is nn.Conv2d and (_plain(module, 3) or _plain(module, 1)):
+            module.__class__ = Convolution
+            cast(Convolution, module).in_evaluation = in_evaluation
+
+
+def _is_one_product(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _plain(conv: nn.Conv2d, side: int) -> bool:
+    """side x side at stride 1, in one group, with outputs as many as inputs."""
+    margin = (side // 2, side // 2)
+    given = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return given == ((side, side), (1, 1), margin, (1, 1), 1, "zeros")
