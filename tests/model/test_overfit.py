@@ -45,6 +45,7 @@ ONE_LEVEL: dict[str, Any] = {"anchors": {"sizes_px": [[18, 32]]}, "mask": {"kind
 C4 = {
     **ONE_LEVEL,
     "sampling": {"rois_per_image": 4, "positive_fraction": 0.5},  # res5 runs on each
+    "rpn": {**COMMON["rpn"], "post_nms_train": 8, "post_nms_test": 8},  # so that 4 of them teach what all of them need
     "layout": {"kind": "c4"},
     "box_head": {"kind": "res5"},
     "mask": {"kind": "mask", "head": {**SMALL_FCN, "convs": 0}},
