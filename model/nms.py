@@ -5,6 +5,9 @@ Axes: L lists (an image's level, or an image's class), N boxes, best first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torchvision
 from torch import Tensor
@@ -17,11 +20,22 @@ _BLOCK = 62  # boxes decided together, as the bits of one int64
 def nms(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
     """bool (L, N): valid boxes that overlap no better kept box of their list by more than `max_iou`.
 
-    The CPU takes torchvision's, list by list: it is faster there, where neither loops nor lengths cost a sync.
+    The CPU takes torchvision's, list by list: it is faster there, where neither loops nor lengths cost a sync. A GPU
+    takes two kernels of ours, or without Triton to compile them some thousand small ones of torch.
     """
     if boxes_LN4.device.type == "cpu":
         return nms_listwise(boxes_LN4, valid_LN, max_iou)
-    return nms_fixed_shape(boxes_LN4, valid_LN, max_iou)
+    on_gpu = _kernels()
+    return nms_fixed_shape(boxes_LN4, valid_LN, max_iou) if on_gpu is None else on_gpu(boxes_LN4, valid_LN, max_iou)
+
+
+@cache
+def _kernels() -> Callable[[Tensor, Tensor, float], Tensor] | None:
+    try:
+        from model.nms_kernels import nms_in_two_launches
+    except ImportError:  # torch comes without Triton on some platforms
+        return None
+    return nms_in_two_launches
 
 
 def nms_listwise(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:

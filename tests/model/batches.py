@@ -12,6 +12,12 @@ from model.structures import Batch
 CROP_SIDE = 56
 
 
+def random_boxes(shape: tuple[int, ...], seed: int = 0, side: float = 100.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.rand(*shape, 2, generator=generator) * side
+    return torch.cat([start, start + 1 + torch.rand(*shape, 2, generator=generator) * side / 2], dim=-1)
+
+
 def shape_batch(
     images: int = 2,
     objects: int = 3,

@@ -15,12 +15,7 @@ from model.boxes import at_least, clip, decode, encode, iou
 from model.matching import match, sample
 from model.nms import nms, nms_fixed_shape, nms_listwise
 from model.noise import noise
-
-
-def random_boxes(shape: tuple[int, ...], seed: int = 0, side: float = 100.0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.rand(*shape, 2, generator=generator) * side
-    return torch.cat([start, start + 1 + torch.rand(*shape, 2, generator=generator) * side / 2], dim=-1)
+from tests.model.batches import random_boxes
 
 
 def test_iou_equals_torchvision_and_is_zero_for_empty_boxes():
