@@ -9,13 +9,19 @@ OBJECT_INDEX = 1 << 40  # ground-truth objects as RoI candidates: their indices 
 RPN_STREAM, ROI_STREAM, DROPOUT_STREAM = 1, 2, 3
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_STREAM = 0x632BE59BD9B4E019
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def noise(keys: Tensor, stream: int, index: Tensor) -> Tensor:
     """int64 in [0, 2**62) from int64 keys and indices that broadcast together (splitmix64, two rounds)."""
-    return _mix(_mix(keys + stream * 0x632BE59BD9B4E019) + index * _GOLDEN) & ((1 << 62) - 1)
+    return _mix(_mix(keys + _as_int64(stream * _STREAM)) + index * _GOLDEN) & ((1 << 62) - 1)
+
+
+def _as_int64(number: int) -> int:
+    """The number that int64 arithmetic, which wraps around, would have."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -102,7 +102,6 @@ def test_boxes_alone_and_keypoints_with_and_without_masks(layout, with_mask):
         train_and_predict(config(layout, mask=mask, box_loss={"kind": "smooth_l1", "beta": 0.1}, background="first"))
 
 
-@pytest.mark.slow
 def test_vgg_with_its_fc_layers():
     cfg = ModelConfig.model_validate(
         {

@@ -14,7 +14,7 @@ from model.anchors import cell_anchors, grid_anchors
 from model.boxes import at_least, clip, decode, encode, iou
 from model.matching import match, sample
 from model.nms import nms, nms_fixed_shape, nms_listwise
-from model.noise import noise
+from model.noise import DROPOUT_STREAM, ROI_STREAM, RPN_STREAM, noise
 from tests.model.batches import random_boxes
 
 
@@ -110,6 +110,19 @@ def test_noise_is_uniform_and_belongs_to_key_stream_and_index():
     assert torch.equal(noise(torch.tensor(7), 1, torch.tensor(123)), draw[0, 123])
     assert not torch.equal(noise(torch.tensor([7]), 2, torch.arange(5)), draw[0, :5])
     assert len(draw.unique()) == draw.numel()
+
+
+@pytest.mark.parametrize("stream", [RPN_STREAM, ROI_STREAM, DROPOUT_STREAM])
+def test_noise_is_splitmix_of_unsigned_numbers(stream):
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    key, index = 2**61 + 12345, 678
+    seed = mix((key + stream * 0x632BE59BD9B4E019) % 2**64)
+    expected = mix((seed + index * 0x9E3779B97F4A7C15) % 2**64) % 2**62
+    assert int(noise(torch.tensor(key), stream, torch.tensor(index))) == expected
 
 
 @settings(max_examples=25, deadline=None)

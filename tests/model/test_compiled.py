@@ -55,7 +55,9 @@ def test_the_static_part_compiles_whole_on_the_cpu():
     gradient = detector.backbone.conv1.weight.grad.clone()
     detector.zero_grad()
     torch.stack([m.square().mean() for m in plain(pixels)[0].rpn]).sum().backward()
-    torch.testing.assert_close(gradient, detector.backbone.conv1.weight.grad, rtol=1e-2, atol=1e-4)
+    expected_gradient = detector.backbone.conv1.weight.grad
+    error = (gradient - expected_gradient).norm() / expected_gradient.norm()  # a ReLU near 0 may fall either way
+    assert error < 1e-2
 
 
 @pytest.mark.gpu
