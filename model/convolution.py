@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -24,14 +25,23 @@ class Convolution(nn.Conv2d):
     in_evaluation = False
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not (self.training or self.in_evaluation):
+        if not (self.training or self.in_evaluation) or not _ours_to_choose(input, weight):
             return cast(Tensor, super()._conv_forward(input, weight, bias))
+        result: Tensor
         if _plain(self, 3) and winograd.pays_off(input, weight):
-            return winograd.convolve(input, weight, bias)
-        if _plain(self, 1) and _is_one_product(input, weight):
-            pointwise: Tensor = _Pointwise.apply(input, weight.flatten(1))
-            return pointwise if bias is None else pointwise.add_(bias[:, None, None])
-        return cast(Tensor, super()._conv_forward(input, weight, bias))
+            result = winograd.convolve(input, weight)
+        elif _plain(self, 1) and input.is_contiguous(memory_format=torch.channels_last):
+            result = _Pointwise.apply(input, weight.flatten(1))
+        elif self.padding_mode == "zeros" and not isinstance(self.padding, str):
+            result = _Library.apply(input, weight, self.stride, self.padding, self.dilation, self.groups)
+        else:
+            return cast(Tensor, super()._conv_forward(input, weight, bias))
+        return result if bias is None else result.add_(bias[:, None, None])
+
+
+def _ours_to_choose(x: Tensor, weight: Tensor) -> bool:
+    fp32_on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return fp32_on_cpu and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 class _Pointwise(torch.autograd.Function):
@@ -60,22 +70,40 @@ def _as_rows(maps_NCHW: Tensor) -> Tensor:
     return maps_NCHW.permute(0, 2, 3, 1).reshape(-1, maps_NCHW.shape[1])
 
 
+class _Library(torch.autograd.Function):
+    """The library's convolution, but the gradient of its weights always from channels-first copies.
+
+    Of channels-last maps the library takes up to three times as long for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NCHW: Tensor, weight: Tensor, *how: Any) -> Tensor:
+        ctx.save_for_backward(x_NCHW, weight)
+        ctx.how = how
+        return F.conv2d(x_NCHW, weight, None, *how)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_NOHW: Tensor) -> tuple[Tensor | None, ...]:
+        x_NCHW, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.how
+        rest = (weight, None, stride, padding, dilation, False, (0, 0), groups)
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        to_x = to_weight = None
+        if of_x:
+            to_x = torch.ops.aten.convolution_backward(gradient_NOHW, x_NCHW, *rest, (True, False, False))[0]
+        if of_weight:
+            copies = (gradient_NOHW.contiguous(), x_NCHW.contiguous())
+            to_weight = torch.ops.aten.convolution_backward(*copies, *rest, (False, True, False))[1]
+        return to_x, to_weight, None, None, None, None
+
+
 def take_fast_convolutions(network: nn.Module, in_evaluation: bool = False) -> None:
-    """Turns the convolutions that have a faster way into `Convolution`s; parameters and their names stay."""
+    """Turns every convolution into a `Convolution`; parameters and their names stay."""
     for module in network.modules():
-        if type(module) is nn.Conv2d and (_plain(module, 3) or _plain(module, 1)):
+        if type(module) is nn.Conv2d:
             module.__class__ = Convolution
             cast(Convolution, module).in_evaluation = in_evaluation
-
-
-def _is_one_product(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and x.is_contiguous(memory_format=torch.channels_last)
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
 
 
 def _plain(conv: nn.Conv2d, side: int) -> bool:

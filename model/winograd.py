@@ -27,20 +27,13 @@ _MIN_CHANNELS, _MIN_TILES = 128, 96  # with fewer, the transforms cost more than
 def pays_off(x: Tensor, weight: Tensor) -> bool:
     """Whether `convolve` is faster than the library here. x: (N, C, H, W). weight: (O, C, 3, 3)."""
     tiles = x.shape[0] * -(-x.shape[2] // TILE) * -(-x.shape[3] // TILE)
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and min(weight.shape[:2]) >= _MIN_CHANNELS
-        and tiles >= _MIN_TILES
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+    return min(weight.shape[:2]) >= _MIN_CHANNELS and tiles >= _MIN_TILES
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """conv2d(x, weight, bias, padding=1), channels last. x: (N, C, H, W). weight: (O, C, 3, 3). bias: (O,)."""
+def convolve(x: Tensor, weight: Tensor) -> Tensor:
+    """conv2d(x, weight, padding=1), channels last. x: (N, C, H, W). weight: (O, C, 3, 3)."""
     y: Tensor = _Winograd.apply(x, weight)
-    return y if bias is None else y.add_(bias[:, None, None])
+    return y
 
 
 class _Winograd(torch.autograd.Function):
