@@ -1,6 +1,7 @@
 """Convolutions as torch has them, computed on the CPU in the way that is fastest for their shape.
 
-The numbers are the library's but for rounding. On a GPU the library chooses.
+The numbers are the library's but for rounding. On a GPU the library chooses. Gradients of gradients are the library's
+alone: a first backward pass through these has none.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Convolution(nn.Conv2d):
     in_evaluation = False
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not (self.training or self.in_evaluation) or not _ours_to_choose(input, weight):
+        if not (self.training or self.in_evaluation) or not _ours_to_choose(input, weight, self.groups):
             return cast(Tensor, super()._conv_forward(input, weight, bias))
         result: Tensor
         if _plain(self, 3) and winograd.pays_off(input, weight):
@@ -39,8 +40,10 @@ class Convolution(nn.Conv2d):
         return result if bias is None else result.add_(bias[:, None, None])
 
 
-def _ours_to_choose(x: Tensor, weight: Tensor) -> bool:
+def _ours_to_choose(x: Tensor, weight: Tensor, groups: int) -> bool:
     fp32_on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if x.dim() != 4 or x.shape[1] != weight.shape[1] * groups:
+        return False  # for the library to take, or to refuse
     return fp32_on_cpu and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 

@@ -2,7 +2,8 @@
 
 F(4 x 4, 3 x 3): a tile of 4 x 4 outputs is the transform of products of 6 x 6 transformed inputs and weights, which
 over all channels are 36 matrix products. Interpolation points 0, +-A, +-B and infinity, with A and B chosen for small
-rounding errors. CPU libraries have no such kernel for fp32 without AVX-512; GPUs choose their own.
+rounding errors. These scale with the largest number of a tile, and what is not finite spreads over its tile. CPU
+libraries have no such kernel for fp32 without AVX-512; GPUs choose their own.
 
 Axes: N images, H x W cells, C input and O output channels, K tile rows of a band, L tiles in a row, T = N K L tiles.
 """
@@ -58,8 +59,8 @@ class _Winograd(torch.autograd.Function):
         out_channels, channels = weight_OC33.shape[:2]
         of_x, of_weight = ctx.needs_input_grad
         weight = _weight_products(weight_OC33).transpose(1, 2)
-        to_weight = x.new_zeros(36, channels, out_channels)
-        to_x = x.new_zeros(len(x), _padded(x.shape[1]), _padded(x.shape[2]), channels)
+        to_weight = x.new_zeros(36 if of_weight else 0, channels, out_channels)
+        to_x = x.new_zeros(len(x) if of_x else 0, _padded(x.shape[1]), _padded(x.shape[2]), channels)
         for images, rows in _bands(x, out_channels):
             products = _gradients(gradient[images], rows)
             if of_weight:
@@ -73,7 +74,7 @@ class _Winograd(torch.autograd.Function):
 def empty_maps(like_NCHW: Tensor, channels: int) -> Tensor:
     """(N, channels, H, W), channels last. No view of anything: a residual block adds to it in place."""
     shape = (like_NCHW.shape[0], channels, *like_NCHW.shape[2:])
-    return torch.empty(shape, dtype=like_NCHW.dtype, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=like_NCHW.dtype, device=like_NCHW.device, memory_format=torch.channels_last)
 
 
 # --- bands ----------------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def _weight_transform(like: Tensor) -> Tensor:
     for root, square, other in ((_A, _AA, _BB), (_B, _BB, _AA)):
         scale = 1 / (2 * square * (square - other))
         rows += [[scale, sign * root * scale, square * scale] for sign in (1, -1)]
-    one = torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+    one = torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64, device=like.device)
     return torch.kron(one, one).to(like.dtype)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -84,6 +87,33 @@ def test_a_layer_gives_what_it_gave(how, bias):
     layer(x).mul_(2)  # as a residual block, in place
 
 
+def test_a_number_that_is_not_finite_stays_in_its_image():
+    x, weight = drawn(2, 2, 8, 9), drawn(2, 2, 3, 3)
+    broken = x.detach().clone()
+    broken[0, 0, 3, 3] = math.nan
+    ours = winograd.convolve(broken, weight)
+    assert torch.equal(ours[1], winograd.convolve(x, weight)[1])
+    assert ours[0].isnan().any()
+
+
+def test_what_is_not_a_batch_of_maps_is_the_librarys():
+    layer = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1))
+    take_fast_convolutions(layer)
+    x = drawn(128, 40, 40, dtype=torch.float32)
+    assert layer(x).shape == (128, 40, 40)
+    with pytest.raises(RuntimeError, match="to have 128 channels, but got 64"):
+        layer(x[None, :64])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x[None]).dtype == torch.bfloat16
+
+
+def test_a_copy_and_a_pickle_of_a_detector_compute_the_same():
+    detector, batch = build_detector(preset("tiny")), shape_batch(images=1)
+    expected = total(detector.losses(batch))
+    for other in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        assert torch.equal(total(other.losses(batch)), expected)
+
+
 def test_evaluation_takes_the_library_for_all_that_chooses_boxes(monkeypatch):
     detector, batch, taken = build_detector(preset("r50-fpn-torchvision")), shape_batch(images=1, side=128), []
     convolve = winograd.convolve
@@ -106,6 +136,6 @@ def test_a_detector_has_the_librarys_losses_and_gradients(monkeypatch):
         return loss.detach(), detector.layout.output[0].weight.grad.clone()
 
     ours = step()
-    monkeypatch.setattr("model.convolution._ours_to_choose", lambda x, weight: False)
+    monkeypatch.setattr("model.convolution._ours_to_choose", lambda *_: False)
     for found, wanted in zip(ours, step(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
