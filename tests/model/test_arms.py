@@ -52,6 +52,11 @@ BACKBONES: list[dict[str, Any]] = [
     {"kind": "resnet", "depth": 34, "norm": {"kind": "bn"}, "frozen_stages": 0},
     {"kind": "resnext", "variant": "50-32x4d", "norm": GN, "frozen_stages": 0},
 ]
+LARGE: list[dict[str, Any]] = [
+    {"kind": "resnet", "depth": 101, "norm": GN, "frozen_stages": 0},
+    {"kind": "resnext", "variant": "101-32x8d", "norm": GN, "frozen_stages": 0},
+    {"kind": "resnext", "variant": "101-64x4d", "norm": GN, "frozen_stages": 0},
+]
 
 
 def config(layout: str, **changes: Any) -> ModelConfig:
@@ -87,7 +92,7 @@ def test_every_layout_with_every_mask_branch(layout, mask):
     train_and_predict(config(layout, mask={**LAYOUTS[layout]["mask"], **mask}))
 
 
-@pytest.mark.parametrize("backbone", BACKBONES, ids=str)
+@pytest.mark.parametrize("backbone", [*BACKBONES, *(pytest.param(b, marks=pytest.mark.slow) for b in LARGE)], ids=str)
 def test_every_kind_of_backbone(backbone):
     train_and_predict(config("fpn", backbone=backbone))
 
