@@ -23,7 +23,7 @@ from workers.evaluate import coco_results
 
 IMAGES, OBJECTS, CLASSES, POINTS = 8, 2, 3, 17
 RATE, STEPS, MANY_STEPS = 1e-3, 60, 120
-SIDES = {"fpn": 48, "c4": 64, "c4-14": 64, "c5": 96, "conv5": 64}  # of the images, by layout
+SIDES = {"fpn": 48, "c4": 64, "c4-14": 64, "c5": 160, "conv5": 96}  # of the images, by layout
 GN = {"kind": "gn", "groups": 16}
 RESNET = {"kind": "resnet", "depth": 18, "norm": GN, "frozen_stages": 0}
 VGG = {"kind": "vgg16", "frozen_stages": 0}
@@ -41,11 +41,14 @@ FPN: dict[str, Any] = {
     "anchors": {"sizes_px": [[12], [18], [27]]},
     "mask": {"kind": "mask", "head": SMALL_FCN},
 }
-ONE_LEVEL: dict[str, Any] = {"anchors": {"sizes_px": [[18, 32]]}, "mask": {"kind": "mask", "head": SMALL_FCN}}
+ONE_LEVEL: dict[str, Any] = {
+    "anchors": {"sizes_px": [[18, 32]]},
+    "mask": {"kind": "mask", "head": SMALL_FCN},
+    "rpn": {**COMMON["rpn"], "post_nms_train": 8, "post_nms_test": 8},  # few, so that a few RoIs teach all that is met
+}
 C4 = {
     **ONE_LEVEL,
     "sampling": {"rois_per_image": 4, "positive_fraction": 0.5},  # res5 runs on each
-    "rpn": {**COMMON["rpn"], "post_nms_train": 8, "post_nms_test": 8},  # so that 4 of them teach what all of them need
     "layout": {"kind": "c4"},
     "box_head": {"kind": "res5"},
     "mask": {"kind": "mask", "head": {**SMALL_FCN, "convs": 0}},
@@ -54,8 +57,14 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fpn": FPN,
     "c4": C4,
     "c4-14": {**C4, "layout": {"kind": "c4", "roi_side": 14}},
-    "c5": {**ONE_LEVEL, "layout": {"kind": "c5", "channels": 64}},
-    "conv5": {**ONE_LEVEL, "layout": {"kind": "conv5"}, "backbone": VGG, "roi": {"kind": "pool"}},
+    "c5": {**ONE_LEVEL, "layout": {"kind": "c5", "channels": 64}, "anchors": {"sizes_px": [[48, 72]]}},
+    "conv5": {
+        **ONE_LEVEL,
+        "layout": {"kind": "conv5"},
+        "backbone": VGG,
+        "roi": {"kind": "pool"},
+        "anchors": {"sizes_px": [[29, 43]]},
+    },
 }
 KEYPOINTS = {"kind": "keypoints", "num_keypoints": POINTS, "convs": 2, "width": 32}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # name: layout and what differs from it
