@@ -55,7 +55,7 @@ def initial_detector(run: RunConfig) -> nn.Module:
     detector = build_detector(run.model, run.seed)
     weights = initial_weights(run.model.weights, run.model.backbone)
     if weights is not None:
-        load_initial(detector, *weights)
+        load_initial(detector, *weights, run.model)
     return detector
 
 
