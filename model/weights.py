@@ -7,12 +7,13 @@ conventions (channel order, strides, anchors, where the background stands) that 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from model.config import C4, KeypointBranch, ModelConfig, ResNet
 from model.detector import Detector
 
 State = dict[str, Tensor]
@@ -54,23 +55,33 @@ _DETECTRON2 = (
 )
 
 
-def load_initial(detector: Detector, state: Mapping[str, Tensor], layout: str) -> None:
-    """Loads `state` in place. Raises ValueError if a tensor is missing, left over or of another shape.
+# names that only files of the layout have
+_MARKS = {
+    "backbone": ("conv1.weight", "features.0.weight"),
+    "maskray": ("box.class_logits.weight",),
+    "torchvision": ("backbone.body.conv1.weight",),
+    "detectron2": ("proposal_generator.rpn_head.conv.weight",),
+}
 
-    layout: "backbone" is a torchvision classifier's (its ImageNet classes are dropped), "maskray" a detector of ours,
-    "torchvision" and "detectron2" a whole detector of theirs.
+
+def load_initial(detector: Detector, state: Mapping[str, Tensor], layout: str, cfg: ModelConfig) -> None:
+    """Loads `state` in place. Raises ValueError if a tensor is missing, left over or of another shape, or if `cfg`,
+    which `detector` is built from, has conventions under which the weights mean nothing.
+
+    layout: "backbone" is a torchvision classifier's (its ImageNet classes are dropped, and so are stages that the
+    model does not build), "maskray" a detector of ours, "torchvision" and "detectron2" a whole detector of theirs.
     """
+    _check_layout(state, layout)
+    _check_conventions(cfg, layout)
     match layout:
         case "backbone":
             _load_backbone(detector, state)
         case "maskray":
-            _load_strictly(detector, state)
+            _load_strictly(detector, state, {name: name for name in state}, layout)
         case "torchvision":
-            _load_strictly(detector, from_torchvision(state))
+            _load_strictly(detector, from_torchvision(state), _torchvision_names(state), layout)
         case "detectron2":
-            _load_strictly(detector, from_detectron2(state))
-        case _:
-            raise ValueError(f"no weights layout {layout!r}; there are backbone, maskray, torchvision, detectron2")
+            _load_strictly(detector, from_detectron2(state), _detectron2_names(state), layout)
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> State:
@@ -80,10 +91,8 @@ def from_torchvision(state: Mapping[str, Tensor]) -> State:
     name that it does not know.
     """
     result: State = {}
-    for name, value in state.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        ours = _fold_name(_translate(_old_mask_names(_keypoint_conv(name)), _TORCHVISION, "torchvision"))
+    for ours, name in _torchvision_names(state).items():
+        value = state[name]
         if ours.startswith("box.offsets."):
             value = value[4:]
         elif ours.startswith("mask.head.logits."):
@@ -94,12 +103,25 @@ def from_torchvision(state: Mapping[str, Tensor]) -> State:
 
 def from_detectron2(state: Mapping[str, Any]) -> State:
     """The "model" of a detectron2 model-zoo file (R-50/101 C4 or FPN) in our names; arrays may be numpy's."""
-    result: State = {}
-    for name, value in state.items():
-        if "anchor_generator" in name or name in ("pixel_mean", "pixel_std"):
-            continue
-        result[_detectron2_name(name)] = torch.as_tensor(value)
-    return result
+    return {ours: torch.as_tensor(state[name]) for ours, name in _detectron2_names(state).items()}
+
+
+def _torchvision_names(state: Iterable[str]) -> dict[str, str]:
+    """Our names to torchvision's."""
+    return {
+        _fold_name(_translate(_old_mask_names(_keypoint_conv(name)), _TORCHVISION, "torchvision")): name
+        for name in state
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def _detectron2_names(state: Iterable[str]) -> dict[str, str]:
+    """Our names to detectron2's."""
+    return {
+        _detectron2_name(name): name
+        for name in state
+        if "anchor_generator" not in name and name not in ("pixel_mean", "pixel_std")
+    }
 
 
 def _translate(name: str, rules: tuple[tuple[str, str], ...], layout: str) -> str:
@@ -164,34 +186,84 @@ def _detectron2_residual(name: str) -> str:
     return f"{where}.{block}.{conv}.{field}"
 
 
+def _check_layout(state: Mapping[str, Tensor], layout: str) -> None:
+    """Raises ValueError if there is no such layout, or if the names in `state` are those of another."""
+    if layout not in _MARKS:
+        raise ValueError(f"no weights layout {layout!r}; there are {', '.join(_MARKS)}")
+    for other, marks in _MARKS.items():
+        if other != layout and (found := [mark for mark in marks if mark in state]):
+            raise ValueError(f"weights in layout {layout!r}: the file has {found[0]!r}; use layout: {other}")
+
+
+def _check_conventions(cfg: ModelConfig, layout: str) -> None:
+    """Raises ValueError where a whole detector's weights would mean nothing.
+
+    Anchors, RoI alignment and resizing are not looked at: fine-tuning may change them.
+    """
+    if layout not in ("torchvision", "detectron2"):
+        return
+    theirs = layout == "detectron2"
+    wanted: dict[str, tuple[object, object]] = {
+        "background": (cfg.background, "last" if theirs else "first"),
+        "image.channels": (cfg.image.channels, "bgr" if theirs else "rgb"),
+    }
+    if isinstance(cfg.backbone, ResNet):
+        wanted["backbone.stride_in_1x1"] = (cfg.backbone.stride_in_1x1, theirs)
+        if theirs:  # Caffe's ResNets saw pixels up to 255
+            wanted["image.std"] = (cfg.image.std, (1.0, 1.0, 1.0))
+    wrong = [f"model.{field} {needed!r}, not {given!r}" for field, (given, needed) in wanted.items() if given != needed]
+    if wrong:
+        raise ValueError(
+            f"weights in layout {layout!r} need {', '.join(wrong)}; preset {_preset_of(cfg, layout)!r} has it right"
+        )
+
+
+def _preset_of(cfg: ModelConfig, layout: str) -> str:
+    if isinstance(cfg.keypoints, KeypointBranch):
+        return f"r50-fpn-keypoint-{layout}"
+    return "r50-c4-detectron2" if layout == "detectron2" and isinstance(cfg.layout, C4) else f"r50-fpn-{layout}"
+
+
 def _load_backbone(detector: Detector, state: Mapping[str, Tensor]) -> None:
     own = detector.state_dict()
-    folded = "backbone.conv1.norm_weight" in own
-    trained_norm = any(name.endswith("num_batches_tracked") for name in own)
-    mapped: State = {}
-    for name, value in state.items():
-        if name.startswith(("fc.", "classifier.6.")) or (name.endswith("num_batches_tracked") and not trained_norm):
-            continue
-        mapped[_backbone_name(_fold_name(name) if folded else name, own)] = value
+    names = {_backbone_name(name, own): name for name in state if _is_wanted(name, own)}
     expected = {name for name in own if name.startswith(("backbone.", "crops.res5."))}
     if "classifier.0.weight" in state:
         expected |= {name for name in own if name.startswith("box.trunk.fc.")}
-    _check_names(expected, set(mapped), "backbone")
-    _load_strictly(detector, {**own, **mapped})
+    # files from before torch 0.4.1 have no such counters, and a norm with momentum reads none
+    expected -= {name for name in own if name.endswith("num_batches_tracked")} - names.keys()
+    _check_names(expected, names, "backbone")
+    _load_strictly(detector, {**own, **{ours: state[name] for ours, name in names.items()}}, names, "backbone")
+
+
+def _is_wanted(name: str, own: Mapping[str, Tensor]) -> bool:
+    """False for ImageNet's classes, the counters of norms without any, and stages that the model does not build."""
+    if name.startswith(("fc.", "classifier.6.")):
+        return False
+    if name.endswith("num_batches_tracked") and not any(mine.endswith("num_batches_tracked") for mine in own):
+        return False
+    if re.match(r"layer[1-4]\.", name):
+        stage = _backbone_name(name.partition(".")[0] + ".", own)
+        return any(mine.startswith(stage) for mine in own)
+    return True
 
 
 def _backbone_name(name: str, own: Mapping[str, Tensor]) -> str:
+    """Our name of a classifier's tensor."""
     if found := re.fullmatch(r"classifier\.(0|3)\.(.*)", name):  # VGG's fc6 and fc7
         return f"box.trunk.fc.{int(found[1]) // 3}.{found[2]}"
+    if "backbone.conv1.norm_weight" in own:
+        name = _fold_name(name)
     if name.startswith("layer4.") and "crops.res5.0.conv1.weight" in own:
         return f"crops.res5.{name.removeprefix('layer4.')}"
     return f"backbone.{name}"
 
 
-def _check_names(expected: set[str], given: set[str], layout: str) -> None:
-    missing, unknown = sorted(expected - given), sorted(given - expected)
+def _check_names(expected: set[str], names: Mapping[str, str], layout: str) -> None:
+    """names: ours to the file's."""
+    missing, unknown = sorted(expected - names.keys()), sorted(names.keys() - expected)
     if missing or unknown:
-        what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}, which the model has not"
+        what = f"lacks {missing[0]!r}" if missing else f"has {names[unknown[0]]!r}, which the model has not"
         more = len(missing) + len(unknown) - 1
         raise ValueError(
             f"weights in layout {layout!r}: the file {what}"
@@ -200,13 +272,19 @@ def _check_names(expected: set[str], given: set[str], layout: str) -> None:
         )
 
 
-def _load_strictly(detector: Detector, state: Mapping[str, Tensor]) -> None:
+def _load_strictly(detector: Detector, state: Mapping[str, Tensor], names: Mapping[str, str], layout: str) -> None:
+    """names: ours to the file's; what is in `state` alone is the detector's own."""
     own = detector.state_dict()
-    _check_names(set(own), set(state), "of the whole detector")
+    _check_names(set(own), {name: names.get(name, name) for name in state}, layout)
     for name, value in state.items():
         if own[name].shape != value.shape:
             raise ValueError(
-                f"weights: {name!r} has shape {tuple(value.shape)}, the model {tuple(own[name].shape)}; "
+                f"weights: {names[name]!r} has shape {tuple(value.shape)}, the model {tuple(own[name].shape)}; "
                 "check num_classes and the widths in the config"
+            )
+        if own[name].is_floating_point() and not value.is_floating_point():
+            raise ValueError(
+                f"weights: {names[name]!r} is {value.dtype}, the model's is {own[name].dtype}; "
+                "save floating-point weights"
             )
     detector.load_state_dict(dict(state), strict=True)

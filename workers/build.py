@@ -13,7 +13,7 @@ from pipelines.dataset import Dataset, open_dataset
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.proposals import ProposalTable
 from workers.config import RunConfig
-from workers.weights import initial_weights
+from workers.weights import initial_weights, weights_source
 from workers.world import World
 
 
@@ -51,11 +51,14 @@ def check_data(run: RunConfig, dataset: Dataset, uri: str) -> None:
 
 
 def initial_detector(run: RunConfig) -> nn.Module:
-    """The detector as training begins."""
+    """The detector as training begins. Raises ValueError if its weights do not fit, with where they are from."""
     detector = build_detector(run.model, run.seed)
     weights = initial_weights(run.model.weights, run.model.backbone)
     if weights is not None:
-        load_initial(detector, *weights)
+        try:
+            load_initial(detector, *weights, run.model)
+        except ValueError as error:
+            raise ValueError(f"{weights_source(run.model.weights)}: {error}") from error
     return detector
 
 

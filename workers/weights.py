@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from model.config import VGG16, Backbone, FileWeights, NoWeights, ResNet, ResNeXt, TorchvisionWeights, Weights
+from pipelines.storage import file_sha256
 from workers.zoo import read_zoo_pickle
 
 
 def initial_weights(weights: Weights, backbone: Backbone) -> tuple[Mapping[str, Tensor], str] | None:
     """The state dict and its layout for `model.weights.load_initial`; None where parameters start at random.
 
-    Raises ValueError if a file is missing or is no state dict, RuntimeError if a download fails.
+    Raises ValueError if a file is missing, damaged or no state dict, RuntimeError if a download fails.
     """
     match weights:
         case NoWeights():
@@ -24,7 +25,20 @@ def initial_weights(weights: Weights, backbone: Backbone) -> tuple[Mapping[str, 
         case TorchvisionWeights():
             return _read(torchvision_file(weights.name, backbone)), "backbone"
         case FileWeights():
-            return _read(Path(weights.path)), weights.layout
+            return _read(_local(weights.path)), weights.layout
+        case _:
+            assert_never(weights)
+
+
+def weights_source(weights: Weights) -> str:
+    """The field that says where the initial weights are from, with its value: how a message about them begins."""
+    match weights:
+        case NoWeights():
+            return "model.weights"
+        case TorchvisionWeights():
+            return f"model.weights.name {weights.name}"
+        case FileWeights():
+            return f"model.weights.path {weights.path}"
         case _:
             assert_never(weights)
 
@@ -49,32 +63,76 @@ def torchvision_url(name: str, backbone: Backbone) -> str:
 
 
 def torchvision_file(name: str, backbone: Backbone) -> Path:
-    """The checkpoint in torch hub's cache, downloaded if it is not there."""
+    """The checkpoint in torch hub's cache, downloaded if it is not there.
+
+    Raises ValueError if it is not the file that torchvision released, RuntimeError if it cannot be downloaded.
+    """
     url = torchvision_url(name, backbone)
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # the file's own name ends in the start of its hash, which is checked
-            hash_prefix = path.stem.rsplit("-", 1)[-1]
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix, progress=False)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_prefix(url), progress=False)
         except OSError as error:
             raise RuntimeError(
                 f"{url} cannot be downloaded ({error}); fetch it elsewhere and put it at {path}"
             ) from error
+    check_released(path, url)
     return path
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
-    if not path.exists():
-        raise ValueError(f"weights.path: {path} does not exist")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def check_released(path: Path, url: str) -> None:
+    """Raises ValueError if the bytes at `path` are not those whose hash the name of `url` ends in."""
+    found, expected = file_sha256(path), _hash_prefix(url)
+    if not found.startswith(expected):
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 begins with {found[:8]}, its name says {expected}; "
+            f"delete it, or fetch {url} again and put it there"
+        )
 
-        tensors: Mapping[str, Tensor] = load_file(path)
-        return tensors
+
+def _hash_prefix(url: str) -> str:
+    """A released file's name ends in the start of its SHA-256."""
+    return url.rsplit("-", 1)[-1].removesuffix(".pth")
+
+
+def _local(path: str) -> Path:
+    """Raises ValueError if no local file is there."""
+    if "://" in path:
+        raise ValueError(f"model.weights.path {path}: only local files are read; fetch it and give the file's path")
+    file = Path(path).expanduser()
+    if file.is_dir():
+        raise ValueError(f"model.weights.path {path}: is a folder; give the file in it")
+    if not file.exists():
+        raise ValueError(f"model.weights.path {path}: there is no such file")
+    return file
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".pkl":
-        return read_zoo_pickle(path)
+        state: Mapping[str, Tensor] = read_zoo_pickle(path)
+    elif path.suffix == ".safetensors":
+        state = _read_safetensors(path)
+    else:
+        state = _read_torch(path)
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{path}: {name!r} holds values that are not finite; give weights from before it diverged")
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}); copy or save it again") from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    """A state dict, also one in a checkpoint's entry "model" or "state_dict" or with DDP's prefix `module.`."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -82,7 +140,17 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             f"{path} is no state dict of plain tensors ({type(error).__name__}); "
             "save one with torch.save(model.state_dict()) or as .safetensors"
         ) from error
-    state = state.get("model", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is not a state dict: names to tensors are expected")
+    for entry in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(entry), dict):
+            state = state[entry]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds {type(state).__name__}, not a state dict; names to tensors are expected")
+    strange = [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if strange:
+        raise ValueError(
+            f"{path} is not a state dict: its entry {strange[0]!r} is not a name with a tensor; "
+            "save the model's state_dict() alone"
+        )
+    if state and all(name.startswith("module.") for name in state):
+        return {name.removeprefix("module."): value for name, value in state.items()}
     return state

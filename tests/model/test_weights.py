@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from model.build import _assemble, build_detector
 from model.config import ModelConfig, preset
 from model.detector import Detector
+from model.presets import PRESETS
 from model.weights import from_detectron2, load_initial
 from tests.model.test_arms import config
 
+VGG = preset("vgg16-faster-rcnn")
 RESNET50 = {"kind": "resnet", "depth": 50}
 SMALL_VGG_HEAD = {"box_head": {"kind": "fc", "width": 32}, "mask": {"kind": "none"}}
 CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -53,30 +55,32 @@ def classifier(name: str) -> nn.Module:
 @pytest.mark.parametrize("norm", ["frozen_bn", "bn"])
 def test_every_backbone_takes_its_classifier_without_the_classes(name, norm):
     layout, changes = CLASSIFIERS[name]
-    backbone = {**changes["backbone"], "norm": {"kind": norm}}
+    cfg = pretrained(layout, backbone={**changes["backbone"], "norm": {"kind": norm}})
     with torch.device("meta"):
         state = torchvision.models.get_model(name, weights=None).state_dict()
-        detector = _assemble(pretrained(layout, backbone=backbone))
-    load_initial(detector, state, "backbone")
+        detector = _assemble(cfg)
+    load_initial(detector, state, "backbone", cfg)
+    load_initial(detector, {n: v for n, v in state.items() if "num_batches" not in n}, "backbone", cfg)
     with pytest.raises(ValueError, match=r"lacks 'backbone.layer1.0.conv1.weight'"):
-        load_initial(detector, {n: v for n, v in state.items() if n != "layer1.0.conv1.weight"}, "backbone")
+        load_initial(detector, {n: v for n, v in state.items() if n != "layer1.0.conv1.weight"}, "backbone", cfg)
 
 
 def test_vgg_takes_its_classifier_with_fc6_and_fc7():
     with torch.device("meta"):
         state = torchvision.models.vgg16(weights=None).state_dict()
-        detector = _assemble(preset("vgg16-faster-rcnn"))
-    load_initial(detector, state, "backbone")
+        detector = _assemble(VGG)
+    load_initial(detector, state, "backbone", VGG)
     with pytest.raises(ValueError, match=r"lacks 'box.trunk.fc.1.bias'"):
-        load_initial(detector, {n: v for n, v in state.items() if n != "classifier.3.bias"}, "backbone")
+        load_initial(detector, {n: v for n, v in state.items() if n != "classifier.3.bias"}, "backbone", VGG)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("layout", "norm"), [("c4", "frozen_bn"), ("fpn", "bn")])
 def test_a_loaded_resnet_has_torchvisions_features(layout, norm):
     network, image = classifier("resnet18"), torch.randn(1, 3, 64, 96)
-    detector = build_detector(pretrained(layout, backbone={"kind": "resnet", "depth": 18, "norm": {"kind": norm}}))
-    load_initial(detector, network.state_dict(), "backbone")
+    cfg = pretrained(layout, backbone={"kind": "resnet", "depth": 18, "norm": {"kind": norm}})
+    detector = build_detector(cfg)
+    load_initial(detector, network.state_dict(), "backbone", cfg)
     detector.train(norm == "frozen_bn")  # folded while training
     maps = detector.backbone(image)
     x = network.maxpool(F.relu(network.bn1(network.conv1(image))))
@@ -92,8 +96,8 @@ def test_a_loaded_resnet_has_torchvisions_features(layout, norm):
 @pytest.mark.slow
 def test_a_loaded_vgg_has_torchvisions_features_and_fc_layers():
     network, image = classifier("vgg16"), torch.randn(1, 3, 64, 96)
-    detector = build_detector(preset("vgg16-faster-rcnn"))
-    load_initial(detector, network.state_dict(), "backbone")
+    detector = build_detector(VGG)
+    load_initial(detector, network.state_dict(), "backbone", VGG)
     detector.eval()
     (features,) = detector.backbone(image)
     torch.testing.assert_close(features, network.features[:30](image), rtol=1e-4, atol=1e-4)
@@ -103,31 +107,104 @@ def test_a_loaded_vgg_has_torchvisions_features_and_fc_layers():
 
 
 def test_a_file_that_does_not_fit_gives_one_clear_line():
-    own = build_detector(pretrained("fpn", backbone={"kind": "resnet", "depth": 18}))
+    cfg = pretrained("fpn", backbone={"kind": "resnet", "depth": 18})
+    own = build_detector(cfg)
     right = classifier("resnet18").state_dict()
     with torch.device("meta"):
         deeper = torchvision.models.resnet34(weights=None).state_dict()
         vgg = torchvision.models.vgg16(weights=None).state_dict()
-    narrow = {**right, "conv1.weight": torch.zeros(32, 3, 7, 7)}
+    narrow = {**right, "bn1.weight": torch.zeros(32)}
+    whole = {**right, "layer4.0.bn1.bias": torch.zeros(512, dtype=torch.int64)}
+    ours = own.state_dict()
+    without = {n: v for n, v in ours.items() if n != "box.class_logits.bias"}
     cases: list[tuple[Mapping[str, Tensor], str, str]] = [
-        (deeper, "backbone", r"has 'backbone.layer1.2.*which the model has not \(and \d+ more\)"),
+        (deeper, "backbone", r"has 'layer1.2.bn1.bias', which the model has not \(and \d+ more\)"),
         (vgg, "backbone", "lacks 'backbone.conv1"),
         ({}, "backbone", "lacks 'backbone.conv1"),
-        (narrow, "backbone", r"'backbone.conv1.weight' has shape \(32, 3, 7, 7\), the model \(64, 3, 7, 7\)"),
-        (right, "maskray", "lacks 'backbone"),
-        (right, "torchvision", "unknown tensor 'conv1.weight'; expected a Mask R-CNN"),
-        (right, "detectron2", "unknown tensor 'conv1.weight'"),
+        ({**right, "layer5.0.conv1.weight": torch.zeros(1)}, "backbone", "has 'layer5.0.conv1.weight', which"),
+        (narrow, "backbone", r"'bn1.weight' has shape \(32,\), the model \(64,\)"),
+        (whole, "backbone", "'layer4.0.bn1.bias' is torch.int64, the model's is torch.float32"),
+        (without, "maskray", "weights in layout 'maskray': the file lacks 'box.class_logits.bias'; check"),
+        (right, "maskray", "the file has 'conv1.weight'; use layout: backbone"),
+        (right, "torchvision", "the file has 'conv1.weight'; use layout: backbone"),
+        (vgg, "detectron2", "the file has 'features.0.weight'; use layout: backbone"),
+        (ours, "backbone", "the file has 'box.class_logits.weight'; use layout: maskray"),
         (right, "mmdetection", "no weights layout 'mmdetection'; there are backbone, maskray"),
     ]
     before = {name: value.clone() for name, value in own.state_dict().items()}
     for state, layout, reason in cases:
         with pytest.raises(ValueError, match=reason) as caught:
-            load_initial(own, state, layout)
+            load_initial(own, state, layout, cfg)
         assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
-    trained = build_detector(config("fpn"))
+    grouped = config("fpn")
     with pytest.raises(ValueError, match="running_mean"):  # group norm has no statistics to load
-        load_initial(trained, right, "backbone")
+        load_initial(build_detector(grouped), right, "backbone", grouped)
+
+
+@pytest.mark.parametrize("strides", [(8, 16), (4, 8, 16), (16,), (4, 8, 16, 32)])
+def test_stages_that_a_short_pyramid_does_not_build_stay_in_the_file(strides):
+    """Whole stages alone; anything else too many is refused."""
+    changes = {
+        "backbone": {"kind": "resnet", "depth": 18},
+        "weights": {"kind": "file", "path": "r18.pth"},
+        "layout": {"kind": "fpn", "channels": 32, "strides": strides, "roi_strides": strides[-1:]},
+    }
+    cfg = ModelConfig.model_validate({**dict(preset("tiny")), **changes})
+    state = classifier("resnet18").state_dict()
+    detector = build_detector(cfg)
+    load_initial(detector, state, "backbone", cfg)
+    loaded = detector.state_dict()
+    for stage in ("layer1", "layer2", "layer3", "layer4")[: 4 if strides[-1] == 32 else 3]:
+        assert torch.equal(loaded[f"backbone.{stage}.1.conv2.weight"], state[f"{stage}.1.conv2.weight"])
+        assert torch.equal(loaded[f"backbone.{stage}.1.conv2.running_var"], state[f"{stage}.1.bn2.running_var"])
+    assert ("backbone.layer4.0.conv1.weight" in loaded) == (strides[-1] == 32)
+    with pytest.raises(ValueError, match=r"has 'layer3.2.conv1.weight', which the model has not"):
+        load_initial(detector, {**state, "layer3.2.conv1.weight": torch.zeros(1)}, "backbone", cfg)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("r50-fpn-torchvision", {"background": "last"}, "need model.background 'first', not 'last'"),
+        ("r50-fpn-torchvision", {"image": {"channels": "bgr"}}, "need model.image.channels 'rgb', not 'bgr'"),
+        ("r50-fpn-torchvision", {"backbone": {**RESNET50, "stride_in_1x1": True}}, "stride_in_1x1 False, not True"),
+        ("r50-fpn-keypoint-torchvision", {"background": "last"}, "model.background 'first', not 'last'"),
+        ("r50-fpn-detectron2", {"background": "first"}, "need model.background 'last', not 'first'"),
+        ("r50-fpn-detectron2", {"backbone": RESNET50}, "need model.backbone.stride_in_1x1 True, not False"),
+        ("r50-c4-detectron2", {"image": {"std": [1, 1, 1]}}, "need model.image.channels 'bgr', not 'rgb'"),
+        (
+            "r50-fpn-keypoint-detectron2",
+            {"image": {}, "background": "first"},
+            r"'last', not 'first', model.image.channels 'bgr', not 'rgb', model.image.std \(1.0, 1.0, 1.0\), not ",
+        ),
+    ],
+)
+def test_conventions_under_which_a_detectors_weights_mean_nothing_are_refused(name, changes, reason):
+    cfg = ModelConfig.model_validate({**dict(preset(name)), **changes})
+    layout = name.rpartition("-")[2]
+    with torch.device("meta"):
+        detector = _assemble(cfg)
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_initial(detector, {}, layout, cfg)
+    assert str(caught.value).endswith(f"; preset {name!r} has it right")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith(("-torchvision", "-detectron2"))])
+def test_the_presets_have_their_layouts_conventions(name):
+    with torch.device("meta"):
+        detector = _assemble(preset(name))
+    with pytest.raises(ValueError, match="the file lacks"):  # so the conventions, which come first, are right
+        load_initial(detector, {}, name.rpartition("-")[2], preset(name))
+
+
+def test_fine_tuning_may_change_anchors_alignment_and_resizing():
+    changes = {"anchors": {}, "roi": {"kind": "align"}, "image": {}, "weights": {"kind": "torchvision"}}
+    cfg = ModelConfig.model_validate({**dict(preset("r50-fpn-torchvision")), **changes})
+    with torch.device("meta"):
+        state = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
+        load_initial(_assemble(cfg), state, "torchvision", cfg)
 
 
 # --- detectron2, by a second reading of its names and conventions ---------------------------------------------------
@@ -248,7 +325,7 @@ class Zoo:
 
 def loaded(zoo: Zoo, name: str) -> Detector:
     detector = build_detector(preset(name)).eval()
-    load_initial(detector, zoo.state, "detectron2")
+    load_initial(detector, zoo.state, "detectron2", preset(name))
     return detector
 
 
@@ -338,6 +415,6 @@ def test_a_zoo_file_of_another_layout_gives_one_clear_line():
     zoo.add_resnet("backbone.", ("res2", "res3", "res4"), head="roi_heads.")
     detector = build_detector(preset("r50-fpn-detectron2"))
     with pytest.raises(ValueError, match=r"^weights in layout .*lacks 'backbone\.layer4.*check that backbone"):
-        load_initial(detector, zoo.state, "detectron2")
+        load_initial(detector, zoo.state, "detectron2", preset("r50-fpn-detectron2"))
     with pytest.raises(ValueError, match=re.escape("unknown tensor 'conv1_w'")):
         from_detectron2({"conv1_w": np.zeros(1)})

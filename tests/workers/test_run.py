@@ -130,7 +130,7 @@ def test_a_diverging_trial_fails_with_its_reason_in_outcome_and_mlflow(tmp_path,
         ({"data__filter__categories": ["unicorn"]}, "unicorn"),
         ({"loop__best_metric": "segm/APP"}, "loop.best_metric: this model has no metric 'segm/APP'; .* 'segm/AP'"),
         ({"loop__best_metric": "keypoints/AP"}, "this model has no metric 'keypoints/AP'"),
-        ({"model__weights__kind": "file", "model__weights__path": "/no/w.pt"}, "weights.path: /no/w.pt does not exist"),
+        ({"model__weights__kind": "file", "model__weights__path": "/no/w.pt"}, "path /no/w.pt: there is no such file"),
     ],
 )
 def test_what_a_person_got_wrong_is_one_line_and_status_2(tmp_path, packed, overrides, message, capsys):

@@ -1,0 +1,128 @@
+"""Files of initial weights: what is read, and what is refused in one line with the file and the remedy."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.config import FileWeights, ResNet, TorchvisionWeights
+from tests.builders import tiny_run
+from workers.build import initial_detector
+from workers.weights import check_released, initial_weights
+
+ONE = {"conv1.weight": torch.ones(2)}
+
+
+def read(path: Path | str) -> dict[str, Tensor]:
+    found = initial_weights(FileWeights(path=str(path)), ResNet())
+    assert found is not None
+    assert found[1] == "backbone"
+    return dict(found[0])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ONE,
+        {"model": ONE, "optimizer": {}},
+        {"state_dict": ONE, "epoch": 3},
+        {"module.conv1.weight": torch.ones(2)},
+        {"state_dict": {"module.conv1.weight": torch.ones(2)}},
+    ],
+    ids=["bare", "model", "state_dict", "ddp", "ddp_in_state_dict"],
+)
+def test_the_usual_wrappings_of_a_state_dict_are_taken_off(tmp_path, data):
+    torch.save(data, tmp_path / "w.pth")
+    found = read(tmp_path / "w.pth")
+    assert list(found) == ["conv1.weight"]
+    assert torch.equal(found["conv1.weight"], torch.ones(2))
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file(ONE, tmp_path / "w.safetensors")
+    assert torch.equal(read("~/w.safetensors")["conv1.weight"], torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        ([1], "holds list, not a state dict"),
+        ({3: torch.ones(1)}, "its entry 3 is not a name with a tensor; save the model's state_dict"),
+        ({"net": ONE, "epoch": 3}, "its entry 'net' is not a name with a tensor"),
+        ({"a": torch.ones(1), "b": torch.tensor([1.0, torch.nan])}, "'b' holds values that are not finite"),
+        ({"a": torch.tensor([torch.inf])}, "'a' holds values that are not finite"),
+    ],
+)
+def test_what_is_no_state_dict_of_finite_numbers_is_refused_in_one_line(tmp_path, data, reason):
+    path = tmp_path / "w.pth"
+    torch.save(data, path)
+    assert reason in refusal(lambda: read(path), path)
+
+
+def test_a_damaged_file_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"not safetensors at all")
+    assert "is damaged or no safetensors file" in refusal(lambda: read(path), path)
+    save_file({"a": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert "copy or save it again" in refusal(lambda: read(path), path)
+
+
+def test_what_is_no_local_file_is_refused_in_one_line(tmp_path):
+    assert "is a folder; give the file in it" in refusal(lambda: read(tmp_path), tmp_path)
+    assert "there is no such file" in refusal(lambda: read(tmp_path / "w.pth"), tmp_path / "w.pth")
+    url = "https://example.org/w.pth"
+    assert "only local files are read; fetch it" in refusal(lambda: read(url), url)
+
+
+def test_a_file_that_does_not_fit_is_named_with_its_own_names(tmp_path):
+    path = tmp_path / "r18.pth"
+    state = torchvision.models.resnet18().state_dict()
+    torch.save({**state, "layer3.2.bn1.bias": torch.zeros(256)}, path)
+    run = tiny_run(
+        {
+            "model.backbone": {"kind": "resnet", "depth": 18},
+            "model.weights": {"kind": "file", "path": str(path)},
+        }
+    )
+    line = refusal(lambda: initial_detector(run), f"model.weights.path {path}: ")
+    assert "the file has 'layer3.2.bn1.bias', which the model has not" in line
+    torch.save(state, path)
+    loaded: dict[str, Any] = initial_detector(run).state_dict()
+    assert torch.equal(loaded["backbone.conv1.weight"], state["conv1.weight"])
+
+
+# --- torch hub's cache ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", [b"", b"truncated", b"x" * 5000])
+def test_another_file_under_the_released_ones_name_is_refused(tmp_path, monkeypatch, data):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+    line = refusal(lambda: initial_weights(TorchvisionWeights(), ResNet(depth=18)), path)
+    assert f"its SHA-256 begins with {hashlib.sha256(data).hexdigest()[:8]}, its name says f37072fd" in line
+    assert "delete it, or fetch https://download.pytorch.org/models/resnet18-f37072fd.pth again" in line
+
+
+def test_a_file_with_the_hash_of_its_name_is_the_released_one(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"released")
+    check_released(tmp_path / "w.pth", f"https://example.org/w-{hashlib.sha256(b'released').hexdigest()[:8]}.pth")
+
+
+def refusal(action: Callable[[], object], where: Path | str) -> str:
+    """The one line, which names `where`, with which `action` is refused."""
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
+        action()
+    assert str(where) in str(caught.value)
+    return str(caught.value)
