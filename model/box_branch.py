@@ -78,12 +78,21 @@ class BoxBranch(nn.Module):
         self, logits: Tensor, offsets: Tensor, rois: FlatRoIs, object_boxes_R4: Tensor, positive_R: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Class loss over all RoIs and box loss over the positives, on the true class's offsets, as sums."""
-        target = (rois.labels + 1) % (self.num_classes + 1) if self.background_first else rois.labels
-        classes = class_loss(logits, target, rois.weight)
+        classes = class_loss(logits, self._target(rois.labels, positive_R > 0), rois.weight)
         own = rois.labels.clamp(max=self.num_classes - 1) if offsets.shape[1] > 1 else torch.zeros_like(rois.labels)
         chosen = offsets.gather(1, own[:, None, None].expand(-1, 1, 4))[:, 0]
         wanted = encode(rois.boxes_xyxy, object_boxes_R4, OFFSET_WEIGHTS)
         return classes, box_loss(chosen, wanted, rois.weight * positive_R, self.beta)
+
+    def _target(self, labels_R: Tensor, positive_R: Tensor) -> Tensor:
+        """The place of each RoI's class among the logits.
+
+        An object's label outside [0, K) gets one that does not exist: cross-entropy fails on it, also on a GPU,
+        where looking at the labels here would be a sync.
+        """
+        target = (labels_R + 1) % (self.num_classes + 1) if self.background_first else labels_R
+        wrong = positive_R & ((labels_R < 0) | (labels_R >= self.num_classes))
+        return target.masked_fill(wrong, self.num_classes + 1)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Probabilities of the K foreground classes, (R, K), in float32."""

@@ -1,21 +1,22 @@
 """Every arm of the paper as frozen records: one union per choice, one field per switch.
 
-Only `model.build` reads these; modules take plain arguments. Sources: Mask R-CNN (arXiv 1703.06870 v3),
+Only `model.build` and `model.weights` read these; modules take plain arguments. Sources: Mask R-CNN (arXiv 1703.06870 v3),
 Faster R-CNN (1506.01497), FPN (1612.03144), MNC for RoIWarp (1512.04412).
 """
 
 from __future__ import annotations
 
+import difflib
 from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Record(BaseModel):
-    """An immutable value with validated fields; a field it does not have is an error."""
+    """An immutable value with validated fields; a field it does not have is an error, and so is nan or inf."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -28,6 +29,10 @@ class Record(BaseModel):
             ):
                 raise ValueError(f"{name} is a number, not {value}")
         return data
+
+
+# Far above any network's: what lies beyond is a slip of the pen, told here and not by the allocator.
+_MOST_CHANNELS, _MOST_LAYERS, _MOST_PX, _MOST_BOXES = 16_384, 64, 65_536, 100_000
 
 
 # --- backbone -------------------------------------------------------------------------------------------------------
@@ -48,6 +53,13 @@ class GroupNorm(Record):
 
     kind: Literal["gn"] = "gn"
     groups: int = Field(32, ge=1)
+
+    @field_validator("groups")
+    @classmethod
+    def _divides(cls, value: int) -> int:
+        if 64 % value:  # the stem has 64 channels, and every other normed width of every backbone is a multiple
+            raise ValueError("must divide the 64 channels of the backbone's stem; choose 1, 2, 4, 8, 16, 32 or 64")
+        return value
 
 
 class BatchNorm(Record):
@@ -104,7 +116,7 @@ class TorchvisionWeights(Record):
 
 
 class FileWeights(Record):
-    """A state dict in a local file: the backbone's own or a whole detector's in one of three layouts."""
+    """A state dict in a local file: a backbone's own, or a whole detector's in our, torchvision's or detectron2's layout."""
 
     kind: Literal["file"] = "file"
     path: str = Field(min_length=1)
@@ -114,16 +126,28 @@ class FileWeights(Record):
 Weights: TypeAlias = Annotated[NoWeights | TorchvisionWeights | FileWeights, Field(discriminator="kind")]
 
 
+Deviation: TypeAlias = Annotated[float, Field(ge=1e-3)]
+
+
 class ImageInput(Record):
     """How uint8 pixels enter the network, and the size of an image at test time."""
 
     mean: tuple[float, float, float] = (0.485 * 255, 0.456 * 255, 0.406 * 255)  # in the order of `channels`
-    std: tuple[float, float, float] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+    std: tuple[Deviation, Deviation, Deviation] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
     channels: Literal["rgb", "bgr"] = "rgb"
-    short_side_px: int = Field(800, ge=16)
-    max_side_px: int = Field(1333, ge=16)
-    canvas_multiple_px: int = Field(32, ge=1)
+    short_side_px: int = Field(800, ge=16, le=_MOST_PX)
+    max_side_px: int = Field(1333, ge=16, le=_MOST_PX)
+    canvas_multiple_px: int = Field(32, ge=1, le=_MOST_PX)
     resize: Literal["antialias", "torchvision-detection"] = "antialias"
+
+    @model_validator(mode="after")
+    def _short_is_not_longer(self) -> ImageInput:
+        if self.max_side_px < self.short_side_px:
+            raise ValueError(
+                f"max_side_px = {self.max_side_px} is below short_side_px = {self.short_side_px}, which would then "
+                "have no effect; raise the one or lower the other"
+            )
+        return self
 
 
 # --- layout ---------------------------------------------------------------------------------------------------------
@@ -143,7 +167,7 @@ class C5(Record):
     """RPN and RoIs on res5 at its true stride of 32, then FPN-style heads (res5 is used up)."""
 
     kind: Literal["c5"] = "c5"
-    channels: int = Field(256, ge=8)
+    channels: int = Field(256, ge=8, le=_MOST_CHANNELS)
 
 
 class Conv5(Record):
@@ -159,7 +183,7 @@ class FPN(Record):
     """
 
     kind: Literal["fpn"] = "fpn"
-    channels: int = Field(256, ge=8)
+    channels: int = Field(256, ge=8, le=_MOST_CHANNELS)
     strides: tuple[Literal[4, 8, 16, 32], ...] = Field((4, 8, 16, 32), min_length=1)  # the backbone maps merged
     roi_strides: tuple[Literal[4, 8, 16, 32], ...] = Field((4, 8, 16, 32), min_length=1)
 
@@ -179,12 +203,28 @@ Layout: TypeAlias = Annotated[C4 | C5 | Conv5 | FPN, Field(discriminator="kind")
 # --- proposals ------------------------------------------------------------------------------------------------------
 
 
+AnchorSize: TypeAlias = Annotated[int, Field(ge=1, le=_MOST_PX)]
+AnchorSizes: TypeAlias = Annotated[tuple[AnchorSize, ...], Field(min_length=1, max_length=64)]
+AnchorRatio: TypeAlias = Annotated[float, Field(ge=1e-3, le=1e3)]
+
+
 class Anchors(Record):
     """Anchor sides in pixels, one tuple per level of the layout (finest first), and height/width ratios."""
 
-    sizes_px: tuple[tuple[int, ...], ...] = ((32,), (64,), (128,), (256,), (512,))
-    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    sizes_px: tuple[AnchorSizes, ...] = Field(((32,), (64,), (128,), (256,), (512,)), min_length=1, max_length=8)
+    ratios: tuple[AnchorRatio, ...] = Field((0.5, 1.0, 2.0), min_length=1, max_length=64)
     rounded: bool = False  # torchvision's: base anchors in whole pixels, strides of canvas // cells
+
+    @model_validator(mode="after")
+    def _rounded_ones_have_an_area(self) -> Anchors:
+        size = min(size for sizes in self.sizes_px for size in sizes)
+        ratio = max(max(ratio, 1 / ratio) for ratio in self.ratios)
+        if self.rounded and round(size / ratio**0.5 / 2) == 0:  # half a side, as the anchors are rounded
+            raise ValueError(
+                f"rounded to whole pixels, the anchor of {size} px in sizes_px has no area at the most oblong of "
+                f"ratios {self.ratios}; give larger sizes or leave rounded off"
+            )
+        return self
 
 
 class L1(Record):
@@ -195,7 +235,7 @@ class SmoothL1(Record):
     """Quadratic below `beta` (Fast R-CNN, equation 3, has beta 1)."""
 
     kind: Literal["smooth_l1"] = "smooth_l1"
-    beta: float = Field(1 / 9, gt=0)
+    beta: float = Field(1 / 9, ge=1e-6)  # below, its gradient overflows; "l1" is the limit
 
 
 BoxLoss: TypeAlias = Annotated[L1 | SmoothL1, Field(discriminator="kind")]
@@ -204,17 +244,35 @@ BoxLoss: TypeAlias = Annotated[L1 | SmoothL1, Field(discriminator="kind")]
 class RPN(Record):
     """Region proposal network: sampling for its loss, and the filter from anchors to proposals."""
 
-    batch_per_image: int = Field(256, ge=1)
+    batch_per_image: int = Field(256, ge=1, le=_MOST_BOXES)
     positive_fraction: float = Field(0.5, gt=0, le=1)
     positive_iou: float = Field(0.7, gt=0, le=1)
     negative_iou: float = Field(0.3, ge=0, lt=1)
-    pre_nms_train: int = Field(2000, ge=1)  # per level and image
-    pre_nms_test: int = Field(1000, ge=1)
-    post_nms_train: int = Field(1000, ge=1)  # per image
-    post_nms_test: int = Field(1000, ge=1)
+    pre_nms_train: int = Field(2000, ge=1, le=_MOST_BOXES)  # per level and image
+    pre_nms_test: int = Field(1000, ge=1, le=_MOST_BOXES)
+    post_nms_train: int = Field(1000, ge=1, le=_MOST_BOXES)  # per image
+    post_nms_test: int = Field(1000, ge=1, le=_MOST_BOXES)
     nms_iou: float = Field(0.7, gt=0, le=1)
     min_side_px: float = Field(1e-3, gt=0)
     box_loss: BoxLoss = L1()
+
+    @model_validator(mode="after")
+    def _samples_are_of_both_kinds(self) -> RPN:
+        if self.positive_iou < self.negative_iou:
+            raise ValueError(
+                f"positive_iou = {self.positive_iou} is below negative_iou = {self.negative_iou}: an anchor between "
+                "them would be both; raise the one or lower the other"
+            )
+        _check_positives("batch_per_image", self.batch_per_image, self.positive_fraction)
+        return self
+
+
+def _check_positives(name: str, size: int, fraction: float) -> None:
+    if int(size * fraction) == 0:  # as `model.matching.sample` counts them
+        raise ValueError(
+            f"{name} = {size} with positive_fraction = {fraction} leaves room for no positive, so no box would be "
+            "learnt; their product must be at least 1"
+        )
 
 
 class EndToEnd(Record):
@@ -240,7 +298,7 @@ class RoIAlign(Record):
     """Mean or max of bilinear samples per bin (Mask R-CNN, section 3)."""
 
     kind: Literal["align"] = "align"
-    samples: int = Field(2, ge=0)  # points per bin side; 0: as many as the bin has cells (detectron2)
+    samples: int = Field(2, ge=0, le=64)  # points per bin side; 0: as many as the bin has cells (detectron2)
     reduce: Literal["mean", "max"] = "mean"
     aligned: bool = True  # pixel centres at half-integers
 
@@ -272,9 +330,14 @@ RoIOp: TypeAlias = Annotated[RoIAlign | RoIPool | RoIWarp, Field(discriminator="
 class RoISampling(Record):
     """Which proposals train the heads."""
 
-    rois_per_image: int = Field(512, ge=1)
+    rois_per_image: int = Field(512, ge=1, le=_MOST_BOXES)
     positive_fraction: float = Field(0.25, gt=0, le=1)
     positive_iou: float = Field(0.5, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _some_are_positive(self) -> RoISampling:
+        _check_positives("rois_per_image", self.rois_per_image, self.positive_fraction)
+        return self
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
@@ -290,8 +353,8 @@ class FCHead(Record):
     """Fully connected layers on 7 x 7 features: the box head of FPN and C5."""
 
     kind: Literal["fc"] = "fc"
-    layers: int = Field(2, ge=1)
-    width: int = Field(1024, ge=8)
+    layers: int = Field(2, ge=1, le=_MOST_LAYERS)
+    width: int = Field(1024, ge=8, le=_MOST_CHANNELS)
 
 
 class VGGHead(Record):
@@ -307,15 +370,15 @@ BoxHead: TypeAlias = Annotated[Res5Head | FCHead | VGGHead, Field(discriminator=
 class BoxInference(Record):
     score_threshold: float = Field(0.05, ge=0, lt=1)
     nms_iou: float = Field(0.5, gt=0, le=1)
-    detections_per_image: int = Field(100, ge=1)
+    detections_per_image: int = Field(100, ge=1, le=_MOST_BOXES)
 
 
 class FCNMask(Record):
     """Convolutions, one deconvolution, a 1 x 1 predictor (Fig. 4). `convs` is 4 for FPN and C5, 0 after res5."""
 
     kind: Literal["fcn"] = "fcn"
-    convs: int = Field(4, ge=0)
-    width: int = Field(256, ge=8)
+    convs: int = Field(4, ge=0, le=_MOST_LAYERS)
+    width: int = Field(256, ge=8, le=_MOST_CHANNELS)
 
 
 class MLPMask(Record):
@@ -323,7 +386,7 @@ class MLPMask(Record):
 
     kind: Literal["mlp"] = "mlp"
     layers: Literal[2, 3] = 2
-    width: int = Field(1024, ge=8)
+    width: int = Field(1024, ge=8, le=_MOST_CHANNELS)
 
 
 MaskHead: TypeAlias = Annotated[FCNMask | MLPMask, Field(discriminator="kind")]
@@ -370,9 +433,9 @@ class KeypointBranch(Record):
     """One-hot m x m targets per keypoint, cross-entropy over the m^2 positions (section 5)."""
 
     kind: Literal["keypoints"] = "keypoints"
-    num_keypoints: int = Field(17, ge=1)
-    convs: int = Field(8, ge=1)
-    width: int = Field(512, ge=8)
+    num_keypoints: int = Field(17, ge=1, le=10_000)
+    convs: int = Field(8, ge=1, le=_MOST_LAYERS)
+    width: int = Field(512, ge=8, le=_MOST_CHANNELS)
     half_pixel_px: float = Field(0.5, ge=0)  # taken off predictions; torchvision does not shift keypoints and has 0
     loss_weight: float = Field(1.0, gt=0)
 
@@ -383,7 +446,7 @@ Keypoints: TypeAlias = Annotated[NoKeypoints | KeypointBranch, Field(discriminat
 class ModelConfig(Record):
     """One detector. `mask` and `keypoints` choose the task."""
 
-    num_classes: int = Field(80, ge=1)  # without background; must match the data's categories
+    num_classes: int = Field(80, ge=1, le=100_000)  # without background; must match the data's categories
     backbone: Backbone = ResNet()
     weights: Weights = TorchvisionWeights()
     image: ImageInput = ImageInput()
@@ -450,9 +513,11 @@ class ModelConfig(Record):
 
 
 def preset(name: str) -> ModelConfig:
-    """The named architecture of `model.presets`. Raises ValueError with the known names."""
+    """The named architecture of `model.presets`. Raises ValueError with the nearest name, or all that there are."""
     from model.presets import PRESETS  # which needs the records above
 
     if name not in PRESETS:
-        raise ValueError(f"no model preset {name!r}; there are {', '.join(sorted(PRESETS))}")
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(PRESETS))}"
+        raise ValueError(f"no model preset {name!r}; {hint}")
     return PRESETS[name]

@@ -18,7 +18,7 @@ from model.keypoint_branch import KeypointBranch, keypoint_positions
 from model.layouts import Maps
 from model.mask_branch import MaskBranch
 from model.paste import paste_all, paste_all_torchvision
-from model.pixels import Normalise, Resize, enter, pad_to_multiple, test_size, zero_padding
+from model.pixels import Normalise, Resize, check_image, enter, pad_to_multiple, test_size, zero_padding
 from model.rpn import RPN, AnchorOutputs, Proposals, RPNTargets, rpn_losses, sample_anchors, select_proposals
 from model.samples import FlatRoIs, Samples, flatten
 from model.sampling import sample_rois
@@ -137,6 +137,8 @@ class Detector(nn.Module):
 
     def _read(self, pixels: Tensor) -> tuple[Maps, AnchorOutputs | None]:
         """Normalised pixels (B, 3, H, W) to feature maps and what the RPN makes of them."""
+        if pixels.shape[0] == 0:
+            raise ValueError("the batch has no image; give a batch of at least one")
         as_library = pixels.device.type == "cpu" and not self.training  # see `Convolution`
         layout = torch.contiguous_format if as_library else torch.channels_last
         maps: Maps = self.layout(self.backbone(pixels.contiguous(memory_format=layout)))
@@ -267,7 +269,9 @@ class Detector(nn.Module):
         boxes: (N, 4) as x0, y0, x1, y1. scores: (N,). labels: (N,), counted as the class logits are: from 1 where
         the background comes first (torchvision's numbering), else from 0. masks: float (N, H, W), a pixel belongs to
         the object where it reaches 0.5. keypoints: (N, P, 3) as x, y, 1, and keypoints_scores: (N, P).
+        Raises ValueError for any other tensor.
         """
+        check_image(image)
         if self.rpn is None:
             raise ValueError("proposals.kind is 'fixed': this model predicts batches that carry proposals, not images")
         s = self.settings

@@ -41,12 +41,24 @@ def zero_padding(pixels: Tensor, sizes_B2: Tensor) -> Tensor:
 def test_size(height: int, width: int, short_side_px: int, max_side_px: int, resize: Resize) -> tuple[int, int]:
     """Height and width after scaling the short side to `short_side_px`, the long one to `max_side_px` if that is less.
 
-    Torchvision's detectors round the sides down, the antialiased resize rounds to nearest.
+    As the evaluation loader resizes (`pipelines.images`): antialiased ones are rounded half up, as in detectron2,
+    torchvision's detectors round down. A side is 1 at least.
     """
-    scale = min(short_side_px / min(height, width), max_side_px / max(height, width))
+    shorter, longer = min(height, width), max(height, width)
     if resize == "torchvision-detection":
-        return int(height * scale), int(width * scale)
-    return max(round(height * scale), 1), max(round(width * scale), 1)
+        scale, half = min(short_side_px / shorter, max_side_px / longer), 0.0
+    else:
+        scale, half = short_side_px / shorter, 0.5
+        if scale * longer > max_side_px:
+            scale = max_side_px / longer
+    return max(1, int(height * scale + half)), max(1, int(width * scale + half))
+
+
+def check_image(image: Tensor) -> None:
+    """Raises ValueError unless `image` is what `predict_image` takes."""
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        found = f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
+        raise ValueError(f"an image is uint8 RGB (3, H, W) in 0 to 255; this is {found}")
 
 
 def enter(image: Tensor, normalise: Normalise, size: tuple[int, int], resize: Resize) -> Tensor:

@@ -115,7 +115,11 @@ def read_run(path: Path) -> dict[str, Any]:
     """A run file as complete nested data; it may name a `preset` beside the fields that it changes."""
     data, _ = read_yaml(path)
     name = data.pop("preset", "")
-    start = complete(run_preset(str(name)) if name else {}, str(path))
+    try:
+        preset = run_preset(str(name)) if name else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: preset: {error}") from None
+    start = complete(preset, str(path))
     return complete(apply_overrides(start, dict(_leaves(data))), str(path))
 
 

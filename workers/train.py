@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import yaml
 
-from pipelines.console import run_command
+from pipelines.console import one_line, run_command
 from workers.config import (
     CHECKPOINT_FOLDER,
     RESULT_FILE,
@@ -137,13 +137,16 @@ def read_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: not YAML: {error}") from None
+        raise ValueError(f"{path}: not YAML: {one_line(error)}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: holds {type(data).__name__}, a run is a mapping with `data:`, maybe `preset:`")
     name = data.pop("preset", None)
     if not isinstance(name, str | None):
         raise ValueError(f"{path}: preset: {name!r} is no name; write e.g. `preset: tiny`")
-    base = {} if name is None else run_preset(name)
+    try:
+        base = {} if name is None else run_preset(name)
+    except ValueError as error:
+        raise ValueError(f"{path}: preset: {error}") from None
     pairs = {}
     for override in overrides:
         field, equals, value = override.partition("=")
@@ -152,7 +155,7 @@ def read_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         try:
             pairs[field] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"--set {override}: the value is not YAML: {error}") from None
+            raise ValueError(f"--set {override}: the value is not YAML: {one_line(error)}") from None
     return apply_overrides(merged(base, data), pairs)
 
 

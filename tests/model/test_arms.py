@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from functools import reduce
 from itertools import product
-from typing import Any
+from operator import getitem
+from typing import Any, get_args
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from model.build import build_detector
-from model.config import FPN, ModelConfig, preset
+from model.build import build_backbone, build_detector
+from model.config import FPN, GroupNorm, KeypointBranch, ModelConfig, ResNet, ResNeXt, preset
 from model.presets import PRESETS
 from tests.model.batches import shape_batch
 from tests.model.test_detector import total
@@ -56,6 +59,31 @@ LARGE: list[dict[str, Any]] = [
     {"kind": "resnet", "depth": 101, "norm": GN, "frozen_stages": 0},
     {"kind": "resnext", "variant": "101-32x8d", "norm": GN, "frozen_stages": 0},
     {"kind": "resnext", "variant": "101-64x4d", "norm": GN, "frozen_stages": 0},
+]
+NAN, INF = float("nan"), float("inf")
+BOUNDED = (
+    "num_classes",
+    "image.short_side_px",
+    "image.canvas_multiple_px",
+    "layout.channels",
+    "rpn.batch_per_image",
+    "rpn.pre_nms_train",
+    "rpn.post_nms_test",
+    "sampling.rois_per_image",
+    "roi.samples",
+    "box_head.layers",
+    "box_head.width",
+    "inference.detections_per_image",
+    "mask.head.convs",
+    "mask.head.width",
+    "keypoints.num_keypoints",
+    "keypoints.convs",
+    "keypoints.width",
+)
+GROUPED = {"norm": GroupNorm(groups=64), "frozen_stages": 0}
+RESIDUAL = [
+    *(ResNet(depth=depth, **GROUPED) for depth in get_args(ResNet.model_fields["depth"].annotation)),
+    *(ResNeXt(variant=variant, **GROUPED) for variant in get_args(ResNeXt.model_fields["variant"].annotation)),
 ]
 
 
@@ -177,6 +205,56 @@ def test_a_pyramid_is_made_of_neighbours():
         FPN(strides=(8, 16), roi_strides=(4,))
 
 
-def test_an_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match="r50-fpn"):
-        preset("r50-fnp")
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ("anchors.ratios", [], "at least 1 item"),
+        *(("anchors.ratios", [ratio], "greater than or equal to 0.001") for ratio in (0, -1, 1e-50)),
+        *(("anchors.ratios", [ratio], "finite number") for ratio in (NAN, INF)),
+        ("anchors.ratios", [1e9], "less than or equal to 1000"),
+        ("anchors.sizes_px", [[]] * 5, "at least 1 item"),
+        *(("anchors.sizes_px", [[size]] * 5, "greater than or equal to 1") for size in (0, -16)),
+        ("anchors.sizes_px", [[32]] * 9, "at most 8 items"),
+        ("anchors", {"sizes_px": [[1]] * 5, "rounded": True}, "anchor of 1 px in sizes_px has no area"),
+        ("image.std", [0, 1, 1], "greater than or equal to 0.001"),
+        ("image.std", [1, 1, -1], "greater than or equal to 0.001"),
+        ("image.mean", [NAN, 1, 1], "finite number"),
+        ("rpn.min_side_px", INF, "finite number"),
+        ("box_loss", {"kind": "smooth_l1", "beta": 1e-40}, "greater than or equal to 0.000001"),
+        ("mask.loss_weight", NAN, "finite number"),
+        ("image", {"short_side_px": 800, "max_side_px": 512}, "max_side_px = 512 is below short_side_px = 800"),
+        ("sampling.rois_per_image", 1, "rois_per_image = 1 with positive_fraction = 0.25 leaves room for no positive"),
+        ("sampling.positive_fraction", 0.001, "rois_per_image = 512 with positive_fraction = 0.001"),
+        ("rpn.batch_per_image", 1, "batch_per_image = 1 with positive_fraction = 0.5 leaves room"),
+        ("rpn.positive_iou", 0.2, "positive_iou = 0.2 is below negative_iou = 0.3"),
+        *((path, 10**9, "less than or equal to") for path in BOUNDED),
+        *(
+            ("backbone.norm", {"kind": "gn", "groups": groups}, "must divide the 64 channels")
+            for groups in (3, 7, 128, 1000)
+        ),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_by_the_name_of_its_field(path, value, reason):
+    data = ModelConfig(keypoints=KeypointBranch()).model_dump()
+    *parents, leaf = path.split(".")
+    reduce(getitem, parents, data)[leaf] = value
+    with pytest.raises(ValidationError, match=reason) as refused:
+        ModelConfig.model_validate(data)
+    location = [str(part) for part in refused.value.errors()[0]["loc"]]
+    assert location[0] == path.split(".")[0]
+    assert leaf in (*location, *reason.split())
+
+
+@pytest.mark.parametrize("backbone", RESIDUAL, ids=str)
+def test_group_norms_check_knows_the_narrowest_width(backbone):
+    """`GroupNorm.groups` is checked against 64 alone: every normed width is a multiple, and the stem has 64."""
+    with torch.device("meta"):
+        network, _ = build_backbone(backbone, 4)
+    widths = {norm.num_channels for norm in network.modules() if isinstance(norm, torch.nn.GroupNorm)}
+    assert math.gcd(*widths) == min(widths) == 64
+
+
+@pytest.mark.parametrize(("name", "hint"), [("r50-fnp", "did you mean 'r50-fpn'"), ("x", "there are r101-c4,")])
+def test_an_unknown_preset_names_the_nearest_or_the_known_ones(name, hint):
+    with pytest.raises(ValueError, match=hint):
+        preset(name)

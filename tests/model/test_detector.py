@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -16,6 +17,7 @@ from model.config import (
     KeypointBranch,
     MaskBranch,
     ModelConfig,
+    NoMask,
     RoIPool,
     RoISampling,
     RoIWarp,
@@ -130,6 +132,23 @@ def test_images_without_objects_train_every_parameter(tasks, slots):
         assert parameter.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("background", ["first", "last"])
+@pytest.mark.parametrize("label", [-1, 4, 5, 9])
+def test_a_label_that_is_no_class_fails(background, label):
+    """Of 4 classes; it must not become the background or wrap around to another class."""
+    cfg = preset("tiny").model_copy(update={"background": background, "mask": NoMask()})
+    batch = shape_batch(images=1, objects=2, side=64)
+    batch.labels[0, 1] = label
+    with pytest.raises(IndexError, match="Target 5 is out of bounds"):
+        build_detector(cfg).losses(batch)
+
+
+@pytest.mark.parametrize("method", ["losses", "counts", "predict", "propose"])
+def test_a_batch_without_images_is_refused(method):
+    with pytest.raises(ValueError, match="the batch has no image"):
+        getattr(tiny(), method)(rows(shape_batch(), []))
+
+
 def test_one_object_gets_positives_and_its_mask_loss():
     terms = losses(tiny(), shape_batch(images=1, objects=1))
     assert terms["mask"][1] >= 1
@@ -159,6 +178,27 @@ def test_predictions_are_padded_sorted_and_in_the_files_pixels():
         assert (boxes[valid][:, 2] <= size[1]).all()
         assert (boxes[valid][:, 3] <= size[0]).all()
         assert not boxes[~valid].any()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 40, 50), (4, 40, 50), (40, 50), (40, 50, 3), (1, 3, 40, 50), (3, 0, 50), (3, 40, 0), ()],
+)
+def test_an_image_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=re.escape(f"(3, H, W) in 0 to 255; this is uint8 {shape}")):
+        tiny().predict_image(torch.zeros(shape, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool])
+def test_an_image_of_another_type_is_refused(dtype):
+    with pytest.raises(ValueError, match=re.escape(f"this is {str(dtype)[6:]} (3, 40, 50)")):
+        tiny().predict_image(torch.ones(3, 40, 50, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 1, 300), (3, 40, 50)])
+def test_an_image_of_any_size_is_read(shape):
+    found = tiny().predict_image(torch.full(shape, 200, dtype=torch.uint8))
+    assert found["masks"].shape == (len(found["boxes"]), *shape[1:])
 
 
 def test_proposals_come_in_the_files_pixels():

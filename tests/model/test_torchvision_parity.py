@@ -20,7 +20,7 @@ from model.config import ModelConfig, preset
 from model.mask_branch import sample_crops
 from model.weights import from_torchvision
 from tests.model.batches import shape_batch
-from tests.model.test_masks import COCO
+from tests.model.test_masks import COCO, needs_coco
 
 SHORT_SIDE, LONG_SIDE, DETECTIONS = 128, 208, 8
 
@@ -59,23 +59,28 @@ def small(name: str) -> ModelConfig:
     return cfg.model_copy(update={"image": image, "inference": inference})
 
 
-def pictures() -> list[Tensor]:
-    """Images of three sizes: real ones where there are some."""
-    paths = sorted((COCO / "val2017").glob("*.jpg"))
-    images = [pil_to_tensor(Image.open(path).convert("RGB")) for path in paths[:12]]
-    sizes: dict[tuple[int, ...], Tensor] = {tuple(image.shape): image for image in images}
-    if len(sizes) < 3:
-        generator = torch.Generator().manual_seed(0)
-        shapes = ((3, 200, 300), (3, 333, 250), (3, 100, 260))
-        sizes = {s: torch.randint(0, 256, s, dtype=torch.uint8, generator=generator) for s in shapes}
-    return list(sizes.values())[:3]
+def drawn() -> list[Tensor]:
+    """Noise of three sizes."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 200, 300), (3, 333, 250), (3, 100, 260))
+    return [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in shapes]
 
 
+def photographs() -> list[Tensor]:
+    """Real images of three sizes."""
+    paths = sorted((COCO / "val2017").glob("*.jpg"))[:12]
+    images = [pil_to_tensor(Image.open(path).convert("RGB")) for path in paths]
+    found = list({tuple(image.shape): image for image in images}.values())[:3]
+    assert len(found) == 3
+    return found
+
+
+@pytest.mark.parametrize("pictures", [drawn, pytest.param(photographs, marks=needs_coco)])
 @pytest.mark.parametrize(
     ("make", "name"),
     [(maskrcnn_resnet50_fpn, "r50-fpn-torchvision"), (keypointrcnn_resnet50_fpn, "r50-fpn-keypoint-torchvision")],
 )
-def test_predictions_equal_torchvisions(make, name):
+def test_predictions_equal_torchvisions(make, name, pictures):
     their_model = theirs(make)
     detector = build_detector(small(name))
     detector.load_state_dict(from_torchvision(their_model.state_dict()), strict=True)

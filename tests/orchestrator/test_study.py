@@ -122,6 +122,9 @@ def test_seeds_are_not_overrides(tmp_path: Path) -> None:
 def test_an_unknown_preset_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no model preset 'tyni'"):
         baseline_run(tiny_study(baseline={"preset": "tyni"}), tmp_path)
+    (tmp_path / "run.yaml").write_text("preset: tyni\n")
+    with pytest.raises(ValueError, match=r"run.yaml: preset: no model preset 'tyni'; did you mean 'tiny'\?"):
+        baseline_run(tiny_study(baseline={"file": "run.yaml"}), tmp_path)
 
 
 def test_the_paper_is_as_published() -> None:

@@ -52,7 +52,24 @@ def test_merging_replaces_a_record_of_another_kind():
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
-        ("preset: tinny\n", [], "no model preset 'tinny'"),
+        ("preset: tinny\n", [], "run.yaml: preset: no model preset 'tinny'; did you mean 'tiny'?"),
+        ("preset: tiny\ndata: {train: [a, val: b}\n", [], "run.yaml: not YAML: "),
+        ("preset: tiny\n", ["--set", "model.roi.kind=["], "--set model.roi.kind=[: the value is not YAML"),
+        (
+            "preset: tiny\n",
+            ["--set", "model.mask.loss_weight=.nan"],
+            "model.mask.loss_weight: Input should be a finite",
+        ),
+        (
+            "data: {train: a, val: b}\noptimiser: {kind: sgd, lr: .inf}\n",
+            [],
+            "optimiser.lr: Input should be a finite number",
+        ),
+        (
+            "preset: tiny\n",
+            ["--set", "model.backbone.norm.groups=7"],
+            "model.backbone.norm.groups: must divide the 64 channels",
+        ),
         ("preset: tiny\ndata: {train: a, val: b}\nlop: {}\n", [], "did you mean 'loop'?"),
         ("preset: tiny\n", [], "data.train: is required"),
         ("preset: tiny\n", ["--set", "loop.steps"], "has no '='"),
@@ -71,6 +88,15 @@ def test_mistakes_in_a_run_file_are_one_line_and_status_2(tmp_path, capsys, text
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("text", "overrides"), [("a: [b\nc: d\n", []), ("preset: tiny\n", ["model.roi.kind=["])])
+def test_what_is_wrong_with_the_yaml_is_told_in_one_line(tmp_path, text, overrides):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="not YAML: while parsing") as refused:
+        read_run(path, overrides)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_run_file_that_is_a_folder_or_no_text_is_named(tmp_path, capsys):
