@@ -1,7 +1,7 @@
 """Every arm of the paper as frozen records: one union per choice, one field per switch.
 
-Only `model.build` and `model.weights` read these; modules take plain arguments. Sources: Mask R-CNN (arXiv 1703.06870 v3),
-Faster R-CNN (1506.01497), FPN (1612.03144), MNC for RoIWarp (1512.04412).
+Only `model.build` and `model.weights` read these; modules take plain arguments. Sources: Mask R-CNN (arXiv
+1703.06870 v3), Faster R-CNN (1506.01497), FPN (1612.03144), MNC for RoIWarp (1512.04412).
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class TorchvisionWeights(Record):
 
 
 class FileWeights(Record):
-    """A state dict in a local file: a backbone's own, or a whole detector's in our, torchvision's or detectron2's layout."""
+    """A state dict in a local file: a backbone's, or a whole detector's in one of three layouts."""
 
     kind: Literal["file"] = "file"
     path: str = Field(min_length=1)
