@@ -87,6 +87,7 @@ def _train(arguments: argparse.Namespace) -> int:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         world = stack.enter_context(launched_world(os.environ))
         storage = Storage(out)
+        old_request = world.is_first and storage.exists(STOP_FILE)
         attempt, trial = world.from_first(next_attempt(storage) if world.is_first else (0, ""))
         spec = RunSpec(
             run=run,
@@ -109,7 +110,8 @@ def _train(arguments: argparse.Namespace) -> int:
                 print(f"{spec.cpus_per_rank:.0f} thread(s) a rank (--cpus-per-rank)", flush=True)
 
         def claimed() -> None:
-            storage.delete(STOP_FILE)  # of the run that this one resumes; until here it might be for one that lives
+            if old_request:  # to the run that this one resumes; until here it might have been to one that lives
+                storage.delete(STOP_FILE)
             stack.enter_context(files_asking(stop, storage, attempt, lambda: False, print))
 
         def leave(reason: Reason) -> None:

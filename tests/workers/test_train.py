@@ -8,6 +8,8 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import yaml
 from tests.workers.ranks import run_ranks
 from tests.workers.test_run import run_of
 from workers.causes import exit_status
-from workers.config import Progress, parse_run, run_preset
+from workers.config import SPEC_FILE, Outcome, Progress, parse_run, run_preset
 from workers.console import progress_text
 from workers.stop import StopRequest, grace_enforced, late_outcome
 from workers.storage import Storage
@@ -140,6 +142,21 @@ def test_a_refused_command_leaves_a_stop_file_to_the_run_that_it_was_written_for
     path = run_file(tmp_path, packed)
     assert main([str(path), "--out", str(out), "--cpus-per-rank", "1"]) == 0
     assert not (out / "stop").exists()
+
+
+def test_a_stop_that_is_asked_for_while_a_run_starts_is_kept(tmp_path, packed):
+    out = tmp_path / "out"
+
+    def ask() -> None:
+        while not (out / SPEC_FILE.format(attempt=1)).exists():
+            time.sleep(0.005)
+        Storage(str(out)).write("stop", b"")
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    path = run_file(tmp_path, packed, loop__steps=100_000)
+    assert main([str(path), "--out", str(out), "--cpus-per-rank", "1"]) == exit_status(Outcome(state="stopped"))
+    asking.join()
 
 
 def test_a_folder_keeps_its_trial_id_and_shares_it_with_no_other_of_its_name(tmp_path):
