@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, select, update
 
@@ -410,11 +411,13 @@ faults = st.lists(
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(faults=faults)
+@example(faults=[("die", 8), ("lose", 0), ("die", 9), ("forget-jobs", 0)])
 def test_every_trial_ends_exactly_once_whatever_dies(tmp_path_factory, faults):
     """Random deaths of the service before or after any call to Ray, of jobs and of the head, and a person's wishes."""
     house = House(tmp_path_factory.mktemp("chaos"), limits={"lost_without_progress": 50})
     study = house.submit(*(plan(f"t{i}", identity(f"t{i}")) for i in range(3)), max_attempts=50)
     trials = [f"{study}-00{i}" for i in range(3)]
+    forgotten: set[str] = set()
 
     def turn() -> None:
         try:
@@ -440,6 +443,7 @@ def test_every_trial_ends_exactly_once_whatever_dies(tmp_path_factory, faults):
             case "resume":
                 house.act(steer.resume_study, study)
             case "forget-jobs":
+                forgotten |= house.cluster.alive.keys()
                 house.cluster.alive.clear()
         turn()
     house.cluster.die_in = -1
@@ -463,7 +467,10 @@ def test_every_trial_ends_exactly_once_whatever_dies(tmp_path_factory, faults):
         states = connection.execute(select(ATTEMPTS.c.state)).scalars().all()
         assert not set(states) & set(ledger.LIVE_ATTEMPTS)
     assert house.cluster.alive == {}, "nothing is left behind"
-    assert len(set(house.cluster.started)) == len(house.cluster.started), "no attempt was started twice"
+    twice = {name for name, starts in Counter(house.cluster.started).items() if starts > 1}
+    # a head that forgets a job before the service has noted its start makes the service start it again: a claim's token
+    # tells the two apart, should the first one live
+    assert twice <= forgotten, "no attempt was started twice"
     house.engine.dispose()
 
 
