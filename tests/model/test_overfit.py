@@ -95,7 +95,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # name: layout and what differs
     "r50-1x1": ("fpn", {"backbone": {**RESNET, "depth": 50, "stride_in_1x1": True}}),
     "x50": ("fpn", {"backbone": {"kind": "resnext", "variant": "50-32x4d", "norm": GN, "frozen_stages": 0}}),
 }
-SAMPLE = ("fpn", "fpn-boxes")  # of the arms, in the normal suite
+SAMPLE = ("fpn",)  # of the arms, in the normal suite
 
 
 def arm(name: str) -> ModelConfig:

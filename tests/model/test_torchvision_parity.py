@@ -75,10 +75,14 @@ def photographs() -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("pictures", [drawn, pytest.param(photographs, marks=needs_coco)])
 @pytest.mark.parametrize(
-    ("make", "name"),
-    [(maskrcnn_resnet50_fpn, "r50-fpn-torchvision"), (keypointrcnn_resnet50_fpn, "r50-fpn-keypoint-torchvision")],
+    ("make", "name", "pictures"),
+    [
+        (maskrcnn_resnet50_fpn, "r50-fpn-torchvision", drawn),
+        pytest.param(maskrcnn_resnet50_fpn, "r50-fpn-torchvision", photographs, marks=needs_coco),
+        pytest.param(keypointrcnn_resnet50_fpn, "r50-fpn-keypoint-torchvision", drawn, marks=pytest.mark.slow),
+        pytest.param(keypointrcnn_resnet50_fpn, "r50-fpn-keypoint-torchvision", photographs, marks=needs_coco),
+    ],
 )
 def test_predictions_equal_torchvisions(make, name, pictures):
     their_model = theirs(make)
