@@ -1,7 +1,7 @@
 """Every arm of the paper as frozen records: one union per choice, one field per switch.
 
-Only `model.build` and `model.weights` read these; modules take plain arguments. Sources: Mask R-CNN (arXiv
-1703.06870 v3), Faster R-CNN (1506.01497), FPN (1612.03144), MNC for RoIWarp (1512.04412).
+Only `model.build` reads these; modules take plain arguments. Sources: Mask R-CNN (arXiv 1703.06870 v3),
+Faster R-CNN (1506.01497), FPN (1612.03144), MNC for RoIWarp (1512.04412).
 """
 
 from __future__ import annotations
@@ -476,9 +476,30 @@ class ModelConfig(Record):
                 "torchvision's ImageNet weights belong to batch-norm, backbone.norm.kind is 'gn'; choose 'frozen_bn' "
                 "or 'bn', or weights.kind 'none', or a file of a network with group norm"
             )
+        self._check_conventions()
         self._check_layout()
         self._check_heads()
         return self
+
+    def _check_conventions(self) -> None:
+        """Of a whole detector's weights, those without which they mean nothing; fine-tuning may change the others."""
+        if not isinstance(self.weights, FileWeights) or self.weights.layout not in ("torchvision", "detectron2"):
+            return
+        theirs = self.weights.layout == "detectron2"
+        wanted: dict[str, tuple[object, object]] = {
+            "background": (self.background, "last" if theirs else "first"),
+            "image.channels": (self.image.channels, "bgr" if theirs else "rgb"),
+        }
+        if isinstance(self.backbone, ResNet):
+            wanted["backbone.stride_in_1x1"] = (self.backbone.stride_in_1x1, theirs)
+            if theirs:  # Caffe's ResNets saw pixels up to 255
+                wanted["image.std"] = (self.image.std, (1.0, 1.0, 1.0))
+        wrong = [f"{field} {needed!r}, not {given!r}" for field, (given, needed) in wanted.items() if given != needed]
+        if wrong:
+            raise ValueError(
+                f"weights.layout '{self.weights.layout}' needs {', '.join(wrong)}; "
+                f"the presets that end in '-{self.weights.layout}' have it right"
+            )
 
     def _check_layout(self) -> None:
         vgg, conv5 = isinstance(self.backbone, VGG16), isinstance(self.layout, Conv5)

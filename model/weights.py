@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import C4, KeypointBranch, ModelConfig, ResNet
 from model.detector import Detector
 
 State = dict[str, Tensor]
@@ -64,15 +63,13 @@ _MARKS = {
 }
 
 
-def load_initial(detector: Detector, state: Mapping[str, Tensor], layout: str, cfg: ModelConfig) -> None:
-    """Loads `state` in place. Raises ValueError if a tensor is missing, left over or of another shape, or if `cfg`,
-    which `detector` is built from, has conventions under which the weights mean nothing.
+def load_initial(detector: Detector, state: Mapping[str, Tensor], layout: str) -> None:
+    """Loads `state` in place. Raises ValueError if a tensor is missing, left over or of another shape.
 
     layout: "backbone" is a torchvision classifier's (its ImageNet classes are dropped, and so are stages that the
     model does not build), "maskray" a detector of ours, "torchvision" and "detectron2" a whole detector of theirs.
     """
     _check_layout(state, layout)
-    _check_conventions(cfg, layout)
     match layout:
         case "backbone":
             _load_backbone(detector, state)
@@ -193,35 +190,6 @@ def _check_layout(state: Mapping[str, Tensor], layout: str) -> None:
     for other, marks in _MARKS.items():
         if other != layout and (found := [mark for mark in marks if mark in state]):
             raise ValueError(f"weights in layout {layout!r}: the file has {found[0]!r}; use layout: {other}")
-
-
-def _check_conventions(cfg: ModelConfig, layout: str) -> None:
-    """Raises ValueError where a whole detector's weights would mean nothing.
-
-    Anchors, RoI alignment and resizing are not looked at: fine-tuning may change them.
-    """
-    if layout not in ("torchvision", "detectron2"):
-        return
-    theirs = layout == "detectron2"
-    wanted: dict[str, tuple[object, object]] = {
-        "background": (cfg.background, "last" if theirs else "first"),
-        "image.channels": (cfg.image.channels, "bgr" if theirs else "rgb"),
-    }
-    if isinstance(cfg.backbone, ResNet):
-        wanted["backbone.stride_in_1x1"] = (cfg.backbone.stride_in_1x1, theirs)
-        if theirs:  # Caffe's ResNets saw pixels up to 255
-            wanted["image.std"] = (cfg.image.std, (1.0, 1.0, 1.0))
-    wrong = [f"model.{field} {needed!r}, not {given!r}" for field, (given, needed) in wanted.items() if given != needed]
-    if wrong:
-        raise ValueError(
-            f"weights in layout {layout!r} need {', '.join(wrong)}; preset {_preset_of(cfg, layout)!r} has it right"
-        )
-
-
-def _preset_of(cfg: ModelConfig, layout: str) -> str:
-    if isinstance(cfg.keypoints, KeypointBranch):
-        return f"r50-fpn-keypoint-{layout}"
-    return "r50-c4-detectron2" if layout == "detectron2" and isinstance(cfg.layout, C4) else f"r50-fpn-{layout}"
 
 
 def _load_backbone(detector: Detector, state: Mapping[str, Tensor]) -> None:

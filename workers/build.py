@@ -56,7 +56,7 @@ def initial_detector(run: RunConfig) -> nn.Module:
     weights = initial_weights(run.model.weights, run.model.backbone)
     if weights is not None:
         try:
-            load_initial(detector, *weights, run.model)
+            load_initial(detector, *weights)
         except ValueError as error:
             raise ValueError(f"{weights_source(run.model.weights)}: {error}") from error
     return detector

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from model.build import _assemble, build_detector
 from model.config import ModelConfig, preset
 from model.detector import Detector
-from model.presets import PRESETS
 from model.weights import from_detectron2, load_initial
 from tests.model.test_arms import config
 
@@ -59,19 +58,19 @@ def test_every_backbone_takes_its_classifier_without_the_classes(name, norm):
     with torch.device("meta"):
         state = torchvision.models.get_model(name, weights=None).state_dict()
         detector = _assemble(cfg)
-    load_initial(detector, state, "backbone", cfg)
-    load_initial(detector, {n: v for n, v in state.items() if "num_batches" not in n}, "backbone", cfg)
+    load_initial(detector, state, "backbone")
+    load_initial(detector, {n: v for n, v in state.items() if "num_batches" not in n}, "backbone")
     with pytest.raises(ValueError, match=r"lacks 'backbone.layer1.0.conv1.weight'"):
-        load_initial(detector, {n: v for n, v in state.items() if n != "layer1.0.conv1.weight"}, "backbone", cfg)
+        load_initial(detector, {n: v for n, v in state.items() if n != "layer1.0.conv1.weight"}, "backbone")
 
 
 def test_vgg_takes_its_classifier_with_fc6_and_fc7():
     with torch.device("meta"):
         state = torchvision.models.vgg16(weights=None).state_dict()
         detector = _assemble(VGG)
-    load_initial(detector, state, "backbone", VGG)
+    load_initial(detector, state, "backbone")
     with pytest.raises(ValueError, match=r"lacks 'box.trunk.fc.1.bias'"):
-        load_initial(detector, {n: v for n, v in state.items() if n != "classifier.3.bias"}, "backbone", VGG)
+        load_initial(detector, {n: v for n, v in state.items() if n != "classifier.3.bias"}, "backbone")
 
 
 @torch.no_grad()
@@ -80,7 +79,7 @@ def test_a_loaded_resnet_has_torchvisions_features(layout, norm):
     network, image = classifier("resnet18"), torch.randn(1, 3, 64, 96)
     cfg = pretrained(layout, backbone={"kind": "resnet", "depth": 18, "norm": {"kind": norm}})
     detector = build_detector(cfg)
-    load_initial(detector, network.state_dict(), "backbone", cfg)
+    load_initial(detector, network.state_dict(), "backbone")
     detector.train(norm == "frozen_bn")  # folded while training
     maps = detector.backbone(image)
     x = network.maxpool(F.relu(network.bn1(network.conv1(image))))
@@ -97,7 +96,7 @@ def test_a_loaded_resnet_has_torchvisions_features(layout, norm):
 def test_a_loaded_vgg_has_torchvisions_features_and_fc_layers():
     network, image = classifier("vgg16"), torch.randn(1, 3, 64, 96)
     detector = build_detector(VGG)
-    load_initial(detector, network.state_dict(), "backbone", VGG)
+    load_initial(detector, network.state_dict(), "backbone")
     detector.eval()
     (features,) = detector.backbone(image)
     torch.testing.assert_close(features, network.features[:30](image), rtol=1e-4, atol=1e-4)
@@ -134,12 +133,12 @@ def test_a_file_that_does_not_fit_gives_one_clear_line():
     before = {name: value.clone() for name, value in own.state_dict().items()}
     for state, layout, reason in cases:
         with pytest.raises(ValueError, match=reason) as caught:
-            load_initial(own, state, layout, cfg)
+            load_initial(own, state, layout)
         assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
     grouped = config("fpn")
     with pytest.raises(ValueError, match="running_mean"):  # group norm has no statistics to load
-        load_initial(build_detector(grouped), right, "backbone", grouped)
+        load_initial(build_detector(grouped), right, "backbone")
 
 
 @pytest.mark.parametrize("strides", [(8, 16), (4, 8, 16), (16,), (4, 8, 16, 32)])
@@ -153,50 +152,41 @@ def test_stages_that_a_short_pyramid_does_not_build_stay_in_the_file(strides):
     cfg = ModelConfig.model_validate({**dict(preset("tiny")), **changes})
     state = classifier("resnet18").state_dict()
     detector = build_detector(cfg)
-    load_initial(detector, state, "backbone", cfg)
+    load_initial(detector, state, "backbone")
     loaded = detector.state_dict()
     for stage in ("layer1", "layer2", "layer3", "layer4")[: 4 if strides[-1] == 32 else 3]:
         assert torch.equal(loaded[f"backbone.{stage}.1.conv2.weight"], state[f"{stage}.1.conv2.weight"])
         assert torch.equal(loaded[f"backbone.{stage}.1.conv2.running_var"], state[f"{stage}.1.bn2.running_var"])
     assert ("backbone.layer4.0.conv1.weight" in loaded) == (strides[-1] == 32)
     with pytest.raises(ValueError, match=r"has 'layer3.2.conv1.weight', which the model has not"):
-        load_initial(detector, {**state, "layer3.2.conv1.weight": torch.zeros(1)}, "backbone", cfg)
+        load_initial(detector, {**state, "layer3.2.conv1.weight": torch.zeros(1)}, "backbone")
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("r50-fpn-torchvision", {"background": "last"}, "need model.background 'first', not 'last'"),
-        ("r50-fpn-torchvision", {"image": {"channels": "bgr"}}, "need model.image.channels 'rgb', not 'bgr'"),
+        ("r50-fpn-torchvision", {"background": "last"}, "needs background 'first', not 'last'"),
+        ("r50-fpn-torchvision", {"image": {"channels": "bgr"}}, "needs image.channels 'rgb', not 'bgr'"),
         ("r50-fpn-torchvision", {"backbone": {**RESNET50, "stride_in_1x1": True}}, "stride_in_1x1 False, not True"),
-        ("r50-fpn-keypoint-torchvision", {"background": "last"}, "model.background 'first', not 'last'"),
-        ("r50-fpn-detectron2", {"background": "first"}, "need model.background 'last', not 'first'"),
-        ("r50-fpn-detectron2", {"backbone": RESNET50}, "need model.backbone.stride_in_1x1 True, not False"),
-        ("r50-c4-detectron2", {"image": {"std": [1, 1, 1]}}, "need model.image.channels 'bgr', not 'rgb'"),
+        ("r50-fpn-keypoint-torchvision", {"background": "last"}, "background 'first', not 'last'"),
+        ("r50-fpn-detectron2", {"background": "first"}, "needs background 'last', not 'first'"),
+        ("r50-fpn-detectron2", {"backbone": RESNET50}, "backbone.stride_in_1x1 True, not False"),
+        ("r50-c4-detectron2", {"image": {"std": [1, 1, 1]}}, "image.channels 'bgr', not 'rgb'"),
         (
             "r50-fpn-keypoint-detectron2",
             {"image": {}, "background": "first"},
-            r"'last', not 'first', model.image.channels 'bgr', not 'rgb', model.image.std \(1.0, 1.0, 1.0\), not ",
+            r"'last', not 'first', image.channels 'bgr', not 'rgb', image.std \(1.0, 1.0, 1.0\), not ",
         ),
     ],
 )
 def test_conventions_under_which_a_detectors_weights_mean_nothing_are_refused(name, changes, reason):
-    cfg = ModelConfig.model_validate({**dict(preset(name)), **changes})
     layout = name.rpartition("-")[2]
-    with torch.device("meta"):
-        detector = _assemble(cfg)
+    weights = {"kind": "file", "path": "weights.pth", "layout": layout}
+    right = {**dict(preset(name)), "weights": weights}
+    assert ModelConfig.model_validate(right).weights.layout == layout
     with pytest.raises(ValueError, match=reason) as caught:
-        load_initial(detector, {}, layout, cfg)
-    assert str(caught.value).endswith(f"; preset {name!r} has it right")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith(("-torchvision", "-detectron2"))])
-def test_the_presets_have_their_layouts_conventions(name):
-    with torch.device("meta"):
-        detector = _assemble(preset(name))
-    with pytest.raises(ValueError, match="the file lacks"):  # so the conventions, which come first, are right
-        load_initial(detector, {}, name.rpartition("-")[2], preset(name))
+        ModelConfig.model_validate({**right, **changes})
+    assert f"the presets that end in '-{layout}' have it right" in str(caught.value)
 
 
 def test_fine_tuning_may_change_anchors_alignment_and_resizing():
@@ -204,7 +194,7 @@ def test_fine_tuning_may_change_anchors_alignment_and_resizing():
     cfg = ModelConfig.model_validate({**dict(preset("r50-fpn-torchvision")), **changes})
     with torch.device("meta"):
         state = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
-        load_initial(_assemble(cfg), state, "torchvision", cfg)
+        load_initial(_assemble(cfg), state, "torchvision")
 
 
 # --- detectron2, by a second reading of its names and conventions ---------------------------------------------------
@@ -325,7 +315,7 @@ class Zoo:
 
 def loaded(zoo: Zoo, name: str) -> Detector:
     detector = build_detector(preset(name)).eval()
-    load_initial(detector, zoo.state, "detectron2", preset(name))
+    load_initial(detector, zoo.state, "detectron2")
     return detector
 
 
@@ -415,6 +405,6 @@ def test_a_zoo_file_of_another_layout_gives_one_clear_line():
     zoo.add_resnet("backbone.", ("res2", "res3", "res4"), head="roi_heads.")
     detector = build_detector(preset("r50-fpn-detectron2"))
     with pytest.raises(ValueError, match=r"^weights in layout .*lacks 'backbone\.layer4.*check that backbone"):
-        load_initial(detector, zoo.state, "detectron2", preset("r50-fpn-detectron2"))
+        load_initial(detector, zoo.state, "detectron2")
     with pytest.raises(ValueError, match=re.escape("unknown tensor 'conv1_w'")):
         from_detectron2({"conv1_w": np.zeros(1)})
