@@ -110,7 +110,7 @@ def take_fast_convolutions(network: nn.Module, in_evaluation: bool = False) -> N
 
 
 def _plain(conv: nn.Conv2d, side: int) -> bool:
-    """side x side at stride 1, in one group, with outputs as many as inputs."""
+    """side x side at stride 1, in one group, whose maps keep their height and width."""
     margin = (side // 2, side // 2)
     given = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     return given == ((side, side), (1, 1), margin, (1, 1), 1, "zeros")
