@@ -68,9 +68,7 @@ class Guard(Record):
     """What happens when the loss is not finite or jumps: back to the last good checkpoint, then on as `action` says."""
 
     action: Literal["skip_window", "lower_rate"] = "skip_window"
-    spike_factor: float = Field(
-        10.0, gt=1
-    )  # of the running mean of the total loss; a non-finite loss or gradient always counts
+    spike_factor: float = Field(10.0, gt=1)  # of the running mean of the total loss; what is not finite always counts
     check_every_steps: int = Field(20, ge=1)
     max_rollbacks: int = Field(3, ge=0)
     rate_factor: float = Field(0.5, gt=0, lt=1)  # of "lower_rate"

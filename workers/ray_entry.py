@@ -135,7 +135,8 @@ def train_rank(config: dict[str, Any]) -> None:
     rank = int(os.environ["RANK"])
     with logged_to(storage, LOG_FILE.format(attempt=spec.attempt, rank=rank)):
         from workers.console import progress_shower, show_nothing
-        from workers.run import print_warning, run_trial
+        from workers.run import run_trial
+        from workers.spool import print_warning
         from workers.stop import files_asking
         from workers.world import host_name, join_world
 

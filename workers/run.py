@@ -25,6 +25,7 @@ from workers.journal import NOTHING, Journal, SilentJournal
 from workers.loop import Ending, Parts, train
 from workers.pictures import comparison
 from workers.scribe import Scribe
+from workers.spool import print_warning
 from workers.state import TrainState, check_same_training, weights_of
 from workers.step import check_precision
 from workers.stop import StopRequest
@@ -296,7 +297,3 @@ def check_shared(storage: Storage, attempt: int, world: World) -> None:
             f"storage {storage.uri} is not shared: {', '.join(blind)} cannot see it; "
             "a run over several nodes needs a shared folder or a URI (s3://...)"
         )
-
-
-def print_warning(text: str) -> None:
-    print(f"warning: {text}", flush=True)
