@@ -2,7 +2,7 @@
 FROM python:3.11-slim-bookworm
 
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends curl git \
+    && apt-get install --yes --no-install-recommends curl gcc git libc6-dev \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 1000 maskray \
     && mkdir -p /storage /data /app \

@@ -23,6 +23,7 @@ from model.box_branch import BoxBranch, FCTrunk, MeanTrunk
 from model.convolution import take_fast_convolutions
 from model.crops import SeparateCrops, SharedCrops
 from model.detector import Detector, Settings
+from model.group_norm import take_fast_norms
 from model.initial import initialise
 from model.keypoint_branch import KeypointBranch
 from model.layouts import LastMap, Pyramid, ReducedLastMap
@@ -45,6 +46,7 @@ def build_detector(cfg: config.ModelConfig, seed: int = 0) -> Detector:
         if head is not None:  # it sees boxes that are chosen already
             take_fast_convolutions(head, in_evaluation=True)
     take_fast_convolutions(detector)
+    take_fast_norms(detector)
     initialise(detector, seed)
     return detector
 

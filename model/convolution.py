@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model import winograd
+from model import native, windows, winograd
 
 
 class Convolution(nn.Conv2d):
-    """3 x 3 at stride 1 by Winograd's algorithm where that pays off, 1 x 1 as one product, else the library's.
+    """3 x 3 at stride 1 by Winograd's algorithm, 1 x 1 as one product, others by windows; the rest as torch has it.
 
     In evaluation the library's alone, unless `in_evaluation`: what ranks and places boxes there rounds as in other
     implementations, so that one's weights give another's detections to the hundredth of a pixel.
@@ -26,25 +26,25 @@ class Convolution(nn.Conv2d):
     in_evaluation = False
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not (self.training or self.in_evaluation) or not _ours_to_choose(input, weight, self.groups):
+        if not (self.training or self.in_evaluation) or not self._is_ours(input, weight):
             return cast(Tensor, super()._conv_forward(input, weight, bias))
         result: Tensor
         if _plain(self, 3) and winograd.pays_off(input, weight):
             result = winograd.convolve(input, weight)
         elif _plain(self, 1) and input.is_contiguous(memory_format=torch.channels_last):
             result = _Pointwise.apply(input, weight.flatten(1))
+        elif windows.fits(self, input):
+            result = windows.convolve(input, weight, self.stride[0], cast(int, self.padding[0]))
         elif self.padding_mode == "zeros" and not isinstance(self.padding, str):
             result = _Library.apply(input, weight, self.stride, self.padding, self.dilation, self.groups)
         else:
             return cast(Tensor, super()._conv_forward(input, weight, bias))
         return result if bias is None else result.add_(bias[:, None, None])
 
-
-def _ours_to_choose(x: Tensor, weight: Tensor, groups: int) -> bool:
-    fp32_on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if x.dim() != 4 or x.shape[1] != weight.shape[1] * groups:
-        return False  # for the library to take, or to refuse
-    return fp32_on_cpu and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    def _is_ours(self, x: Tensor, weight: Tensor) -> bool:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            return False  # for the library to take, or to refuse
+        return native.takes(x, weight)
 
 
 class _Pointwise(torch.autograd.Function):
@@ -53,7 +53,7 @@ class _Pointwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NCHW: Tensor, weight_OC: Tensor) -> Tensor:
         ctx.save_for_backward(x_NCHW, weight_OC)
-        result = winograd.empty_maps(x_NCHW, len(weight_OC))
+        result = native.empty_maps(x_NCHW.shape[0], len(weight_OC), *x_NCHW.shape[2:])
         torch.mm(_as_rows(x_NCHW), weight_OC.T, out=_as_rows(result))
         return result
 
@@ -62,7 +62,7 @@ class _Pointwise(torch.autograd.Function):
     def backward(ctx: Any, gradient_NOHW: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_NCHW, weight_OC = ctx.saved_tensors
         gradient, (of_x, of_weight) = _as_rows(gradient_NOHW), ctx.needs_input_grad
-        to_x = winograd.empty_maps(x_NCHW, x_NCHW.shape[1]) if of_x else None
+        to_x = native.empty_maps(*x_NCHW.shape) if of_x else None
         if to_x is not None:
             torch.mm(gradient, weight_OC, out=_as_rows(to_x))
         return to_x, gradient.T @ _as_rows(x_NCHW) if of_weight else None
@@ -107,6 +107,8 @@ def take_fast_convolutions(network: nn.Module, in_evaluation: bool = False) -> N
         if type(module) is nn.Conv2d:
             module.__class__ = Convolution
             cast(Convolution, module).in_evaluation = in_evaluation
+        if type(module) is nn.ConvTranspose2d:
+            module.__class__ = windows.Deconvolution
 
 
 def _plain(conv: nn.Conv2d, side: int) -> bool:

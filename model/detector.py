@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from model import native
 from model.box_branch import BoxBranch, Boxes, detect
 from model.crops import SeparateCrops, SharedCrops
 from model.keypoint_branch import KeypointBranch, keypoint_positions
@@ -139,7 +140,7 @@ class Detector(nn.Module):
         """Normalised pixels (B, 3, H, W) to feature maps and what the RPN makes of them."""
         if pixels.shape[0] == 0:
             raise ValueError("the batch has no image; give a batch of at least one")
-        as_library = pixels.device.type == "cpu" and not self.training  # see `Convolution`
+        as_library = pixels.device.type == "cpu" and not (self.training and native.available())  # see `Convolution`
         layout = torch.contiguous_format if as_library else torch.channels_last
         maps: Maps = self.layout(self.backbone(pixels.contiguous(memory_format=layout)))
         return maps, self.rpn(maps.rpn, (pixels.shape[2], pixels.shape[3])) if self.rpn is not None else None

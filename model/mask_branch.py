@@ -5,12 +5,14 @@ Axes: R RoIs, C channels of the logits, K classes, M mask side, S side of a stor
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from model import native
 from model.losses import sigmoid_mask_loss, softmax_mask_loss
 from model.samples import FlatRoIs
 
@@ -36,7 +38,7 @@ class FCNHead(nn.Module):
         """forward(features)[r, channel[r]], (R, M, M), without computing the other channels."""
         hidden = self._hidden(features)
         weight = self.logits.weight.flatten(1)[channel_R]
-        own = torch.unflatten(torch.bmm(weight[:, None], hidden.flatten(2)), 2, hidden.shape[2:])[:, 0]
+        own: Tensor = _OwnChannel.apply(hidden, weight) if native.takes(hidden, weight) else _own(hidden, weight)
         assert self.logits.bias is not None
         return own + self.logits.bias[channel_R][:, None, None]
 
@@ -45,6 +47,28 @@ class FCNHead(nn.Module):
         for conv in self.convs:
             x = F.relu(conv(x), inplace=True)
         return F.relu(self.deconv(x), inplace=True)
+
+
+def _own(hidden_RCMM: Tensor, weight_RC: Tensor) -> Tensor:
+    own = torch.bmm(weight_RC[:, None], hidden_RCMM.flatten(2))
+    return torch.unflatten(own[:, 0], 1, hidden_RCMM.shape[2:])
+
+
+class _OwnChannel(torch.autograd.Function):
+    """`_own` with a channels-last gradient: torch's own takes a copy of the whole to come back to that."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_RCMM: Tensor, weight_RC: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_RCMM, weight_RC)
+        return _own(hidden_RCMM, weight_RC)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_RMM: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_RCMM, weight_RC = ctx.saved_tensors
+        to_hidden = (gradient_RMM[..., None] * weight_RC[:, None, None]).permute(0, 3, 1, 2)
+        pixels_RPC = hidden_RCMM.permute(0, 2, 3, 1).flatten(1, 2)
+        return to_hidden, torch.bmm(gradient_RMM.flatten(1)[:, None], pixels_RPC)[:, 0]
 
 
 class MLPHead(nn.Module):

@@ -12,6 +12,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from model import native
 from model.boxes import iou
 
 _BLOCK = 62  # boxes decided together, as the bits of one int64
@@ -20,9 +21,13 @@ _BLOCK = 62  # boxes decided together, as the bits of one int64
 def nms(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
     """bool (L, N): valid boxes that overlap no better kept box of their list by more than `max_iou`.
 
-    The CPU takes torchvision's, list by list: it is faster there, where neither loops nor lengths cost a sync. A GPU
-    takes two kernels of ours, or without Triton to compile them some thousand small ones of torch.
+    The CPU takes list by list: neither loops nor lengths cost a sync there. A GPU takes two kernels of ours, or without
+    Triton to compile them some thousand small ones of torch.
     """
+    if native.takes(boxes_LN4):
+        keep, room = valid_LN.new_empty(valid_LN.shape), native.workspace(6 * valid_LN.numel())
+        native.run("nms", boxes_LN4.contiguous(), valid_LN.contiguous(), keep, room, *valid_LN.shape, max_iou)
+        return keep
     if boxes_LN4.device.type == "cpu":
         return nms_listwise(boxes_LN4, valid_LN, max_iou)
     on_gpu = _kernels()
@@ -39,6 +44,7 @@ def _kernels() -> Callable[[Tensor, Tensor, float], Tensor] | None:
 
 
 def nms_listwise(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
+    """Torchvision's."""
     keep = torch.zeros_like(valid_LN)
     order = torch.arange(valid_LN.shape[1], 0, -1, dtype=torch.float32)
     for boxes, valid, kept in zip(boxes_LN4, valid_LN, keep, strict=True):

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from model.bins import align_by_bins, fits
+
 CropOp = Callable[[Tensor, Tensor, float], Tensor]  # map (B, C, H, W), RoIs (R, 5), 1 / stride -> (R, C, side, side)
 
 _CANONICAL_SIDE_PX, _CANONICAL_LOG_STRIDE = 224.0, 4  # a 224 px box goes to P4, of stride 2 ** 4
@@ -28,52 +30,13 @@ def align(
     0 samples: as many as a bin has cells, rounded up (mean only). `aligned` puts the value of a pixel at its centre;
     without it (the first implementations) at its corner, and a RoI is at least one cell wide.
     """
-    if reduce == "mean" and samples and _prefers_bags(features):
-        return align_by_bags(features, rois_R5, scale, side, samples, aligned)
+    if reduce == "mean" and features.requires_grad and fits(features, samples):  # inference rounds as torchvision
+        return align_by_bins(features, rois_R5, scale, side, samples, aligned)
     if reduce == "mean":
         crops: Tensor = torchvision.ops.roi_align(features, rois_R5, (side, side), scale, samples, aligned)
         return crops
     points = torchvision.ops.roi_align(features, rois_R5, (side * samples, side * samples), scale, 1, aligned)
     return F.max_pool2d(points, samples)
-
-
-def _prefers_bags(features: Tensor) -> bool:
-    """On the CPU with a gradient to come. Inference keeps torchvision's kernel, and so its rounding."""
-    return features.device.type == "cpu" and features.requires_grad
-
-
-def align_by_bags(features: Tensor, rois_R5: Tensor, scale: float, side: int, samples: int, aligned: bool) -> Tensor:
-    """RoIAlign's mean as weighted sums of cells: the same numbers, faster than torchvision's scattered CPU kernel.
-
-    Bilinear sampling is linear in the map and separable: a bin is a sum over (2 samples)^2 of its cells.
-    """
-    images, channels, height, width = features.shape
-    corners = rois_R5[:, 1:] * scale - (0.5 if aligned else 0.0)
-    sides = corners[:, 2:] - corners[:, :2]
-    if not aligned:
-        sides = sides.clamp(min=1)
-    columns, column_weights = _taps(corners[:, 0], sides[:, 0], width, side, samples)
-    rows, row_weights = _taps(corners[:, 1], sides[:, 1], height, side, samples)
-    first = rois_R5[:, 0].to(torch.int32)[:, None, None, None, None] * (height * width)
-    index = first + rows[:, :, None, :, None] * width + columns[:, None, :, None, :]  # (R, side, side, taps, taps)
-    weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
-    cells = features.permute(0, 2, 3, 1).reshape(images * height * width, channels).to(weights.dtype)
-    taps = (2 * samples) ** 2
-    bins = F.embedding_bag(index.view(-1, taps), cells, mode="sum", per_sample_weights=weights.view(-1, taps))
-    return bins.view(-1, side, side, channels).permute(0, 3, 1, 2)
-
-
-def _taps(start_R: Tensor, length_R: Tensor, cells: int, side: int, samples: int) -> tuple[Tensor, Tensor]:
-    """Cells (R, side, 2 samples), int32, and weights of each bin on one axis; points over one cell outside are 0."""
-    step = (torch.arange(side * samples, device=start_R.device) + 0.5) / (side * samples)
-    points = start_R[:, None] + step * length_R[:, None]
-    inside = ((points >= -1) & (points <= cells)).to(points.dtype) / samples
-    points = points.clamp(0, cells - 1)
-    low = points.floor()
-    share = points - low
-    index = torch.stack([low, (low + 1).clamp(max=cells - 1)], dim=2).to(torch.int32)
-    weights = torch.stack([(1 - share) * inside, share * inside], dim=2)
-    return index.view(-1, side, 2 * samples), weights.view(-1, side, 2 * samples)
 
 
 def pool(features: Tensor, rois_R5: Tensor, scale: float, side: int) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from model import native
 from pipelines.console import run_command
 from workers.config import PROBE_REPORT, PROBE_STORE, ClockReport, LinkReport, NodeReport, ProbePlan
 from workers.storage import Storage
@@ -51,7 +52,11 @@ def look(plan: ProbePlan) -> NodeReport:
         index=plan.index,
         host=socket.gethostname(),
         now=time.time(),
-        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        versions={
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+            "kernels for the CPU (model/native.c)": "compiled" if native.available() else "absent",
+        },
         sources=sources_hash(),
         gpu_driver=_gpu_driver(),
         disk_free_gib=shutil.disk_usage(tempfile.gettempdir()).free / 2**30,

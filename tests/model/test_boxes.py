@@ -133,7 +133,21 @@ def test_fixed_shape_suppression_is_exactly_torchvisions(seed, boxes, threshold)
     assert torch.equal(nms_fixed_shape(lists, valid, threshold), nms_listwise(lists, valid, threshold))
 
 
-@pytest.mark.parametrize("kind", [nms, nms_fixed_shape])
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    boxes=st.integers(0, 150),
+    threshold=st.one_of(st.floats(0.1, 0.9), st.sampled_from([0.25, 1 / 3, 0.5, 0.7])),
+    whole=st.booleans(),
+)
+def test_suppression_on_the_cpu_is_exactly_torchvisions(seed, boxes, threshold, whole):
+    lists = random_boxes((3, boxes), seed, side=40)
+    lists = lists.round() if whole else lists  # many overlaps that equal the threshold, and empty boxes
+    valid = torch.rand(3, boxes, generator=torch.Generator().manual_seed(seed)) < 0.9
+    assert torch.equal(nms(lists, valid, threshold), nms_listwise(lists, valid, threshold))
+
+
+@pytest.mark.parametrize("kind", [nms, nms_fixed_shape, nms_listwise])
 def test_a_suppressed_box_suppresses_nobody(kind):
     chain = torch.tensor([[[0.0, 0, 10, 10], [4.0, 0, 14, 10], [8.0, 0, 18, 10]]])
     assert kind(chain, torch.ones(1, 3, dtype=torch.bool), 0.3).tolist() == [[True, False, True]]

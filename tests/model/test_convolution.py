@@ -12,19 +12,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import winograd
+from model import native, windows, winograd
+from model.bins import align_by_bins
 from model.build import build_detector
 from model.config import preset
 from model.convolution import Convolution, take_fast_convolutions
+from model.group_norm import GroupNorm, take_fast_norms
+from model.nms import nms
 from tests.model.batches import shape_batch
 from tests.model.test_detector import total
 
 CHANNELS_LAST = torch.channels_last
-SHAPES = [(1, 2, 3, 5, 6), (2, 3, 2, 4, 4), (1, 2, 2, 13, 9), (3, 1, 1, 1, 1), (2, 2, 2, 3, 17), (0, 2, 2, 8, 8)]
+SHAPES = [  # images, channels, outputs, height, width
+    (1, 16, 48, 13, 9),
+    (2, 48, 16, 8, 8),
+    (9, 16, 16, 1, 1),
+    (2, 16, 32, 3, 17),
+    (3, 80, 16, 21, 22),
+    (1, 16, 16, 50, 4),
+]
+
+needs_kernels = pytest.mark.skipif(not native.available(), reason="maskray was installed without a C compiler")
 
 
-def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=dtype).requires_grad_()
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_()
 
 
 def gradients(y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -32,19 +44,90 @@ def gradients(y: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((y * weights).sum(), inputs)
 
 
-@pytest.mark.parametrize("band", [1, 2**21])
+def doubles(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.detach().double().requires_grad_() for tensor in tensors)
+
+
+def assert_rounds_to(found: Tensor, exact: Tensor, share: float = 1e-5) -> None:
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact.float(), rtol=0, atol=share * float(exact.detach().abs().max()))
+
+
+@needs_kernels
+@pytest.mark.parametrize("band", [1, 7, 36])
 @pytest.mark.parametrize(("images", "channels", "outputs", "height", "width"), SHAPES)
 def test_winograd_is_the_convolution(monkeypatch, band, images, channels, outputs, height, width):
-    monkeypatch.setattr(winograd, "_BAND_NUMBERS", band)
+    monkeypatch.setattr(winograd, "_BAND_TILES", band)
     x, weight = drawn(images, channels, height, width), drawn(outputs, channels, 3, 3)
-    ours, expected = winograd.convolve(x, weight), F.conv2d(x, weight, padding=1)
-    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
-    for found, wanted in zip(gradients(ours, (x, weight)), gradients(expected, (x, weight)), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    exact_inputs = doubles(x, weight)
+    assert winograd.pays_off(x, weight)
+    ours, exact = winograd.convolve(x, weight), F.conv2d(*exact_inputs, padding=1)
+    assert ours.is_contiguous(memory_format=CHANNELS_LAST)
+    assert_rounds_to(ours, exact)
+    for found, wanted in zip(gradients(ours, (x, weight)), gradients(exact, exact_inputs), strict=True):
+        assert_rounds_to(found, wanted)
 
 
+@needs_kernels
+@pytest.mark.parametrize("size", [(1, 16, 16), (3, 5, 7)])
+@pytest.mark.parametrize(
+    ("channels", "outputs", "kernel", "stride", "padding"),
+    [(3, 64, 7, 2, 3), (16, 32, 3, 2, 1), (48, 16, 1, 2, 0), (16, 48, 3, 1, 0), (32, 16, 5, 3, 4), (16, 16, 2, 2, 0)],
+)
+def test_windows_are_the_convolution(size, channels, outputs, kernel, stride, padding):
+    images, height, width = size
+    x, weight = drawn(images, channels, height, width), drawn(outputs, channels, kernel, kernel)
+    inputs = (weight,) if channels % 16 else (x, weight)
+    exact_x, exact_weight = doubles(x, weight)
+    exact_inputs = (exact_weight,) if channels % 16 else (exact_x, exact_weight)
+    ours = windows.convolve(x.detach() if channels % 16 else x, weight, stride, padding)
+    exact = F.conv2d(exact_x, exact_weight, stride=stride, padding=padding)
+    assert_rounds_to(ours, exact)
+    for found, wanted in zip(gradients(ours, inputs), gradients(exact, exact_inputs), strict=True):
+        assert_rounds_to(found, wanted)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2), (2, 3), (1, 1)])
+def test_a_deconvolution_is_the_gradient_of_a_convolution(kernel, stride):
+    layer = nn.ConvTranspose2d(32, 16, kernel, stride)
+    exact_layer, x = copy.deepcopy(layer).double(), drawn(3, 32, 7, 5)
+    (exact_x,) = doubles(x)
+    take_fast_convolutions(nn.Sequential(layer))
+    ours, exact = layer(x), exact_layer(exact_x)
+    assert "Deconvolution" in str(ours.grad_fn.next_functions)
+    assert_rounds_to(ours, exact)
+    wanted = gradients(exact, (exact_x, *exact_layer.parameters()))
+    for found, gradient in zip(gradients(ours, (x, *layer.parameters())), wanted, strict=True):
+        assert_rounds_to(found, gradient)
+
+
+@needs_kernels
+def test_threads_change_no_bit():
+    x, weight = drawn(3, 32, 30, 29), drawn(48, 32, 3, 3)
+    norm, rois = GroupNorm(8, 32), torch.tensor([[0.0, 3, 5, 40, 50], [2, 0, 0, 100, 90], [2, 9, 9, 9, 9]])
+    few_boxes = torch.rand(4, 50, 2, generator=torch.Generator().manual_seed(0)) * 50
+    lists, valid = torch.cat([few_boxes, few_boxes + 20], dim=2), torch.ones(4, 50, dtype=torch.bool)
+
+    def everything() -> list[Tensor]:
+        ys = [winograd.convolve(x, weight), windows.convolve(x, weight, 2, 1), norm(x)]
+        ys.append(align_by_bins(x, rois, 0.25, 7, 2, True))
+        found = [gradients(y, inputs) for y, inputs in zip(ys, [(x, weight), (x, weight), (x,), (x,)], strict=True)]
+        return [*ys, *(gradient for several in found for gradient in several), nms(lists, valid, 0.5)]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = everything()
+        torch.set_num_threads(3)
+        assert all(torch.equal(one, other) for one, other in zip(alone, everything(), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
 def test_winograd_rounds_no_worse_than_twice_the_library():
-    x, weight = drawn(2, 128, 40, 33, dtype=torch.float32).detach(), drawn(128, 128, 3, 3, dtype=torch.float32).detach()
+    x, weight = drawn(2, 128, 40, 33).detach(), drawn(128, 128, 3, 3).detach()
     exact = F.conv2d(x.double(), weight.double(), padding=1)
     ours, library = (
         (y - exact).square().mean().sqrt() for y in (winograd.convolve(x, weight), F.conv2d(x, weight, padding=1))
@@ -52,12 +135,38 @@ def test_winograd_rounds_no_worse_than_twice_the_library():
     assert ours < 2 * library
 
 
+@needs_kernels
 def test_only_what_is_wanted_is_differentiated():
-    x, weight = drawn(1, 2, 8, 8), drawn(2, 2, 3, 3)
-    for fixed, wanted in ((x, weight), (weight, x)):
-        y = winograd.convolve(*(t.detach() if t is fixed else t for t in (x, weight)))
-        expected = F.conv2d(x, weight, padding=1)
-        torch.testing.assert_close(gradients(y, (wanted,)), gradients(expected, (wanted,)))
+    x, weight = drawn(1, 16, 12, 12), drawn(16, 16, 3, 3)
+    for convolve in (winograd.convolve, lambda x, weight: windows.convolve(x, weight, 1, 1)):
+        for fixed, wanted in ((x, weight), (weight, x)):
+            y = convolve(*(t.detach() if t is fixed else t for t in (x, weight)))
+            (found,), (exact,) = gradients(y, (wanted,)), gradients(F.conv2d(x, weight, padding=1), (wanted,))
+            assert_rounds_to(found, exact)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(2, 64, 9, 7), (1, 48, 30, 31), (3, 16, 2, 2), (2, 32, 200, 3)])
+def test_group_norm_is_torchs(shape):
+    norm, x = nn.GroupNorm(16, shape[1]), (drawn(*shape) * 3 + 5).detach().requires_grad_()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    exact_norm = copy.deepcopy(norm).double()
+    (exact_x,) = doubles(x)
+    take_fast_norms(nn.Sequential(norm))
+    ours, exact = norm(x), exact_norm(exact_x)
+    assert "_GroupNormBackward" in str(ours.grad_fn)
+    assert_rounds_to(ours, exact)
+    wanted = gradients(exact, (exact_x, *exact_norm.parameters()))
+    for found, gradient in zip(gradients(ours, (x, *norm.parameters())), wanted, strict=True):
+        assert_rounds_to(found, gradient, 1e-4)  # sums of numbers that nearly cancel
+
+
+def test_a_norm_on_what_is_no_map_is_torchs():
+    norm = nn.GroupNorm(2, 4)
+    take_fast_norms(nn.Sequential(norm))
+    assert norm(drawn(3, 4)).shape == (3, 4)
+    assert norm.eval()(drawn(3, 4, 5, 5)).shape == (3, 4, 5, 5)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -75,7 +184,7 @@ def test_only_what_is_wanted_is_differentiated():
 )
 def test_a_layer_gives_what_it_gave(how, bias):
     layer = nn.Conv2d(128, 128, **how, bias=bias)
-    x = drawn(2, 128, 34, 32, dtype=torch.float32).detach().contiguous(memory_format=CHANNELS_LAST).requires_grad_()
+    x = drawn(2, 128, 34, 32).detach().contiguous(memory_format=CHANNELS_LAST).requires_grad_()
     before = layer(x)
     expected = gradients(before, (x, *layer.parameters()))
     take_fast_convolutions(nn.Sequential(layer))
@@ -83,12 +192,13 @@ def test_a_layer_gives_what_it_gave(how, bias):
     after = layer(x)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     for found, wanted in zip(gradients(after, (x, *layer.parameters())), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.detach().abs().max()))
     layer(x).mul_(2)  # as a residual block, in place
 
 
+@needs_kernels
 def test_a_number_that_is_not_finite_stays_in_its_image():
-    x, weight = drawn(2, 2, 8, 9), drawn(2, 2, 3, 3)
+    x, weight = drawn(2, 16, 8, 9), drawn(16, 16, 3, 3)
     broken = x.detach().clone()
     broken[0, 0, 3, 3] = math.nan
     ours = winograd.convolve(broken, weight)
@@ -99,8 +209,9 @@ def test_a_number_that_is_not_finite_stays_in_its_image():
 def test_what_is_not_a_batch_of_maps_is_the_librarys():
     layer = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1))
     take_fast_convolutions(layer)
-    x = drawn(128, 40, 40, dtype=torch.float32)
+    x = drawn(128, 40, 40)
     assert layer(x).shape == (128, 40, 40)
+    assert layer(x[None][:0]).shape == (0, 128, 40, 40)
     with pytest.raises(RuntimeError, match="to have 128 channels, but got 64"):
         layer(x[None, :64])
     with torch.autocast("cpu", torch.bfloat16):
@@ -136,6 +247,6 @@ def test_a_detector_has_the_librarys_losses_and_gradients(monkeypatch):
         return loss.detach(), detector.layout.output[0].weight.grad.clone()
 
     ours = step()
-    monkeypatch.setattr("model.convolution._ours_to_choose", lambda *_: False)
+    monkeypatch.setattr(native, "_library", None)
     for found, wanted in zip(ours, step(), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.detach().abs().max()))
