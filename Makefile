@@ -21,6 +21,7 @@ $(STAMP): pyproject.toml constraints.txt model/native.c
 	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -c 'from model import native; native.available() or print("note: not compiled: model/native.c (it takes gcc 12 or newer); training on a CPU is slower")'
 	@touch $@
 
 demo: $(STAMP)
@@ -47,4 +48,5 @@ bench: $(STAMP)
 
 clean:
 	@if [ -x $(BIN)/maskray ]; then $(BIN)/maskray down; fi
+	rm -f maskray_native*.so
 	rm -rf .maskray $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,14 +18,14 @@ from model.native import LANES, cells, empty_maps, run, takes
 _MAX_SAMPLES = 8  # native.c has room for 16 x 16 cells of a bin
 
 
-def fits(features: Tensor, samples: int) -> bool:
-    """Whether `align_by_bins` takes these maps (N, C, H, W) and so many samples of a bin's side."""
-    return 0 < samples <= _MAX_SAMPLES and features.shape[1] % LANES == 0 and takes(features)
+def fits(features: Tensor, rois_R5: Tensor, samples: int) -> bool:
+    """Whether `align_by_bins` takes these maps (N, C, H, W), RoIs and so many samples of a bin's side."""
+    return 0 < samples <= _MAX_SAMPLES and features.shape[1] % LANES == 0 and takes(features, rois_R5)
 
 
 def align_by_bins(features: Tensor, rois_R5: Tensor, scale: float, side: int, samples: int, aligned: bool) -> Tensor:
     """As `torchvision.ops.roi_align`, (R, C, S, S), channels last."""
-    assert fits(features, samples)
+    assert fits(features, rois_R5, samples)
     corners = rois_R5[:, 1:] * scale - (0.5 if aligned else 0.0)
     sides = corners[:, 2:] - corners[:, :2]
     if not aligned:
@@ -41,7 +41,7 @@ def _taps(start_R: Tensor, length_R: Tensor, cells: int, side: int, samples: int
 
     Of a RoI that is not finite the weights are not, but its cells are inside.
     """
-    step = (torch.arange(side * samples, device=start_R.device) + 0.5) / (side * samples)
+    step = (torch.arange(side * samples, dtype=start_R.dtype, device=start_R.device) + 0.5) / (side * samples)
     points = start_R[:, None] + step * length_R[:, None]
     inside = ((points >= -1) & (points <= cells)).to(points.dtype) / samples
     points = points.clamp(0, cells - 1)

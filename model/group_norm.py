@@ -18,9 +18,13 @@ class GroupNorm(nn.GroupNorm):
     """torch's numbers but for rounding."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.dim() != 4 or self.weight is None or not self.training or not takes(input, self.weight):
+        if not self.training or not self.affine or input.dim() != 4 or not takes(input, self.weight, self.bias):
             return super().forward(input)
-        result: Tensor = _GroupNorm.apply(input, self.weight, self.bias, self.num_groups, self.eps)
+        if input.shape[1] != self.num_channels or input[0].numel() == self.num_groups:
+            return super().forward(input)  # for torch to refuse, or to take
+        result: Tensor = _GroupNorm.apply(
+            input, self.weight.contiguous(), self.bias.contiguous(), self.num_groups, self.eps
+        )
         return result
 
 

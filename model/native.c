@@ -6,14 +6,17 @@
    LANES channels at a time: a panel is that many neighbouring channels of many places, [place][LANES], so that
    products read memory in the order in which it lies.
 */
-#if defined(__x86_64__) && defined(__gnu_linux__)
+#if !defined(__x86_64__)
+#define EXPORT
+#elif defined(__gnu_linux__) && __GNUC__ >= 12 && !defined(__clang__)
 #define EXPORT __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
-#define EXPORT
+#error "no compiler that writes code for several processors: torch's own kernels are faster than what it would make of this"
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-int native_revision(void) { return 1; } /* of the kernels' arguments, here and in native.py */
+/* Of this file without this line; native.py compares it with the file beside it. A test says what it has to be. */
+unsigned native_source(void) { return 0x75085c00u; }
 
 enum { LANES = 16, ROWS = 6, DEEP = 256 }; /* a sum of DEEP products: its factors fit the first cache */
 typedef float Half __attribute__((vector_size(32), aligned(4), may_alias)); /* of the lanes */
@@ -67,7 +70,7 @@ INLINE void few_rows(int rows, const Shape *s, const float *a, const float *b, f
         }
     }
 #pragma GCC unroll 6
-    for (int r = 0; r < rows; r++) { /* one after the other: rows of c may overlap */
+    for (int r = 0; r < rows; r++) {
         Half *to = (Half *)(c + r * s->c_row);
         if (add)
             low[r] += to[0], high[r] += to[1];
@@ -99,44 +102,48 @@ static const float A = 0.70710678118654752f, B = 1.41421356237309505f, AA = 0.5f
 static const float WEIGHT_A = -0.66666666666666667f, WEIGHT_B = 0.16666666666666667f; /* 1 / (2 AA (AA - BB)), ... */
 static const float nothing[1 << 12]; /* the channels of a cell outside */
 
-/* One-dimensional transforms from numbers `from` apart to numbers `to` apart, for vectors of any type. */
-#define INTERPOLATE(Vector, d, from, v, to) /* six inputs to six factors: at 0, A, -A, B, -B, infinity */              \
-    do {                                                                                                               \
-        Vector d1 = (d)[from], d2 = (d)[2 * (from)], d3 = (d)[3 * (from)], d4 = (d)[4 * (from)];                       \
-        Vector even_a = d4 - BB * d2, odd_a = A * (d3 - BB * d1), even_b = d4 - AA * d2, odd_b = B * (d3 - AA * d1);   \
-        (v)[0] = (d)[0] + d4 - (AA + BB) * d2, (v)[5 * (to)] = d1 + (d)[5 * (from)] - (AA + BB) * d3;                  \
-        (v)[to] = even_a + odd_a, (v)[2 * (to)] = even_a - odd_a;                                                      \
-        (v)[3 * (to)] = even_b + odd_b, (v)[4 * (to)] = even_b - odd_b;                                                \
-    } while (0)
-#define EVALUATE(Vector, m, from, y, to) /* six products to four outputs */                                            \
-    do {                                                                                                               \
-        Vector even_a = (m)[from] + (m)[2 * (from)], odd_a = A * ((m)[from] - (m)[2 * (from)]);                        \
-        Vector even_b = (m)[3 * (from)] + (m)[4 * (from)], odd_b = B * ((m)[3 * (from)] - (m)[4 * (from)]);            \
-        (y)[0] = (m)[0] + even_a + even_b, (y)[to] = odd_a + odd_b, (y)[2 * (to)] = AA * even_a + BB * even_b;         \
-        (y)[3 * (to)] = (m)[5 * (from)] + AA * odd_a + BB * odd_b;                                                     \
-    } while (0)
-#define SPREAD(Vector, y, from, v, to) /* the transpose of EVALUATE */                                                 \
-    do {                                                                                                               \
-        Vector y0 = (y)[0], y1 = (y)[from], y2 = (y)[2 * (from)], y3 = (y)[3 * (from)];                                \
-        Vector even_a = y0 + AA * y2, odd_a = A * (y1 + AA * y3), even_b = y0 + BB * y2, odd_b = B * (y1 + BB * y3);   \
-        (v)[0] = y0, (v)[to] = even_a + odd_a, (v)[2 * (to)] = even_a - odd_a;                                         \
-        (v)[3 * (to)] = even_b + odd_b, (v)[4 * (to)] = even_b - odd_b, (v)[5 * (to)] = y3;                            \
-    } while (0)
-#define WEIGH(Vector, w, from, u, to) /* three weights to six factors */                                               \
-    do {                                                                                                               \
-        Vector w0 = (w)[0], w1 = (w)[from], w2 = (w)[2 * (from)];                                                      \
-        Vector even_a = WEIGHT_A * (w0 + AA * w2), odd_a = (WEIGHT_A * A) * w1;                                        \
-        Vector even_b = WEIGHT_B * (w0 + BB * w2), odd_b = (WEIGHT_B * B) * w1;                                        \
-        (u)[0] = w0, (u)[to] = even_a + odd_a, (u)[2 * (to)] = even_a - odd_a;                                         \
-        (u)[3 * (to)] = even_b + odd_b, (u)[4 * (to)] = even_b - odd_b, (u)[5 * (to)] = w2;                            \
-    } while (0)
-#define UNWEIGH(Vector, u, from, w, to) /* the transpose of WEIGH */                                                   \
-    do {                                                                                                               \
-        Vector even_a = WEIGHT_A * ((u)[from] + (u)[2 * (from)]), odd_a = (u)[from] - (u)[2 * (from)];                 \
-        Vector even_b = WEIGHT_B * ((u)[3 * (from)] + (u)[4 * (from)]), odd_b = (u)[3 * (from)] - (u)[4 * (from)];     \
-        (w)[0] = (u)[0] + even_a + even_b, (w)[to] = (WEIGHT_A * A) * odd_a + (WEIGHT_B * B) * odd_b;                  \
-        (w)[2 * (to)] = AA * even_a + BB * even_b + (u)[5 * (from)];                                                   \
-    } while (0)
+/* One-dimensional transforms of vectors that are `from` apart to vectors that are `to` apart. */
+
+/* Six inputs to six factors: at 0, A, -A, B, -B, infinity. */
+INLINE void interpolate(const Half *d, int from, Half *v, int to) {
+    Half d0 = d[0], d1 = d[from], d2 = d[2 * from], d3 = d[3 * from], d4 = d[4 * from], d5 = d[5 * from];
+    Half even_a = d4 - BB * d2, odd_a = A * (d3 - BB * d1), even_b = d4 - AA * d2, odd_b = B * (d3 - AA * d1);
+    v[0] = d0 + d4 - (AA + BB) * d2, v[5 * to] = d1 + d5 - (AA + BB) * d3;
+    v[to] = even_a + odd_a, v[2 * to] = even_a - odd_a, v[3 * to] = even_b + odd_b, v[4 * to] = even_b - odd_b;
+}
+
+/* Six products to four outputs. */
+INLINE void evaluate(const Half *m, int from, Half *y, int to) {
+    Half even_a = m[from] + m[2 * from], odd_a = A * (m[from] - m[2 * from]);
+    Half even_b = m[3 * from] + m[4 * from], odd_b = B * (m[3 * from] - m[4 * from]);
+    y[0] = m[0] + even_a + even_b, y[to] = odd_a + odd_b;
+    y[2 * to] = AA * even_a + BB * even_b, y[3 * to] = m[5 * from] + AA * odd_a + BB * odd_b;
+}
+
+/* The transpose of evaluate. */
+INLINE void spread(const Half *y, int from, Half *v, int to) {
+    Half y0 = y[0], y1 = y[from], y2 = y[2 * from], y3 = y[3 * from];
+    Half even_a = y0 + AA * y2, odd_a = A * (y1 + AA * y3), even_b = y0 + BB * y2, odd_b = B * (y1 + BB * y3);
+    v[0] = y0, v[5 * to] = y3;
+    v[to] = even_a + odd_a, v[2 * to] = even_a - odd_a, v[3 * to] = even_b + odd_b, v[4 * to] = even_b - odd_b;
+}
+
+/* Three weights to six factors. */
+INLINE void weigh(const Half *w, int from, Half *u, int to) {
+    Half w0 = w[0], w1 = w[from], w2 = w[2 * from];
+    Half even_a = WEIGHT_A * (w0 + AA * w2), odd_a = (WEIGHT_A * A) * w1;
+    Half even_b = WEIGHT_B * (w0 + BB * w2), odd_b = (WEIGHT_B * B) * w1;
+    u[0] = w0, u[5 * to] = w2;
+    u[to] = even_a + odd_a, u[2 * to] = even_a - odd_a, u[3 * to] = even_b + odd_b, u[4 * to] = even_b - odd_b;
+}
+
+/* The transpose of weigh. */
+INLINE void unweigh(const Half *u, int from, Half *w, int to) {
+    Half even_a = WEIGHT_A * (u[from] + u[2 * from]), odd_a = u[from] - u[2 * from];
+    Half even_b = WEIGHT_B * (u[3 * from] + u[4 * from]), odd_b = u[3 * from] - u[4 * from];
+    w[0] = u[0] + even_a + even_b, w[to] = (WEIGHT_A * A) * odd_a + (WEIGHT_B * B) * odd_b;
+    w[2 * to] = AA * even_a + BB * even_b + u[5 * from];
+}
 
 typedef struct {
     long height, width, channels;
@@ -175,10 +182,10 @@ INLINE void read_tile(const Maps *maps, const float *x, long tile, float *v, lon
         for (int j = 0; j < SIDE; j++) {
             for (int i = 0; i < SIDE; i++)
                 inputs[i] = *(const Half *)(cells[i * SIDE + j] + c);
-            INTERPOLATE(Half, inputs, 1, tall + j, SIDE);
+            interpolate(inputs, 1, tall + j, SIDE);
         }
         for (int i = 0; i < SIDE; i++)
-            INTERPOLATE(Half, tall + i * SIDE, 1, factors + i * SIDE, 1);
+            interpolate(tall + i * SIDE, 1, factors + i * SIDE, 1);
         float *to = v + c / LANES * panel + c % LANES;
         for (int p = 0; p < POINTS; p++)
             *(Half *)(to + p * point) = factors[p];
@@ -195,10 +202,10 @@ INLINE void spread_tile(const Maps *maps, const float *gradient, long tile, floa
         for (int j = 0; j < TILE; j++) {
             for (int i = 0; i < TILE; i++)
                 outputs[i] = *(const Half *)(cells[i * TILE + j] + c);
-            SPREAD(Half, outputs, 1, tall + j, TILE);
+            spread(outputs, 1, tall + j, TILE);
         }
         for (int i = 0; i < SIDE; i++)
-            SPREAD(Half, tall + i * TILE, 1, products + i * SIDE, 1);
+            spread(tall + i * TILE, 1, products + i * SIDE, 1);
         float *to = v + c / LANES * panel + c % LANES;
         for (int p = 0; p < POINTS; p++)
             *(Half *)(to + p * point) = products[p];
@@ -213,9 +220,9 @@ INLINE void write_tile(const Maps *maps, float *y, long tile, const float *m, lo
         for (int p = 0; p < POINTS; p++)
             products[p] = *(const Half *)(from + p * point);
         for (int j = 0; j < SIDE; j++)
-            EVALUATE(Half, products + j, SIDE, wide + j, SIDE);
+            evaluate(products + j, SIDE, wide + j, SIDE);
         for (int i = 0; i < TILE; i++)
-            EVALUATE(Half, wide + i * SIDE, 1, outputs + i * TILE, 1);
+            evaluate(wide + i * SIDE, 1, outputs + i * TILE, 1);
         for (int i = 0; i < TILE && corner.row + i < maps->height; i++)
             for (int j = 0; j < TILE && corner.column + j < maps->width; j++)
                 *(Half *)(y + offset(maps, corner.image, corner.row + i, corner.column + j) + c) = outputs[i * TILE + j];
@@ -241,9 +248,9 @@ INLINE void weigh_panel(const float *w, long outputs, long channels, long transp
             for (int s = 0; s < 9; s++)
                 weights[s] = given[transposed ? 8 - s : s];
             for (int j = 0; j < 3; j++)
-                WEIGH(Half, weights + j, 3, tall + j, 3);
+                weigh(weights + j, 3, tall + j, 3);
             for (int i = 0; i < SIDE; i++) {
-                WEIGH(Half, tall + i * 3, 1, factors, 1);
+                weigh(tall + i * 3, 1, factors, 1);
                 for (int j = 0; j < SIDE; j++)
                     *(Half *)(u + (i * SIDE + j) * point_of(channels) + c * LANES + h) = factors[j];
             }
@@ -258,10 +265,10 @@ INLINE void unweigh_panel(const float *u, long channels, long panel, long first,
             for (int i = 0; i < SIDE; i++) {
                 for (int j = 0; j < SIDE; j++)
                     products[j] = *(const Half *)(u + (i * SIDE + j) * point_of(channels) + c * LANES + h);
-                UNWEIGH(Half, products, 1, wide + i, SIDE);
+                unweigh(products, 1, wide + i, SIDE);
             }
             for (int j = 0; j < 3; j++)
-                UNWEIGH(Half, wide + j * SIDE, 1, weights + j, 3);
+                unweigh(wide + j * SIDE, 1, weights + j, 3);
             transpose(weights);
             for (int l = 0; l < 8; l++) {
                 float *to = w + ((panel * LANES + h + l) * channels + c) * 9;

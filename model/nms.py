@@ -24,7 +24,7 @@ def nms(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
     The CPU takes list by list: neither loops nor lengths cost a sync there. A GPU takes two kernels of ours, or without
     Triton to compile them some thousand small ones of torch.
     """
-    if native.takes(boxes_LN4):
+    if native.takes(boxes_LN4) and valid_LN.dtype == torch.bool:
         keep, room = valid_LN.new_empty(valid_LN.shape), native.workspace(6 * valid_LN.numel())
         native.run("nms", boxes_LN4.contiguous(), valid_LN.contiguous(), keep, room, *valid_LN.shape, max_iou)
         return keep

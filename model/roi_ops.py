@@ -30,7 +30,9 @@ def align(
     0 samples: as many as a bin has cells, rounded up (mean only). `aligned` puts the value of a pixel at its centre;
     without it (the first implementations) at its corner, and a RoI is at least one cell wide.
     """
-    if reduce == "mean" and features.requires_grad and fits(features, samples):  # inference rounds as torchvision
+    if (
+        reduce == "mean" and features.requires_grad and fits(features, rois_R5, samples)
+    ):  # inference rounds as torchvision
         return align_by_bins(features, rois_R5, scale, side, samples, aligned)
     if reduce == "mean":
         crops: Tensor = torchvision.ops.roi_align(features, rois_R5, (side, side), scale, samples, aligned)
@@ -70,7 +72,8 @@ class RoIOperation(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
         """One (B, C, H, W) map per stride, finest first, to (R, C, side, side)."""
-        rois_R5 = rois_R5.detach()
+        # A run that diverges has RoIs that are not numbers: its loss tells, torchvision's kernels on the CPU crash.
+        rois_R5 = torch.nan_to_num(rois_R5.detach(), 0.0, 0.0, 0.0)
         if len(self.strides) == 1:
             return self.crop(maps[0], rois_R5, 1 / self.strides[0])
         levels = assign_levels(rois_R5[:, 1:], self.strides)

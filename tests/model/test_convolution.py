@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import native, windows, winograd
-from model.bins import align_by_bins
+from model.bins import align_by_bins, fits
 from model.build import build_detector
 from model.config import preset
 from model.convolution import Convolution, take_fast_convolutions
@@ -32,7 +34,7 @@ SHAPES = [  # images, channels, outputs, height, width
     (1, 16, 16, 50, 4),
 ]
 
-needs_kernels = pytest.mark.skipif(not native.available(), reason="maskray was installed without a C compiler")
+needs_kernels = pytest.mark.skipif(not native.available(), reason="model/native.c was not compiled")
 
 
 def drawn(*shape: int) -> Tensor:
@@ -51,6 +53,15 @@ def doubles(*tensors: Tensor) -> tuple[Tensor, ...]:
 def assert_rounds_to(found: Tensor, exact: Tensor, share: float = 1e-5) -> None:
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact.float(), rtol=0, atol=share * float(exact.detach().abs().max()))
+
+
+def test_the_kernels_know_the_file_that_they_are_of():
+    """Change the line `native_source` of native.c when this fails, and install again."""
+    written = re.search(
+        r"native_source\(void\) { return (0x[0-9a-f]+)u", Path(native.__file__).with_suffix(".c").read_text()
+    )
+    assert written
+    assert written[1] == f"{native.source():#010x}"
 
 
 @needs_kernels
@@ -163,10 +174,33 @@ def test_group_norm_is_torchs(shape):
 
 
 def test_a_norm_on_what_is_no_map_is_torchs():
-    norm = nn.GroupNorm(2, 4)
-    take_fast_norms(nn.Sequential(norm))
+    norm, wrong, single = nn.GroupNorm(2, 4), nn.GroupNorm(4, 16), nn.GroupNorm(4, 4)
+    take_fast_norms(nn.ModuleList([norm, wrong, single]))
     assert norm(drawn(3, 4)).shape == (3, 4)
     assert norm.eval()(drawn(3, 4, 5, 5)).shape == (3, 4, 5, 5)
+    with pytest.raises(RuntimeError):
+        wrong(drawn(2, 64, 5, 5))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        single(drawn(1, 4, 1, 1))
+
+
+def test_a_deconvolution_of_nothing_is_torchs():
+    layer = nn.ConvTranspose2d(16, 16, 2, 2)
+    take_fast_convolutions(nn.Sequential(layer))
+    with pytest.raises(RuntimeError):
+        layer(drawn(1, 16, 0, 4))
+    assert layer(drawn(0, 16, 3, 4)).shape == (0, 16, 6, 8)
+
+
+@needs_kernels
+def test_kernels_take_plain_floats_on_the_cpu_alone():
+    x, rois = drawn(1, 16, 12, 12), torch.tensor([[0.0, 1, 1, 20, 20]])
+    assert fits(x, rois, 2)
+    assert not fits(x, rois.double(), 2)
+    assert not fits(x.double(), rois.double(), 2)
+    assert not native.takes(x.to("meta"))
+    with torch.device("meta"):  # and with it what they write into
+        assert winograd.convolve(x, torch.ones(16, 16, 3, 3, device="cpu")).device.type == "cpu"
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -225,6 +259,7 @@ def test_a_copy_and_a_pickle_of_a_detector_compute_the_same():
         assert torch.equal(total(other.losses(batch)), expected)
 
 
+@needs_kernels
 def test_evaluation_takes_the_library_for_all_that_chooses_boxes(monkeypatch):
     detector, batch, taken = build_detector(preset("r50-fpn-torchvision")), shape_batch(images=1, side=128), []
     convolve = winograd.convolve
@@ -236,17 +271,17 @@ def test_evaluation_takes_the_library_for_all_that_chooses_boxes(monkeypatch):
     assert len(taken) > len(detector.mask.head.convs)
 
 
+@needs_kernels
 def test_a_detector_has_the_librarys_losses_and_gradients(monkeypatch):
-    cfg = preset("r50-fpn").model_copy(update={"weights": preset("tiny").weights})
-    detector, batch = build_detector(cfg), shape_batch(images=1, side=128)
+    detector, batch = build_detector(preset("tiny")), shape_batch(images=2, side=128)
 
-    def step() -> tuple[Tensor, Tensor]:
+    def step() -> tuple[Tensor, ...]:
         detector.zero_grad()
         loss = total(detector.losses(batch))
         loss.backward()
-        return loss.detach(), detector.layout.output[0].weight.grad.clone()
+        return loss.detach(), *(parameter.grad.clone() for parameter in detector.parameters())
 
     ours = step()
     monkeypatch.setattr(native, "_library", None)
     for found, wanted in zip(ours, step(), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.detach().abs().max()))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-2 * float(wanted.abs().max()))
