@@ -16,7 +16,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* Of this file without this line; native.py compares it with the file beside it. A test says what it has to be. */
-unsigned native_source(void) { return 0x75085c00u; }
+unsigned native_source(void) { return 0xd70bf60au; }
 
 enum { LANES = 16, ROWS = 6, DEEP = 256 }; /* a sum of DEEP products: its factors fit the first cache */
 typedef float Half __attribute__((vector_size(32), aligned(4), may_alias)); /* of the lanes */
@@ -172,43 +172,26 @@ INLINE void cells_at(const Maps *maps, const float *x, long image, long row, lon
         }
 }
 
-/* The factors of a tile's inputs, in panels. */
-INLINE void read_tile(const Maps *maps, const float *x, long tile, float *v, long point, long panel) {
+/* A tile's side x side cells as 36 factors, in panels: its inputs (with the cells around it), or the gradient of its
+   outputs (TILE x TILE, the transpose of write_tile). */
+INLINE void read_tile(const Maps *maps, const float *x, long tile, int side, float *v, long point, long panel) {
     const float *cells[POINTS];
     Corner corner = corner_of(maps, tile);
-    cells_at(maps, x, corner.image, corner.row - 1, corner.column - 1, SIDE, cells);
+    int around = (side - TILE) / 2;
+    cells_at(maps, x, corner.image, corner.row - around, corner.column - around, side, cells);
     for (long c = 0; c < maps->channels; c += LANES / 2) {
-        Half inputs[SIDE], tall[POINTS], factors[POINTS];
-        for (int j = 0; j < SIDE; j++) {
-            for (int i = 0; i < SIDE; i++)
-                inputs[i] = *(const Half *)(cells[i * SIDE + j] + c);
-            interpolate(inputs, 1, tall + j, SIDE);
+        Half column[SIDE], tall[POINTS], factors[POINTS];
+        for (int j = 0; j < side; j++) {
+            for (int i = 0; i < side; i++)
+                column[i] = *(const Half *)(cells[i * side + j] + c);
+            side == SIDE ? interpolate(column, 1, tall + j, side) : spread(column, 1, tall + j, side);
         }
         for (int i = 0; i < SIDE; i++)
-            interpolate(tall + i * SIDE, 1, factors + i * SIDE, 1);
+            side == SIDE ? interpolate(tall + i * side, 1, factors + i * SIDE, 1)
+                         : spread(tall + i * side, 1, factors + i * SIDE, 1);
         float *to = v + c / LANES * panel + c % LANES;
         for (int p = 0; p < POINTS; p++)
             *(Half *)(to + p * point) = factors[p];
-    }
-}
-
-/* The gradient of a tile's products, in panels. The transpose of write_tile. */
-INLINE void spread_tile(const Maps *maps, const float *gradient, long tile, float *v, long point, long panel) {
-    const float *cells[TILE * TILE];
-    Corner corner = corner_of(maps, tile);
-    cells_at(maps, gradient, corner.image, corner.row, corner.column, TILE, cells);
-    for (long c = 0; c < maps->channels; c += LANES / 2) {
-        Half outputs[TILE], tall[SIDE * TILE], products[POINTS];
-        for (int j = 0; j < TILE; j++) {
-            for (int i = 0; i < TILE; i++)
-                outputs[i] = *(const Half *)(cells[i * TILE + j] + c);
-            spread(outputs, 1, tall + j, TILE);
-        }
-        for (int i = 0; i < SIDE; i++)
-            spread(tall + i * TILE, 1, products + i * SIDE, 1);
-        float *to = v + c / LANES * panel + c % LANES;
-        for (int p = 0; p < POINTS; p++)
-            *(Half *)(to + p * point) = products[p];
     }
 }
 
@@ -292,7 +275,7 @@ EXPORT void winograd_forward(const float *x, const float *w, long transposed, fl
         long here = tiles - first < band ? tiles - first : band;
 #pragma omp for
         for (long t = 0; t < here; t++)
-            read_tile(&in, x, first + t, v + t * LANES, in_point, panel);
+            read_tile(&in, x, first + t, SIDE, v + t * LANES, in_point, panel);
 #pragma omp for
         for (long o = 0; o < outputs / LANES; o++) {
             float *factors = u + o * POINTS * point_of(channels);
@@ -320,8 +303,8 @@ EXPORT void winograd_weight_gradient(const float *x, const float *gradient, floa
         Shape shape = {1, here, 0, 1, LANES, 0, LANES};
 #pragma omp for
         for (long t = 0; t < here; t++) {
-            read_tile(&in, x, first + t, v + t * LANES, in_point, panel);
-            spread_tile(&out, gradient, first + t, m + t * LANES, out_point, panel);
+            read_tile(&in, x, first + t, SIDE, v + t * LANES, in_point, panel);
+            read_tile(&out, gradient, first + t, TILE, m + t * LANES, out_point, panel);
         }
 #pragma omp for collapse(2)
         for (long o = 0; o < outputs / LANES; o++)

@@ -30,9 +30,8 @@ def align(
     0 samples: as many as a bin has cells, rounded up (mean only). `aligned` puts the value of a pixel at its centre;
     without it (the first implementations) at its corner, and a RoI is at least one cell wide.
     """
-    if (
-        reduce == "mean" and features.requires_grad and fits(features, rois_R5, samples)
-    ):  # inference rounds as torchvision
+    in_training = features.requires_grad  # inference keeps torchvision's kernel, and so its rounding
+    if reduce == "mean" and in_training and fits(features, rois_R5, samples):
         return align_by_bins(features, rois_R5, scale, side, samples, aligned)
     if reduce == "mean":
         crops: Tensor = torchvision.ops.roi_align(features, rois_R5, (side, side), scale, samples, aligned)
