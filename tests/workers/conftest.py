@@ -9,9 +9,19 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+import torch
 
 from pipelines.pack import PackOptions, pack
 from pipelines.synth import synthesise
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As ranks of `run_ranks` have it: torch's sums round by the number of threads, and tests compare bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from model.structures import Batch, LossTerm
 from pipelines.loader import TrainStep
 from pipelines.order import chunks, rank_slice
 from tests.builders import tiny_run
-from workers.checkpoints import CheckpointStore
+from workers.checkpoints import BackgroundWriter, CheckpointStore
 from workers.config import RunConfig
 from workers.evaluate import Scores
 from workers.journal import NOTHING, SilentJournal, TrialJournal
@@ -110,6 +111,12 @@ class FakeDetector(nn.Module):
         return {"common": torch.tensor(float(len(batch))), "rare": (batch.sample_ids % 3 == 0).float().sum()}
 
 
+class PatientWriter(BackgroundWriter):
+    """Is waited for, so that no checkpoint of these short steps is passed over, however slow the disk."""
+
+    busy = False
+
+
 @dataclass
 class Trial:
     """A finished piece of training and the parts that it was done with."""
@@ -143,6 +150,7 @@ def fake_trial(
     stop: StopRequest | None = None,
     visit: Callable[[int], None] = lambda step: None,
     evaluate: Callable[[TrainState, Callable[[], bool]], Scores | None] | None = None,
+    writer: type[BackgroundWriter] = PatientWriter,
 ) -> Trial:
     """Trains the fake detector in `folder` as `workers.run` trains a real one, from the newest checkpoint on."""
     world, storage = world or alone(), storage or Storage(str(folder))
@@ -176,7 +184,8 @@ def fake_trial(
         start_again=start_again,
     )
     try:
-        return Trial(train(run, world, parts), state, journal)
+        with patch("workers.loop.BackgroundWriter", writer):
+            return Trial(train(run, world, parts), state, journal)
     finally:
         if world.is_first:
             journal.close()

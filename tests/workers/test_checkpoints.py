@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,8 +161,6 @@ def test_a_disk_that_fills_up_inside_torchs_writer_is_told_as_full(tmp_path, roo
 
 
 def test_a_slow_write_does_not_hold_up_the_submitter_and_its_error_comes_later(tmp_path):
-    import threading
-
     allowed = threading.Event()
 
     def publish() -> None:
@@ -175,6 +174,22 @@ def test_a_slow_write_does_not_hold_up_the_submitter_and_its_error_comes_later(t
     with pytest.raises(RuntimeError, match="the disk broke"):
         writer.drain()
     writer.drain()
+
+
+def test_while_a_checkpoint_is_written_the_next_is_passed_over_but_never_the_last(tmp_path, capsys):
+    allowed = threading.Event()
+
+    class HeldWriter(BackgroundWriter):
+        def submit(self, work):  # type: ignore[no-untyped-def]
+            super().submit(lambda: (allowed.wait(30), work()))
+
+    def visit(now: int) -> None:
+        if now == 10:
+            allowed.set()
+
+    fake_trial(tmp_path, small_run(keep_checkpoints=9), writer=HeldWriter, visit=visit)
+    assert sorted(path.name for path in tmp_path.glob("checkpoints/0*")) == ["0001-00000004", "0001-00000012"]
+    assert "step 8: the checkpoint before is still being written, this one is passed over" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_by_field(tmp_path):

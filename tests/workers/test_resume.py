@@ -10,7 +10,6 @@ import pytest
 
 from tests.workers.fakes import DyingStorage, Trial, die, fake_trial, small_run
 from tests.workers.ranks import run_ranks
-from workers.checkpoints import BackgroundWriter
 from workers.config import RunConfig
 from workers.step import distributed
 from workers.stop import StopRequest
@@ -26,16 +25,7 @@ def kill_in_step(world: World, folder: Path, run: RunConfig, step: int, rank: in
     return fake_trial(folder, run, world=world, visit=visit).digest
 
 
-class PatientWriter(BackgroundWriter):
-    """Is waited for, so that no checkpoint of these short steps is passed over."""
-
-    busy = False
-
-
 def kill_in_write(world: World, folder: Path, run: RunConfig, write: int) -> str:
-    import workers.loop
-
-    workers.loop.BackgroundWriter = PatientWriter  # of this process alone
     storage = DyingStorage(str(folder), write) if world.is_first else Storage(str(folder))
     return fake_trial(folder, run, world=world, storage=storage).digest
 

@@ -318,7 +318,6 @@ def test_the_score_of_three_ranks_is_that_of_one_to_the_bit(packed):
 
 
 def scores(world: World, run: RunConfig) -> tuple[Any, ...]:
-    torch.set_num_threads(1)
     _, data = open_datasets(run, "")
     found = evaluate_detector(run.model, initial_detector(run), eval_loader(run, data, world), world)
     assert found is not None

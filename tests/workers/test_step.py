@@ -37,7 +37,6 @@ def fake_step(world: World, run: RunConfig) -> dict[str, Any]:
 
 def real_steps(world: World, run: RunConfig, until: int) -> list[dict[str, Any]]:
     """A step of the real detector from the beginning and one after `until`, which every rank takes alone and alike."""
-    torch.set_num_threads(1)
     data, _ = open_datasets(run, "")
     state = TrainState(run, initial_detector(run))
     alone_loader = iter(train_loader_opener(run, data, alone())(0))
