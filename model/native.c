@@ -16,7 +16,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 /* Of this file without this line; native.py compares it with the file beside it. A test says what it has to be. */
-unsigned native_source(void) { return 0xd70bf60au; }
+unsigned native_source(void) { return 0xabcbd5fau; }
 
 enum { LANES = 16, ROWS = 6, DEEP = 256 }; /* a sum of DEEP products: its factors fit the first cache */
 typedef float Half __attribute__((vector_size(32), aligned(4), may_alias)); /* of the lanes */
@@ -53,10 +53,15 @@ typedef struct {
     long panels, k, a_panel, a_row, a_k, b_panel, c_row;
 } Shape;
 
-INLINE void few_rows(int rows, const Shape *s, const float *a, const float *b, float *c, int add) {
+enum { SET, ADD, GO_ON }; /* c = the sum; c += the sum; the sum begins with c, as if all had been summed at once */
+
+INLINE void few_rows(int rows, const Shape *s, const float *a, const float *b, float *c, int how) {
     Half low[ROWS], high[ROWS];
-    for (int r = 0; r < rows; r++)
-        low[r] = high[r] = (Half){0};
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++) {
+        const Half *from = (const Half *)(c + r * s->c_row);
+        low[r] = how == GO_ON ? from[0] : (Half){0}, high[r] = how == GO_ON ? from[1] : (Half){0};
+    }
     for (long q = 0; q < s->panels; q++) {
         const float *from_a = a + q * s->a_panel, *from_b = b + q * s->b_panel;
         for (long i = 0; i < s->k; i++) {
@@ -72,24 +77,24 @@ INLINE void few_rows(int rows, const Shape *s, const float *a, const float *b, f
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++) {
         Half *to = (Half *)(c + r * s->c_row);
-        if (add)
+        if (how == ADD)
             low[r] += to[0], high[r] += to[1];
         to[0] = low[r], to[1] = high[r];
     }
 }
 
-/* c[r] (+)= the sum over q and i of a[r, q, i] b[q, i], for all rows r. Seven to nine rows are two halves: few rows at a
+/* c[r] gets the sum over q and i of a[r, q, i] b[q, i], for all rows r. Seven to nine rows are two halves: few rows at a
    time wait for each other's sums. */
-INLINE void product(long rows, const Shape *s, const float *a, const float *b, float *c, int add) {
+INLINE void product(long rows, const Shape *s, const float *a, const float *b, float *c, int how) {
     while (rows > 0) {
         int now = rows > 9 || rows == 6 ? 6 : rows > 6 ? (rows + 1) / 2 : rows;
         switch (now) {
-        case 6: few_rows(6, s, a, b, c, add); break;
-        case 5: few_rows(5, s, a, b, c, add); break;
-        case 4: few_rows(4, s, a, b, c, add); break;
-        case 3: few_rows(3, s, a, b, c, add); break;
-        case 2: few_rows(2, s, a, b, c, add); break;
-        default: few_rows(1, s, a, b, c, add);
+        case 6: few_rows(6, s, a, b, c, how); break;
+        case 5: few_rows(5, s, a, b, c, how); break;
+        case 4: few_rows(4, s, a, b, c, how); break;
+        case 3: few_rows(3, s, a, b, c, how); break;
+        case 2: few_rows(2, s, a, b, c, how); break;
+        default: few_rows(1, s, a, b, c, how);
         }
         rows -= now, a += now * s->a_row, c += now * s->c_row;
     }
@@ -97,7 +102,7 @@ INLINE void product(long rows, const Shape *s, const float *a, const float *b, f
 
 /* --- 3 x 3 convolutions by Winograd's algorithm; model/winograd.py tells which -------------------------------------- */
 
-enum { TILE = 4, SIDE = 6, POINTS = SIDE * SIDE };
+enum { TILE = 4, SIDE = 6, POINTS = SIDE * SIDE, CHUNK = 64 }; /* of channels: their factors fit the second cache */
 static const float A = 0.70710678118654752f, B = 1.41421356237309505f, AA = 0.5f, BB = 2.0f;
 static const float WEIGHT_A = -0.66666666666666667f, WEIGHT_B = 0.16666666666666667f; /* 1 / (2 AA (AA - BB)), ... */
 static const float nothing[1 << 12]; /* the channels of a cell outside */
@@ -215,13 +220,15 @@ INLINE void write_tile(const Maps *maps, float *y, long tile, const float *m, lo
 /* Numbers of a panel's point of u. One line more than needed: else a channel's points compete for one place in a cache. */
 INLINE long point_of(long channels) { return (channels + 1) * LANES; }
 
-/* One panel, u[point][channel][LANES], of w[output][channel][3][3]. With `transposed`, of the convolution that takes
-   gradients of outputs to those of inputs: outputs and channels trade places, each 3 x 3 is turned by 180 degrees. */
-INLINE void weigh_panel(const float *w, long outputs, long channels, long transposed, long panel, float *u) {
+/* Some channels of a panel, u[point][channel][LANES], of w[output][channel][3][3]. With `transposed`, of the convolution
+   that takes gradients of outputs to those of inputs: outputs and channels trade places, each 3 x 3 is turned by 180
+   degrees. */
+INLINE void weigh_panel(const float *w, long outputs, long channels, long transposed, long panel, long first, long count,
+                        float *u, long point) {
     long lane = 9 * (transposed ? 1 : channels), next = 9 * (transposed ? outputs : 1);
-    for (long c = 0; c < channels; c++)
+    for (long c = 0; c < count; c++)
         for (int h = 0; h < LANES; h += LANES / 2) {
-            const float *from = w + (panel * LANES + h) * lane + c * next;
+            const float *from = w + (panel * LANES + h) * lane + (first + c) * next;
             Half given[9], weights[9], tall[SIDE * 3], factors[SIDE];
             for (int l = 0; l < 8; l++)
                 given[l] = *(const Half *)(from + l * lane);
@@ -235,54 +242,61 @@ INLINE void weigh_panel(const float *w, long outputs, long channels, long transp
             for (int i = 0; i < SIDE; i++) {
                 weigh(tall + i * 3, 1, factors, 1);
                 for (int j = 0; j < SIDE; j++)
-                    *(Half *)(u + (i * SIDE + j) * point_of(channels) + c * LANES + h) = factors[j];
+                    *(Half *)(u + (i * SIDE + j) * point + c * LANES + h) = factors[j];
             }
         }
 }
 
-/* dw[output][channel][3][3] of LANES channels of a panel from the gradient of u. The transpose of weigh_panel. */
-INLINE void unweigh_panel(const float *u, long channels, long panel, long first, float *w) {
-    for (long c = first; c < first + LANES; c++)
+/* dw[output][channel][3][3] of LANES channels of a panel from the gradient of theirs of u. The transpose of weigh_panel. */
+INLINE void unweigh_panel(const float *u, long point, long channels, long panel, long first, float *w) {
+    for (long c = 0; c < LANES; c++)
         for (int h = 0; h < LANES; h += LANES / 2) {
             Half products[SIDE], wide[3 * SIDE], weights[9];
             for (int i = 0; i < SIDE; i++) {
                 for (int j = 0; j < SIDE; j++)
-                    products[j] = *(const Half *)(u + (i * SIDE + j) * point_of(channels) + c * LANES + h);
+                    products[j] = *(const Half *)(u + (i * SIDE + j) * point + c * LANES + h);
                 unweigh(products, 1, wide + i, SIDE);
             }
             for (int j = 0; j < 3; j++)
                 unweigh(wide + j * SIDE, 1, weights + j, 3);
             transpose(weights);
             for (int l = 0; l < 8; l++) {
-                float *to = w + ((panel * LANES + h + l) * channels + c) * 9;
+                float *to = w + ((panel * LANES + h + l) * channels + first + c) * 9;
                 *(Half *)to = weights[l];
                 to[8] = weights[8][l];
             }
         }
 }
 
-/* y = the convolution of x by w; `transposed` as above. scratch: POINTS (channels + 1) outputs numbers for u, and POINTS
-   (band + 1) (channels + outputs) for the transformed inputs and the products of a band of tiles. */
+/* y = the convolution of x by w; `transposed` as above. scratch: POINTS (band + 1) (channels + outputs) numbers for
+   the transformed inputs and the products of a band of tiles, and with more than one band POINTS (channels + 1) outputs
+   for u. A single band's u is read once: it is made in pieces that stay in a cache, on the stack. */
 EXPORT void winograd_forward(const float *x, const float *w, long transposed, float *y, long images, long height, long width,
                              long channels, long outputs, float *scratch, long band, long threads) {
     Maps in = {height, width, channels}, out = {height, width, outputs};
     long tiles = images * ((height + TILE - 1) / TILE) * ((width + TILE - 1) / TILE), panel = (band + 1) * LANES;
     long in_point = channels / LANES * panel, out_point = outputs / LANES * panel;
-    float *u = scratch, *v = u + outputs / LANES * POINTS * point_of(channels), *m = v + POINTS * in_point;
-    Shape shape = {channels / LANES, LANES, panel, LANES, 1, LANES * LANES, LANES};
+    float *u = scratch, *v = u + (tiles > band ? outputs / LANES * POINTS * point_of(channels) : 0), *m = v + POINTS * in_point;
+    long chunk = tiles > band ? channels : CHUNK, point = point_of(chunk); /* one band: nobody reads its factors again */
 #pragma omp parallel num_threads(threads)
     for (long first = 0; first < tiles; first += band) {
         long here = tiles - first < band ? tiles - first : band;
+        float own[POINTS * (CHUNK + 1) * LANES];
 #pragma omp for
         for (long t = 0; t < here; t++)
             read_tile(&in, x, first + t, SIDE, v + t * LANES, in_point, panel);
 #pragma omp for
         for (long o = 0; o < outputs / LANES; o++) {
-            float *factors = u + o * POINTS * point_of(channels);
-            if (!first) /* just before they are used, and still in the cache */
-                weigh_panel(w, outputs, channels, transposed, o, factors);
-            for (long p = 0; p < POINTS; p++)
-                product(here, &shape, v + p * in_point, factors + p * point_of(channels), m + p * out_point + o * panel, 0);
+            float *factors = tiles > band ? u + o * POINTS * point : own;
+            for (long c = 0; c < channels; c += chunk) {
+                long now = channels - c < chunk ? channels - c : chunk;
+                Shape shape = {now / LANES, LANES, panel, LANES, 1, LANES * LANES, LANES};
+                if (!first) /* just before they are used, and still in the cache */
+                    weigh_panel(w, outputs, channels, transposed, o, c, now, factors, point);
+                for (long p = 0; p < POINTS; p++)
+                    product(here, &shape, v + p * in_point + c / LANES * panel, factors + p * point,
+                            m + p * out_point + o * panel, c ? GO_ON : SET);
+            }
         }
 #pragma omp for
         for (long t = 0; t < here; t++)
@@ -296,11 +310,12 @@ EXPORT void winograd_weight_gradient(const float *x, const float *gradient, floa
     Maps in = {height, width, channels}, out = {height, width, outputs};
     long tiles = images * ((height + TILE - 1) / TILE) * ((width + TILE - 1) / TILE), panel = (band + 1) * LANES;
     long in_point = channels / LANES * panel, out_point = outputs / LANES * panel;
-    float *u = scratch, *v = u + outputs / LANES * POINTS * point_of(channels), *m = v + POINTS * in_point;
+    float *u = scratch, *v = u + (tiles > band ? outputs / LANES * POINTS * point_of(channels) : 0), *m = v + POINTS * in_point;
 #pragma omp parallel num_threads(threads)
     for (long first = 0; first < tiles; first += band) {
         long here = tiles - first < band ? tiles - first : band;
         Shape shape = {1, here, 0, 1, LANES, 0, LANES};
+        float own[POINTS * (LANES + 1) * LANES];
 #pragma omp for
         for (long t = 0; t < here; t++) {
             read_tile(&in, x, first + t, SIDE, v + t * LANES, in_point, panel);
@@ -309,12 +324,13 @@ EXPORT void winograd_weight_gradient(const float *x, const float *gradient, floa
 #pragma omp for collapse(2)
         for (long o = 0; o < outputs / LANES; o++)
             for (long c = 0; c < channels / LANES; c++) {
-                float *sums = u + o * POINTS * point_of(channels);
+                long point = point_of(tiles > band ? channels : LANES);
+                float *sums = tiles > band ? u + o * POINTS * point + c * LANES * LANES : own;
                 for (long p = 0; p < POINTS; p++)
-                    product(LANES, &shape, v + p * in_point + c * panel, m + p * out_point + o * panel,
-                            sums + p * point_of(channels) + c * LANES * LANES, first > 0);
+                    product(LANES, &shape, v + p * in_point + c * panel, m + p * out_point + o * panel, sums + p * point,
+                            first ? ADD : SET);
                 if (first + band >= tiles)
-                    unweigh_panel(sums, channels, o, c * LANES, w);
+                    unweigh_panel(sums, point, channels, o, c * LANES, w);
             }
     }
 }
@@ -331,7 +347,7 @@ EXPORT void windows_forward(const float *x, const float *w, float *y, long image
         for (long row = 0; row < tall; row++)
             for (long o = 0; o < outputs; o += LANES)
                 product(wide, &shape, x + offset(&in, image, row * stride, 0), w + o * kernel * kernel * channels,
-                        y + offset(&out, image, row, 0) + o, 0);
+                        y + offset(&out, image, row, 0) + o, SET);
 }
 
 /* Added to dx, padded. w[kernel][kernel][channel panel][output][LANES]. */
@@ -345,7 +361,7 @@ EXPORT void windows_input_gradient(const float *gradient, const float *w, float 
             for (long row = 0; row < tall; row++)
                 for (long place = 0; place < kernel * kernel; place++)
                     product(wide, &shape, gradient + offset(&out, image, row, 0), w + (place * channels + c) * outputs,
-                            dx + offset(&in, image, row * stride + place / kernel, place % kernel) + c, 1);
+                            dx + offset(&in, image, row * stride + place / kernel, place % kernel) + c, ADD);
 }
 
 /* dw[output panel][kernel][kernel channels][LANES]. panels: room for the gradient in panels. */
@@ -371,7 +387,7 @@ EXPORT void windows_weight_gradient(const float *x, const float *gradient, float
                         Shape shape = {rows, wide, stride * width * channels, 1, stride * channels, wide * LANES, LANES};
                         product(kernel * channels, &shape, x + offset(&in, image, i + row * stride, 0),
                                 panels + ((o * images + image) * places + row * wide) * LANES, dw + (o * kernel + i) * numbers,
-                                image + row > 0);
+                                image + row ? ADD : SET);
                     }
     }
 }

@@ -78,6 +78,8 @@ def _num_tiles(x_NCHW: Tensor) -> int:
 def _sizes_and_workspace(x_NCHW: Tensor, outputs: int) -> tuple[Tensor | int, ...]:
     """With the room that native.c asks for, and how many tiles a band has."""
     images, channels, height, width = x_NCHW.shape
-    band = min(_BAND_TILES, _num_tiles(x_NCHW))
-    room = workspace(_POINTS * ((channels + 1) * outputs + (band + 1) * (channels + outputs)))
+    tiles = _num_tiles(x_NCHW)
+    band = min(_BAND_TILES, tiles)
+    factors = (channels + 1) * outputs if tiles > band else 0
+    room = workspace(_POINTS * (factors + (band + 1) * (channels + outputs)))
     return images, height, width, channels, outputs, room, band

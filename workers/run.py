@@ -27,7 +27,7 @@ from workers.pictures import comparison
 from workers.scribe import Scribe
 from workers.spool import print_warning
 from workers.state import TrainState, check_same_training, weights_of
-from workers.step import check_precision
+from workers.step import check_precision, slow_precision
 from workers.stop import StopRequest
 from workers.storage import Storage
 from workers.world import World, host_name
@@ -123,6 +123,8 @@ def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Given:
     if world.device.type == "cpu":
         torch.set_num_threads(max(int(spec.cpus_per_rank), 1))
     check_precision(run.loop, world.device)
+    if world.is_first and (slow := slow_precision(run.loop, world.device)):
+        print_warning(slow)
     best_metric(run)
     if run.loop.global_batch < world.size:
         raise ValueError(f"loop.global_batch is {run.loop.global_batch} for {world.size} ranks; each needs an image")

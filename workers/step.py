@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -138,6 +138,18 @@ def check_precision(loop: LoopConfig, device: torch.device) -> None:
     """Raises ValueError if the device cannot compute in the configured precision."""
     if loop.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError("loop.precision: this GPU has no bf16; choose 'fp16' (with loss scaling) or 'fp32'")
+
+
+def slow_precision(loop: LoopConfig, device: torch.device) -> str:
+    """What to tell whoever trains in a precision that the CPU only imitates; empty if all is well."""
+    if device.type != "cpu" or loop.precision == "fp32" or _cpu_computes_in(loop.precision):
+        return ""
+    return f"loop.precision: this CPU imitates {loop.precision}, many times slower than 'fp32' is"
+
+
+def _cpu_computes_in(precision: Literal["bf16", "fp16"]) -> bool:
+    ops = torch.ops.mkldnn
+    return bool(ops._is_mkldnn_bf16_supported() if precision == "bf16" else ops._is_mkldnn_fp16_supported())
 
 
 def apply_gradients(

@@ -12,9 +12,9 @@ from tests.builders import tiny_run
 from tests.workers.fakes import FakeDetector, FakeLoader, alone, fake_trial, small_run
 from tests.workers.ranks import run_ranks
 from workers.build import initial_detector, open_datasets, train_loader_opener
-from workers.config import RunConfig
+from workers.config import LoopConfig, RunConfig
 from workers.state import TrainState
-from workers.step import LossSums, accumulate_gradients, apply_gradients, distributed
+from workers.step import LossSums, accumulate_gradients, apply_gradients, distributed, slow_precision
 from workers.world import World
 
 
@@ -96,3 +96,11 @@ def losses_of_trial(world: World, folder: Path, run: RunConfig) -> list[float]:
 
 def flat_weights(state: TrainState) -> torch.Tensor:
     return torch.cat([p.detach().flatten()[:20] for p in state.detector.parameters()])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_precision_that_the_cpu_imitates_is_told(monkeypatch, precision):
+    cpu, loop = torch.device("cpu"), LoopConfig(precision=precision)
+    monkeypatch.setattr("workers.step._cpu_computes_in", lambda asked: asked != precision)
+    assert f"imitates {precision}, many times slower" in slow_precision(loop, cpu)
+    assert slow_precision(loop, torch.device("cuda")) == slow_precision(LoopConfig(), cpu) == ""
