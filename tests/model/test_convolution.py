@@ -32,6 +32,7 @@ SHAPES = [  # images, channels, outputs, height, width
     (2, 16, 32, 3, 17),
     (3, 80, 16, 21, 22),
     (1, 16, 16, 50, 4),
+    (2, 80, 144, 7, 7),  # one band of 36 tiles, and channels that are no multiple of a chunk
 ]
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="model/native.c was not compiled")
@@ -77,6 +78,18 @@ def test_winograd_is_the_convolution(monkeypatch, band, images, channels, output
     assert_rounds_to(ours, exact)
     for found, wanted in zip(gradients(ours, (x, weight)), gradients(exact, exact_inputs), strict=True):
         assert_rounds_to(found, wanted)
+
+
+@needs_kernels
+def test_a_single_band_gives_the_same_bits_as_several(monkeypatch):
+    """It makes the weights' factors in chunks of channels; the sums over channels go on where they were."""
+    x, weight = drawn(2, 80, 7, 7), drawn(144, 80, 3, 3)
+    found = []
+    for band in (36, 3):
+        monkeypatch.setattr(winograd, "_BAND_TILES", band)
+        y = winograd.convolve(x, weight)
+        found.append((y, *gradients(y, (x,))))
+    assert all(torch.equal(one, several) for one, several in zip(*found, strict=True))
 
 
 @needs_kernels

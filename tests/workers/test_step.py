@@ -14,7 +14,14 @@ from tests.workers.ranks import run_ranks
 from workers.build import initial_detector, open_datasets, train_loader_opener
 from workers.config import LoopConfig, RunConfig
 from workers.state import TrainState
-from workers.step import LossSums, accumulate_gradients, apply_gradients, distributed, slow_precision
+from workers.step import (
+    LossSums,
+    _cpu_computes_in,
+    accumulate_gradients,
+    apply_gradients,
+    distributed,
+    slow_precision,
+)
 from workers.world import World
 
 
@@ -101,6 +108,9 @@ def flat_weights(state: TrainState) -> torch.Tensor:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_precision_that_the_cpu_imitates_is_told(monkeypatch, precision):
     cpu, loop = torch.device("cpu"), LoopConfig(precision=precision)
-    monkeypatch.setattr("workers.step._cpu_computes_in", lambda asked: asked != precision)
-    assert f"imitates {precision}, many times slower" in slow_precision(loop, cpu)
+    assert isinstance(_cpu_computes_in(precision), bool)
+    monkeypatch.setattr("workers.step._cpu_computes_in", lambda asked: False)
+    assert f"imitates {precision}" in slow_precision(loop, cpu)
     assert slow_precision(loop, torch.device("cuda")) == slow_precision(LoopConfig(), cpu) == ""
+    monkeypatch.setattr("workers.step._cpu_computes_in", lambda asked: True)
+    assert slow_precision(loop, cpu) == ""
