@@ -22,10 +22,10 @@ from tests.workers.fakes import alone, die
 from tests.workers.ranks import run_ranks
 from workers.build import eval_loader, initial_detector, open_datasets
 from workers.causes import cause_of, classify, exit_status, explain_out_of_memory, most_telling
-from workers.checkpoints import FencedError
+from workers.checkpoints import CheckpointStore, FencedError
 from workers.config import MLflowTracking, NoTracking, Outcome, Result, RunConfig, RunSpec
 from workers.evaluate import best_metric, evaluate_detector, metric_names, result_kinds, score
-from workers.run import run_trial
+from workers.run import _open, run_trial
 from workers.state import check_same_training
 from workers.stop import StopRequest, files_asking
 from workers.storage import Storage
@@ -308,6 +308,15 @@ def test_a_trial_on_an_object_store_keeps_there_what_a_dead_tracker_could_not_be
     client, tracked = mlflow_run(store, "remote")
     assert [m.step for m in client.get_metric_history(tracked.info.run_id, "loss")] == [2, 4]
     assert tracked.info.status == "FINISHED"
+
+
+@pytest.mark.parametrize(("rank", "told"), [(0, 1), (1, 0)])
+def test_a_precision_that_the_cpu_imitates_is_told_once(tmp_path, packed, monkeypatch, capsys, rank, told):
+    monkeypatch.setattr("workers.step._cpu_computes_in", lambda precision: False)
+    spec = spec_of(tmp_path, run_of(packed, loop__precision="bf16", loop__global_batch=2))
+    with pytest.raises(ValueError, match="for 3 ranks"):  # what is looked at next
+        _open(spec, World(rank, 3, torch.device("cpu")), CheckpointStore(Storage(str(tmp_path)), 1, 2, print))
+    assert capsys.readouterr().out.count("warning: loop.precision: this CPU imitates bf16") == told
 
 
 def test_the_score_of_three_ranks_is_that_of_one_to_the_bit(packed):
