@@ -10,6 +10,7 @@ RUN apt-get update \
 
 WORKDIR /app
 COPY --chown=maskray:maskray pyproject.toml constraints.txt README.md LICENSE ./
+COPY --chown=maskray:maskray contract contract
 COPY --chown=maskray:maskray model model
 COPY --chown=maskray:maskray pipelines pipelines
 COPY --chown=maskray:maskray workers workers

@@ -31,13 +31,15 @@ from typing import Any
 import psutil
 import yaml
 
+from contract.answers import StudyView
+from contract.presets import run_preset
+from contract.recipe import apply_overrides
+from contract.study import Baseline, Resources, Study, Submission, TrialPlan
 from orchestrator import local
 from orchestrator.client import Client
-from orchestrator.config import Baseline, Resources, Study, StudyView, Submission, TrialPlan
 from orchestrator.mlflow_client import MLflow
 from orchestrator.processes import marked_processes, recorded_child
 from orchestrator.stack import mlflow_mark, ray_mark
-from workers.config import apply_overrides, run_preset
 
 STEPS, CHECKPOINT_EVERY = 24, 4
 PROCESSES = ("rank", "driver", "head", "service", "mlflow", "postgres")

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipelines.config import DataConfig
+from contract.data import DataConfig
 from pipelines.dataset import open_dataset
 from pipelines.loader import TrainLoader
 from pipelines.pack import PackOptions, pack

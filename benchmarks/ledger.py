@@ -21,13 +21,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from contract.presets import run_preset
+from contract.study import Baseline, Resources, Study, Submission, TrialPlan
 from orchestrator import accept, auth, ledger
 from orchestrator.client import Client, Connection
-from orchestrator.config import Baseline, Resources, ServiceSettings, Study, Submission, TrialPlan
 from orchestrator.decide import Node
 from orchestrator.processes import find_child
 from orchestrator.reconcile import Reconciler
-from workers.config import run_preset
+from orchestrator.settings import ServiceSettings
 
 STUDIES = 40
 BOUND_S = 1.0

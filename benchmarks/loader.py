@@ -32,8 +32,8 @@ import numpy as np
 import psutil
 import torch
 
+from contract.data import DataConfig
 from pipelines.collate import round_up
-from pipelines.config import DataConfig
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.images import decode, resize, resized_size
 from pipelines.loader import TrainLoader

@@ -35,18 +35,11 @@ import psutil
 import pyarrow.parquet as pq
 import torch
 
+from contract.attempt import MLflowTracking, NoTracking, Progress, RunSpec, Tracking
+from contract.presets import run_preset
+from contract.recipe import apply_overrides, parse_run
 from pipelines.pack import PackOptions, pack
 from pipelines.synth import synthesise
-from workers.config import (
-    MLflowTracking,
-    NoTracking,
-    Progress,
-    RunSpec,
-    Tracking,
-    apply_overrides,
-    parse_run,
-    run_preset,
-)
 from workers.run import run_trial
 from workers.stop import StopRequest
 from workers.world import World

@@ -21,8 +21,8 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pairs import in_turns, report, seconds
+from contract.presets import preset
 from model.build import build_detector
-from model.config import preset
 from model.paste import paste_mask
 from model.structures import Batch
 from model.weights import from_torchvision

@@ -25,8 +25,9 @@ def rank_program(data: str, steps: int) -> None:
     """Measures on this rank and prints one JSON line on rank 0."""
     import torch
 
+    from contract.presets import run_preset
+    from contract.recipe import apply_overrides, parse_run
     from workers.build import initial_detector, open_datasets, train_loader_opener
-    from workers.config import apply_overrides, parse_run, run_preset
     from workers.state import TrainState
     from workers.step import LossSums, accumulate_gradients, apply_gradients, distributed
     from workers.world import World, launched_world

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.config import Limits
 from orchestrator.decide import Gang, Node, Running, Situation, Start, Waiting, decide, fit, take
+from orchestrator.settings import Limits
 
 GPUS_PER_NODE = 8
 

@@ -26,12 +26,13 @@ from typing import Any
 import psutil
 import yaml
 
+from contract.presets import run_preset
+from contract.recipe import apply_overrides
+from contract.study import Baseline, Resources, Study, Submission, TrialPlan
 from orchestrator import local
 from orchestrator.client import Client
-from orchestrator.config import Baseline, Resources, Study, Submission, TrialPlan
 from orchestrator.processes import marked_processes, recorded_child
 from orchestrator.stack import ray_mark
-from workers.config import apply_overrides, run_preset
 
 RANKS = 1
 PATIENCE_S = 240.0
@@ -60,10 +61,10 @@ def bare_step(config: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import prepare_model
 
+    from contract.recipe import RunConfig
     from model.build import build_detector
     from pipelines.dataset import open_dataset
     from pipelines.loader import TrainLoader
-    from workers.config import RunConfig
 
     run = RunConfig.model_validate(config["run"])
     detector = prepare_model(build_detector(run.model, run.seed))

@@ -1,4 +1,4 @@
-"""From a config to a detector: the only code that reads `model.config`. No I/O: pretrained weights come later."""
+"""From a config to a detector: the only code that reads `contract.model`. No I/O: pretrained weights come later."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import assert_never, cast
 import torch
 from torch import nn
 
-from model import config
+from contract import model as config
 from model.backbone import (
     RESNETS,
     ResNetMaps,

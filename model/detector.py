@@ -28,7 +28,7 @@ from model.structures import Batch, Detections, LossTerm
 
 @dataclass(frozen=True)
 class Settings:
-    """Plain numbers of the training step and of inference, as `model.config` names them."""
+    """Plain numbers of the training step and of inference, as `contract.model` names them."""
 
     rpn_batch: int
     rpn_positive_fraction: float

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from contract.command import run_app
 from orchestrator.cli.app import app
-from pipelines.console import run_app
 
 
 def main() -> None:

@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 
 from sqlalchemy import Connection, Engine, insert, select
 
+from contract.study import Submission
 from orchestrator import ledger, storage
 from orchestrator.capacity import largest
-from orchestrator.config import ServiceSettings, Submission, has_credentials
 from orchestrator.decide import Gang, Node, fit, needs
-from orchestrator.places import code_uri, storage_root
+from orchestrator.settings import ServiceSettings, code_uri, has_credentials, storage_root
 from orchestrator.spec import gang_of
 from orchestrator.tables import STUDIES, TRIALS
 

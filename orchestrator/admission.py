@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 from sqlalchemy import Connection, Engine, select, update
 
+from contract.attempt import SPEC_FILE
+from contract.study import Resources
 from orchestrator import ledger, storage
 from orchestrator.capacity import Bundle, request_entry, request_id, wanted
 from orchestrator.cluster import Cluster
-from orchestrator.config import Resources, ServiceSettings
 from orchestrator.decide import (
     ELSEWHERE,
     UNKNOWN,
@@ -34,10 +35,9 @@ from orchestrator.decide import (
     needs,
     take,
 )
-from orchestrator.places import code_uri
+from orchestrator.settings import ServiceSettings, code_uri
 from orchestrator.spec import gang_of, run_spec, study_limits
 from orchestrator.tables import ATTEMPTS, TRIALS
-from workers.config import SPEC_FILE
 
 LOG = logging.getLogger("maskray")
 _FREE = Wait("", 0, "")

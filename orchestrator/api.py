@@ -21,15 +21,15 @@ from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy import Connection, Engine
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from contract.answers import ActedView, Check, EventPage, Info, LogPage, QueueView, Staging, StudyView
+from contract.study import Submission
 from orchestrator import accept, auth, ledger, steer, storage, views
 from orchestrator.auth import User
-from orchestrator.client import EventPage, LogPage, QueueView
 from orchestrator.cluster import UnreachableError
-from orchestrator.config import ActedView, Check, Info, ServiceSettings, Staging, StudyView, Submission
 from orchestrator.decide import Node, Wait
 from orchestrator.logs import read_log
-from orchestrator.places import code_uri, storage_root
 from orchestrator.retention import apply_retention, plan_retention
+from orchestrator.settings import ServiceSettings, code_uri, storage_root
 
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 _STUDY_ACTIONS: Mapping[str, Callable[[Connection, str, str, float], bool]] = {

@@ -16,13 +16,14 @@ from contextlib import contextmanager
 import httpx
 from sqlalchemy import Engine, select, update
 
+from contract.answers import StudyView
+from contract.attempt import SPOOL_CURSOR, SPOOL_RECORDS
+from contract.study import FINAL_STATES
 from orchestrator import ledger, storage
 from orchestrator.compare import compare
-from orchestrator.config import FINAL_STATES, StudyView
 from orchestrator.mlflow_client import MLflow, TrackingRefusedError
 from orchestrator.tables import STUDIES, TRIALS
 from orchestrator.views import study_views
-from workers.config import SPOOL_CURSOR, SPOOL_RECORDS
 
 LOG = logging.getLogger("maskray")
 _NAME = re.compile(r"[^\w\-. :/]")  # what MLflow takes in no metric's name

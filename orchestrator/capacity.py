@@ -6,8 +6,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from orchestrator.config import NodeShape
 from orchestrator.decide import Gang, fit
+from orchestrator.settings import NodeShape
 
 Bundle = dict[str, float]
 

@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from pydantic import BaseModel
 
-from orchestrator.config import ActedView, Check, EventView, Info, QueueEntry, Staging, StudyView, Submission
+from contract.answers import (
+    ActedView,
+    Check,
+    EventPage,
+    Info,
+    LogPage,
+    QueueView,
+    Staging,
+    StudyView,
+)
+from contract.study import Submission
 
 
 @dataclass(frozen=True)
@@ -23,24 +32,6 @@ class Connection:
     url: str
     token: str
     root: Path | None = None
-
-
-class QueueView(BaseModel):
-    running: list[QueueEntry]
-    queue: list[QueueEntry]
-
-
-class LogPage(BaseModel):
-    text: str
-    next: int  # the offset to ask for next
-    done: bool  # the attempt is over: nothing will be added
-    attempt: int
-    rank: int
-
-
-class EventPage(BaseModel):
-    events: list[EventView]
-    next: int
 
 
 class Client:

@@ -1,6 +1,6 @@
 """The code that travels with a study: the submitter's own tree as one content-addressed zip.
 
-The four packages stand at the top of the zip, so that Ray can take it as a working directory. Stored without
+The packages stand at the top of the zip, so that Ray can take it as a working directory. Stored without
 compression: the bytes, and so the name, then depend on the sources alone, not on a zlib version.
 """
 
@@ -10,15 +10,19 @@ import hashlib
 import io
 import subprocess
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-PACKAGES = ("model", "pipelines", "workers", "orchestrator")
-SOURCES_OF_A_RUN = ("model", "pipelines", "workers")  # what a trial's numbers can depend on
+PACKAGES = ("contract", "model", "pipelines", "workers", "orchestrator")
+SOURCES_OF_A_RUN = ("contract", "model", "pipelines", "workers")  # what a trial's numbers can depend on
 LEFT_OUT = ("tests", "docs", "benchmarks", "studies", ".ci", ".github")  # top-level folders that no run imports
 UNTRACKED_KINDS = (".py", ".pyi", ".json", ".yaml", ".yml", ".toml", ".mako", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h")
+PROJECT = "maskray"  # the name in pyproject.toml by which a tree is recognised
+# What the service and `maskray submit` start in the package. An older tree has other packages, and these too.
+ENTRY_POINTS = ("workers/ray_entry.py", "orchestrator/travel.py")
 MAX_MIB = 64
 
 
@@ -71,9 +75,9 @@ def installed_source_hash() -> str:
 
 
 def _pack(files: Mapping[str, bytes], origin: str, commit: str) -> CodePackage:
-    missing = [name for name in PACKAGES if f"{name}/__init__.py" not in files]
+    missing = [name for name in ENTRY_POINTS if name not in files]
     if missing:
-        raise ValueError(f"{origin}: has no {missing[0]}/__init__.py, so it cannot run a trial")
+        raise ValueError(f"{origin}: has no {missing[0]}, so it cannot run a trial")
     size = sum(len(content) for content in files.values())
     if size > MAX_MIB * 2**20:
         largest = sorted(files, key=lambda name: -len(files[name]))[:3]
@@ -102,7 +106,16 @@ def _tree_around(root: Path) -> Path | None:
         top = Path(_git(root, "rev-parse", "--show-toplevel").decode().rstrip("\n"))
     except (RuntimeError, FileNotFoundError):  # not a git tree, or no git on this machine
         return None
-    return top if all((top / name / "config.py").is_file() for name in PACKAGES) else None
+    return top if _project_name(top) == PROJECT else None
+
+
+def _project_name(tree: Path) -> str:
+    """The name in the tree's `pyproject.toml`; empty if it has none that can be read."""
+    try:
+        project = tomllib.loads((tree / "pyproject.toml").read_text(encoding="utf-8")).get("project", {})
+    except (OSError, ValueError):
+        return ""
+    return str(project.get("name", "")) if isinstance(project, dict) else ""
 
 
 def _installed() -> dict[str, bytes]:

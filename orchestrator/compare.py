@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from orchestrator.config import TrialView
+from contract.answers import TrialView
 
 MIN_PAIRS = 3  # paired seeds below which no verdict is given
 CONFIDENCE = 0.95

@@ -6,11 +6,12 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.config import KeypointBranch, MaskBranch
+from contract.data import MANIFEST_NAME, ManifestHeader
+from contract.model import KeypointBranch, MaskBranch
+from contract.recipe import RunConfig
+from contract.record import nearest
 from orchestrator.storage import join, read_bytes
-from orchestrator.study import UNSET, nearest
-from pipelines.config import MANIFEST_NAME, ManifestHeader
-from workers.config import RunConfig
+from orchestrator.study import UNSET
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from orchestrator.config import Limits
+from orchestrator.settings import Limits
 
 EPSILON = 1e-6  # Ray counts in fixed point of 1e-4; sums of halves and thirds must not miss by rounding
 UNKNOWN = -1.0

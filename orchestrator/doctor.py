@@ -12,11 +12,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from contract.answers import Check
+from contract.probe import PROBE_REPORT, PROBE_STORE, NodeReport, ProbePlan
 from orchestrator import storage
 from orchestrator.cluster import ENDED, Cluster, Machine, UnreachableError
-from orchestrator.config import Check, ServiceSettings
-from orchestrator.places import storage_root
-from workers.config import PROBE_REPORT, PROBE_STORE, NodeReport, ProbePlan
+from orchestrator.settings import ServiceSettings, storage_root
 
 PATIENCE_S = 60.0  # of the probes with each other
 _START_S = 90.0  # for a job to say its first word: imports on a cold node take a while

@@ -9,14 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from model.config import VGG16, BatchNorm
+from contract.model import VGG16, BatchNorm
+from contract.recipe import RunConfig, apply_overrides, parse_run
+from contract.study import Study, TrialPlan
 from orchestrator.code import CodePackage
-from orchestrator.config import Study, TrialPlan
 from orchestrator.datasets import Manifest, absolute, check_fit, read_manifest
 from orchestrator.identity import canonical, identity, proposals_identity, weights_identity, weights_recipe
 from orchestrator.storage import join
 from orchestrator.study import baseline_run, check_paths, check_study, complete
-from workers.config import RunConfig, apply_overrides, parse_run
 
 MAX_TRIALS = 10_000
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model.config import (
+from contract.model import (
     VGG16,
     BatchNorm,
     FileWeights,
@@ -19,8 +19,8 @@ from model.config import (
     ResNeXt,
     TorchvisionWeights,
 )
-from orchestrator.study import nearest
-from workers.config import RunConfig
+from contract.recipe import RunConfig
+from contract.record import nearest
 
 # torchvision's ImageNet checkpoints: (backbone, name) -> (file, recipe). A file's name holds the start of its SHA-256.
 _OLD, _NEW = "original", "2021 (long, with mixup and EMA)"

@@ -19,7 +19,8 @@ import psutil
 from sqlalchemy import Connection, Engine, RowMapping, create_engine, event, func, insert, select, update
 from sqlalchemy.exc import DatabaseError
 
-from orchestrator.config import FINAL_STATES, EventView
+from contract.answers import EventView
+from contract.study import FINAL_STATES
 from orchestrator.tables import ABOUT, ATTEMPTS, EVENTS, LEASE, STUDIES, TRIALS
 
 LEASE_S = 30.0

@@ -16,7 +16,6 @@ from pathlib import Path
 import httpx
 
 from orchestrator.client import Client, Connection
-from orchestrator.config import Limits, ServiceSettings
 from orchestrator.processes import (
     ChildRecord,
     find_child,
@@ -25,6 +24,7 @@ from orchestrator.processes import (
     wait_until_gone,
     write_private,
 )
+from orchestrator.settings import Limits, ServiceSettings
 
 STATE = ".maskray"
 _START_S = 120.0  # on a starved machine; an idle one needs about two seconds

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from fastapi import HTTPException
 from sqlalchemy import Engine, select
 
+from contract.answers import LogPage
+from contract.attempt import LOG_FILE
 from orchestrator import ledger, storage
-from orchestrator.client import LogPage
 from orchestrator.reconcile import DRIVER_LOG
 from orchestrator.tables import ATTEMPTS
-from workers.config import LOG_FILE
 
 _PAGE_BYTES = 256 << 10
 

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.config import Study, StudyView, Submission, TrialPlan
+from contract.answers import StudyView
+from contract.recipe import RunConfig
+from contract.study import Study, Submission, TrialPlan
 from orchestrator.decide import fit, take
 from orchestrator.report_facts import images_seen
 from orchestrator.report_table import aligned
 from orchestrator.sizes import checkpoint_bytes
 from orchestrator.spec import gang_of
-from workers.config import RunConfig
 
 
 @dataclass(frozen=True)

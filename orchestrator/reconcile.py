@@ -13,14 +13,14 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, select, update
 
+from contract.attempt import NODES_FILE, OUTCOME_FILE, PROGRESS_FILE, RESULT_FILE, Outcome, Progress, Result
 from orchestrator import ledger, storage
 from orchestrator.admission import Admission, ask_to_stop
 from orchestrator.cluster import ENDED, Cluster, Job
-from orchestrator.config import ServiceSettings
 from orchestrator.decide import Node, duration
+from orchestrator.settings import ServiceSettings
 from orchestrator.tables import ATTEMPTS, TRIALS
 from orchestrator.verdict import Ended, Verdict, judge, suspects
-from workers.config import NODES_FILE, OUTCOME_FILE, PROGRESS_FILE, RESULT_FILE, Outcome, Progress, Result
 
 LOG = logging.getLogger("maskray")
 DRIVER_LOG = "attempts/{attempt}/driver.log"

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from contract.answers import StudyView
 from orchestrator.compare import Arm, Comparison, Difference, Summary, compare
-from orchestrator.config import StudyView
 from orchestrator.report_facts import Facts, gather, images_seen
 from orchestrator.report_table import arm_label, notes_of, text_report
 

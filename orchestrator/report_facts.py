@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import Study, StudyView, TrialView
+from contract.answers import StudyView, TrialView
+from contract.attempt import RESULT_FILE, SPEC_FILE
+from contract.recipe import apply_overrides
+from contract.study import Study
 from orchestrator.storage import join, read_json
 from orchestrator.study import baseline_run, paper_tables, parse_arm
-from workers.config import RESULT_FILE, SPEC_FILE, apply_overrides
 
 # Images that a trial has to see before its numbers say anything about an arm: about one epoch of COCO.
 MIN_IMAGES_FOR_VERDICT = 100_000

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+from contract.answers import TrialView
 from orchestrator.compare import Comparison
-from orchestrator.config import TrialView
 from orchestrator.report_facts import Facts
 from orchestrator.report_plots import Curve
 from orchestrator.report_table import arm_label

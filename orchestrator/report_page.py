@@ -7,8 +7,8 @@ import html
 import json
 from collections.abc import Sequence
 
+from contract.answers import StudyView
 from orchestrator.compare import Comparison
-from orchestrator.config import StudyView
 from orchestrator.report_facts import Facts
 from orchestrator.report_media import loss_curves, pictures
 from orchestrator.report_plots import arms_plot, loss_plot

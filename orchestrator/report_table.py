@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from contract.answers import StudyView
 from orchestrator.compare import CONFIDENCE, MIN_PAIRS, Arm, Comparison, Difference, Summary
-from orchestrator.config import StudyView
 from orchestrator.report_facts import Facts
 
 SIGNS = {"better": "+", "worse": "-", "not shown": "0", "": ""}

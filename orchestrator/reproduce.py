@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from contract.answers import StudyView, TrialView
+from contract.attempt import RESULT_FILE
+from contract.study import Study, Submission
 from orchestrator import storage
 from orchestrator.compare import CONFIDENCE, summarise, t_quantile
-from orchestrator.config import Study, StudyView, Submission, TrialView
-from workers.config import RESULT_FILE
 
 TAG = "maskray.reproduces"
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, select
 
+from contract.attempt import CHECKPOINT_FOLDER
+from contract.study import FINAL_STATES
 from orchestrator import ledger, storage
-from orchestrator.config import FINAL_STATES
 from orchestrator.tables import STUDIES, TRIALS
-from workers.config import CHECKPOINT_FOLDER
 
 _ENDED_STUDY = ("done", "failed", "cancelled")
 

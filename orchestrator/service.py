@@ -25,18 +25,19 @@ import uvicorn
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import DatabaseError
 
+from contract.answers import Check, Staging
+from contract.command import run_command
 from orchestrator import auth, bookkeeping, ledger, stack, staging
 from orchestrator.api import build_app
 from orchestrator.cluster import Cluster, UnreachableError
-from orchestrator.config import Check, ServiceSettings, Staging
 from orchestrator.decide import Node, Wait
 from orchestrator.doctor import examine
 from orchestrator.local import write_service_record
 from orchestrator.mlflow_client import MLflow, TrackingDownError
 from orchestrator.processes import own_token
 from orchestrator.reconcile import Reconciler
+from orchestrator.settings import ServiceSettings
 from orchestrator.tables import STUDIES, TRIALS
-from pipelines.console import run_command
 
 LOG = logging.getLogger("maskray")
 _BOOK_S = 2.0  # between two looks at MLflow

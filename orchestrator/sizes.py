@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from model.config import (
+from contract.model import (
     C4,
     FPN,
     VGG16,
@@ -18,7 +18,7 @@ from model.config import (
     SoftmaxMask,
     VGGHead,
 )
-from workers.config import AdamW, RunConfig
+from contract.recipe import AdamW, RunConfig
 
 # Parameters of torchvision's classification networks without the classifier, in millions.
 _RESNET_M = {18: 11.2, 34: 21.3, 50: 23.5, 101: 42.5}

@@ -15,7 +15,7 @@ from orchestrator.tables import STUDIES, TRIALS
 def run_spec(
     trial: ledger.Row, study: ledger.Row, number: int, avoid: Sequence[str], tracking_uri: str, grace_s: float
 ) -> dict[str, Any]:
-    """A workers.config.RunSpec as data: the study's own code validates it. `tracking_uri` is empty without MLflow."""
+    """A contract.attempt.RunSpec as data: the study's own code validates it. `tracking_uri` is empty without MLflow."""
     resources = study["spec"]["resources"]
     tracking: dict[str, Any] = {"kind": "none"}
     if tracking_uri:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.cluster import HeadPlan, start_head
-from orchestrator.config import ServiceSettings
 from orchestrator.processes import (
     ChildRecord,
     end_child,
@@ -21,6 +20,7 @@ from orchestrator.processes import (
     recorded_child,
     start_child,
 )
+from orchestrator.settings import ServiceSettings
 
 _HANGS_S = 180.0  # a head that lives and does not answer for so long is ended
 

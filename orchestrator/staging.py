@@ -12,8 +12,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from contract.answers import StagedNode, Staging
 from orchestrator.cluster import ENDED, Cluster, Job, UnreachableError
-from orchestrator.config import ServiceSettings, StagedNode, Staging
+from orchestrator.settings import ServiceSettings
 
 _NODE, _ADDRESS, _AT = "stage_node", "stage_address", "stage_at"
 _REMEMBERED_S = 3600.0  # of a staging, for whoever follows it

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import Study
-from orchestrator.strict_yaml import read_yaml
-from workers.config import apply_overrides, parse_record, parse_run, run_preset
-
-METRIC_GROUPS = ("bbox", "segm", "segm-probability", "segm-argmax", "segm-versus_background", "keypoints")
-METRIC_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR20", "AR100", "ARs", "ARm", "ARl")
+from contract.metrics import check_metric
+from contract.presets import run_preset
+from contract.recipe import apply_overrides, parse_run
+from contract.record import nearest, parse_record
+from contract.study import Study
+from contract.yaml import read_yaml
 
 _NAME = re.compile(r"[^=,/\x00-\x1f]{1,60}")  # factors and levels are joined as "factor=level,factor=level/seed-0"
 
@@ -44,7 +43,7 @@ def check_study(study: Study) -> None:
                     f"factors.{factor}: the name {name!r} must be 1 to 60 characters without '=', ',' or '/'"
                 )
     for metric in study.metrics:
-        _check_metric(metric)
+        check_metric(metric)
     tables = paper_tables()
     if study.paper_table and study.paper_table not in tables:
         raise ValueError(f"paper_table: no table {study.paper_table!r}; {nearest(study.paper_table, tables)}")
@@ -75,20 +74,6 @@ def paper_tables() -> dict[str, Any]:
     text = resources.files("orchestrator").joinpath("paper_tables.json").read_text(encoding="utf-8")
     tables: dict[str, Any] = json.loads(text)["tables"]
     return tables
-
-
-def nearest(name: str, names: Collection[str]) -> str:
-    """The end of an error line: the closest of `names`, or all of them."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names)) or 'none'}"
-
-
-def _check_metric(metric: str) -> None:
-    group, _, stat = metric.partition("/")
-    if group not in METRIC_GROUPS or stat not in METRIC_STATS:
-        known = [f"{g}/{s}" for g in METRIC_GROUPS for s in METRIC_STATS]
-        near = difflib.get_close_matches(metric, known, n=1, cutoff=0.6)
-        raise ValueError(f"metrics: no metric {metric!r}; did you mean {near[0] if near else 'segm/AP'!r}?")
 
 
 # --- the run that a study starts from -------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ STUDIES = Table(
     Column("ended_at", Float, nullable=False, default=0.0),
     Column("storage", Text, nullable=False),
     Column("code", String(64), nullable=False, default=""),
-    Column("spec", JSON, nullable=False),  # orchestrator.config.Study
+    Column("spec", JSON, nullable=False),  # contract.study.Study
     Column("study_yaml", Text, nullable=False),
     Column("warnings", JSON, nullable=False),
     Column("fresh", Boolean, nullable=False, default=False),
@@ -107,7 +107,7 @@ TRIALS = Table(
     Column("mlflow_closed", Boolean, nullable=False, default=False),
     Column("progress", JSON, nullable=False),
     Column("moved_at", Float, nullable=False, default=0.0),  # when the step last changed
-    Column("marks", JSON, nullable=False),  # workers.config.Event of the trial's own files
+    Column("marks", JSON, nullable=False),  # contract.attempt.Event of the trial's own files
     Column("rank_seconds", Float, nullable=False, default=0.0),  # of ended attempts, over all ranks
     Column("suspects", Text, nullable=False, default="", server_default=""),  # nodes that its next attempt avoids
     UniqueConstraint("study", "key", name="uq_trials_study_key"),

@@ -16,11 +16,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from contract.command import INPUT_WRONG, run_command
+from contract.record import parse_record
+from contract.study import Study, TrialPlan
 from orchestrator.code import CodePackage, installed_source_hash
-from orchestrator.config import Study, TrialPlan
 from orchestrator.expand import Expansion, expand
-from pipelines.console import INPUT_WRONG, run_command
-from workers.config import parse_record
 
 
 def expand_with_its_code(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Expansion:

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from orchestrator.config import Limits
-from workers.config import (
+from contract.attempt import (
     EXIT_DIVERGED,
     EXIT_DONE,
     EXIT_INPUT,
@@ -17,6 +16,7 @@ from workers.config import (
     EXIT_STOPPED,
     Outcome,
 )
+from orchestrator.settings import Limits
 
 ErrorClass = Literal["none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"]
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select
 
+from contract.answers import AttemptView, QueueEntry, StudyView, TrialView
+from contract.study import Submission
 from orchestrator import ledger
-from orchestrator.config import AttemptView, QueueEntry, StudyView, Submission, TrialView
 from orchestrator.decide import Wait, needs
 from orchestrator.spec import gang_of
 from orchestrator.tables import ATTEMPTS, STUDIES, TRIALS

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from pipelines.console import SUCCESS, WORK_FAILED, run_app
+from contract.command import SUCCESS, WORK_FAILED, run_app
 from pipelines.progress import bar
 
 app = typer.Typer(
@@ -201,7 +201,7 @@ def evaluate(
     debug: Debug = False,
 ) -> int:
     """pycocotools' statistics by name, as fractions (-1 where there is nothing to evaluate)."""
-    from pipelines.config import MANIFEST_NAME
+    from contract.data import MANIFEST_NAME
     from pipelines.dataset import open_dataset
     from pipelines.evaluation import evaluate as evaluate_results
     from pipelines.evaluation import read_results

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from contract.data import DataConfig, Filter
 from pipelines.cache import Cache
-from pipelines.config import DataConfig, Filter
 from pipelines.index import Index, Ints, Selection, select
 from pipelines.manifest import FileEntry, Manifest, read_manifest
 from pipelines.progress import Progress, silent

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from pipelines.config import ColourJitter
+from contract.data import ColourJitter
 from pipelines.decoding import decode_pixels
 from pipelines.noise import uniform
 

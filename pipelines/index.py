@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from contract.data import Filter
 from pipelines import schema
-from pipelines.config import Filter
 from pipelines.mapping import MappedFile, view
 from pipelines.noise import chain
 

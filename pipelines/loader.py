@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from model.config import ImageInput
+from contract.data import DataConfig
+from contract.model import ImageInput
 from model.structures import Batch
 from pipelines.blocks import Allocate, Inbox, Outbox, Parcel, private_block
 from pipelines.collate import Padding, collate, padded_count, round_up
-from pipelines.config import DataConfig
 from pipelines.dataset import Dataset
 from pipelines.images import resize, resize_without_antialias, resized_size, torchvision_size
 from pipelines.index import Ints

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from pipelines.config import MANIFEST_NAME, ManifestHeader, OtherSchemaError
+from contract.data import MANIFEST_NAME, ManifestHeader, OtherSchemaError
 from pipelines.storage import Store
 
 INDEX_NAME = "index.arrow"

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from contract.data import MANIFEST_NAME, SCHEMA_VERSION
 from pipelines import schema, spool
 from pipelines.checks import check_annotation, check_category
-from pipelines.config import MANIFEST_NAME, SCHEMA_VERSION
 from pipelines.decoding import TooLargeError, decode_pixels, stored_orientation
 from pipelines.manifest import INDEX_NAME, FileEntry, Manifest, parse_manifest
 from pipelines.mapping import view

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.config import DataConfig
+from contract.data import DataConfig
 from pipelines.dataset import Dataset
 from pipelines.images import decode, jitter_colour, resize, resized_size
 from pipelines.masks import Masks, mask_crops

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.config import MANIFEST_NAME
+from contract.data import MANIFEST_NAME
 from pipelines.index import Index
 from pipelines.manifest import FileEntry, Manifest, read_manifest
 from pipelines.progress import Progress, silent

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.config import RunConfig, apply_overrides, parse_run, run_preset
+from contract.presets import run_preset
+from contract.recipe import RunConfig, apply_overrides, parse_run
 
 
 def tiny_run(overrides: Mapping[str, Any] | None = None, train: str = "train", val: str = "val") -> RunConfig:

@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OURS = ("model", "pipelines", "workers", "orchestrator")
-CONFIGS = (*(f"{room}.config" for room in OURS), "model.presets")  # presets are configs too
-CONSOLE = "pipelines.console"  # light: how a command ends
-CONFIG_MAY = {"__future__", "pydantic", *(name for name in sys.stdlib_module_names if name != "asyncio")}
+OURS = ("contract", "model", "pipelines", "workers", "orchestrator")
+CONTRACT = tuple(f"contract.{path.stem}" for path in sorted((ROOT / "contract").glob("[a-z]*.py")))
+CONTRACT_MAY = {
+    "__future__",
+    "pydantic",
+    "yaml",
+    "typer",
+    *(name for name in sys.stdlib_module_names if name != "asyncio"),
+}
 HEAVY = (
     "torch",
     "torchvision",
@@ -60,12 +65,11 @@ def names(found: set[str], package: str) -> set[str]:
     return {name for name in found if name == package or name.startswith(f"{package}.")}
 
 
-def ours(found: set[str], allowed: tuple[str, ...], *, rooms: tuple[str, ...] = ()) -> set[str]:
-    """Imports of ours outside the `allowed` modules and the allowed whole `rooms`."""
+def ours(found: set[str], rooms: tuple[str, ...], modules: tuple[str, ...] = ()) -> set[str]:
+    """Imports of ours outside the allowed `rooms` and single `modules`."""
     inside = {name for room in OURS for name in names(found, room)}
-    permitted = {name for module in allowed for name in names(inside, module)}
-    permitted |= {name for room in rooms for name in names(inside, room)}
-    packages = {module.partition(".")[0] for module in allowed}  # `from model import config` names `model` too
+    permitted = {name for allowed in (*rooms, *modules) for name in names(inside, allowed)}
+    packages = {module.partition(".")[0] for module in modules}  # `from model import structures` names `model` too
     return inside - permitted - packages
 
 
@@ -73,18 +77,21 @@ def offences(path: Path) -> set[str]:
     found = imports(path)
     room = path.relative_to(ROOT).parts[0]
     match room:
+        case "contract":
+            foreign = {name for name in found if name.partition(".")[0] not in {*CONTRACT_MAY, "contract"}}
+            return foreign - names(foreign, "pyarrow")
         case "model":
-            bad = ours(found, (), rooms=("model",)) | names(found, "torch.distributed")
+            bad = ours(found, ("contract", "model")) | names(found, "torch.distributed")
             return bad | names(found, "ray") | names(found, "mlflow")
         case "pipelines":
-            bad = ours(found, ("model.structures", *CONFIGS), rooms=("pipelines",))
+            bad = ours(found, ("contract", "pipelines"), ("model.structures",))
             return bad | names(found, "ray") | names(found, "mlflow")
         case "workers":
-            bad = names(found, "orchestrator")
+            bad = ours(found, ("contract", "model", "pipelines", "workers"))
             bad |= set() if path.name == "ray_entry.py" else names(found, "ray")
             return bad | (set() if path.name == "tracking.py" else names(found, "mlflow"))
         case _:
-            bad = ours(found, (*CONFIGS, CONSOLE), rooms=("orchestrator",)) | names(found, "torch")
+            bad = ours(found, ("contract", "orchestrator")) | names(found, "torch")
             bad |= names(found, "torchvision")
             return bad | (set() if path.name == "cluster.py" else names(found, "ray"))
 
@@ -96,16 +103,7 @@ def test_no_room_imports_what_it_must_not(room: str) -> None:
     assert not bad
 
 
-@pytest.mark.parametrize("room", OURS)
-def test_configs_import_nothing_heavy(room: str) -> None:
-    found = imports(ROOT / room / "config.py")
-    foreign = {name for name in found if name.partition(".")[0] not in CONFIG_MAY}
-    assert not {
-        name for name in foreign if not names({name}, "model.config") and name not in ("model", "pipelines")
-    } - {name for module in CONFIGS for name in names(foreign, module)}
-
-
-@pytest.mark.parametrize("module", [*CONFIGS, "orchestrator.__main__", CONSOLE])
+@pytest.mark.parametrize("module", [*CONTRACT, "orchestrator.__main__"])
 def test_nothing_heavy_is_loaded_at_import(module: str) -> None:
     code = f"import sys, {module}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -120,7 +118,7 @@ def test_there_are_no_drawers(name: str) -> None:
 def test_rooms_import_without_ray_and_mlflow() -> None:
     modules = [
         module_of(path)
-        for room in ("model", "pipelines", "workers")
+        for room in ("contract", "model", "pipelines", "workers")
         for path in sources(room)
         if path.name not in ("__main__.py", "ray_entry.py", "tracking.py")
     ]
@@ -134,12 +132,14 @@ def test_rooms_import_without_ray_and_mlflow() -> None:
 @pytest.mark.parametrize(
     ("path", "text", "bad"),
     [
-        ("model/x.py", "def f():\n    from pipelines.config import DataConfig\n", "pipelines.config"),
+        ("model/x.py", "def f():\n    from pipelines.order import Order\n", "pipelines.order"),
+        ("contract/x.py", "from model.boxes import iou\n", "model.boxes"),
+        ("contract/x.py", "import numpy\n", "numpy"),
         ("model/x.py", "import torch.distributed as dist\n", "torch.distributed"),
         ("pipelines/x.py", "from model.build import build_detector\n", "model.build"),
         ("pipelines/x.py", "from model import build\n", "model.build"),
         ("workers/x.py", "import ray.train\n", "ray.train"),
-        ("workers/x.py", "from orchestrator.config import Study\n", "orchestrator.config"),
+        ("workers/x.py", "from orchestrator.client import Client\n", "orchestrator.client"),
         ("orchestrator/x.py", "def f():\n    import torch\n", "torch"),
         ("orchestrator/cli/x.py", "from workers import loop\n", "workers.loop"),
         ("orchestrator/x.py", "import importlib\nimportlib.import_module('ray')\n", "ray"),
@@ -156,11 +156,12 @@ def test_the_rules_bite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: s
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("pipelines/x.py", "from model.structures import Batch\nfrom workers.config import RunConfig\n"),
+        ("pipelines/x.py", "from model.structures import Batch\nfrom contract.recipe import RunConfig\n"),
+        ("contract/x.py", "def f():\n    from pyarrow import fs\n"),
         ("workers/ray_entry.py", "import ray.train\n"),
         ("workers/tracking.py", "import mlflow\n"),
         ("orchestrator/cluster.py", "import ray\n"),
-        ("orchestrator/x.py", "from model.config import Record\nfrom pipelines.console import run_command\n"),
+        ("orchestrator/x.py", "from contract.record import Record\nfrom contract.command import run_command\n"),
     ],
 )
 def test_the_rules_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, text: str) -> None:

@@ -60,8 +60,8 @@ def test_the_image_copies_the_four_rooms_and_runs_as_a_user():
 
 def test_the_commands_are_ours(compose):
     """The options in the compose file are accepted by the installed command."""
+    from contract.command import run_app
     from orchestrator.cli.app import app
-    from pipelines.console import run_app
 
     words = compose["services"]["service"]["command"].split()
     assert words[:2] == ["maskray", "serve"]

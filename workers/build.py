@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from torch import nn
 
+from contract.model import FixedProposals, KeypointBranch, MaskBranch, ModelConfig
+from contract.recipe import RunConfig
 from model.build import build_detector
-from model.config import FixedProposals, KeypointBranch, MaskBranch, ModelConfig
 from model.weights import load_initial
 from pipelines.dataset import Dataset, open_dataset
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.proposals import ProposalTable
-from workers.config import RunConfig
 from workers.weights import initial_weights, weights_source
 from workers.world import World
 

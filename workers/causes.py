@@ -14,9 +14,7 @@ import torch.distributed as dist
 from pydantic import BaseModel
 from torch import Tensor
 
-from pipelines.console import one_line
-from workers.checkpoints import FencedError
-from workers.config import (
+from contract.attempt import (
     EXIT_DIVERGED,
     EXIT_DONE,
     EXIT_FAILED,
@@ -27,6 +25,8 @@ from workers.config import (
     OUTCOME_FILE,
     Outcome,
 )
+from contract.command import one_line
+from workers.checkpoints import FencedError
 from workers.guard import DivergedError
 from workers.storage import Storage
 

@@ -20,7 +20,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from workers.config import CHECKPOINT_FOLDER
+from contract.attempt import CHECKPOINT_FOLDER
 from workers.storage import HashingSink, Storage
 
 _CLAIM = f"{CHECKPOINT_FOLDER}/claim.json"

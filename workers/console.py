@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-from workers.config import Progress
+from contract.attempt import Progress
 
 _BAR_CHARS = 30
 

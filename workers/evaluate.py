@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from model.config import MaskBranch, ModelConfig, NoKeypoints, SoftmaxMask
+from contract.model import MaskBranch, ModelConfig, NoKeypoints, SoftmaxMask
+from contract.recipe import LoopConfig, RunConfig
 from model.paste import paste_mask
 from model.structures import Batch, Detections
 from pipelines.dataset import Dataset
 from pipelines.evaluation import BOX_STATS, KEYPOINT_STATS, encode_crop, evaluate, image_results
 from workers.causes import FEWER_EVALUATED, memory_explained
-from workers.config import LoopConfig, RunConfig
 from workers.world import World
 
 ImageResults = dict[str, list[dict[str, Any]]]  # kind of result -> COCO results

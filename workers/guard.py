@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from workers.config import Guard
+from contract.recipe import Guard
 
 _MEMORY = 0.98  # of the running mean, per step
 _PATIENCE = 20  # steps before a spike can be told from a beginning

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from contract.attempt import PROGRESS_FILE, Event, Progress
 from workers.checkpoints import check_claim
-from workers.config import PROGRESS_FILE, Event, Progress
 from workers.meter import Row
 from workers.series import SeriesParts
 from workers.spool import Record, Spool, metric_points

@@ -11,10 +11,10 @@ from typing import Literal, Protocol
 
 import torch
 
+from contract.recipe import LoopConfig, RunConfig
 from pipelines.loader import TrainStep
 from workers.causes import memory_explained
 from workers.checkpoints import BackgroundWriter, CheckpointStore, step_of
-from workers.config import LoopConfig, RunConfig
 from workers.evaluate import Scores
 from workers.guard import DivergedError, GuardState, judge, rolled_back
 from workers.journal import Journal

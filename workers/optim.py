@@ -8,7 +8,7 @@ from typing import assert_never
 import torch
 from torch import nn
 
-from workers.config import SGD, AdamW, CosineSchedule, OneCycle, Optimiser, Schedule, StepSchedule
+from contract.recipe import SGD, AdamW, CosineSchedule, OneCycle, Optimiser, Schedule, StepSchedule
 
 _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.SyncBatchNorm)
 

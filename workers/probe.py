@@ -26,13 +26,13 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from contract.command import run_command
+from contract.probe import PROBE_REPORT, PROBE_STORE, ClockReport, LinkReport, NodeReport, ProbePlan
 from model import native
-from pipelines.console import run_command
-from workers.config import PROBE_REPORT, PROBE_STORE, ClockReport, LinkReport, NodeReport, ProbePlan
 from workers.storage import Storage
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow", "pycocotools", "pydantic")
-_SOURCES = ("model", "pipelines", "workers")
+_SOURCES = ("contract", "model", "pipelines", "workers")
 _FLOATS = 1 << 20  # of an all-reduce: 4 MiB
 _REPEATS = 5
 

@@ -13,14 +13,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from contract.attempt import ARTIFACT_FOLDER
+from contract.command import run_command
+from contract.model import FixedProposals
+from contract.recipe import RunConfig, parse_run
 from model.build import build_detector
-from model.config import FixedProposals
 from model.detector import Detector
-from pipelines.console import run_command
 from pipelines.dataset import open_dataset
 from pipelines.loader import EvalLoader
 from pipelines.proposals import Boxes, write_proposals
-from workers.config import ARTIFACT_FOLDER, RunConfig, parse_run
 from workers.storage import Storage
 
 WEIGHTS = f"{ARTIFACT_FOLDER}/weights-last.safetensors"

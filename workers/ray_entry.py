@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.console import run_command
+from contract.attempt import LOG_FILE, NODES_FILE, OUTCOME_FILE, RESULT_FILE, Outcome, RunSpec
+from contract.command import run_command
 from workers.causes import exit_status, most_telling, recorded_causes, write_outcome
-from workers.config import LOG_FILE, NODES_FILE, OUTCOME_FILE, RESULT_FILE, Outcome, RunSpec
 from workers.stop import ATTEMPT_STOP_FILE, PREEMPT_FILE, Reason, StopRequest, late_outcome
 from workers.storage import Storage
 

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from pipelines.console import one_line
+from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
+from contract.command import one_line
 from pipelines.dataset import Dataset
 from workers.build import eval_loader, initial_detector, open_datasets, train_loader_opener
 from workers.causes import Cause, cause_of, common_cause, record_cause, write_outcome
 from workers.checkpoints import CheckpointStore, FencedError
-from workers.config import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
 from workers.evaluate import Scores, best_metric, evaluate_detector
 from workers.guard import DivergedError
 from workers.journal import NOTHING, Journal, SilentJournal

@@ -10,17 +10,9 @@ from typing import assert_never
 
 import yaml
 
-from model.config import Record as ConfigRecord
+from contract.attempt import ARTIFACT_FOLDER, MLflowTracking, NoTracking, Outcome, Progress, RunSpec, Tracking
+from contract.record import Record as ConfigRecord
 from workers.checkpoints import FencedError, check_claim
-from workers.config import (
-    ARTIFACT_FOLDER,
-    MLflowTracking,
-    NoTracking,
-    Outcome,
-    Progress,
-    RunSpec,
-    Tracking,
-)
 from workers.journal import TrialJournal
 from workers.spool import Record, Shipper, Spool, print_warning
 from workers.storage import Storage

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from contract.recipe import RunConfig
 from workers.checkpoints import Snapshot, copied_to_host
-from workers.config import RunConfig
 from workers.guard import GuardState
 from workers.optim import build_optimiser
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from workers.config import STOP_FILE, Outcome
+from contract.attempt import STOP_FILE, Outcome
 from workers.storage import Storage
 
 Reason = Literal["", "stopped", "preempted"]

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipelines.console import run_command
+from contract.command import run_command
 from workers.scribe import SPOOL_FOLDER, TARGET_FILE, SpoolTarget, build_target
 from workers.spool import Spool, ship_once
 from workers.storage import Storage

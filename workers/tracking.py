@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workers.config import MLflowTracking
+from contract.attempt import MLflowTracking
 from workers.spool import Record, RejectedError
 from workers.storage import Storage
 

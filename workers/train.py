@@ -14,8 +14,7 @@ from uuid import uuid4
 
 import yaml
 
-from pipelines.console import one_line, run_command
-from workers.config import (
+from contract.attempt import (
     CHECKPOINT_FOLDER,
     RESULT_FILE,
     SPEC_FILE,
@@ -25,10 +24,10 @@ from workers.config import (
     Outcome,
     Progress,
     RunSpec,
-    apply_overrides,
-    parse_run,
-    run_preset,
 )
+from contract.command import one_line, run_command
+from contract.presets import run_preset
+from contract.recipe import apply_overrides, parse_run
 from workers.storage import Storage
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from contract.command import SUCCESS, WORK_FAILED
 from orchestrator.cli.options import Debug, Json, print_json
-from pipelines.console import SUCCESS, WORK_FAILED
 
 
 def register(app: typer.Typer) -> None:

@@ -10,10 +10,11 @@ from typing import Literal
 from rich.console import Console
 from rich.live import Live
 
+from contract.answers import StudyView, TrialView
+from contract.study import FINAL_STATES
 from orchestrator.cli.options import print_json
 from orchestrator.cli.tables import duration, study_table
 from orchestrator.client import Client
-from orchestrator.config import FINAL_STATES, StudyView, TrialView
 
 _POLL_S = 1.0
 _LINE_EVERY_S = 15.0  # between two lines of progress of one trial where there is no terminal

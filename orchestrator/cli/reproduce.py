@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from contract.command import SUCCESS, WORK_FAILED
 from orchestrator.cli.options import Debug, Json, print_json, say
 from orchestrator.cli.steering import TrialId
-from pipelines.console import SUCCESS, WORK_FAILED
 
 if TYPE_CHECKING:
+    from contract.answers import StudyView, TrialView
     from orchestrator.client import Client
-    from orchestrator.config import StudyView, TrialView
     from orchestrator.reproduce import Agreement
 
 

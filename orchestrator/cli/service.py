@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from contract.command import SUCCESS
 from orchestrator.cli.options import Debug, Json, print_json, say
-from pipelines.console import SUCCESS
 
 
 def register(app: typer.Typer) -> None:
@@ -35,8 +35,8 @@ def serve(
     debug: Debug = False,
 ) -> int:
     """Run the service in the foreground. Ctrl-C ends it; trials on a Ray cluster that is not its own go on."""
-    from orchestrator.config import ServiceSettings
-    from workers.config import parse_record
+    from contract.record import parse_record
+    from orchestrator.settings import ServiceSettings
 
     given = {
         "home": str(home.absolute()),

@@ -10,12 +10,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from contract.answers import StagedNode, Staging
+from contract.command import SUCCESS, WORK_FAILED
 from orchestrator.cli.options import Debug, Json, print_json, say
 from orchestrator.cli.rooms import become
 from orchestrator.client import Client
-from orchestrator.config import StagedNode, Staging
 from orchestrator.local import running_client
-from pipelines.console import SUCCESS, WORK_FAILED
 
 _POLL_S = 0.5
 _PATIENCE_S = 60.0  # with a service that does not answer

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
+from contract.command import SUCCESS, WORK_FAILED
 from orchestrator.cli.options import Debug, Json, JsonLines, StudyId, print_json, say
-from pipelines.console import SUCCESS, WORK_FAILED
 
 Target = Annotated[str, typer.Argument(metavar="STUDY_ID", help="A study; cancel and retry take a trial too.")]
 TrialId = Annotated[str, typer.Argument(metavar="TRIAL_ID", help="Id of a trial, or STUDY_ID:KEY.")]

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from contract.command import SUCCESS, WORK_FAILED
 from orchestrator.cli.options import Code, Data, Debug, Json, StudyFile, StudyId, print_json, say
-from pipelines.console import SUCCESS, WORK_FAILED
 
 if TYPE_CHECKING:
+    from contract.answers import StudyView
+    from contract.study import Submission
     from orchestrator.client import Client
-    from orchestrator.config import StudyView, Submission
 
 Fresh = Annotated[bool, typer.Option("--fresh", help="Run trials anew that have a finished result.")]
 Key = Annotated[
@@ -107,8 +108,8 @@ def schema(
     debug: Debug = False,
 ) -> None:
     """Print the JSON Schema of a study or a run file, for editors."""
-    from orchestrator.config import Study
-    from workers.config import RunConfig
+    from contract.recipe import RunConfig
+    from contract.study import Study
 
     records: dict[str, Any] = {"study": Study, "run": RunConfig}
     if what not in records:
@@ -118,8 +119,8 @@ def schema(
 
 
 def _prepare(study: Path, data: str, code: str, fresh: bool = False, key: str = "") -> tuple[Submission, Any]:
+    from contract.study import Submission
     from orchestrator.code import package
-    from orchestrator.config import Submission
     from orchestrator.study import read_study
     from orchestrator.travel import expand_with_its_code
 

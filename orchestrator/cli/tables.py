@@ -9,7 +9,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.config import FINAL_STATES, QueueEntry, StudyView, TrialView
+from contract.answers import QueueEntry, StudyView, TrialView
+from contract.study import FINAL_STATES
 
 _STYLES = {"done": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "starting": "cyan"}
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from contract.model import FPN, GroupNorm, KeypointBranch, ModelConfig, ResNet, ResNeXt
+from contract.presets import PRESETS, preset
 from model.build import build_backbone, build_detector
-from model.config import FPN, GroupNorm, KeypointBranch, ModelConfig, ResNet, ResNeXt, preset
-from model.presets import PRESETS
 from tests.model.batches import shape_batch
 from tests.model.test_detector import total
 

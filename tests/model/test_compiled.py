@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from contract.model import KeypointBranch, MaskBranch, SoftmaxMask
+from contract.presets import preset
 from model.build import build_detector
-from model.config import KeypointBranch, MaskBranch, SoftmaxMask, preset
 from model.detector import Detector
 from tests.model.batches import shape_batch, with_padding
 from tests.model.test_detector import total

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from contract.presets import preset
 from model import native, windows, winograd
 from model.bins import align_by_bins, fits
 from model.build import build_detector
-from model.config import preset
 from model.convolution import Convolution, take_fast_convolutions
 from model.group_norm import GroupNorm, take_fast_norms
 from model.nms import nms

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.build import build_detector
-from model.config import (
+from contract.model import (
     FixedProposals,
     KeypointBranch,
     MaskBranch,
@@ -22,8 +21,9 @@ from model.config import (
     RoISampling,
     RoIWarp,
     SoftmaxMask,
-    preset,
 )
+from contract.presets import preset
+from model.build import build_detector
 from model.detector import Detector
 from model.rpn import take_rows
 from model.structures import Batch, LossTerm

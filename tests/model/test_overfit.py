@@ -13,8 +13,8 @@ import torch
 from pycocotools import mask as rle_tools
 from torch import Tensor
 
+from contract.model import ModelConfig
 from model.build import build_detector
-from model.config import ModelConfig
 from model.structures import Batch
 from pipelines.evaluation import evaluate
 from tests.model.batches import covered, shape_batch

@@ -15,8 +15,9 @@ from torchvision.models.detection import roi_heads as their_roi_heads
 from torchvision.models.detection.image_list import ImageList
 from torchvision.transforms.functional import pil_to_tensor
 
+from contract.model import ModelConfig
+from contract.presets import preset
 from model.build import build_detector
-from model.config import ModelConfig, preset
 from model.mask_branch import sample_crops
 from model.weights import from_torchvision
 from tests.model.batches import shape_batch

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from contract.model import ModelConfig
+from contract.presets import preset
 from model.build import _assemble, build_detector
-from model.config import ModelConfig, preset
 from model.detector import Detector
 from model.weights import from_detectron2, load_initial
 from tests.model.test_arms import config

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from workers.config import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Outcome, Progress, Result
+from contract.attempt import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Outcome, Progress, Result
 
 
 def main(path: str) -> int:

@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from workers.config import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_STOPPED, Outcome, Progress, Result
+from contract.attempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_STOPPED, Outcome, Progress, Result
 
 
 class Rank:

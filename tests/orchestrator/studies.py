@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from contract.answers import TrialView
+from contract.record import parse_record
+from contract.study import Study
 from orchestrator.code import CodePackage
-from orchestrator.config import Study, TrialView
-from workers.config import parse_record
 
 CODE = CodePackage(sha256="c" * 64, data=b"", source_hash="5" * 64, origin="tests")
 SHAPES = ("circle", "square", "triangle", "star")

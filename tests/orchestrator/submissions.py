@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from orchestrator.config import Baseline, Resources, Study, Submission, TrialPlan
+from contract.study import Baseline, Resources, Study, Submission, TrialPlan
 
 
 def plan(key: str = "a=0/seed-0", identity: str = "a" * 64, seed: int = 0, **fake: Any) -> TrialPlan:

@@ -20,10 +20,11 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from contract.answers import Check, StagedNode, Staging
 from orchestrator import auth, ledger
 from orchestrator.api import build_app
-from orchestrator.config import Check, ServiceSettings, StagedNode, Staging
 from orchestrator.decide import Node
+from orchestrator.settings import ServiceSettings
 from tests.orchestrator.submissions import identity, plan, submission
 
 NODES = [Node("n0", {"CPU": 4.0}, {"CPU": 4.0}), Node("n1", {"CPU": 4.0}, {"CPU": 4.0})]

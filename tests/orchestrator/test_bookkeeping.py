@@ -10,14 +10,15 @@ import httpx
 import pytest
 from sqlalchemy import update
 
+from contract.answers import StudyView
+from contract.attempt import SPOOL_CURSOR, SPOOL_RECORDS
 from orchestrator import accept, ledger
 from orchestrator.bookkeeping import close_runs, send_webhooks, study_metrics
-from orchestrator.config import ServiceSettings, StudyView
 from orchestrator.mlflow_client import TrackingRefusedError
+from orchestrator.settings import ServiceSettings
 from orchestrator.tables import STUDIES, TRIALS
 from tests.orchestrator.studies import finished
 from tests.orchestrator.submissions import plan, submission
-from workers.config import SPOOL_CURSOR, SPOOL_RECORDS
 from workers.spool import Spool
 
 

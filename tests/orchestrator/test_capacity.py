@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from orchestrator.capacity import wanted
-from orchestrator.config import NodeShape
 from orchestrator.decide import Gang
+from orchestrator.settings import NodeShape
 
 SHAPES = (NodeShape(resources={"CPU": 96, "GPU": 8}, count=2), NodeShape(resources={"CPU": 8}, count=4))
 

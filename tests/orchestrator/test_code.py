@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import code
-from orchestrator.code import PACKAGES, installed_source_hash, package, source_hash
+from orchestrator.code import ENTRY_POINTS, PACKAGES, installed_source_hash, package, source_hash
 
 
 def git(tree: Path, *arguments: str) -> None:
@@ -29,7 +29,10 @@ def tree(tmp_path: Path) -> Path:
     for name in PACKAGES:
         (top / name).mkdir(parents=True)
         (top / name / "__init__.py").write_text("")
-        (top / name / "config.py").write_text("")
+        (top / name / "arms.py").write_text("")
+    for name in ENTRY_POINTS:
+        (top / name).write_text("")
+    (top / "pyproject.toml").write_text('[project]\nname = "maskray"\n')
     (top / "tests").mkdir()
     (top / "tests" / "test_it.py").write_text("")
     (top / ".gitignore").write_text("secret.py\n")
@@ -41,7 +44,7 @@ def tree(tmp_path: Path) -> Path:
 
 def test_the_same_sources_give_the_same_bytes(tree: Path) -> None:
     first = package(tree)
-    (tree / "model" / "config.py").touch()
+    (tree / "model" / "arms.py").touch()
     again = package(tree / "model")  # from a folder below
     assert (again.data, again.sha256, again.source_hash) == (first.data, first.sha256, first.source_hash)
     assert len(first.commit) == 40
@@ -89,7 +92,7 @@ def test_the_source_hash_knows_names_from_contents() -> None:
 
 def test_a_commit_is_packed_as_it_was(tree: Path) -> None:
     before = package(tree)
-    (tree / "model" / "config.py").write_text("changed = 1\n")
+    (tree / "model" / "arms.py").write_text("changed = 1\n")
     assert package(tree, "HEAD").data == before.data
     assert package(tree).data != before.data
 
@@ -120,7 +123,7 @@ def test_elsewhere_the_installed_sources_are_packed(tmp_path: Path) -> None:
     built = package(tmp_path)
     assert built.origin == "installed sources"
     assert built.source_hash == installed_source_hash()
-    assert "model/config.py" in names(built.data)
+    assert "contract/model.py" in names(built.data)
     assert not any("__pycache__" in name for name in names(built.data))
     with pytest.raises(ValueError, match="so it has no commits"):
         package(tmp_path, "HEAD")
@@ -134,4 +137,4 @@ def test_a_foreign_git_tree_is_not_packed(tmp_path: Path) -> None:
 def test_a_package_imports_from_its_zip_unpacked(tmp_path: Path) -> None:
     built = package(Path(__file__).parents[2])
     zipfile.ZipFile(io.BytesIO(built.data)).extractall(tmp_path)
-    assert all((tmp_path / name / "config.py").is_file() for name in PACKAGES)
+    assert all((tmp_path / name / "__init__.py").is_file() for name in PACKAGES)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contract.answers import TrialView
 from orchestrator.compare import compare, difference, holm, sign_flip_p, summarise, t_quantile, t_two_sided
-from orchestrator.config import TrialView
 from tests.orchestrator.studies import finished
 
 POOL, ALIGN = {"roi": "pool"}, {"roi": "align"}

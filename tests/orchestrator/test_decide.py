@@ -8,7 +8,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orchestrator.config import Limits
 from orchestrator.decide import (
     Gang,
     GiveUp,
@@ -26,6 +25,7 @@ from orchestrator.decide import (
     needs,
     take,
 )
+from orchestrator.settings import Limits
 
 LIMITS = Limits()
 PATIENT = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

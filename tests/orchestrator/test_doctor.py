@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from contract.answers import Check
+from contract.probe import ClockReport, LinkReport, NodeReport
 from orchestrator.cluster import Machine
-from orchestrator.config import Check
 from orchestrator.doctor import Seen, judge
-from workers.config import ClockReport, LinkReport, NodeReport
 from workers.probe import partners
 
 MACHINES = (Machine("a" * 8, "10.0.0.1", True), Machine("b" * 8, "10.0.0.2", False))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import Study
+from contract.study import Study
 from orchestrator.expand import CONDITIONAL, Expansion, expand
 from orchestrator.study import baseline_run
 from tests.orchestrator.studies import COCO_80, CODE, tiny_study, write_dataset, write_manifest

@@ -23,7 +23,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> CodePackage:
     tree = tmp_path_factory.mktemp("tree")
     for name in PACKAGES:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    config = tree / "model" / "config.py"
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    config = tree / "contract" / "model.py"
     anchor = "    aligned: bool = True"
     text = config.read_text()
     assert anchor in text

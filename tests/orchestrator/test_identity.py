@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from torchvision import models
 
-from model.config import FileWeights, ModelConfig
-from model.presets import PRESETS
+from contract.model import FileWeights, ModelConfig
+from contract.presets import PRESETS, run_preset
+from contract.recipe import RunConfig, apply_overrides, parse_run
 from orchestrator.identity import (
     TORCHVISION_CHECKPOINTS,
     backbone_name,
@@ -18,7 +19,6 @@ from orchestrator.identity import (
     proposals_identity,
     weights_identity,
 )
-from workers.config import RunConfig, apply_overrides, parse_run, run_preset
 
 PARTS: dict[str, Any] = {
     "manifests": ("a" * 64, "b" * 64),

@@ -12,7 +12,7 @@ from sqlalchemy import Engine, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from orchestrator import accept, ledger, steer, views
-from orchestrator.config import ServiceSettings
+from orchestrator.settings import ServiceSettings
 from orchestrator.tables import ATTEMPTS, EVENTS, METADATA, STUDIES, TRIALS
 from tests.orchestrator.submissions import plan, submission
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from model.config import preset
-from orchestrator.config import StudyView, Submission
+from contract.answers import StudyView
+from contract.presets import preset
+from contract.study import Submission
 from orchestrator.expand import expand
 from orchestrator.plan import gangs_at_once, make_plan, measured_speeds, whole_hours
 from orchestrator.sizes import parameters

@@ -14,14 +14,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, select, update
 
+from contract.attempt import Outcome, Progress, Result
+from contract.study import Resources
 from orchestrator import accept, ledger, steer
 from orchestrator.cluster import Job, UnreachableError
-from orchestrator.config import Limits, Resources, ServiceSettings
 from orchestrator.decide import Node
 from orchestrator.reconcile import Reconciler
+from orchestrator.settings import Limits, ServiceSettings
 from orchestrator.tables import ATTEMPTS, EVENTS, STUDIES, TRIALS
 from tests.orchestrator.submissions import identity, plan, submission
-from workers.config import Outcome, Progress, Result
 
 
 class DiedError(Exception):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from orchestrator.config import StudyView, TrialView
+from contract.answers import StudyView, TrialView
 from orchestrator.report import Report, build_report
 from orchestrator.report_facts import MIN_IMAGES_FOR_PAPER, paper_metrics
 from orchestrator.report_plots import smooth

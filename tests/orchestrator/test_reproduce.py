@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.config import StudyView, TrialView
+from contract.answers import StudyView, TrialView
 from orchestrator.reproduce import TAG, agreement, reproduction
 from tests.orchestrator.submissions import identity, plan, submission
 

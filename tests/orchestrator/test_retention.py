@@ -7,8 +7,8 @@ from pathlib import Path
 from sqlalchemy import select, update
 
 from orchestrator import accept, ledger, steer
-from orchestrator.config import ServiceSettings
 from orchestrator.retention import apply_retention, plan_retention
+from orchestrator.settings import ServiceSettings
 from orchestrator.tables import STUDIES, TRIALS
 from tests.orchestrator.submissions import identity, plan, submission
 

@@ -20,16 +20,18 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from contract.answers import StudyView, TrialView
+from contract.command import run_app
+from contract.presets import run_preset
+from contract.recipe import apply_overrides
+from contract.study import Resources
 from orchestrator.cli.app import app
-from orchestrator.config import Resources, StudyView, TrialView
 from orchestrator.processes import own_token
-from pipelines.console import run_app
 from pipelines.pack import PackOptions, pack
 from pipelines.synth import synthesise
 from tests.orchestrator.services import service_client, start_service
 from tests.orchestrator.submissions import identity, plan, submission
 from tests.orchestrator.waiting import wait_until
-from workers.config import apply_overrides, run_preset
 
 HERE = Path(__file__).parent
 GPUS = 2  # of each node but the head

@@ -25,9 +25,10 @@ import psutil
 import pytest
 import yaml
 
+from contract.answers import StudyView, TrialView
+from contract.study import Resources
 from orchestrator import local
 from orchestrator.client import Client
-from orchestrator.config import Resources, StudyView, TrialView
 from orchestrator.mlflow_client import MLflow
 from orchestrator.processes import marked_processes, recorded_child
 from orchestrator.stack import mlflow_mark, ray_mark

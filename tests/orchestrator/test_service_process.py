@@ -130,7 +130,7 @@ def test_it_ends_itself_when_idle_but_not_while_a_trial_waits(processes, tmp_pat
     file = settings_file(tmp_path / "home", idle_minutes=0.0005)
     with ledger_of(tmp_path / "home") as engine:
         from orchestrator import accept
-        from orchestrator.config import ServiceSettings
+        from orchestrator.settings import ServiceSettings
 
         settings = ServiceSettings.model_validate_json(file.read_text())
         study, _ = accept.accept(engine, settings, submission(plan("a")), "admin", time.time())
@@ -161,7 +161,7 @@ def test_webhooks_are_sent_once_and_until_they_are_taken(tmp_path):
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     from orchestrator import accept, steer
-    from orchestrator.config import ServiceSettings
+    from orchestrator.settings import ServiceSettings
 
     with ledger_of(tmp_path) as engine:
         study, _ = accept.accept(engine, ServiceSettings(home=str(tmp_path)), submission(plan("a")), "ann", 1.0)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator import ledger
-from orchestrator.config import ServiceSettings
 from orchestrator.service import SeldomTwice, Service
+from orchestrator.settings import ServiceSettings
 
 
 @pytest.fixture

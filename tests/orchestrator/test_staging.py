@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from orchestrator.cluster import Job, Machine, UnreachableError
-from orchestrator.config import ServiceSettings
+from orchestrator.settings import ServiceSettings
 from orchestrator.staging import begin, look
 from pipelines.pack import PackOptions, pack
 from pipelines.synth import synthesise

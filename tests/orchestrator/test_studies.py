@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from model.config import BoxInference, preset
+from contract.model import BoxInference
+from contract.presets import preset
 from orchestrator.expand import expand
 from orchestrator.study import read_study
 from tests.orchestrator.studies import COCO_80, CODE, write_dataset

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.strict_yaml import MAX_BYTES, parse_yaml
-from orchestrator.study import baseline_run, nearest, paper_tables, read_run, read_study
+from contract.record import nearest
+from contract.yaml import MAX_BYTES, parse_yaml
+from orchestrator.study import baseline_run, paper_tables, read_run, read_study
 from tests.orchestrator.studies import tiny_study
 
 GOOD = "name: s\nbaseline: {preset: tiny}\n"

@@ -6,9 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.config import Limits
-from orchestrator.verdict import Ended, judge, suspects
-from workers.config import (
+from contract.attempt import (
     EXIT_DIVERGED,
     EXIT_DONE,
     EXIT_FAILED,
@@ -18,6 +16,8 @@ from workers.config import (
     EXIT_STOPPED,
     Outcome,
 )
+from orchestrator.settings import Limits
+from orchestrator.verdict import Ended, judge, suspects
 
 LIMITS = Limits(backoff_s=10, lost_without_progress=3)
 LOST = Ended(

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from contract.command import run_app
 from pipelines.__main__ import app
-from pipelines.console import run_app
 from pipelines.dataset import open_dataset
 from pipelines.decoding import TooLargeError, decode_pixels, stored_orientation
 from pipelines.evaluation import evaluate

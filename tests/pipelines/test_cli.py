@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from contract.command import run_app
 from pipelines.__main__ import app
-from pipelines.console import run_app
 from tests.pipelines.results import noisy_results
 from tests.pipelines.tiny_coco import box_annotation, write_coco
 
@@ -113,7 +113,7 @@ def test_the_module_runs_and_imports_no_torch_to_pack(tmp_path):
     write_coco(tmp_path, [box_annotation(1)])
     words = ["data", "pack", "--annotations", "instances.json", "--images", "images", "--out", "out", "--json"]
     program = (
-        "import sys; from pipelines.__main__ import app; from pipelines.console import run_app; "
+        "import sys; from pipelines.__main__ import app; from contract.command import run_app; "
         f"status = run_app(app, {words!r}, 'maskray'); assert 'torch' not in sys.modules; sys.exit(status)"
     )
     root = str(Path(__file__).parent.parent.parent)

@@ -15,7 +15,7 @@ import pytest
 PROGRAM = """
 import gc, json, sys
 from multiprocessing.synchronize import SemLock
-from pipelines.config import DataConfig
+from contract.data import DataConfig
 from pipelines.dataset import open_dataset
 from pipelines.loader import TrainLoader
 

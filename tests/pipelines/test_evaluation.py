@@ -50,7 +50,7 @@ def test_perfect_and_no_detections(tmp_path):
 
 
 def test_a_narrowed_dataset_is_evaluated_on_its_categories(tmp_path):
-    from pipelines.config import DataConfig, Filter
+    from contract.data import DataConfig, Filter
 
     dataset = packed_coco(tmp_path, [box_annotation(1), box_annotation(2, category_id=7)])
     cfg = DataConfig(train="t", val="v", filter=Filter(categories=("dog",)))

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from gcp_storage_emulator.server import create_server
 
+from contract.command import run_app
 from pipelines.__main__ import app
-from pipelines.console import run_app
 from pipelines.dataset import open_dataset
 from tests.pipelines.test_remote import contents
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import ImageInput
+from contract.data import ColourJitter, DataConfig, Filter
+from contract.model import ImageInput
 from model.structures import Batch
-from pipelines.config import ColourJitter, DataConfig, Filter
 from pipelines.dataset import open_dataset
 from pipelines.loader import EvalLoader, TrainLoader, TrainStep
 from tests.pipelines.tiny_coco import box_annotation, packed_coco

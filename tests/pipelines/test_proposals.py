@@ -6,8 +6,8 @@ import pickle
 import numpy as np
 import pytest
 
-from model.config import ImageInput
-from pipelines.config import DataConfig
+from contract.data import DataConfig
+from contract.model import ImageInput
 from pipelines.dataset import open_dataset
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.proposals import ProposalTable, write_proposals

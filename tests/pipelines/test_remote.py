@@ -19,12 +19,12 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
-from model.config import ImageInput
+from contract.command import run_app
+from contract.data import DataConfig
+from contract.model import ImageInput
 from pipelines import storage
 from pipelines.__main__ import app
 from pipelines.cache import Cache
-from pipelines.config import DataConfig
-from pipelines.console import run_app
 from pipelines.dataset import Dataset, open_dataset, stage_datasets
 from pipelines.loader import EvalLoader, TrainLoader
 from pipelines.manifest import FileEntry

@@ -15,12 +15,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from contract.recipe import RunConfig
 from model.structures import Batch, LossTerm
 from pipelines.loader import TrainStep
 from pipelines.order import chunks, rank_slice
 from tests.builders import tiny_run
 from workers.checkpoints import BackgroundWriter, CheckpointStore
-from workers.config import RunConfig
 from workers.evaluate import Scores
 from workers.journal import NOTHING, SilentJournal, TrialJournal
 from workers.loop import Ending, Parts, train

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from contract.recipe import SGD, AdamW, CosineSchedule, Guard, LoopConfig, OneCycle, StepSchedule
 from tests.workers.fakes import FakeDetector, fake_trial, small_run
-from workers.config import SGD, AdamW, CosineSchedule, Guard, LoopConfig, OneCycle, StepSchedule
 from workers.evaluate import Scores
 from workers.guard import DivergedError, GuardState, judge, rolled_back
 from workers.loop import _judged

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
+from contract.attempt import Outcome
 from tests.workers.test_run import run_of, spec_of
-from workers.config import Outcome
 from workers.ray_entry import conclude, logged_to, read_spec
 from workers.storage import Storage
 

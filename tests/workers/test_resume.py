@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from contract.recipe import RunConfig
 from tests.workers.fakes import DyingStorage, Trial, die, fake_trial, small_run
 from tests.workers.ranks import run_ranks
-from workers.config import RunConfig
 from workers.step import distributed
 from workers.stop import StopRequest
 from workers.storage import Storage

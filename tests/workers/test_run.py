@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from contract.attempt import MLflowTracking, NoTracking, Outcome, Result, RunSpec
+from contract.recipe import RunConfig
 from pipelines.dataset import open_dataset
 from pipelines.proposals import write_proposals
 from tests.builders import tiny_run
@@ -23,7 +25,6 @@ from tests.workers.ranks import run_ranks
 from workers.build import eval_loader, initial_detector, open_datasets
 from workers.causes import cause_of, classify, exit_status, explain_out_of_memory, most_telling
 from workers.checkpoints import CheckpointStore, FencedError
-from workers.config import MLflowTracking, NoTracking, Outcome, Result, RunConfig, RunSpec
 from workers.evaluate import best_metric, evaluate_detector, metric_names, result_kinds, score
 from workers.run import _open, run_trial
 from workers.state import check_same_training

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from contract.attempt import Progress
 from tests.workers.fakes import fake_trial, small_run
 from tests.workers.ranks import run_ranks
 from tests.workers.test_resume import kill_in_step
-from workers.config import Progress
 from workers.journal import NOTHING, TrialJournal
 from workers.meter import Row
 from workers.spool import RejectedError, Shipper, Spool, metric_points, ship_once

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from contract.recipe import LoopConfig, RunConfig
 from tests.builders import tiny_run
 from tests.workers.fakes import FakeDetector, FakeLoader, alone, fake_trial, small_run
 from tests.workers.ranks import run_ranks
 from workers.build import initial_detector, open_datasets, train_loader_opener
-from workers.config import LoopConfig, RunConfig
 from workers.state import TrainState
 from workers.step import (
     LossSums,

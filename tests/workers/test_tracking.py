@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from contract.attempt import MLflowTracking, NoTracking, Outcome, RunSpec, Tracking
 from tests.workers.fakes import small_run
 from tests.workers.test_spool import metrics
-from workers.config import MLflowTracking, NoTracking, Outcome, RunSpec, Tracking
 from workers.scribe import Scribe, open_spool
 from workers.spool import Shipper, Spool
 from workers.storage import Storage

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
+from contract.attempt import SPEC_FILE, Outcome, Progress
+from contract.presets import run_preset
+from contract.recipe import parse_run
 from tests.workers.ranks import run_ranks
 from tests.workers.test_run import run_of
 from workers.causes import exit_status
-from workers.config import SPEC_FILE, Outcome, Progress, parse_run, run_preset
 from workers.console import progress_text
 from workers.stop import StopRequest, grace_enforced, late_outcome
 from workers.storage import Storage

@@ -13,7 +13,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.config import FileWeights, ResNet, TorchvisionWeights
+from contract.model import FileWeights, ResNet, TorchvisionWeights
 from tests.builders import tiny_run
 from workers.build import initial_detector
 from workers.weights import check_released, initial_weights

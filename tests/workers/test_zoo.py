@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import FileWeights, ResNet
+from contract.model import FileWeights, ResNet
 from workers.weights import initial_weights
 
 

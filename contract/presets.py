@@ -1,8 +1,11 @@
-"""The architectures of the paper, and of the released code, by name."""
+"""The detectors of the paper and of the released code by name, each with its recipe."""
 
 from __future__ import annotations
 
-from model.config import (
+import difflib
+from typing import Any
+
+from contract.model import (
     C4,
     C5,
     FPN,
@@ -30,6 +33,7 @@ from model.config import (
     TorchvisionWeights,
     VGGHead,
 )
+from contract.recipe import copied
 
 
 def _changed(base: ModelConfig, **fields: object) -> ModelConfig:
@@ -37,6 +41,7 @@ def _changed(base: ModelConfig, **fields: object) -> ModelConfig:
 
 
 _C4_ANCHORS = Anchors(sizes_px=((32, 64, 128, 256, 512),))
+
 _C4 = ModelConfig(
     layout=C4(),
     anchors=_C4_ANCHORS,
@@ -47,7 +52,9 @@ _C4 = ModelConfig(
 )
 
 _R50_FPN = ModelConfig()
+
 _KEYPOINTS = KeypointBranch()
+
 # Torchvision's detectors: 90 foreground classes are the sparse COCO ids 1 to 90, less one.
 _R50_FPN_TORCHVISION = _changed(
     _R50_FPN,
@@ -131,3 +138,54 @@ PRESETS: dict[str, ModelConfig] = {
         mask=MaskBranch(head=FCNMask(convs=2, width=64)),
     ),
 }
+
+
+def preset(name: str) -> ModelConfig:
+    """The named architecture of `PRESETS`. Raises ValueError with the nearest name, or all that there are."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(PRESETS))}"
+        raise ValueError(f"no model preset {name!r}; {hint}")
+    return PRESETS[name]
+
+
+# Where a preset's recipe differs from the defaults above, which are Mask R-CNN's (section 3.1): 160k steps of 16
+# images, rate 0.02, divided by 10 at 120k, weight decay 1e-4, momentum 0.9, images of 800 px.
+_RECIPES: dict[str, dict[str, Any]] = {
+    # Faster R-CNN (1506.01497), section 4.2: 240k steps at 0.003 and 80k at 0.0003, 8 images, 600 px.
+    "vgg16-faster-rcnn": {
+        "data": {"short_sides_px": [600], "max_side_px": 1000},
+        "optimiser": {"kind": "sgd", "lr": 0.003, "weight_decay": 5e-4, "norm_weight_decay": 0.0},
+        "schedule": {"kind": "step", "drop_steps": [240_000]},
+        "loop": {"steps": 320_000, "global_batch": 8, "best_metric": "bbox/AP"},
+    },
+    # Table 2a: 8 images a step at half the rate, for as many steps.
+    "x101-64x4d-fpn": {"optimiser": {"kind": "sgd", "lr": 0.01}, "loop": {"global_batch": 8}},
+    # Section 5: 90k steps, drops at 60k and 80k, short sides from [640, 800].
+    "r50-fpn-keypoint": {
+        "data": {
+            "short_sides_px": [640, 672, 704, 736, 768, 800],
+            "filter": {"categories": ["person"], "require_keypoints": True},
+        },
+        "schedule": {"kind": "step", "drop_steps": [60_000, 80_000]},
+        "loop": {"steps": 90_000, "best_metric": "keypoints/AP"},
+    },
+    # CPU scale: 400 steps on 128 px.
+    "tiny": {
+        "data": {"short_sides_px": [128], "max_side_px": 128, "num_loader_workers": 0, "bucket_batches": 8},
+        "optimiser": {"kind": "adamw", "lr": 1e-3},
+        "schedule": {"kind": "one_cycle"},
+        "loop": {
+            "steps": 400,
+            "global_batch": 8,
+            "clip_grad_norm": 10.0,
+            "checkpoint_every_steps": 100,
+            "log_every_steps": 10,
+        },
+    },
+}
+
+
+def run_preset(name: str) -> dict[str, Any]:
+    """The preset's architecture with the paper's recipe for it, as data without `data.train` and `data.val`."""
+    return {"model": preset(name).model_dump(mode="json"), "data": {}, **copied(_RECIPES.get(name, {}))}

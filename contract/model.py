@@ -6,36 +6,15 @@ Faster R-CNN (1506.01497), FPN (1612.03144), MNC for RoIWarp (1512.04412).
 
 from __future__ import annotations
 
-import difflib
 from itertools import pairwise
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class Record(BaseModel):
-    """An immutable value with validated fields; a field it does not have is an error, and so is nan or inf."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers_are_not_yes_or_no(cls, data: Any) -> Any:
-        for name, value in data.items() if isinstance(data, dict) else ():
-            if (
-                isinstance(value, bool)
-                and name in cls.model_fields
-                and cls.model_fields[name].annotation in (int, float)
-            ):
-                raise ValueError(f"{name} is a number, not {value}")
-        return data
-
+from contract.record import Record
 
 # Far above any network's: what lies beyond is a slip of the pen, told here and not by the allocator.
 _MOST_CHANNELS, _MOST_LAYERS, _MOST_PX, _MOST_BOXES = 16_384, 64, 65_536, 100_000
-
-
-# --- backbone -------------------------------------------------------------------------------------------------------
 
 
 class FrozenBatchNorm(Record):
@@ -125,7 +104,6 @@ class FileWeights(Record):
 
 Weights: TypeAlias = Annotated[NoWeights | TorchvisionWeights | FileWeights, Field(discriminator="kind")]
 
-
 Deviation: TypeAlias = Annotated[float, Field(ge=1e-3)]
 
 
@@ -148,9 +126,6 @@ class ImageInput(Record):
                 "have no effect; raise the one or lower the other"
             )
         return self
-
-
-# --- layout ---------------------------------------------------------------------------------------------------------
 
 
 class C4(Record):
@@ -199,12 +174,10 @@ class FPN(Record):
 
 Layout: TypeAlias = Annotated[C4 | C5 | Conv5 | FPN, Field(discriminator="kind")]
 
-
-# --- proposals ------------------------------------------------------------------------------------------------------
-
-
 AnchorSize: TypeAlias = Annotated[int, Field(ge=1, le=_MOST_PX)]
+
 AnchorSizes: TypeAlias = Annotated[tuple[AnchorSize, ...], Field(min_length=1, max_length=64)]
+
 AnchorRatio: TypeAlias = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
@@ -291,9 +264,6 @@ class FixedProposals(Record):
 Proposals: TypeAlias = Annotated[EndToEnd | FixedProposals, Field(discriminator="kind")]
 
 
-# --- RoI operation --------------------------------------------------------------------------------------------------
-
-
 class RoIAlign(Record):
     """Mean or max of bilinear samples per bin (Mask R-CNN, section 3)."""
 
@@ -338,9 +308,6 @@ class RoISampling(Record):
     def _some_are_positive(self) -> RoISampling:
         _check_positives("rois_per_image", self.rois_per_image, self.positive_fraction)
         return self
-
-
-# --- heads ----------------------------------------------------------------------------------------------------------
 
 
 class Res5Head(Record):
@@ -531,14 +498,3 @@ class ModelConfig(Record):
                 raise ValueError(
                     f"mask.head.convs = {self.mask.head.convs}: after C4's res5 the mask head has 0 (Fig. 4, left)"
                 )
-
-
-def preset(name: str) -> ModelConfig:
-    """The named architecture of `model.presets`. Raises ValueError with the nearest name, or all that there are."""
-    from model.presets import PRESETS  # which needs the records above
-
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(PRESETS))}"
-        raise ValueError(f"no model preset {name!r}; {hint}")
-    return PRESETS[name]

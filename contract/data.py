@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from model.config import Record
+from contract.record import Record
 
 MANIFEST_NAME = "manifest.json"
+
 SCHEMA_VERSION = 1
 
 

@@ -1,0 +1,127 @@
+"""One run as one record, and the overrides that make arms of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field
+
+from contract.data import DataConfig
+from contract.model import ModelConfig
+from contract.record import Record, parse_record
+
+
+class SGD(Record):
+    kind: Literal["sgd"] = "sgd"
+    lr: float = Field(0.02, gt=0)
+    lr_batch: int = Field(0, ge=0)  # the global batch that `lr` is meant for; 0 takes `lr` as it is, without scaling
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    norm_weight_decay: float = Field(1e-4, ge=0)  # for the parameters of normalisation layers
+
+
+class AdamW(Record):
+    kind: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    lr_batch: int = Field(0, ge=0)  # as in SGD
+    weight_decay: float = Field(0.05, ge=0)
+    norm_weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+Optimiser: TypeAlias = Annotated[SGD | AdamW, Field(discriminator="kind")]
+
+
+class StepSchedule(Record):
+    """The rate times `factor` at each drop, after a linear warm-up (the paper: 160k steps, drop at 120k)."""
+
+    kind: Literal["step"] = "step"
+    drop_steps: tuple[int, ...] = (120_000,)
+    factor: float = Field(0.1, gt=0, lt=1)
+    warmup_steps: int = Field(1000, ge=0)
+    warmup_factor: float = Field(0.001, ge=0, le=1)
+
+
+class CosineSchedule(Record):
+    kind: Literal["cosine"] = "cosine"
+    final_factor: float = Field(0.0, ge=0, lt=1)
+    warmup_steps: int = Field(1000, ge=0)
+    warmup_factor: float = Field(0.001, ge=0, le=1)
+
+
+class OneCycle(Record):
+    """Cosine up to the full rate over `rise` of the steps, cosine down to `final_factor` of it after."""
+
+    kind: Literal["one_cycle"] = "one_cycle"
+    rise: float = Field(0.25, gt=0, lt=1)
+    start_factor: float = Field(0.04, gt=0, le=1)
+    final_factor: float = Field(1e-3, ge=0, lt=1)
+
+
+Schedule: TypeAlias = Annotated[StepSchedule | CosineSchedule | OneCycle, Field(discriminator="kind")]
+
+
+class Guard(Record):
+    """What happens when the loss is not finite or jumps: back to the last good checkpoint, then on as `action` says."""
+
+    action: Literal["skip_window", "lower_rate"] = "skip_window"
+    spike_factor: float = Field(10.0, gt=1)  # of the running mean of the total loss; what is not finite always counts
+    check_every_steps: int = Field(20, ge=1)
+    max_rollbacks: int = Field(3, ge=0)
+    rate_factor: float = Field(0.5, gt=0, lt=1)  # of "lower_rate"
+
+
+class LoopConfig(Record):
+    steps: int = Field(160_000, ge=1)  # optimiser steps
+    global_batch: int = Field(16, ge=1)  # images per step over all ranks
+    max_images_per_forward: int = Field(16, ge=1)  # per rank; a larger share is accumulated
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    clip_grad_norm: float = Field(0.0, ge=0)  # 0 does not clip
+    ema_decay: float = Field(0.0, ge=0, lt=1)  # 0 keeps no average; otherwise the average is evaluated
+    compile: bool = False
+    log_every_steps: int = Field(50, ge=1)
+    checkpoint_every_steps: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    best_metric: str = "segm/AP"  # names the kept best weights, without masks bbox/AP does; tables use the last
+    eval_every_steps: int = Field(0, ge=0)  # 0 evaluates at the end alone
+    eval_batch: int = Field(8, ge=1)
+    guard: Guard = Guard()
+
+
+class RunConfig(Record):
+    """One training run: everything that its numbers depend on, apart from the bytes of data, weights and sources."""
+
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    optimiser: Optimiser = SGD()
+    schedule: Schedule = StepSchedule()
+    loop: LoopConfig = LoopConfig()
+
+
+def apply_overrides(run: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested `run` with dotted paths set. Setting a `kind` to another one drops the old kind's fields.
+
+    Raises ValueError if a path runs through a value that is not a record.
+    """
+    result = copied(run)
+    for path, value in sorted(overrides.items(), key=lambda item: (item[0].count("."), not item[0].endswith("kind"))):
+        *parents, leaf = path.split(".")
+        node = result
+        for depth, part in enumerate(parents):
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path}: {'.'.join(parents[: depth + 1])} is {node!r}, it has no fields")
+        if leaf == "kind" and node.get("kind") != value:
+            node.clear()
+        node[leaf] = copied(value) if isinstance(value, Mapping) else value
+    return result
+
+
+def copied(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: copied(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+
+
+def parse_run(data: Any, where: str) -> RunConfig:
+    return parse_record(RunConfig, data, where)

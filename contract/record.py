@@ -1,0 +1,106 @@
+"""Frozen records, and the one line that a person reads when a value does not fit one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+
+class Record(BaseModel):
+    """An immutable value with validated fields; a field it does not have is an error, and so is nan or inf."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers_are_not_yes_or_no(cls, data: Any) -> Any:
+        for name, value in data.items() if isinstance(data, dict) else ():
+            if (
+                isinstance(value, bool)
+                and name in cls.model_fields
+                and cls.model_fields[name].annotation in (int, float)
+            ):
+                raise ValueError(f"{name} is a number, not {value}")
+        return data
+
+
+AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
+
+
+def parse_record(record: type[AnyRecord], data: Any, where: str) -> AnyRecord:
+    """Validates nested data as `record`. Raises ValueError of one line: `where`, path, value, nearest valid name."""
+    try:
+        return record.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(record, data, problem) for problem in error.errors(include_url=False)]
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(f"{where}: {problems[0]}{more}") from None
+
+
+def _explain(record: type[BaseModel], data: Any, problem: Any) -> str:
+    parts = _without_union_tags(data, problem["loc"])
+    path = ".".join(str(part) for part in parts) or "the record"
+    if problem["type"] == "extra_forbidden":
+        names = field_names(record, parts[:-1], data)
+        near = difflib.get_close_matches(str(parts[-1]), names, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+        return f"{path}: no such field; {hint}"
+    if problem["type"] == "missing":
+        return f"{path}: is required"
+    if problem["type"] == "union_tag_invalid":
+        kinds = [tag.strip("' ") for tag in problem["ctx"]["expected_tags"].split(",")]
+        near = difflib.get_close_matches(str(problem["ctx"]["tag"]), kinds, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(kinds)}"
+        return f"{path}.kind: no kind {problem['ctx']['tag']!r}; {hint}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{path}.kind: is required, it says which fields there are"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem.get("input")
+    shown = "" if isinstance(value, Mapping | BaseModel) else f", got {value!r}"
+    return f"{path}: {message}{shown}"
+
+
+def _without_union_tags(data: Any, location: Sequence[Any]) -> list[Any]:
+    """Pydantic follows the name of a union's field by the tag it chose; people do not write that tag in a path."""
+    parts: list[Any] = []
+    node, at_union = data, False
+    for step in location:
+        if at_union and isinstance(node, Mapping) and node.get("kind") == step:
+            at_union = False
+            continue
+        parts.append(step)
+        if isinstance(node, Mapping):
+            node = node.get(step)
+        elif isinstance(node, list | tuple) and isinstance(step, int) and step < len(node):
+            node = node[step]
+        at_union = isinstance(node, Mapping) and "kind" in node
+    return parts
+
+
+def field_names(record: type[BaseModel], parts: Sequence[Any], data: Any) -> list[str]:
+    """The fields of the record that `parts` lead to in `data`; of a union, those of the `kind` in `data`."""
+    current: list[type[BaseModel]] = [record]
+    node = data
+    for part in parts:
+        node = node.get(part) if isinstance(node, Mapping) else None
+        found = [r.model_fields[part].annotation for r in current if part in r.model_fields]
+        current = [r for annotation in found for r in _records(annotation)]
+        kind = node.get("kind") if isinstance(node, Mapping) else None
+        if kind is not None:
+            current = [r for r in current if "kind" not in r.model_fields or r.model_fields["kind"].default == kind]
+    return sorted({name for r in current for name in r.model_fields})
+
+
+def _records(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [r for arg in get_args(annotation) for r in _records(arg)]
+
+
+def nearest(name: str, names: Collection[str]) -> str:
+    """The end of an error line: the closest of `names`, or all of them."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names)) or 'none'}"

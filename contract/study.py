@@ -1,0 +1,110 @@
+"""A study as a person writes it, and the submission that travels to the service."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from contract.record import Record
+
+StudyState = Literal["active", "paused", "done", "failed", "cancelled"]
+
+TrialState = Literal["queued", "starting", "running", "stopping", "done", "failed", "cancelled"]
+
+FINAL_STATES = ("done", "failed", "cancelled")
+
+_LEAST, _MOST = 1e-4, 1e6  # of a resource: Ray's unit, and far more than a rank can use
+
+
+class Baseline(Record):
+    """Where the arms start: a preset or a run file, with dotted overrides. Exactly one of the two is set."""
+
+    preset: str = ""
+    file: str = ""
+    set: dict[str, Any] = {}
+
+
+class Resources(Record):
+    """What one trial of the study occupies: a gang of `ranks` that starts as a whole or waits."""
+
+    ranks: int = Field(1, ge=1, le=100_000)
+    cpus_per_rank: float = Field(1.0, ge=_LEAST, le=_MOST)
+    gpus_per_rank: float = Field(0.0, ge=0, le=_MOST)
+    custom_per_rank: dict[str, float] = {}  # custom Ray resources
+    max_nodes: int = Field(0, ge=0)  # 0: the gang may spread over any number of nodes
+
+    @field_validator("gpus_per_rank")
+    @classmethod
+    def _countable(cls, value: float) -> float:
+        if 0 < value < _LEAST:
+            raise ValueError(f"is {value:g}; Ray counts in steps of {_LEAST:g}")
+        return value
+
+    @field_validator("custom_per_rank")
+    @classmethod
+    def _custom(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, amount in value.items():
+            if name in ("CPU", "GPU", "memory", "object_store_memory") or not name:
+                raise ValueError(f"{name!r} is no custom resource; use cpus_per_rank or gpus_per_rank")
+            if not _LEAST <= amount <= _MOST:
+                raise ValueError(f"{name} is {amount:g}; give {_LEAST:g} to {_MOST:g}")
+        return value
+
+
+class Study(Record):
+    """A baseline, named factors with named levels (each a set of dotted overrides), a design and seeds."""
+
+    name: str = Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    question: str = ""
+    baseline: Baseline
+    factors: dict[str, dict[str, dict[str, Any]]] = {}  # factor -> level -> dotted path -> value
+    design: Literal["grid", "one_at_a_time"] = "grid"
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    resources: Resources = Resources()
+    priority: int = Field(0, ge=-100, le=100)
+    gpu_hours: float = Field(0.0, ge=0)  # budget of the study; 0 is no limit
+    max_parallel: int = Field(0, ge=0)  # trials at once; 0 is no limit
+    max_attempts: int = Field(3, ge=1)
+    paper_table: str = ""  # key into paper_tables.json, shown beside one's own numbers
+    paper_rows: dict[str, str] = {}  # "factor=level,..." -> row of that table
+    metrics: tuple[str, ...] = ("bbox/AP", "segm/AP", "segm/AP50", "segm/AP75")  # columns of the report
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and (not value or any(isinstance(seed, bool) for seed in value)):
+            raise ValueError("give at least one seed, each a whole number")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value) or min(value) < 0:
+            raise ValueError("seeds must be distinct and not negative")
+        return value
+
+
+class TrialPlan(Record):
+    """One trial as the submitter's code expanded it. To the service `run` is data."""
+
+    key: str = Field(min_length=1, max_length=300)  # "roi=align,masks=sigmoid/seed-0", unique in its study
+    arm: dict[str, str]  # factor -> level
+    seed: int
+    baseline: bool  # the arm that the others are compared with
+    identity: str = Field(pattern=r"^[0-9a-f]{64}$")
+    run: dict[str, Any]
+    tags: dict[str, str] = {}
+
+
+class Submission(Record):
+    """A study with its trials, checked and expanded by the code that will run them."""
+
+    study: Study
+    study_yaml: str = Field(max_length=1_000_000)
+    trials: tuple[TrialPlan, ...] = Field(min_length=1)
+    code: str = ""  # SHA-256 of the uploaded package; empty runs the code that the service was installed with
+    storage: str = ""  # where trial folders go; empty is the service's own
+    warnings: tuple[str, ...] = ()  # repeated in the report
+    idempotency_key: str = Field("", max_length=200)
+    fresh: bool = False  # run trials anew that have a finished result
