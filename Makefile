@@ -16,12 +16,12 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt model/native.c
+$(STAMP): pyproject.toml constraints.txt model/cpu/native.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@$(BIN)/python -c 'from model import native; native.available() or print("note: not compiled: model/native.c (it takes gcc 12 or newer); training on a CPU is slower")'
+	@$(BIN)/python -c 'from model.cpu import native; native.available() or print("note: not compiled: model/cpu/native.c (it takes gcc 12 or newer); training on a CPU is slower")'
 	@touch $@
 
 demo: $(STAMP)

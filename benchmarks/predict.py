@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pairs import in_turns, report, seconds
 from contract.presets import preset
+from model.branches.paste import paste_mask
 from model.build import build_detector
-from model.paste import paste_mask
 from model.structures import Batch
 from model.weights import from_torchvision
 from pipelines.evaluation import encode_crop

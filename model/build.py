@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from contract import model as config
-from model.backbone import (
+from model.backbone.layouts import LastMap, Pyramid, ReducedLastMap
+from model.backbone.networks import (
     RESNETS,
     ResNetMaps,
     VGGMaps,
@@ -19,18 +20,17 @@ from model.backbone import (
     move_strides_to_1x1,
     resnet,
 )
-from model.box_branch import BoxBranch, FCTrunk, MeanTrunk
-from model.convolution import take_fast_convolutions
-from model.crops import SeparateCrops, SharedCrops
+from model.branches.box import BoxBranch, FCTrunk, MeanTrunk
+from model.branches.keypoint import KeypointBranch
+from model.branches.mask import FCNHead, MaskBranch, MLPHead, SigmoidMasks, SoftmaxMasks
+from model.cpu.convolution import take_fast_convolutions
+from model.cpu.group_norm import take_fast_norms
 from model.detector import Detector, Settings
-from model.group_norm import take_fast_norms
 from model.initial import initialise
-from model.keypoint_branch import KeypointBranch
-from model.layouts import LastMap, Pyramid, ReducedLastMap
-from model.mask_branch import FCNHead, MaskBranch, MLPHead, SigmoidMasks, SoftmaxMasks
 from model.pixels import Normalise
-from model.roi_ops import RoIOperation, align_operation, pool_operation, warp_operation
-from model.rpn import RPN
+from model.roi.crops import SeparateCrops, SharedCrops
+from model.roi.operations import RoIOperation, align_operation, pool_operation, warp_operation
+from model.rpn.network import RPN
 
 BOX_SIDE, MASK_SIDE = 7, 14  # of RoI features
 RESNEXTS = {"50-32x4d": (50, 32, 4), "101-32x8d": (101, 32, 8), "101-64x4d": (101, 64, 4)}  # depth, groups, width

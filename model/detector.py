@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from model import native
-from model.box_branch import BoxBranch, Boxes, detect
-from model.crops import SeparateCrops, SharedCrops
-from model.keypoint_branch import KeypointBranch, keypoint_positions
-from model.layouts import Maps
-from model.mask_branch import MaskBranch
-from model.paste import paste_all, paste_all_torchvision
+from model.backbone.layouts import Maps
+from model.branches.box import BoxBranch, Boxes, detect
+from model.branches.keypoint import KeypointBranch, keypoint_positions
+from model.branches.mask import MaskBranch
+from model.branches.paste import paste_all, paste_all_torchvision
+from model.cpu import native
 from model.pixels import Normalise, Resize, check_image, enter, pad_to_multiple, test_size, zero_padding
-from model.rpn import RPN, AnchorOutputs, Proposals, RPNTargets, rpn_losses, sample_anchors, select_proposals
-from model.samples import FlatRoIs, Samples, flatten
-from model.sampling import sample_rois
+from model.roi.crops import SeparateCrops, SharedCrops
+from model.roi.samples import FlatRoIs, Samples, flatten
+from model.roi.sampling import sample_rois
+from model.rpn.network import RPN, AnchorOutputs, Proposals, RPNTargets, rpn_losses, sample_anchors, select_proposals
 from model.structures import Batch, Detections, LossTerm
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from contract.model import MaskBranch, ModelConfig, NoKeypoints, SoftmaxMask
 from contract.recipe import LoopConfig, RunConfig
-from model.paste import paste_mask
+from model.branches.paste import paste_mask
 from model.structures import Batch, Detections
 from pipelines.dataset import Dataset
 from pipelines.evaluation import BOX_STATS, KEYPOINT_STATS, encode_crop, evaluate, image_results

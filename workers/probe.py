@@ -28,7 +28,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from contract.command import run_command
 from contract.probe import PROBE_REPORT, PROBE_STORE, ClockReport, LinkReport, NodeReport, ProbePlan
-from model import native
+from model.cpu import native
 from workers.storage import Storage
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow", "pycocotools", "pydantic")
@@ -55,7 +55,7 @@ def look(plan: ProbePlan) -> NodeReport:
         versions={
             "python": platform.python_version(),
             **{name: _version(name) for name in PACKAGES},
-            "kernels for the CPU (model/native.c)": "compiled" if native.available() else "absent",
+            "kernels for the CPU (model/cpu/native.c)": "compiled" if native.available() else "absent",
         },
         sources=sources_hash(),
         gpu_driver=_gpu_driver(),

@@ -10,11 +10,11 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.anchors import cell_anchors, grid_anchors
 from model.boxes import at_least, clip, decode, encode, iou
 from model.matching import match, sample
-from model.nms import nms, nms_fixed_shape, nms_listwise
-from model.noise import DROPOUT_STREAM, ROI_STREAM, RPN_STREAM, noise
+from model.rpn.anchors import cell_anchors, grid_anchors
+from model.rpn.nms import nms, nms_fixed_shape, nms_listwise
+from model.sample_hash import DROPOUT_STREAM, ROI_STREAM, RPN_STREAM, noise
 from tests.model.batches import random_boxes
 
 

@@ -17,11 +17,11 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from contract.model import ModelConfig
 from contract.presets import preset
+from model.branches.mask import sample_crops
 from model.build import build_detector
-from model.mask_branch import sample_crops
 from model.weights import from_torchvision
 from tests.model.batches import shape_batch
-from tests.model.test_masks import COCO, needs_coco
+from tests.model.branches.test_masks import COCO, needs_coco
 
 SHORT_SIDE, LONG_SIDE, DETECTIONS = 128, 208, 8
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from model.boxes import OffsetWeights, at_least, clip, decode, encode
 from model.losses import box_loss, class_loss
-from model.noise import DROPOUT_STREAM, noise
-from model.samples import FlatRoIs
+from model.roi.samples import FlatRoIs
+from model.sample_hash import DROPOUT_STREAM, noise
 
 OFFSET_WEIGHTS: OffsetWeights = (10.0, 5.0)
 _MIN_SIDE_PX = 1e-2  # of a detection

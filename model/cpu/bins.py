@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.native import LANES, cells, empty_maps, run, takes
+from model.cpu.native import LANES, cells, empty_maps, run, takes
 
 _MAX_SAMPLES = 8  # native.c has room for 16 x 16 cells of a bin
 

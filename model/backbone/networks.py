@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from model.convolution import Convolution
+from model.cpu.convolution import Convolution
 
 NormLayer = Callable[[int], nn.Module]
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model import native
+from model.cpu import native
 from model.losses import sigmoid_mask_loss, softmax_mask_loss
-from model.samples import FlatRoIs
+from model.roi.samples import FlatRoIs
 
 SoftmaxInference = Literal["probability", "argmax", "versus_background"]
 SOFTMAX_INFERENCES: tuple[SoftmaxInference, ...] = ("probability", "argmax", "versus_background")

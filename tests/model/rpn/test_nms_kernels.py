@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.nms import nms, nms_listwise
+from model.rpn.nms import nms, nms_listwise
 from tests.model.batches import random_boxes
 
 triton = pytest.importorskip("triton", reason="torch came without Triton")
@@ -50,7 +50,7 @@ for kernel, (signature, constants) in kernels.items():
 
 @pytest.mark.parametrize(("program", "interpret"), [(INTERPRETED, "1"), (COMPILED, "0")])
 def test_the_kernels_without_a_gpu(tmp_path, program, interpret):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     environment = {
         **os.environ,
         "TRITON_INTERPRET": interpret,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.losses import keypoint_loss
-from model.samples import FlatRoIs
+from model.roi.samples import FlatRoIs
 
 _UPSAMPLING = 4  # of RoI features to the map: a deconvolution of stride 2, then bilinear by 2
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.native import LANES, cells, empty_maps, run, takes, workspace
+from model.cpu.native import LANES, cells, empty_maps, run, takes, workspace
 
 
 def fits(conv: nn.Conv2d, x: Tensor) -> bool:

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contract.presets import preset
-from model import native, windows, winograd
-from model.bins import align_by_bins, fits
 from model.build import build_detector
-from model.convolution import Convolution, take_fast_convolutions
-from model.group_norm import GroupNorm, take_fast_norms
-from model.nms import nms
+from model.cpu import native, windows, winograd
+from model.cpu.bins import align_by_bins, fits
+from model.cpu.convolution import Convolution, take_fast_convolutions
+from model.cpu.group_norm import GroupNorm, take_fast_norms
+from model.rpn.nms import nms
 from tests.model.batches import shape_batch
 from tests.model.test_detector import total
 
@@ -35,7 +35,7 @@ SHAPES = [  # images, channels, outputs, height, width
     (2, 80, 144, 7, 7),  # one band of 36 tiles, and channels that are no multiple of a chunk
 ]
 
-needs_kernels = pytest.mark.skipif(not native.available(), reason="model/native.c was not compiled")
+needs_kernels = pytest.mark.skipif(not native.available(), reason="model/cpu/native.c was not compiled")
 
 
 def drawn(*shape: int) -> Tensor:

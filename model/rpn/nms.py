@@ -12,8 +12,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from model import native
 from model.boxes import iou
+from model.cpu import native
 
 _BLOCK = 62  # boxes decided together, as the bits of one int64
 
@@ -37,7 +37,7 @@ def nms(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
 @cache
 def _kernels() -> Callable[[Tensor, Tensor, float], Tensor] | None:
     try:
-        from model.nms_kernels import nms_in_two_launches
+        from model.rpn.nms_kernels import nms_in_two_launches
     except ImportError:  # torch comes without Triton on some platforms
         return None
     return nms_in_two_launches

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from model.roi_ops import RoIOperation
+from model.roi.operations import RoIOperation
 
 
 class SeparateCrops(nn.Module):

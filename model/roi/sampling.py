@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from model.matching import match, sample
-from model.noise import OBJECT_INDEX, ROI_STREAM, noise
-from model.rpn import Proposals, take_rows
-from model.samples import Samples
+from model.roi.samples import Samples
+from model.rpn.network import Proposals, take_rows
+from model.sample_hash import OBJECT_INDEX, ROI_STREAM, noise
 
 
 @torch.no_grad()

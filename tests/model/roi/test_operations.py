@@ -8,10 +8,11 @@ import pytest
 import torch
 import torchvision
 
-from model import config, native
-from model.bins import align_by_bins
+from model import config
 from model.build import build_roi_op
-from model.roi_ops import align, assign_levels
+from model.cpu import native
+from model.cpu.bins import align_by_bins
+from model.roi.operations import align, assign_levels
 from tests.builders import one_box
 
 KINDS = [
@@ -150,7 +151,7 @@ def test_pooling_four_cells_gives_them_back():
     assert torch.equal(crop, cells)
 
 
-@pytest.mark.skipif(not native.available(), reason="model/native.c was not compiled")
+@pytest.mark.skipif(not native.available(), reason="model/cpu/native.c was not compiled")
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("samples", [1, 2, 3, 8])
 def test_sums_of_cells_equal_the_scattered_kernel(aligned, samples):

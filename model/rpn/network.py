@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.anchors import cell_anchors, grid_anchors
 from model.boxes import OffsetWeights, at_least, clip, decode, encode
 from model.losses import box_loss
 from model.matching import Sample, match, sample
-from model.nms import nms
-from model.noise import RPN_STREAM, noise
+from model.rpn.anchors import cell_anchors, grid_anchors
+from model.rpn.nms import nms
+from model.sample_hash import RPN_STREAM, noise
 
 OFFSET_WEIGHTS: OffsetWeights = (1.0, 1.0)
 

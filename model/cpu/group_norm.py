@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.native import cells, empty_maps, run, takes, workspace
+from model.cpu.native import cells, empty_maps, run, takes, workspace
 
 
 class GroupNorm(nn.GroupNorm):

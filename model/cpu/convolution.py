@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model import native, windows, winograd
+from model.cpu import native, windows, winograd
 
 
 class Convolution(nn.Conv2d):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.native import LANES, cells, empty_maps, run, workspace
+from model.cpu.native import LANES, cells, empty_maps, run, workspace
 
 _TILE, _POINTS = 4, 36
 _BAND_TILES = 36  # worked on at a time: their transforms stay in a cache, and the weights' are read once for all

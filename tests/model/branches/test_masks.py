@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from pycocotools import mask as rle_tools
 from torch import Tensor
 
-from model.losses import sigmoid_mask_loss, softmax_mask_loss
-from model.mask_branch import (
+from model.branches.mask import (
     SOFTMAX_INFERENCES,
     FCNHead,
     MaskBranch,
@@ -25,10 +24,11 @@ from model.mask_branch import (
     SoftmaxMasks,
     sample_crops,
 )
-from model.paste import paste_all, paste_all_torchvision, paste_mask
-from model.samples import FlatRoIs
+from model.branches.paste import paste_all, paste_all_torchvision, paste_mask
+from model.losses import sigmoid_mask_loss, softmax_mask_loss
+from model.roi.samples import FlatRoIs
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COCO = Path(os.environ.get("MASKRAY_COCO_MINI", ROOT.parent / "shared" / "data" / "coco-mini"))
 TRAIN = COCO / "annotations" / "instances_train2017.json"
 CROP_SIDE, SIDE = 112, 28

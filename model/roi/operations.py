@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from model.bins import align_by_bins, fits
+from model.cpu.bins import align_by_bins, fits
 
 CropOp = Callable[[Tensor, Tensor, float], Tensor]  # map (B, C, H, W), RoIs (R, 5), 1 / stride -> (R, C, side, side)
 
