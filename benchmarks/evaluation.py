@@ -1,4 +1,4 @@
-"""`pipelines.evaluation.evaluate` beside plain pycocotools on 5,000 images x 100 detections: time, and peak memory.
+"""Our COCO evaluation beside plain pycocotools on 5,000 images x 100 detections: time, and peak memory.
 
     python benchmarks/evaluation.py --iou bbox --json
     python benchmarks/evaluation.py --iou segm --pairs 1 --json
@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle_tools
 
-from pipelines.engines import IouType, default_engine
-from pipelines.evaluation import evaluate, read_results
+from pipelines.evaluate.engines import IouType, default_engine
+from pipelines.evaluate.evaluation import evaluate, read_results
 
 
 def write_case(folder: Path, num_images: int, detections: int, masks: bool) -> None:

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 from contract.data import DataConfig
-from pipelines.dataset import open_dataset
-from pipelines.loader import TrainLoader
-from pipelines.pack import PackOptions, pack
-from pipelines.synth import synthesise
+from pipelines.load.loader import TrainLoader
+from pipelines.pack.pack import PackOptions, pack
+from pipelines.pack.synth import synthesise
+from pipelines.shards.dataset import open_dataset
 
 
 def many_shards(folder: Path, count: int) -> Path:

@@ -33,13 +33,13 @@ import psutil
 import torch
 
 from contract.data import DataConfig
-from pipelines.collate import round_up
-from pipelines.dataset import Dataset, open_dataset
-from pipelines.images import decode, resize, resized_size
-from pipelines.loader import TrainLoader
-from pipelines.order import Order
-from pipelines.pack import PackOptions, pack
-from pipelines.synth import synthesise
+from pipelines.load.collate import round_up
+from pipelines.load.images import decode, resize, resized_size
+from pipelines.load.loader import TrainLoader
+from pipelines.load.order import Order
+from pipelines.pack.pack import PackOptions, pack
+from pipelines.pack.synth import synthesise
+from pipelines.shards.dataset import Dataset, open_dataset
 
 SHORT, LONGEST, MULTIPLE, BATCH = 800, 1333, 32, 8
 

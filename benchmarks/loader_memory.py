@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.loader import opened
 from model.structures import Batch
-from pipelines.loader import _Stream
+from pipelines.load.loader import _Stream
 
 NUM_IMAGES, NUM_ANNOTATIONS, SIDE, POINTS, CATEGORIES = 118_287, 860_001, 32, 20, 80
 SHARDS = 290  # as many as train2017 has at 64 MiB

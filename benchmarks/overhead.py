@@ -38,8 +38,8 @@ import torch
 from contract.attempt import MLflowTracking, NoTracking, Progress, RunSpec, Tracking
 from contract.presets import run_preset
 from contract.recipe import apply_overrides, parse_run
-from pipelines.pack import PackOptions, pack
-from pipelines.synth import synthesise
+from pipelines.pack.pack import PackOptions, pack
+from pipelines.pack.synth import synthesise
 from workers.run import run_trial
 from workers.stop import StopRequest
 from workers.world import World

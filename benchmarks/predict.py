@@ -26,7 +26,7 @@ from model.branches.paste import paste_mask
 from model.build import build_detector
 from model.structures import Batch
 from model.weights import from_torchvision
-from pipelines.evaluation import encode_crop
+from pipelines.evaluate.evaluation import encode_crop
 
 
 def one_image(image: Tensor) -> Batch:

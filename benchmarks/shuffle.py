@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.index import Ints, Selection
-from pipelines.order import Order
+from pipelines.load.order import Order
+from pipelines.shards.index import Ints, Selection
 
 NUM_IMAGES, SHARDS, LABELS, BATCH, WINDOW, BLOCK, RUN = 118_287, 290, 80, 16, 16, 32, 256
 

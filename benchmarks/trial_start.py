@@ -63,8 +63,8 @@ def bare_step(config: dict[str, Any]) -> None:
 
     from contract.recipe import RunConfig
     from model.build import build_detector
-    from pipelines.dataset import open_dataset
-    from pipelines.loader import TrainLoader
+    from pipelines.load.loader import TrainLoader
+    from pipelines.shards.dataset import open_dataset
 
     run = RunConfig.model_validate(config["run"])
     detector = prepare_model(build_detector(run.model, run.seed))

@@ -41,7 +41,7 @@ def zero_padding(pixels: Tensor, sizes_B2: Tensor) -> Tensor:
 def test_size(height: int, width: int, short_side_px: int, max_side_px: int, resize: Resize) -> tuple[int, int]:
     """Height and width after scaling the short side to `short_side_px`, the long one to `max_side_px` if that is less.
 
-    As the evaluation loader resizes (`pipelines.images`): antialiased ones are rounded half up, as in detectron2,
+    As the evaluation loader resizes (`pipelines.load.images`): antialiased ones are rounded half up, as in detectron2,
     torchvision's detectors round down. A side is 1 at least.
     """
     shorter, longer = min(height, width), max(height, width)

@@ -45,9 +45,9 @@ def synth(
     debug: Debug = False,
 ) -> int:
     """Draw a synthetic COCO dataset: OUT/annotations/instances_{train,val}.json and OUT/images/{train,val}/."""
-    from pipelines.pack import PackOptions
-    from pipelines.pack import pack as pack_dataset
-    from pipelines.synth import synthesise
+    from pipelines.pack.pack import PackOptions
+    from pipelines.pack.pack import pack as pack_dataset
+    from pipelines.pack.synth import synthesise
 
     with bar("drawing", as_json) as progress:
         found = synthesise(out, num_images=images, size=size, seed=seed, keypoints=keypoints, progress=progress)
@@ -79,8 +79,8 @@ def pack(
     debug: Debug = False,
 ) -> int:
     """Pack COCO JSON and images into shards. Interrupted, run it again: it goes on; once done it changes nothing."""
-    from pipelines.pack import SKIPPED_NAME, PackOptions, default_workers
-    from pipelines.pack import pack as pack_dataset
+    from pipelines.pack.pack import SKIPPED_NAME, PackOptions, default_workers
+    from pipelines.pack.pack import pack as pack_dataset
 
     options = PackOptions(on_error, shard_mib, workers or default_workers())
     with bar("packing", as_json) as progress:
@@ -109,7 +109,7 @@ def pack(
 @data.command()
 def verify(uri: Uri, as_json: Json = False, debug: Debug = False) -> int:
     """Read every byte and compare it with the manifest; exit 1 names each damaged shard."""
-    from pipelines.verify import verify as verify_dataset
+    from pipelines.inspect.verify import verify as verify_dataset
 
     with bar("verifying", as_json) as progress:
         verdict = verify_dataset(uri, progress)
@@ -137,8 +137,8 @@ def show(
     debug: Debug = False,
 ) -> int:
     """Counts and categories, and a picture of samples with boxes, masks and keypoints."""
-    from pipelines.dataset import open_dataset
-    from pipelines.show import draw_samples, summary
+    from pipelines.inspect.show import draw_samples, summary
+    from pipelines.shards.dataset import open_dataset
 
     dataset = open_dataset(uri)
     content = summary(dataset)
@@ -159,8 +159,8 @@ def export(
     debug: Debug = False,
 ) -> int:
     """Give COCO JSON back: pycocotools computes the same numbers on it, to the bit."""
-    from pipelines.checks import check_file_to_write
-    from pipelines.dataset import open_dataset
+    from pipelines.coco.checks import check_file_to_write
+    from pipelines.shards.dataset import open_dataset
 
     check_file_to_write(out)
     coco = open_dataset(uri).coco()
@@ -180,7 +180,7 @@ def stage(
     debug: Debug = False,
 ) -> int:
     """Fetch and verify all shards of remote datasets, ahead of a study, into this node's cache."""
-    from pipelines.dataset import open_dataset, stage_datasets
+    from pipelines.shards.dataset import open_dataset, stage_datasets
 
     datasets = [open_dataset(uri, cache, cache_gib) for uri in uris]
     with bar("fetching", as_json, lines) as progress:
@@ -202,9 +202,9 @@ def evaluate(
 ) -> int:
     """pycocotools' statistics by name, as fractions (-1 where there is nothing to evaluate)."""
     from contract.data import MANIFEST_NAME
-    from pipelines.dataset import open_dataset
-    from pipelines.evaluation import evaluate as evaluate_results
-    from pipelines.evaluation import read_results
+    from pipelines.evaluate.evaluation import evaluate as evaluate_results
+    from pipelines.evaluate.evaluation import read_results
+    from pipelines.shards.dataset import open_dataset
 
     packed = "://" in gt or (Path(gt) / MANIFEST_NAME).exists()
     found = evaluate_results(open_dataset(gt) if packed else gt, read_results(dt), iou)

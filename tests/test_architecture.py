@@ -132,7 +132,7 @@ def test_rooms_import_without_ray_and_mlflow() -> None:
 @pytest.mark.parametrize(
     ("path", "text", "bad"),
     [
-        ("model/x.py", "def f():\n    from pipelines.order import Order\n", "pipelines.order"),
+        ("model/x.py", "def f():\n    from pipelines.load.order import Order\n", "pipelines.load.order"),
         ("contract/x.py", "from model.boxes import iou\n", "model.boxes"),
         ("contract/x.py", "import numpy\n", "numpy"),
         ("model/x.py", "import torch.distributed as dist\n", "torch.distributed"),

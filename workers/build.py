@@ -10,9 +10,9 @@ from contract.model import FixedProposals, KeypointBranch, MaskBranch, ModelConf
 from contract.recipe import RunConfig
 from model.build import build_detector
 from model.weights import load_initial
-from pipelines.dataset import Dataset, open_dataset
-from pipelines.loader import EvalLoader, TrainLoader
-from pipelines.proposals import ProposalTable
+from pipelines.load.loader import EvalLoader, TrainLoader
+from pipelines.load.proposals import ProposalTable
+from pipelines.shards.dataset import Dataset, open_dataset
 from workers.weights import initial_weights, weights_source
 from workers.world import World
 

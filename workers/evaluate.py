@@ -14,8 +14,8 @@ from contract.model import MaskBranch, ModelConfig, NoKeypoints, SoftmaxMask
 from contract.recipe import LoopConfig, RunConfig
 from model.branches.paste import paste_mask
 from model.structures import Batch, Detections
-from pipelines.dataset import Dataset
-from pipelines.evaluation import BOX_STATS, KEYPOINT_STATS, encode_crop, evaluate, image_results
+from pipelines.evaluate.evaluation import BOX_STATS, KEYPOINT_STATS, encode_crop, evaluate, image_results
+from pipelines.shards.dataset import Dataset
 from workers.causes import FEWER_EVALUATED, memory_explained
 from workers.world import World
 

@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 
 from contract.recipe import LoopConfig, RunConfig
-from pipelines.loader import TrainStep
+from pipelines.load.loader import TrainStep
 from workers.causes import memory_explained
 from workers.checkpoints import BackgroundWriter, CheckpointStore, step_of
 from workers.evaluate import Scores
@@ -28,7 +28,7 @@ from workers.world import World
 
 
 class Loader(Protocol):
-    """`pipelines.loader.TrainLoader`, or what a test puts in its place."""
+    """`pipelines.load.loader.TrainLoader`, or what a test puts in its place."""
 
     def __iter__(self) -> Iterator[TrainStep]: ...
     def sample_ids(self, step: int) -> list[int]: ...

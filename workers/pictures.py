@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle_tools
 
-from pipelines.dataset import Dataset
-from pipelines.sample import read_image
+from pipelines.load.sample import read_image
+from pipelines.shards.dataset import Dataset
 
 NUM_IMAGES = 4
 _MIN_SCORE = 0.5

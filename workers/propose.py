@@ -19,9 +19,9 @@ from contract.model import FixedProposals
 from contract.recipe import RunConfig, parse_run
 from model.build import build_detector
 from model.detector import Detector
-from pipelines.dataset import open_dataset
-from pipelines.loader import EvalLoader
-from pipelines.proposals import Boxes, write_proposals
+from pipelines.load.loader import EvalLoader
+from pipelines.load.proposals import Boxes, write_proposals
+from pipelines.shards.dataset import open_dataset
 from workers.storage import Storage
 
 WEIGHTS = f"{ARTIFACT_FOLDER}/weights-last.safetensors"

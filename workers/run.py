@@ -15,7 +15,7 @@ from torch import nn
 
 from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
 from contract.command import one_line
-from pipelines.dataset import Dataset
+from pipelines.shards.dataset import Dataset
 from workers.build import eval_loader, initial_detector, open_datasets, train_loader_opener
 from workers.causes import Cause, cause_of, common_cause, record_cause, write_outcome
 from workers.checkpoints import CheckpointStore, FencedError

@@ -16,7 +16,7 @@ from torch import Tensor
 from contract.model import ModelConfig
 from model.build import build_detector
 from model.structures import Batch
-from pipelines.evaluation import evaluate
+from pipelines.evaluate.evaluation import evaluate
 from tests.model.batches import covered, shape_batch
 from tests.model.test_detector import total
 from workers.evaluate import coco_results

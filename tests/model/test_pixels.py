@@ -7,7 +7,7 @@ import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from model import pixels
-from pipelines.images import resized_size, torchvision_size
+from pipelines.load.images import resized_size, torchvision_size
 
 LOADERS = {"antialias": resized_size, "torchvision-detection": torchvision_size}
 SIDES = [*range(1, 1000, 7), 1333, 2048, 5000]

@@ -27,8 +27,8 @@ from contract.recipe import apply_overrides
 from contract.study import Resources
 from orchestrator.cli.app import app
 from orchestrator.processes import own_token
-from pipelines.pack import PackOptions, pack
-from pipelines.synth import synthesise
+from pipelines.pack.pack import PackOptions, pack
+from pipelines.pack.synth import synthesise
 from tests.orchestrator.services import service_client, start_service
 from tests.orchestrator.submissions import identity, plan, submission
 from tests.orchestrator.waiting import wait_until

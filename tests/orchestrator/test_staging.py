@@ -14,8 +14,8 @@ import pytest
 from orchestrator.cluster import Job, Machine, UnreachableError
 from orchestrator.settings import ServiceSettings
 from orchestrator.staging import begin, look
-from pipelines.pack import PackOptions, pack
-from pipelines.synth import synthesise
+from pipelines.pack.pack import PackOptions, pack
+from pipelines.pack.synth import synthesise
 
 MACHINES = [Machine("a" * 56, "10.0.0.1", True), Machine("b" * 56, "10.0.0.2", False)]
 

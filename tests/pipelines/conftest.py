@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from pipelines.pack import PackOptions, pack
-from pipelines.synth import synthesise
+from pipelines.pack.pack import PackOptions, pack
+from pipelines.pack.synth import synthesise
 
 # A busy machine must not fail a test, and a failure must come again.
 settings.register_profile("steady", deadline=None, derandomize=True, max_examples=60)

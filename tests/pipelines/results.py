@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle_tools
 
-from pipelines.schema import coco_rle
+from pipelines.shards.schema import coco_rle
 
 
 def noisy_results(coco: dict[str, Any], kind: str, seed: int = 0) -> list[dict[str, Any]]:

@@ -12,10 +12,10 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pipelines.dataset import open_dataset
-from pipelines.pack import PackOptions, pack
+from pipelines.pack.pack import PackOptions, pack
+from pipelines.shards.dataset import open_dataset
+from tests.pipelines.pack.test_pack import RLE_TEXT
 from tests.pipelines.results import noisy_results
-from tests.pipelines.test_pack import RLE_TEXT
 from tests.pipelines.tiny_coco import box_annotation, packed_coco
 
 

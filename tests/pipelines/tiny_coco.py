@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.dataset import Dataset, open_dataset
-from pipelines.pack import Packed, PackOptions, pack
+from pipelines.pack.pack import Packed, PackOptions, pack
+from pipelines.shards.dataset import Dataset, open_dataset
 
 CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 

@@ -11,8 +11,8 @@ from urllib.parse import quote
 import pytest
 import torch
 
-from pipelines.pack import PackOptions, pack
-from pipelines.synth import synthesise
+from pipelines.pack.pack import PackOptions, pack
+from pipelines.pack.synth import synthesise
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from contract.recipe import RunConfig
 from model.structures import Batch, LossTerm
-from pipelines.loader import TrainStep
-from pipelines.order import chunks, rank_slice
+from pipelines.load.loader import TrainStep
+from pipelines.load.order import chunks, rank_slice
 from tests.builders import tiny_run
 from workers.checkpoints import BackgroundWriter, CheckpointStore
 from workers.evaluate import Scores

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from contract.attempt import MLflowTracking, NoTracking, Outcome, Result, RunSpec
 from contract.recipe import RunConfig
-from pipelines.dataset import open_dataset
-from pipelines.proposals import write_proposals
+from pipelines.load.proposals import write_proposals
+from pipelines.shards.dataset import open_dataset
 from tests.builders import tiny_run
 from tests.workers.fakes import alone, die
 from tests.workers.ranks import run_ranks

@@ -1,0 +1,78 @@
+"""Reads every byte of a packed dataset and compares it with the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from contract.data import MANIFEST_NAME
+from pipelines.progress import Progress, silent
+from pipelines.shards.index import Index
+from pipelines.shards.manifest import FileEntry, Manifest, read_manifest
+from pipelines.shards.rows import damaged_rows
+from pipelines.storage import Store, retried
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with one file. row: of the shard, where it can be told, else None."""
+
+    shard: str
+    row: int | None
+    error: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    shards: int
+    samples: int
+    errors: tuple[Damage, ...]
+
+
+def verify(uri: str, progress: Progress = silent) -> Verdict:
+    """Raises ValueError if there is no packed dataset at all; everything else that is wrong is in the verdict."""
+    store = Store(uri)
+    try:
+        manifest = read_manifest(store)
+    except RuntimeError as error:
+        return Verdict(0, 0, (Damage(MANIFEST_NAME, None, str(error)),))
+    with tempfile.TemporaryDirectory(prefix="maskray-verify-") as folder:
+        errors = list(_damages(store, manifest, Path(folder), progress))
+    return Verdict(manifest.num_shards, manifest.num_images, tuple(errors))
+
+
+def _damages(store: Store, manifest: Manifest, folder: Path, progress: Progress) -> Iterator[Damage]:
+    index: Index | None = None
+    entries = (manifest.index, *manifest.shards)
+    for number, entry in enumerate(entries):
+        copy = folder / "copy"
+        error = _compare(store, entry, copy)
+        if number == 0 and error is None:
+            index = Index(copy.rename(folder / "index"))
+        elif error is not None:
+            rows = damaged_rows(copy, index.column(number - 1, "crc32")) if number and index and copy.exists() else []
+            yield from (Damage(entry.name, row, error) for row in rows or [None])
+        copy.unlink(missing_ok=True)
+        progress(number + 1, len(entries))
+
+
+def _compare(store: Store, entry: FileEntry, copy: Path) -> str | None:
+    """Copies a file while hashing it; what is wrong with it, or None."""
+    size = store.size(entry.name)
+    if size is None:
+        return 'missing; restore it or pack the data again with "maskray data pack"'
+
+    def read() -> str:
+        digest = hashlib.sha256()
+        store.copy_to(entry.name, copy, digest.update)
+        return digest.hexdigest()
+
+    found = retried(read, store.describe(entry.name))
+    if found == entry.sha256:
+        return None
+    if size != entry.bytes:
+        return f"has {size} bytes, the manifest says {entry.bytes}; restore it or pack the data again"
+    return f"sha256 {found[:12]}..., the manifest says {entry.sha256[:12]}...; restore it or pack the data again"

@@ -1,0 +1,173 @@
+"""What order and filter know of every image: memory-mapped, one record batch for each shard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from contract.data import Filter
+from pipelines.shards import schema
+from pipelines.shards.keyed_random import chain
+from pipelines.shards.mapping import MappedFile, view
+
+Ints = NDArray[np.int64]
+_HOLDOUT_SALT = 0x686F6C64
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which annotations train and which images are drawn. All of `filter` and what the run's heads need.
+
+    labels: dense labels (positions in the manifest's categories) that are kept; the position here is the new label.
+    part: "train" leaves the holdout out, "holdout" is the rest, "all" ignores it.
+    drop_empty: images without a usable object are left out.
+    """
+
+    labels: tuple[int, ...]
+    require_keypoints: bool = False
+    require_mask: bool = False
+    min_area_px: float = 0.0
+    holdout: float = 0.0
+    part: str = "all"
+    drop_empty: bool = False
+
+    def usable(self, label: NDArray[Any], area: NDArray[Any], flags: NDArray[Any]) -> NDArray[np.bool_]:
+        """Which annotations train: on the image, not a crowd, of a kept category, large enough."""
+        needed = (
+            schema.HAS_BOX | (schema.HAS_KEYPOINTS * self.require_keypoints) | (schema.HAS_MASK * self.require_mask)
+        )
+        kept = (flags & (needed | schema.CROWD)) == needed
+        chosen = np.zeros(max(int(label.max(initial=0)), *self.labels, 0) + 1, np.bool_)
+        chosen[list(self.labels)] = True
+        return np.asarray(kept & (area >= self.min_area_px) & chosen[label])
+
+    def drawn(self, image_ids: Ints) -> NDArray[np.bool_]:
+        """Which images belong to the part, by a hash of their id: the same whatever else is in the dataset."""
+        if self.part == "all" or self.holdout == 0:
+            return np.full(len(image_ids), self.part != "holdout")
+        held = (chain(_HOLDOUT_SALT, image_ids.view(np.uint64)) >> np.uint64(11)) * 2.0**-53 < self.holdout
+        return np.asarray(held if self.part == "holdout" else ~held)
+
+
+def select(
+    categories: Sequence[dict[str, Any]], chosen: Filter, part: str, training: bool, masks: bool = False
+) -> Selection:
+    """The selection that `chosen` makes of these categories. Evaluation narrows categories and images alone.
+
+    Raises ValueError for a name that is not among the categories.
+    """
+    names = [str(category["name"]) for category in categories]
+    for name in chosen.categories:
+        if name not in names:
+            raise ValueError(
+                f"data.filter.categories: no category {name!r} in the dataset; there are {', '.join(names)}"
+            )
+    labels = tuple(k for k, name in enumerate(names) if not chosen.categories or name in chosen.categories)
+    if not training:
+        return Selection(labels, holdout=chosen.holdout, part=part)
+    return Selection(
+        labels,
+        require_keypoints=chosen.require_keypoints,
+        require_mask=masks,
+        min_area_px=chosen.min_area_px,
+        holdout=chosen.holdout,
+        part=part,
+        drop_empty=chosen.drop_empty,
+    )
+
+
+class Index:
+    """The index file of a dataset. Rows are numbered through all shards."""
+
+    def __init__(self, path: Path):
+        self._file = MappedFile(path)
+        self._shards = self._file.batches
+        self.starts: Ints = np.cumsum([0] + [batch.num_rows for batch in self._shards], dtype=np.int64)
+        self._usable = lru_cache(64)(self._usable)  # type: ignore[method-assign]
+
+    @property
+    def num_shards(self) -> int:
+        return len(self._shards)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def let_go(self) -> None:
+        """Gives the pages of what was read back to the page cache."""
+        self._file.let_go()
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """(shard, row within it)."""
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return shard, row - int(self.starts[shard])
+
+    def column(self, shard: int, name: str) -> NDArray[Any]:
+        """image_id, width, height or crc32 of a shard's rows, as a view."""
+        return view(self._shards[shard][name])
+
+    def annotation_columns(self, shard: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Dense labels and flags of all annotations of a shard."""
+        return _flat(self._shards[shard], "ann_label"), _flat(self._shards[shard], "ann_flags")
+
+    def usable_objects(self, row: int, selection: Selection) -> tuple[Ints, Ints]:
+        """Of the annotations of a row that train: their positions among the row's annotations, and packed labels."""
+        shard, local = self.locate(row)
+        lists = self._shards[shard]["ann_label"]
+        first, last = view(lists.offsets)[local : local + 2].tolist()
+        before = self._usable(shard, selection)[first : last + 1]
+        positions = np.flatnonzero(before[1:] > before[:-1])
+        return positions, _flat(self._shards[shard], "ann_label")[first + positions].astype(np.int64)
+
+    def values(self, name: str, rows: Ints) -> NDArray[np.int64]:
+        """A column at any rows."""
+        found = np.empty(len(rows), np.int64)
+        for shard, places in self._by_shard(rows):
+            found[places] = self.column(shard, name)[rows[places] - self.starts[shard]]
+        return found
+
+    def object_counts(self, rows: Ints, selection: Selection) -> Ints:
+        """How many usable objects each row has."""
+        found = np.empty(len(rows), np.int64)
+        for shard, places in self._by_shard(rows):
+            before, local = self._usable(shard, selection), rows[places] - self.starts[shard]
+            offsets = view(self._shards[shard]["ann_label"].offsets)
+            found[places] = before[offsets[local + 1]] - before[offsets[local]]
+        return found
+
+    def selected(self, shard: int, selection: Selection) -> Ints:
+        """The rows of a shard (numbered through all shards) that the selection draws, ascending."""
+        batch = self._shards[shard]
+        drawn = selection.drawn(view(batch["image_id"]))
+        if selection.drop_empty:
+            before = self._usable(shard, selection)
+            offsets = view(batch["ann_label"].offsets)
+            drawn = drawn & (before[offsets[1:]] > before[offsets[:-1]])
+        return np.asarray(np.flatnonzero(drawn) + self.starts[shard])
+
+    def counts(self, selection: Selection) -> Ints:
+        """How many rows of each shard are drawn."""
+        return np.array([len(self.selected(shard, selection)) for shard in range(self.num_shards)], np.int64)
+
+    def _usable(self, shard: int, selection: Selection) -> Ints:
+        """How many of a shard's first n annotations train, for each n from 0; 8 bytes an annotation."""
+        batch = self._shards[shard]
+        usable = selection.usable(*(_flat(batch, name) for name in _PER_ANNOTATION))
+        return np.concatenate([[0], np.cumsum(usable, dtype=np.int64)])
+
+    def _by_shard(self, rows: Ints) -> list[tuple[int, Ints]]:
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        return [(int(shard), np.flatnonzero(shards == shard)) for shard in np.unique(shards)]
+
+
+_PER_ANNOTATION = ("ann_label", "ann_area", "ann_flags")
+
+
+def _flat(batch: pa.RecordBatch, name: str) -> NDArray[Any]:
+    return view(batch[name].values)
