@@ -40,9 +40,9 @@ from contract.presets import run_preset
 from contract.recipe import apply_overrides, parse_run
 from pipelines.pack.pack import PackOptions, pack
 from pipelines.pack.synth import synthesise
-from workers.run import run_trial
-from workers.stop import StopRequest
-from workers.world import World
+from workers.training.run import run_trial
+from workers.training.world import World
+from workers.trial.stop import StopRequest
 
 DEAD_SERVER = "http://127.0.0.1:9"  # the discard port: nobody listens
 NEVER = 1_000_000

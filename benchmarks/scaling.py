@@ -27,10 +27,10 @@ def rank_program(data: str, steps: int) -> None:
 
     from contract.presets import run_preset
     from contract.recipe import apply_overrides, parse_run
-    from workers.build import initial_detector, open_datasets, train_loader_opener
-    from workers.state import TrainState
-    from workers.step import LossSums, accumulate_gradients, apply_gradients, distributed
-    from workers.world import World, launched_world
+    from workers.training.build import initial_detector, open_datasets, train_loader_opener
+    from workers.training.state import TrainState
+    from workers.training.step import LossSums, accumulate_gradients, apply_gradients, distributed
+    from workers.training.world import World, launched_world
 
     torch.set_num_threads(1)
     with launched_world(os.environ) as world:

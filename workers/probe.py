@@ -29,7 +29,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from contract.command import run_command
 from contract.probe import PROBE_REPORT, PROBE_STORE, ClockReport, LinkReport, NodeReport, ProbePlan
 from model.cpu import native
-from workers.storage import Storage
+from workers.trial.storage import Storage
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow", "pycocotools", "pydantic")
 _SOURCES = ("contract", "model", "pipelines", "workers")

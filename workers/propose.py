@@ -22,7 +22,7 @@ from model.detector import Detector
 from pipelines.load.loader import EvalLoader
 from pipelines.load.proposals import Boxes, write_proposals
 from pipelines.shards.dataset import open_dataset
-from workers.storage import Storage
+from workers.trial.storage import Storage
 
 WEIGHTS = f"{ARTIFACT_FOLDER}/weights-last.safetensors"
 

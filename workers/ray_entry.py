@@ -17,9 +17,9 @@ from typing import Any
 
 from contract.attempt import LOG_FILE, NODES_FILE, OUTCOME_FILE, RESULT_FILE, Outcome, RunSpec
 from contract.command import run_command
-from workers.causes import exit_status, most_telling, recorded_causes, write_outcome
-from workers.stop import ATTEMPT_STOP_FILE, PREEMPT_FILE, Reason, StopRequest, late_outcome
-from workers.storage import Storage
+from workers.trial.causes import exit_status, most_telling, recorded_causes, write_outcome
+from workers.trial.stop import ATTEMPT_STOP_FILE, PREEMPT_FILE, Reason, StopRequest, late_outcome
+from workers.trial.storage import Storage
 
 # Read by Ray Train when it is imported: poll the ranks often, give up instead of waiting for ever, stay in our folder.
 _RAY_SETTINGS = {
@@ -134,11 +134,11 @@ def train_rank(config: dict[str, Any]) -> None:
     storage = Storage(spec.storage)
     rank = int(os.environ["RANK"])
     with logged_to(storage, LOG_FILE.format(attempt=spec.attempt, rank=rank)):
-        from workers.console import progress_shower, show_nothing
-        from workers.run import run_trial
-        from workers.spool import print_warning
-        from workers.stop import files_asking
-        from workers.world import host_name, join_world
+        from workers.tracking.console import progress_shower, show_nothing
+        from workers.tracking.spool import print_warning
+        from workers.training.run import run_trial
+        from workers.training.world import host_name, join_world
+        from workers.trial.stop import files_asking
 
         world = join_world()
         print(f"rank {world.rank} of {world.size}, process {os.getpid()}, node {host_name()}", flush=True)
@@ -273,7 +273,7 @@ def conclude(spec: RunSpec, storage: Storage, failures: Sequence[str]) -> int:
         outcome = Outcome(state="failed", error_class="node", error=f"Ray: {said}")
     write_outcome(storage, spec.attempt, outcome)
     if outcome.state == "failed":
-        from workers.scribe import tell_failure
+        from workers.tracking.scribe import tell_failure
 
         tell_failure(spec, storage, outcome)
         print(f"error: {outcome.error}", file=sys.stderr, flush=True)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from contract.command import run_command
-from workers.scribe import SPOOL_FOLDER, TARGET_FILE, SpoolTarget, build_target
-from workers.spool import Spool, ship_once
-from workers.storage import Storage
+from workers.tracking.scribe import SPOOL_FOLDER, TARGET_FILE, SpoolTarget, build_target
+from workers.tracking.spool import Spool, ship_once
+from workers.trial.storage import Storage
 
 
 def main(argv: Sequence[str]) -> int:

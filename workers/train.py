@@ -28,7 +28,7 @@ from contract.attempt import (
 from contract.command import one_line, run_command
 from contract.presets import run_preset
 from contract.recipe import apply_overrides, parse_run
-from workers.storage import Storage
+from workers.trial.storage import Storage
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,11 +67,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> int:
     # imported here so that `--help` and mistakes in the run file answer at once
-    from workers.causes import exit_status, write_outcome
-    from workers.console import progress_shower, show_nothing
-    from workers.run import run_trial
-    from workers.stop import Reason, StopRequest, files_asking, grace_enforced, late_outcome, signals_asking
-    from workers.world import launched_world
+    from workers.tracking.console import progress_shower, show_nothing
+    from workers.training.run import run_trial
+    from workers.training.world import launched_world
+    from workers.trial.causes import exit_status, write_outcome
+    from workers.trial.stop import Reason, StopRequest, files_asking, grace_enforced, late_outcome, signals_asking
 
     if arguments.cpus_per_rank < 0:
         raise ValueError(f"--cpus-per-rank {arguments.cpus_per_rank}: give 1 or more, or leave it out")

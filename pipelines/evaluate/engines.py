@@ -1,7 +1,7 @@
 """COCO's precision and recall by pycocotools, the reference, or by hotcoco: the same to the bit, sooner.
 
-hotcoco is an optional dependency, used where it is installed. `tests/pipelines/evaluate/test_engines.py` compares precision,
-recall, scores and statistics on random datasets.
+hotcoco is an optional dependency, used where it is installed. `tests/pipelines/evaluate/test_engines.py` compares
+precision, recall, scores and statistics on random datasets.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from model.structures import Batch
 from pipelines.evaluate.evaluation import evaluate
 from tests.model.batches import covered, shape_batch
 from tests.model.test_detector import total
-from workers.evaluate import coco_results
+from workers.training.evaluate import coco_results
 
 IMAGES, OBJECTS, CLASSES, POINTS = 8, 2, 3, 17
 RATE, STEPS, MANY_STEPS = 1e-3, 60, 120

@@ -19,7 +19,7 @@ from orchestrator.settings import ServiceSettings
 from orchestrator.tables import STUDIES, TRIALS
 from tests.orchestrator.studies import finished
 from tests.orchestrator.submissions import plan, submission
-from workers.spool import Spool
+from workers.tracking.spool import Spool
 
 
 def test_means_differences_and_their_intervals_are_metrics_with_names_that_mlflow_takes() -> None:

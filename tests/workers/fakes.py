@@ -20,15 +20,15 @@ from model.structures import Batch, LossTerm
 from pipelines.load.loader import TrainStep
 from pipelines.load.order import chunks, rank_slice
 from tests.builders import tiny_run
-from workers.checkpoints import BackgroundWriter, CheckpointStore
-from workers.evaluate import Scores
-from workers.journal import NOTHING, SilentJournal, TrialJournal
-from workers.loop import Ending, Parts, train
-from workers.spool import Spool
-from workers.state import TrainState
-from workers.stop import StopRequest
-from workers.storage import Storage
-from workers.world import World
+from workers.tracking.journal import NOTHING, SilentJournal, TrialJournal
+from workers.tracking.spool import Spool
+from workers.training.evaluate import Scores
+from workers.training.loop import Ending, Parts, train
+from workers.training.state import TrainState
+from workers.training.world import World
+from workers.trial.checkpoints import BackgroundWriter, CheckpointStore
+from workers.trial.stop import StopRequest
+from workers.trial.storage import Storage
 
 
 def small_run(**loop: Any) -> RunConfig:
@@ -152,7 +152,7 @@ def fake_trial(
     evaluate: Callable[[TrainState, Callable[[], bool]], Scores | None] | None = None,
     writer: type[BackgroundWriter] = PatientWriter,
 ) -> Trial:
-    """Trains the fake detector in `folder` as `workers.run` trains a real one, from the newest checkpoint on."""
+    """Trains the fake detector in `folder` as `workers.training.run` trains a real one, from its newest checkpoint."""
     world, storage = world or alone(), storage or Storage(str(folder))
     state = TrainState(run, detector or FakeDetector(run.seed))
     store = CheckpointStore(storage, attempt, run.loop.keep_checkpoints, lambda text: None)
@@ -184,7 +184,7 @@ def fake_trial(
         start_again=start_again,
     )
     try:
-        with patch("workers.loop.BackgroundWriter", writer):
+        with patch("workers.training.loop.BackgroundWriter", writer):
             return Trial(train(run, world, parts), state, journal)
     finally:
         if world.is_first:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import workers.run  # noqa: F401 - imported so that the fork server holds it
-from workers.world import World, join_world
+import workers.training.run  # noqa: F401 - imported so that the fork server holds it
+from workers.training.world import World, join_world
 
 _PATIENCE_S = 240
 

@@ -8,14 +8,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.workers.test_run import run_of, spec_of
-from workers.build import initial_detector, open_datasets, train_loader_opener
-from workers.meter import Meter
-from workers.run import run_trial
-from workers.state import TrainState
-from workers.step import LossSums, accumulate_gradients, apply_gradients
-from workers.stop import FlagReader, StopRequest
-from workers.world import World
+from tests.workers.training.test_run import run_of, spec_of
+from workers.training.build import initial_detector, open_datasets, train_loader_opener
+from workers.training.meter import Meter
+from workers.training.run import run_trial
+from workers.training.state import TrainState
+from workers.training.step import LossSums, accumulate_gradients, apply_gradients
+from workers.training.world import World
+from workers.trial.stop import FlagReader, StopRequest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

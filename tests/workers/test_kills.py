@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.workers.test_train import run_file, train_command
-from workers.scribe import TARGET_FILE, SpoolTarget
-from workers.storage import Storage
 from workers.sync import sync
+from workers.tracking.scribe import TARGET_FILE, SpoolTarget
 from workers.train import next_attempt
+from workers.trial.storage import Storage
 
 STEPS, EVALUATED, LOGGED = 72, 24, 2
 RANKS = (1, 2, 3, 1, 2)  # of the groups

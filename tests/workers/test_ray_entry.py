@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from contract.attempt import Outcome
-from tests.workers.test_run import run_of, spec_of
+from tests.workers.training.test_run import run_of, spec_of
 from workers.ray_entry import conclude, logged_to, read_spec
-from workers.storage import Storage
+from workers.trial.storage import Storage
 
 
 class Head:

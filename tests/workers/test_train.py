@@ -20,13 +20,13 @@ from contract.attempt import SPEC_FILE, Outcome, Progress
 from contract.presets import run_preset
 from contract.recipe import parse_run
 from tests.workers.ranks import run_ranks
-from tests.workers.test_run import run_of
-from workers.causes import exit_status
-from workers.console import progress_text
-from workers.stop import StopRequest, grace_enforced, late_outcome
-from workers.storage import Storage
+from tests.workers.training.test_run import run_of
+from workers.tracking.console import progress_text
 from workers.train import main, merged, next_attempt, read_run, share_of_cores
-from workers.world import World, end_with_launcher
+from workers.training.world import World, end_with_launcher
+from workers.trial.causes import exit_status
+from workers.trial.stop import StopRequest, grace_enforced, late_outcome
+from workers.trial.storage import Storage
 
 
 def run_file(folder: Path, packed: tuple[str, str], **overrides: Any) -> Path:

@@ -22,17 +22,17 @@ from pipelines.shards.dataset import open_dataset
 from tests.builders import tiny_run
 from tests.workers.fakes import alone, die
 from tests.workers.ranks import run_ranks
-from workers.build import eval_loader, initial_detector, open_datasets
-from workers.causes import cause_of, classify, exit_status, explain_out_of_memory, most_telling
-from workers.checkpoints import CheckpointStore, FencedError
-from workers.evaluate import best_metric, evaluate_detector, metric_names, result_kinds, score
-from workers.run import _open, run_trial
-from workers.state import check_same_training
-from workers.stop import StopRequest, files_asking
-from workers.storage import Storage
 from workers.sync import sync
 from workers.train import next_attempt
-from workers.world import World
+from workers.training.build import eval_loader, initial_detector, open_datasets
+from workers.training.evaluate import best_metric, evaluate_detector, metric_names, result_kinds, score
+from workers.training.run import _open, run_trial
+from workers.training.state import check_same_training
+from workers.training.world import World
+from workers.trial.causes import cause_of, classify, exit_status, explain_out_of_memory, most_telling
+from workers.trial.checkpoints import CheckpointStore, FencedError
+from workers.trial.stop import StopRequest, files_asking
+from workers.trial.storage import Storage
 
 
 def run_of(packed: tuple[str, str], **overrides: Any) -> RunConfig:
@@ -284,13 +284,13 @@ def test_what_one_rank_finds_wrong_is_refused_by_all_before_the_folder_is_taken(
 
 
 def no_data_on_rank_1(world: World, spec: RunSpec) -> Outcome:
-    import workers.run
+    import workers.training.run
 
     def missing(run: RunConfig, cache: str) -> Any:
         raise ValueError("no data on this node")
 
     if world.rank == 1:
-        workers.run.open_datasets = missing
+        workers.training.run.open_datasets = missing
     return run_trial(spec, world, StopRequest(), lambda progress: None)
 
 
@@ -313,7 +313,7 @@ def test_a_trial_on_an_object_store_keeps_there_what_a_dead_tracker_could_not_be
 
 @pytest.mark.parametrize(("rank", "told"), [(0, 1), (1, 0)])
 def test_a_precision_that_the_cpu_imitates_is_told_once(tmp_path, packed, monkeypatch, capsys, rank, told):
-    monkeypatch.setattr("workers.step._cpu_computes_in", lambda precision: False)
+    monkeypatch.setattr("workers.training.step._cpu_computes_in", lambda precision: False)
     spec = spec_of(tmp_path, run_of(packed, loop__precision="bf16", loop__global_batch=2))
     with pytest.raises(ValueError, match="for 3 ranks"):  # what is looked at next
         _open(spec, World(rank, 3, torch.device("cpu")), CheckpointStore(Storage(str(tmp_path)), 1, 2, print))
@@ -346,15 +346,15 @@ def test_a_rank_that_dies_ends_the_others_with_an_outcome(tmp_path, packed):
 
 def die_on_rank_1(world: World, spec: RunSpec) -> Outcome:
     if world.rank == 1:
-        import workers.loop
+        import workers.training.loop
 
-        ready = workers.loop.apply_gradients
+        ready = workers.training.loop.apply_gradients
 
         def apply_then_die(*arguments: Any) -> Any:
             ready(*arguments)
             die()
 
-        workers.loop.apply_gradients = apply_then_die
+        workers.training.loop.apply_gradients = apply_then_die
     return run_trial(spec, world, StopRequest(), lambda progress: None)
 
 
@@ -368,14 +368,14 @@ def test_a_rank_that_raises_gives_the_others_its_reason(tmp_path, packed):
 def raise_on_rank_1(world: World, spec: RunSpec) -> Outcome:
     import torch.distributed as dist
 
-    import workers.loop
+    import workers.training.loop
 
     if world.rank == 1:
 
         def broken(*arguments: Any) -> Any:
             raise RuntimeError("the arm has a bug")
 
-        workers.loop.apply_gradients = broken
+        workers.training.loop.apply_gradients = broken
     outcome = run_trial(spec, world, StopRequest(), lambda progress: None)
     if world.rank == 1:
         dist.destroy_process_group()  # as the end of its process would

@@ -13,8 +13,8 @@ from model.weights import load_initial
 from pipelines.load.loader import EvalLoader, TrainLoader
 from pipelines.load.proposals import ProposalTable
 from pipelines.shards.dataset import Dataset, open_dataset
-from workers.weights import initial_weights, weights_source
-from workers.world import World
+from workers.training.weights import initial_weights, weights_source
+from workers.training.world import World
 
 
 def open_datasets(run: RunConfig, cache: str) -> tuple[Dataset, Dataset]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from contract.model import VGG16, Backbone, FileWeights, NoWeights, ResNet, ResNeXt, TorchvisionWeights, Weights
 from pipelines.storage import file_sha256
-from workers.zoo import read_zoo_pickle
+from workers.training.zoo import read_zoo_pickle
 
 
 def initial_weights(weights: Weights, backbone: Backbone) -> tuple[Mapping[str, Tensor], str] | None:

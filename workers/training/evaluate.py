@@ -16,8 +16,8 @@ from model.branches.paste import paste_mask
 from model.structures import Batch, Detections
 from pipelines.evaluate.evaluation import BOX_STATS, KEYPOINT_STATS, encode_crop, evaluate, image_results
 from pipelines.shards.dataset import Dataset
-from workers.causes import FEWER_EVALUATED, memory_explained
-from workers.world import World
+from workers.training.world import World
+from workers.trial.causes import FEWER_EVALUATED, memory_explained
 
 ImageResults = dict[str, list[dict[str, Any]]]  # kind of result -> COCO results
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from contract.attempt import CHECKPOINT_FOLDER
-from workers.storage import HashingSink, Storage
+from workers.trial.storage import HashingSink, Storage
 
 _CLAIM = f"{CHECKPOINT_FOLDER}/claim.json"
 _NAME = re.compile(r"^(\d{4,})-(\d{8,})$")

@@ -28,10 +28,6 @@ class GuardState:
     returned_to: int = -1
 
 
-class DivergedError(RuntimeError):
-    """The loss left its range more often than the guard may roll back."""
-
-
 def judge(cfg: Guard, state: GuardState, losses: Sequence[float]) -> tuple[GuardState, int | None]:
     """The state after the total losses of consecutive steps, and the index of the first bad one, if any."""
     mean, seen = state.mean, state.seen

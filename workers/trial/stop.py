@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from contract.attempt import STOP_FILE, Outcome
-from workers.storage import Storage
+from workers.trial.storage import Storage
 
 Reason = Literal["", "stopped", "preempted"]
 # written by the driver of an attempt when it is asked itself

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from workers.step import Gradients
-from workers.world import World
-
-
-@dataclass(frozen=True)
-class Row:
-    """One finished step: `values` by metric name, times in seconds of this rank."""
-
-    step: int
-    values: dict[str, float]
+from workers.tracking.series import Row
+from workers.training.step import Gradients
+from workers.training.world import World
 
 
 class Meter:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contract.attempt import MLflowTracking
-from workers.spool import Record, RejectedError
-from workers.storage import Storage
+from workers.tracking.spool import Record, RejectedError
+from workers.trial.storage import Storage
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

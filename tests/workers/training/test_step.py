@@ -12,9 +12,9 @@ from contract.recipe import LoopConfig, RunConfig
 from tests.builders import tiny_run
 from tests.workers.fakes import FakeDetector, FakeLoader, alone, fake_trial, small_run
 from tests.workers.ranks import run_ranks
-from workers.build import initial_detector, open_datasets, train_loader_opener
-from workers.state import TrainState
-from workers.step import (
+from workers.training.build import initial_detector, open_datasets, train_loader_opener
+from workers.training.state import TrainState
+from workers.training.step import (
     LossSums,
     _cpu_computes_in,
     accumulate_gradients,
@@ -22,7 +22,7 @@ from workers.step import (
     distributed,
     slow_precision,
 )
-from workers.world import World
+from workers.training.world import World
 
 
 def step_of(world: World, state: TrainState, batches: Any) -> dict[str, Any]:
@@ -110,8 +110,8 @@ def test_a_precision_that_the_cpu_imitates_is_told(monkeypatch, precision):
     cpu, loop = torch.device("cpu"), LoopConfig(precision=precision)
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         assert not _cpu_computes_in(precision)
-    monkeypatch.setattr("workers.step._cpu_computes_in", lambda asked: False)
+    monkeypatch.setattr("workers.training.step._cpu_computes_in", lambda asked: False)
     assert f"imitates {precision}" in slow_precision(loop, cpu)
     assert slow_precision(loop, torch.device("cuda")) == slow_precision(LoopConfig(), cpu) == ""
-    monkeypatch.setattr("workers.step._cpu_computes_in", lambda asked: True)
+    monkeypatch.setattr("workers.training.step._cpu_computes_in", lambda asked: True)
     assert slow_precision(loop, cpu) == ""

@@ -11,10 +11,10 @@ import pytest
 from contract.recipe import RunConfig
 from tests.workers.fakes import DyingStorage, Trial, die, fake_trial, small_run
 from tests.workers.ranks import run_ranks
-from workers.step import distributed
-from workers.stop import StopRequest
-from workers.storage import Storage
-from workers.world import World
+from workers.training.step import distributed
+from workers.training.world import World
+from workers.trial.stop import StopRequest
+from workers.trial.storage import Storage
 
 
 def kill_in_step(world: World, folder: Path, run: RunConfig, step: int, rank: int) -> str:
@@ -75,9 +75,9 @@ def test_without_torchs_private_calls_three_ranks_resume_to_the_same_bits_too(tm
 
 
 def unpinned(world: World, function: Any, *arguments: Any) -> Any:
-    import workers.loop
+    import workers.training.loop
 
-    workers.loop.distributed = partial(distributed, can_pin=False)
+    workers.training.loop.distributed = partial(distributed, can_pin=False)
     return function(world, *arguments)
 
 

@@ -16,12 +16,12 @@ import pytest
 
 from contract.attempt import MLflowTracking, NoTracking, Outcome, RunSpec, Tracking
 from tests.workers.fakes import small_run
-from tests.workers.test_spool import metrics
-from workers.scribe import Scribe, open_spool
-from workers.spool import Shipper, Spool
-from workers.storage import Storage
+from tests.workers.tracking.test_spool import metrics
 from workers.sync import sync
-from workers.tracking import MLflowTarget, flattened
+from workers.tracking.mlflow_target import MLflowTarget, flattened
+from workers.tracking.scribe import Scribe, open_spool
+from workers.tracking.spool import Shipper, Spool
+from workers.trial.storage import Storage
 
 
 def target(uri: str, folder: Path, trial: str = "t-1") -> MLflowTarget:
@@ -47,7 +47,7 @@ def test_a_second_process_continues_the_run_and_drops_what_it_holds(tmp_path, st
 
 
 def test_values_that_mlflow_refuses_are_told_apart_from_a_dead_server(tmp_path, store):
-    from workers.spool import RejectedError
+    from workers.tracking.spool import RejectedError
 
     sender = target(store, tmp_path)
     sender.send([{"kind": "params", "values": {"lr": "1"}}])
@@ -134,7 +134,7 @@ class Server:
 
 
 def test_a_server_dead_at_first_then_killed_then_back_has_each_record_once(tmp_path, empty_store):
-    from workers.scribe import TARGET_FILE, SpoolTarget
+    from workers.tracking.scribe import TARGET_FILE, SpoolTarget
 
     server = Server(tmp_path, empty_store)
     spool = Spool(tmp_path / "spool")

@@ -26,9 +26,8 @@ from contract.attempt import (
     Outcome,
 )
 from contract.command import one_line
-from workers.checkpoints import FencedError
-from workers.guard import DivergedError
-from workers.storage import Storage
+from workers.trial.checkpoints import FencedError
+from workers.trial.storage import Storage
 
 ErrorClass = Literal["none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"]
 CAUSE_FILE = "attempts/{attempt}/rank-{rank}.cause.json"
@@ -43,6 +42,10 @@ _PEER_LOST = (
     "broken pipe",
     "heartbeat",
 )
+
+
+class DivergedError(RuntimeError):
+    """The loss left its range more often than the guard may roll back."""
 
 
 class Cause(BaseModel):

@@ -14,11 +14,11 @@ import pytest
 from contract.attempt import Progress
 from tests.workers.fakes import fake_trial, small_run
 from tests.workers.ranks import run_ranks
-from tests.workers.test_resume import kill_in_step
-from workers.journal import NOTHING, TrialJournal
-from workers.meter import Row
-from workers.spool import RejectedError, Shipper, Spool, metric_points, ship_once
-from workers.storage import Storage
+from tests.workers.training.test_resume import kill_in_step
+from workers.tracking.journal import NOTHING, TrialJournal
+from workers.tracking.series import Row
+from workers.tracking.spool import RejectedError, Shipper, Spool, metric_points, ship_once
+from workers.trial.storage import Storage
 
 
 class FakeTracker:

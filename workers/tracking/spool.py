@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from workers.storage import Storage, explained
+from workers.trial.storage import Storage, explained
 
 # {"kind": "metrics", "at": ms, "step": n, "values": {...}} | {"kind": "params", "values"} | {"kind": "tags", "values"}
 # | {"kind": "artifact", "path", "folder"} | {"kind": "status", "at", "status"} | {"kind": "rewind", "step"}

@@ -5,15 +5,23 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workers.meter import Row
-from workers.storage import Storage
+from workers.trial.storage import Storage
 
 _FOLDER = "series"
 _NAME = re.compile(r"^(\d{8,})-(\d{8,})\.parquet$")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished step: `values` by metric name, times in seconds of this rank."""
+
+    step: int
+    values: dict[str, float]
 
 
 class SeriesParts:

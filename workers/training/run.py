@@ -16,21 +16,20 @@ from torch import nn
 from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
 from contract.command import one_line
 from pipelines.shards.dataset import Dataset
-from workers.build import eval_loader, initial_detector, open_datasets, train_loader_opener
-from workers.causes import Cause, cause_of, common_cause, record_cause, write_outcome
-from workers.checkpoints import CheckpointStore, FencedError
-from workers.evaluate import Scores, best_metric, evaluate_detector
-from workers.guard import DivergedError
-from workers.journal import NOTHING, Journal, SilentJournal
-from workers.loop import Ending, Parts, train
-from workers.pictures import comparison
-from workers.scribe import Scribe
-from workers.spool import print_warning
-from workers.state import TrainState, check_same_training, weights_of
-from workers.step import check_precision, slow_precision
-from workers.stop import StopRequest
-from workers.storage import Storage
-from workers.world import World, host_name
+from workers.tracking.journal import NOTHING, Journal, SilentJournal
+from workers.tracking.scribe import Scribe
+from workers.tracking.spool import print_warning
+from workers.training.build import eval_loader, initial_detector, open_datasets, train_loader_opener
+from workers.training.evaluate import Scores, best_metric, evaluate_detector
+from workers.training.loop import Ending, Parts, train
+from workers.training.pictures import comparison
+from workers.training.state import TrainState, check_same_training, weights_of
+from workers.training.step import check_precision, slow_precision
+from workers.training.world import World, host_name
+from workers.trial.causes import Cause, DivergedError, cause_of, common_cause, record_cause, write_outcome
+from workers.trial.checkpoints import CheckpointStore, FencedError
+from workers.trial.stop import StopRequest
+from workers.trial.storage import Storage
 
 
 def run_trial(

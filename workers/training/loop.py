@@ -13,18 +13,19 @@ import torch
 
 from contract.recipe import LoopConfig, RunConfig
 from pipelines.load.loader import TrainStep
-from workers.causes import memory_explained
-from workers.checkpoints import BackgroundWriter, CheckpointStore, step_of
-from workers.evaluate import Scores
-from workers.guard import DivergedError, GuardState, judge, rolled_back
-from workers.journal import Journal
-from workers.meter import Meter, Row
-from workers.optim import base_rate, rate_factor
-from workers.state import TrainState
-from workers.step import LossSums, accumulate_gradients, apply_gradients, distributed
-from workers.stop import FlagReader, Reason, StopRequest
-from workers.system import SystemSampler
-from workers.world import World
+from workers.tracking.journal import Journal
+from workers.tracking.series import Row
+from workers.tracking.system import SystemSampler
+from workers.training.evaluate import Scores
+from workers.training.guard import GuardState, judge, rolled_back
+from workers.training.meter import Meter
+from workers.training.optim import base_rate, rate_factor
+from workers.training.state import TrainState
+from workers.training.step import LossSums, accumulate_gradients, apply_gradients, distributed
+from workers.training.world import World
+from workers.trial.causes import DivergedError, memory_explained
+from workers.trial.checkpoints import BackgroundWriter, CheckpointStore, step_of
+from workers.trial.stop import FlagReader, Reason, StopRequest
 
 
 class Loader(Protocol):

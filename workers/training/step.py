@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from contract.recipe import LoopConfig
 from model.structures import Batch
-from workers.world import World
+from workers.training.world import World
 
 _PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

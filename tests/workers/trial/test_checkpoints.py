@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tests.workers.fakes import fake_trial, small_run
-from workers.causes import classify
-from workers.checkpoints import BackgroundWriter, CheckpointStore, FencedError, Snapshot
-from workers.storage import Storage
+from workers.trial.causes import classify
+from workers.trial.checkpoints import BackgroundWriter, CheckpointStore, FencedError, Snapshot
+from workers.trial.storage import Storage
 
 
 def snapshot(step: int) -> Snapshot:

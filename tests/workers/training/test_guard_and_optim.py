@@ -11,11 +11,12 @@ from torch import nn
 
 from contract.recipe import SGD, AdamW, CosineSchedule, Guard, LoopConfig, OneCycle, StepSchedule
 from tests.workers.fakes import FakeDetector, fake_trial, small_run
-from workers.evaluate import Scores
-from workers.guard import DivergedError, GuardState, judge, rolled_back
-from workers.loop import _judged
-from workers.meter import Row
-from workers.optim import base_rate, build_optimiser, rate_factor
+from workers.tracking.series import Row
+from workers.training.evaluate import Scores
+from workers.training.guard import GuardState, judge, rolled_back
+from workers.training.loop import _judged
+from workers.training.optim import base_rate, build_optimiser, rate_factor
+from workers.trial.causes import DivergedError
 
 
 def test_a_loss_that_is_not_finite_is_bad_from_the_first_step():

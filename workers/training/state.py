@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from contract.recipe import RunConfig
-from workers.checkpoints import Snapshot, copied_to_host
-from workers.guard import GuardState
-from workers.optim import build_optimiser
+from workers.training.guard import GuardState
+from workers.training.optim import build_optimiser
+from workers.trial.checkpoints import Snapshot, copied_to_host
 
 # Fields that may differ between a checkpoint and the run that resumes it: they change no number of the training.
 _FREE_FIELDS = {

@@ -12,11 +12,11 @@ import yaml
 
 from contract.attempt import ARTIFACT_FOLDER, MLflowTracking, NoTracking, Outcome, Progress, RunSpec, Tracking
 from contract.record import Record as ConfigRecord
-from workers.checkpoints import FencedError, check_claim
-from workers.journal import TrialJournal
-from workers.spool import Record, Shipper, Spool, print_warning
-from workers.storage import Storage
-from workers.tracking import TRIAL_TAG, MLflowTarget, flattened
+from workers.tracking.journal import TrialJournal
+from workers.tracking.mlflow_target import TRIAL_TAG, MLflowTarget, flattened
+from workers.tracking.spool import Record, Shipper, Spool, print_warning
+from workers.trial.checkpoints import FencedError, check_claim
+from workers.trial.storage import Storage
 
 SPOOL_FOLDER = "spool"
 TARGET_FILE = "target.json"

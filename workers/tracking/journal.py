@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from contract.attempt import PROGRESS_FILE, Event, Progress
-from workers.checkpoints import check_claim
-from workers.meter import Row
-from workers.series import SeriesParts
-from workers.spool import Record, Spool, metric_points
-from workers.storage import Storage
+from workers.tracking.series import Row, SeriesParts
+from workers.tracking.spool import Record, Spool, metric_points
+from workers.trial.checkpoints import check_claim
+from workers.trial.storage import Storage
 
 Phase = Literal["starting", "training", "evaluating", "finishing"]
 NOTHING: Mapping[str, Any] = {"window": (), "tail": (), "events": ()}
