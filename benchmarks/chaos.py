@@ -35,11 +35,11 @@ from contract.answers import StudyView
 from contract.presets import run_preset
 from contract.recipe import apply_overrides
 from contract.study import Baseline, Resources, Study, Submission, TrialPlan
-from orchestrator import local
 from orchestrator.client import Client
-from orchestrator.mlflow_client import MLflow
-from orchestrator.processes import marked_processes, recorded_child
-from orchestrator.stack import mlflow_mark, ray_mark
+from orchestrator.local import connect as local
+from orchestrator.local.processes import marked_processes, recorded_child
+from orchestrator.local.stack import mlflow_mark, ray_mark
+from orchestrator.server.mlflow import MLflow
 
 STEPS, CHECKPOINT_EVERY = 24, 4
 PROCESSES = ("rank", "driver", "head", "service", "mlflow", "postgres")

@@ -23,11 +23,13 @@ from typing import Any
 
 from contract.presets import run_preset
 from contract.study import Baseline, Resources, Study, Submission, TrialPlan
-from orchestrator import accept, auth, ledger
 from orchestrator.client import Client, Connection
-from orchestrator.decide import Node
-from orchestrator.processes import find_child
-from orchestrator.reconcile import Reconciler
+from orchestrator.cluster.nodes import Node
+from orchestrator.ledger import store as ledger
+from orchestrator.ledger import users as auth
+from orchestrator.local.processes import find_child
+from orchestrator.schedule.reconcile import Reconciler
+from orchestrator.server import accept
 from orchestrator.settings import ServiceSettings
 
 STUDIES = 40
@@ -101,7 +103,7 @@ def main() -> int:
         engine.dispose()
         (home / "settings.json").write_text(settings.model_dump_json())
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        command = [sys.executable, "-m", "orchestrator.service", str(home / "settings.json")]
+        command = [sys.executable, "-m", "orchestrator.server.service", str(home / "settings.json")]
         with (home / "log").open("w") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:

@@ -1,4 +1,4 @@
-"""Admission at scale: `orchestrator.decide` over 1,000 GPUs and 10,000 trials, in simulated time.
+"""Admission at scale: `orchestrator.schedule.decide` over 1,000 GPUs and 10,000 trials, in simulated time.
 
 Ours is the utilisation over the busy part of the schedule; the peer is strict first-come-first-served with gangs, which
 never lets a trial pass another (what a queue without backfill does). The bound is a packing without any waste:
@@ -16,7 +16,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from orchestrator.decide import Gang, Node, Running, Situation, Start, Waiting, decide, fit, take
+from orchestrator.cluster.nodes import Node
+from orchestrator.schedule.decide import Running, Situation, Start, Waiting, decide
+from orchestrator.schedule.gang import Gang, fit, take
 from orchestrator.settings import Limits
 
 GPUS_PER_NODE = 8

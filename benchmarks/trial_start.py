@@ -29,10 +29,10 @@ import yaml
 from contract.presets import run_preset
 from contract.recipe import apply_overrides
 from contract.study import Baseline, Resources, Study, Submission, TrialPlan
-from orchestrator import local
 from orchestrator.client import Client
-from orchestrator.processes import marked_processes, recorded_child
-from orchestrator.stack import ray_mark
+from orchestrator.local import connect as local
+from orchestrator.local.processes import marked_processes, recorded_child
+from orchestrator.local.stack import ray_mark
 
 RANKS = 1
 PATIENCE_S = 240.0

@@ -19,8 +19,8 @@ from typing import Any
 from contract.command import INPUT_WRONG, run_command
 from contract.record import parse_record
 from contract.study import Study, TrialPlan
-from orchestrator.code import CodePackage, installed_source_hash
-from orchestrator.expand import Expansion, expand
+from orchestrator.study.code_package import CodePackage, installed_source_hash
+from orchestrator.study.expand import Expansion, expand
 
 
 def expand_with_its_code(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Expansion:

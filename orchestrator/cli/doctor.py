@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 def doctor(json: Json = False, debug: Debug = False) -> int:
     """Check on every node what a multi-node run needs; each line passes or says the remedy. 1 if one does not."""
-    from orchestrator.local import connected_client
+    from orchestrator.local.connect import connected_client
 
     checks = connected_client().examine()
     ok = all(check.ok for check in checks)

@@ -13,7 +13,7 @@ from orchestrator.cli.steering import TrialId
 if TYPE_CHECKING:
     from contract.answers import StudyView, TrialView
     from orchestrator.client import Client
-    from orchestrator.reproduce import Agreement
+    from orchestrator.results.reproduce import Agreement
 
 
 def register(app: typer.Typer) -> None:
@@ -29,8 +29,8 @@ def reproduce(
     """Run a finished trial's record and code again; ends with 0 if the metrics agree, with 1 if they do not."""
     from orchestrator.cli.follow import follow
     from orchestrator.cli.names import trial_id
-    from orchestrator.local import connected_client
-    from orchestrator.reproduce import agreement, reproduction
+    from orchestrator.local.connect import connected_client
+    from orchestrator.results.reproduce import agreement, reproduction
 
     client = connected_client()
     original, view = _original(client, trial_id(client, trial))
@@ -71,7 +71,7 @@ def _original(client: Client, trial: str) -> tuple[TrialView, StudyView]:
 
 
 def _show(trial: TrialView, again: TrialView, result: Agreement) -> None:
-    from orchestrator.report_table import aligned
+    from orchestrator.results.table import aligned
 
     rows = []
     for pair in result.pairs:

@@ -54,14 +54,14 @@ def serve(
     if check:
         print_json(record.model_dump()) if json else print(record.model_dump_json(indent=2))
         return SUCCESS
-    from orchestrator.service import serve as run
+    from orchestrator.server.service import serve as run
 
     return run(record, first_token=os.environ.get("MASKRAY_TOKEN", ""))
 
 
 def down(json: Json = False, debug: Debug = False) -> None:
     """End this folder's local service, its Ray head and its MLflow server. What ran is taken up by the next one."""
-    from orchestrator.local import shut_down
+    from orchestrator.local.connect import shut_down
 
     ended = shut_down(Path.cwd())
     print_json({"ended": ended}) if json else print("ended" if ended else "nothing was running here")
@@ -69,7 +69,7 @@ def down(json: Json = False, debug: Debug = False) -> None:
 
 def ui(json: Json = False, debug: Debug = False) -> None:
     """Print the MLflow UI's URL, and open it in a browser where there is a screen."""
-    from orchestrator.local import connected_client
+    from orchestrator.local.connect import connected_client
 
     uri = connected_client().info().mlflow_uri
     if not uri:
@@ -93,7 +93,7 @@ def user(
     debug: Debug = False,
 ) -> None:
     """Give a user a new token (printed this once), or take it away. Needs an admin's token."""
-    from orchestrator.local import connected_client
+    from orchestrator.local.connect import connected_client
 
     client = connected_client()
     if remove:
@@ -113,7 +113,7 @@ def gc(
     debug: Debug = False,
 ) -> None:
     """Remove the checkpoints of studies that ended long ago; results, weights and reports stay. Shows first."""
-    from orchestrator.local import connected_client
+    from orchestrator.local.connect import connected_client
 
     found = connected_client().collect_garbage(checkpoints_days, apply)
     if json:

@@ -15,7 +15,7 @@ from contract.command import SUCCESS, WORK_FAILED
 from orchestrator.cli.options import Debug, Json, print_json, say
 from orchestrator.cli.rooms import become
 from orchestrator.client import Client
-from orchestrator.local import running_client
+from orchestrator.local.connect import running_client
 
 _POLL_S = 0.5
 _PATIENCE_S = 60.0  # with a service that does not answer

@@ -50,7 +50,7 @@ def status(
     """Show all studies, or the trials of one."""
     from orchestrator.cli import tables
     from orchestrator.cli.names import study_id
-    from orchestrator.local import connected_client
+    from orchestrator.local.connect import connected_client
 
     client = connected_client()
     if not study:
@@ -66,7 +66,7 @@ def watch(study: StudyId, json: JsonLines = False, debug: Debug = False) -> int:
     from orchestrator.cli import tables
     from orchestrator.cli.follow import follow
     from orchestrator.cli.names import study_id
-    from orchestrator.local import connected_client
+    from orchestrator.local.connect import connected_client
 
     client = connected_client()
     view = follow(client, study_id(client, study), mode="json" if json else "live")
@@ -85,7 +85,7 @@ def logs(
 ) -> None:
     """Print the log of one rank of a trial."""
     from orchestrator.cli.names import trial_id
-    from orchestrator.local import connected_client
+    from orchestrator.local.connect import connected_client
 
     client = connected_client()
     trial = trial_id(client, trial)
@@ -117,7 +117,7 @@ def logs(
 def queue(json: Json = False, debug: Debug = False) -> None:
     """Show what runs, what waits, in which order and why."""
     from orchestrator.cli import tables
-    from orchestrator.local import connected_client
+    from orchestrator.local.connect import connected_client
 
     view = connected_client().queue()
     print_json(view.model_dump()) if json else tables.print_queue(view.running, view.queue)
@@ -130,7 +130,7 @@ def _action_command(action: str) -> Callable[..., None]:
         debug: Debug = False,
     ) -> None:
         from orchestrator.cli.names import is_trial, study_id, trial_id
-        from orchestrator.local import connected_client
+        from orchestrator.local.connect import connected_client
 
         client = connected_client()
         if action in ("cancel", "retry") and is_trial(client, target):
@@ -162,7 +162,7 @@ def priority(
 ) -> None:
     """Change a study's priority."""
     from orchestrator.cli.names import study_id
-    from orchestrator.local import connected_client
+    from orchestrator.local.connect import connected_client
 
     client = connected_client()
     study = study_id(client, study)
@@ -173,7 +173,7 @@ def priority(
 def forget(study: StudyId, json: Json = False, debug: Debug = False) -> None:
     """Remove a finished study from the ledger; its files stay."""
     from orchestrator.cli.names import study_id
-    from orchestrator.local import connected_client
+    from orchestrator.local.connect import connected_client
 
     client = connected_client()
     study = study_id(client, study)

@@ -31,8 +31,8 @@ def register(app: typer.Typer) -> None:
 
 def plan(study: StudyFile, data: Data = "", code: Code = "", json: Json = False, debug: Debug = False) -> None:
     """Show what a study would run: trials, ranks, identities, what is cached. Starts nothing."""
-    from orchestrator.local import running_client
-    from orchestrator.plan import gangs_at_once, make_plan, measured_speeds
+    from orchestrator.local.connect import running_client
+    from orchestrator.results.plan import gangs_at_once, make_plan, measured_speeds
 
     submission, _ = _prepare(study, data, code)
     client = running_client()
@@ -90,7 +90,7 @@ def run(
 def report(study: StudyId, out: Out = None, json: Json = False, debug: Debug = False) -> None:
     """Write a study's report (HTML, CSV, JSON) and print its table; works while the study runs."""
     from orchestrator.cli.names import study_id
-    from orchestrator.local import connected_client
+    from orchestrator.local.connect import connected_client
 
     client = connected_client()
     view = client.study(study_id(client, study))
@@ -120,8 +120,8 @@ def schema(
 
 def _prepare(study: Path, data: str, code: str, fresh: bool = False, key: str = "") -> tuple[Submission, Any]:
     from contract.study import Submission
-    from orchestrator.code import package
-    from orchestrator.study import read_study
+    from orchestrator.study.code_package import package
+    from orchestrator.study.read import read_study
     from orchestrator.travel import expand_with_its_code
 
     record, text = read_study(study)
@@ -142,7 +142,7 @@ def _prepare(study: Path, data: str, code: str, fresh: bool = False, key: str = 
 
 
 def _submit(study: Path, data: str, code: str, fresh: bool, key: str) -> tuple[Client, dict[str, Any]]:
-    from orchestrator.local import connected_client
+    from orchestrator.local.connect import connected_client
 
     submission, bundle = _prepare(study, data, code, fresh, key)
     client = connected_client()
@@ -151,8 +151,8 @@ def _submit(study: Path, data: str, code: str, fresh: bool, key: str) -> tuple[C
 
 
 def _report(client: Client, view: StudyView, out: Path | None) -> tuple[Path, str]:
-    from orchestrator.local import state_folder
-    from orchestrator.report import build_report
+    from orchestrator.local.connect import state_folder
+    from orchestrator.results.report import build_report
 
     built = build_report(view, out or state_folder() / "reports" / view.study)
     client.upload_report(view.study, built.folder)

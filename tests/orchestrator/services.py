@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from orchestrator.client import Client, Connection
-from orchestrator.processes import find_child
+from orchestrator.local.processes import find_child
 from tests.orchestrator.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def start_service(settings: Mapping[str, Any], environment: Mapping[str, str], log: TextIO) -> subprocess.Popen[bytes]:
     file = Path(settings["home"]).parent / "settings.json"
     file.write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "orchestrator.service", str(file)]
+    command = [sys.executable, "-m", "orchestrator.server.service", str(file)]
     return subprocess.Popen(command, cwd=ROOT, env=dict(environment), stdout=log, stderr=log)
 
 

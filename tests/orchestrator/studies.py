@@ -10,7 +10,7 @@ from typing import Any
 from contract.answers import TrialView
 from contract.record import parse_record
 from contract.study import Study
-from orchestrator.code import CodePackage
+from orchestrator.study.code_package import CodePackage
 
 CODE = CodePackage(sha256="c" * 64, data=b"", source_hash="5" * 64, origin="tests")
 SHAPES = ("circle", "square", "triangle", "star")

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from contract.study import Resources
-from orchestrator.processes import end_processes, free_ports, marked_processes, own_token
+from orchestrator.local.processes import end_processes, free_ports, marked_processes, own_token
 from tests.orchestrator.services import service_client, start_service
 from tests.orchestrator.submissions import identity, plan, submission
 from tests.orchestrator.waiting import wait_until

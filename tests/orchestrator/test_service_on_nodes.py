@@ -26,7 +26,7 @@ from contract.presets import run_preset
 from contract.recipe import apply_overrides
 from contract.study import Resources
 from orchestrator.cli.app import app
-from orchestrator.processes import own_token
+from orchestrator.local.processes import own_token
 from pipelines.pack.pack import PackOptions, pack
 from pipelines.pack.synth import synthesise
 from tests.orchestrator.services import service_client, start_service

@@ -27,11 +27,11 @@ import yaml
 
 from contract.answers import StudyView, TrialView
 from contract.study import Resources
-from orchestrator import local
 from orchestrator.client import Client
-from orchestrator.mlflow_client import MLflow
-from orchestrator.processes import marked_processes, recorded_child
-from orchestrator.stack import mlflow_mark, ray_mark
+from orchestrator.local import connect as local
+from orchestrator.local.processes import marked_processes, recorded_child
+from orchestrator.local.stack import mlflow_mark, ray_mark
+from orchestrator.server.mlflow import MLflow
 from tests.orchestrator.submissions import identity, plan, submission
 from tests.orchestrator.waiting import wait_until
 

@@ -17,10 +17,12 @@ from typing import Any
 import psutil
 import pytest
 
-from orchestrator import auth, ledger, local
-from orchestrator.bookkeeping import send_webhooks
 from orchestrator.client import Client, Connection
-from orchestrator.processes import find_child, free_ports, own_token
+from orchestrator.ledger import store as ledger
+from orchestrator.ledger import users as auth
+from orchestrator.local import connect as local
+from orchestrator.local.processes import find_child, free_ports, own_token
+from orchestrator.server.bookkeeping import send_webhooks
 from tests.orchestrator.submissions import plan, submission
 
 ROOT = Path(__file__).parent.parent.parent
@@ -46,7 +48,7 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
 
 def start(processes: list[subprocess.Popen[str]], file: Path, **environment: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator.service", str(file)],
+        [sys.executable, "-m", "orchestrator.server.service", str(file)],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -129,7 +131,7 @@ def test_a_taken_port_is_named(processes, tmp_path):
 def test_it_ends_itself_when_idle_but_not_while_a_trial_waits(processes, tmp_path):
     file = settings_file(tmp_path / "home", idle_minutes=0.0005)
     with ledger_of(tmp_path / "home") as engine:
-        from orchestrator import accept
+        from orchestrator.server import accept
         from orchestrator.settings import ServiceSettings
 
         settings = ServiceSettings.model_validate_json(file.read_text())
@@ -160,7 +162,8 @@ def test_webhooks_are_sent_once_and_until_they_are_taken(tmp_path):
     server = HTTPServer(("127.0.0.1", free_ports(1)[0]), Receiver)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    from orchestrator import accept, steer
+    from orchestrator.ledger import commands as steer
+    from orchestrator.server import accept
     from orchestrator.settings import ServiceSettings
 
     with ledger_of(tmp_path) as engine:

@@ -1,0 +1,69 @@
+"""What may be deleted of studies that are over: checkpoints first, everything only when asked for.
+
+Deletes nothing by itself: `plan_retention` says what would go, `apply_retention` does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, Engine, select
+
+from contract.attempt import CHECKPOINT_FOLDER
+from contract.study import FINAL_STATES
+from orchestrator import storage
+from orchestrator.ledger import store as ledger
+from orchestrator.ledger.tables import STUDIES, TRIALS
+
+_ENDED_STUDY = ("done", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A folder that a policy lets go. `bytes` as found when the plan was made."""
+
+    study: str
+    trial: str
+    folder: str
+    bytes: int
+
+
+def plan_retention(connection: Connection, now: float, checkpoints_days: float, trial: str = "") -> list[Removal]:
+    """The checkpoints of trials whose study ended more than `checkpoints_days` ago, largest first.
+
+    Results, logs, artifacts and the last weights stay; a trial that failed can then only be retried from its start.
+    A trial whose folder a cached one points to is its own folder: it is listed once. trial: of this one alone.
+    """
+    query = (
+        select(TRIALS.c.id, TRIALS.c.study, TRIALS.c.folder)
+        .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
+        .where(
+            STUDIES.c.state.in_(_ENDED_STUDY),
+            STUDIES.c.ended_at > 0,
+            STUDIES.c.ended_at < now - 86400 * checkpoints_days,
+            TRIALS.c.state.in_(FINAL_STATES),
+            TRIALS.c.cached_from == "",
+        )
+    )
+    if trial:
+        query = query.where(TRIALS.c.id == trial)
+    found = []
+    for row in connection.execute(query).mappings():
+        folder = storage.join(row["folder"], CHECKPOINT_FOLDER)
+        size = storage.folder_bytes(folder)
+        if size:
+            found.append(Removal(row["study"], row["id"], folder, size))
+    return sorted(found, key=lambda removal: (-removal.bytes, removal.trial))
+
+
+def apply_retention(engine: Engine, removals: Sequence[Removal], now: float, checkpoints_days: float) -> int:
+    """Deletes what a plan lists, except of trials that were retried since; the bytes that are free now."""
+    freed = 0
+    for removal in removals:
+        with ledger.reading(engine) as connection:
+            still = plan_retention(connection, now, checkpoints_days, removal.trial)
+        if still:
+            storage.delete_folder(removal.folder)
+            freed += removal.bytes
+    return freed

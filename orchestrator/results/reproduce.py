@@ -1,0 +1,128 @@
+"""A finished trial once more: its record and its code as a new study, and whether the two agree.
+
+On the CPU a run is a function of its record, its code and its number of ranks: everything must be equal to the bit. On
+a GPU sums may be taken in another order; there two runs agree if they differ by no more than two seeds of the arm do.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from contract.answers import StudyView, TrialView
+from contract.attempt import RESULT_FILE
+from contract.study import Study, Submission
+from orchestrator import storage
+from orchestrator.results.statistics import CONFIDENCE, summarise, t_quantile
+
+TAG = "maskray.reproduces"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One metric of the two runs. `allowed`: the difference up to which they agree, None where it is not known."""
+
+    metric: str
+    before: float | None
+    after: float | None
+    allowed: float | None
+
+    @property
+    def agrees(self) -> bool | None:
+        if self.before == self.after:
+            return True
+        if self.before is None or self.after is None:
+            return False
+        return None if self.allowed is None else abs(self.after - self.before) <= self.allowed
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """`same_weights`: None where a hash cannot be read or does not count. `agrees`: None is not known."""
+
+    rule: str
+    pairs: tuple[Pair, ...]
+    same_weights: bool | None
+    agrees: bool | None
+
+    def as_json(self) -> dict[str, Any]:
+        pairs = [{**asdict(pair), "agrees": pair.agrees} for pair in self.pairs]
+        return {"agrees": self.agrees, "rule": self.rule, "same_weights": self.same_weights, "metrics": pairs}
+
+
+def reproduction(trial: TrialView, original: Submission, fresh: bool) -> Submission:
+    """The study of one trial that runs `trial` again. Asked for twice it is one study, unless `fresh`.
+
+    Raises ValueError if the trial has no result to compare with.
+    """
+    if trial.state != "done":
+        raise ValueError(f"trial {trial.trial} is {trial.state}: only a finished trial can be reproduced")
+    plan = next(plan for plan in original.trials if plan.key == trial.key)
+    changes = {
+        "name": f"again-{original.study.name}"[:80],
+        "question": f"does trial {trial.trial} come out the same again?",
+        "seeds": (plan.seed,),
+        "max_parallel": 0,
+        "paper_table": "",
+        "paper_rows": {},
+    }
+    return Submission(
+        study=Study.model_validate(original.study.model_dump() | changes),
+        study_yaml=original.study_yaml,
+        trials=(plan.model_copy(update={"tags": {**plan.tags, TAG: trial.trial}}),),
+        code=original.code,
+        warnings=original.warnings,
+        idempotency_key=uuid.uuid4().hex if fresh else f"reproduces {trial.trial}",
+        fresh=True,
+    )
+
+
+def agreement(trial: TrialView, again: TrialView, study: StudyView) -> Agreement:
+    """Compares the results of two finished trials. `study`: of the first one, whose other seeds are the measure."""
+    exact = not study.spec["resources"]["gpus_per_rank"]
+    names = sorted({name for one in (trial, again) for name in one.metrics if "/" in name})
+    spread = {} if exact else _spreads(trial, study.trials, names)
+    pairs = tuple(
+        Pair(name, trial.metrics.get(name), again.metrics.get(name), 0.0 if exact else spread.get(name))
+        for name in names
+    )
+    same = None
+    if exact:
+        before, after = (_weights(one) for one in (trial, again))
+        same = before == after if before and after else None
+    seeds = len({other.seed for other in _of_the_arm(trial, study.trials)})
+    rule = "to the bit, on the CPU" if exact else f"within what {seeds} seeds of the arm differ by"
+    return Agreement(rule, pairs, same, _all([pair.agrees for pair in pairs] + ([same] if same is not None else [])))
+
+
+def _all(found: Sequence[bool | None]) -> bool | None:
+    if any(value is False for value in found):
+        return False
+    return None if not found or None in found else True
+
+
+def _spreads(trial: TrialView, trials: Sequence[TrialView], names: Sequence[str]) -> Mapping[str, float]:
+    """The difference that 95% of pairs of seeds stay within, for metrics that at least two seeds have."""
+    arm, found = _of_the_arm(trial, trials), {}
+    for name in names:
+        by_seed = {other.seed: other.metrics[name] for other in arm if other.metrics.get(name, -1.0) >= 0}
+        if len(by_seed) > 1:
+            deviation = summarise(by_seed).deviation
+            found[name] = t_quantile((1 + CONFIDENCE) / 2, len(by_seed) - 1) * deviation * math.sqrt(2)
+    return found
+
+
+def _of_the_arm(trial: TrialView, trials: Sequence[TrialView]) -> list[TrialView]:
+    return [other for other in trials if other.arm == trial.arm and other.state == "done"]
+
+
+def _weights(trial: TrialView) -> str:
+    """The hash of the last weights; empty where the trial's folder cannot be read from here."""
+    try:
+        result = storage.read_json(storage.join(trial.storage, RESULT_FILE))
+    except OSError:
+        return ""
+    return str(result.get("weights_sha256", "")) if result is not None else ""

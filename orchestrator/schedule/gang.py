@@ -1,0 +1,67 @@
+"""Gangs of ranks that start as a whole: what one needs, and on which nodes it fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+EPSILON = 1e-6  # Ray counts in fixed point of 1e-4; sums of halves and thirds must not miss by rounding
+
+
+@dataclass(frozen=True)
+class Gang:
+    """Ranks that start as a whole. `per_rank` names only what it needs; `max_nodes` 0 is any number."""
+
+    ranks: int
+    per_rank: Mapping[str, float]
+    max_nodes: int = 0
+
+    @cached_property
+    def shape(self) -> tuple[object, ...]:
+        return (self.ranks, tuple(sorted(self.per_rank.items())), self.max_nodes)
+
+
+def fit(gang: Gang, free: Mapping[str, Mapping[str, float]]) -> dict[str, int] | None:
+    """Ranks by node for the whole gang, on as few nodes as possible; None if it does not fit.
+
+    One node that holds all is the fullest such node, so that large places stay whole.
+    """
+    room = {node: ranks for node, amounts in free.items() if (ranks := _ranks(gang, amounts)) > 0}
+    whole = [node for node, ranks in room.items() if ranks >= gang.ranks]
+    if whole:
+        return {min(whole, key=lambda node: (room[node], node)): gang.ranks}
+    placement: dict[str, int] = {}
+    left = gang.ranks
+    for node in sorted(room, key=lambda node: (-room[node], node))[: gang.max_nodes or None]:
+        placement[node] = min(left, room[node])
+        left -= placement[node]
+        if left == 0:
+            return placement
+    return None
+
+
+def _ranks(gang: Gang, amounts: Mapping[str, float]) -> int:
+    """How many ranks of the gang's kind these amounts hold."""
+    return min(math.floor((amounts.get(name, 0.0) + EPSILON) / need) for name, need in gang.per_rank.items())
+
+
+def take(free: dict[str, dict[str, float]], gang: Gang, placement: Mapping[str, int], sign: int = 1) -> None:
+    """Takes a placed gang out of `free` in place; puts it back with `sign` -1."""
+    for node, ranks in placement.items():
+        if node in free:
+            for name, need in gang.per_rank.items():
+                free[node][name] = free[node].get(name, 0.0) - sign * ranks * need
+
+
+def needs(gang: Gang) -> str:
+    """ "2 ranks x 1 GPU and 4 CPUs on at most 1 node" """
+    parts = [f"{amount:g} {unit(name, amount)}" for name, amount in sorted(gang.per_rank.items(), reverse=True)]
+    ranks = "1 rank" if gang.ranks == 1 else f"{gang.ranks} ranks"
+    nodes = f" on at most {gang.max_nodes} node{'s' if gang.max_nodes != 1 else ''}" if gang.max_nodes else ""
+    return f"{ranks} x {' and '.join(parts)}{nodes}"
+
+
+def unit(name: str, amount: float) -> str:
+    return f"{name}s" if name in ("CPU", "GPU") and amount != 1 else name

@@ -1,0 +1,378 @@
+"""The service process: an HTTP server beside the reconcile loop, with a Ray head and MLflow of its own if asked for.
+
+`maskray serve` runs one in the foreground, `python -m orchestrator.server.service SETTINGS.json` a local one. Settings
+come in a file, since a command line can be read by every user of the machine and a ledger's URL may hold a password.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from sqlalchemy import Engine, select
+from sqlalchemy.exc import DatabaseError
+
+from contract.answers import Check, Staging
+from contract.command import run_command
+from orchestrator.cluster import staging
+from orchestrator.cluster.doctor import examine
+from orchestrator.cluster.jobs import Cluster, UnreachableError
+from orchestrator.cluster.nodes import Node
+from orchestrator.ledger import store as ledger
+from orchestrator.ledger import users as auth
+from orchestrator.ledger.tables import STUDIES, TRIALS
+from orchestrator.local import stack
+from orchestrator.local.connect import write_service_record
+from orchestrator.local.processes import own_token
+from orchestrator.schedule.decide import Wait
+from orchestrator.schedule.reconcile import Reconciler
+from orchestrator.server import bookkeeping
+from orchestrator.server.api import build_app
+from orchestrator.server.mlflow import MLflow, TrackingDownError
+from orchestrator.settings import ServiceSettings
+
+LOG = logging.getLogger("maskray")
+_BOOK_S = 2.0  # between two looks at MLflow
+_LEASE_EVERY_S = 5.0
+_SAME_WARNING_S = 60.0  # between two log entries of one text
+_READY_S = 90.0  # for a head that is starting
+
+
+class SeldomTwice(logging.Filter):
+    """Lets a warning through once a minute: what fails is tried again every turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        text = f"{record.getMessage()} {record.exc_info[1] if record.exc_info else ''}"
+        if record.created - self._said.get(text, 0.0) < _SAME_WARNING_S:
+            return False
+        self._said = {said: at for said, at in self._said.items() if record.created - at < _SAME_WARNING_S}
+        self._said[text] = record.created
+        return True
+
+
+class Service:
+    """One service's threads: HTTP (uvicorn), the loop (the main thread), books (MLflow, webhooks) and the lease."""
+
+    def __init__(self, settings: ServiceSettings, engine: Engine, holder: str, ray_token: str) -> None:
+        self.settings = settings
+        self._ray_token = ray_token  # of a cluster that is not local
+        self.engine = engine
+        self.holder = holder
+        self.loop = Reconciler(engine, settings)
+        self.failed = ""
+        self._ending = threading.Event()
+        self._wake = threading.Event()
+        self._touched = time.monotonic()
+        self._cluster: Cluster | None = None
+        self._mlflow: MLflow | None = None
+        self._tracking_uri = "" if settings.mlflow == "local" else settings.mlflow
+        self._patience = stack.Patience()
+        self._examining = threading.Lock()
+
+    # --- what the routes use (api.Hub) ---
+
+    def waits(self) -> Mapping[str, Wait]:
+        return self.loop.admission.waits
+
+    def nodes(self) -> list[Node]:
+        """The cluster as it is; of a local one that is starting, what it will have (GPUs are for Ray to find)."""
+        if self.loop.nodes or self.settings.ray != "local":
+            return list(self.loop.nodes)
+        total = {"CPU": float(stack.local_cpus(self.settings)), **self.settings.ray_resources}
+        total["GPU"] = float(self.settings.ray_gpus) if self.settings.ray_gpus >= 0 else math.inf
+        return [Node("local", total, total)]
+
+    def cluster(self) -> dict[str, Any]:
+        nodes = [{"id": node.id, "total": dict(node.total), "free": dict(node.free)} for node in self.loop.nodes]
+        return {"state": self.loop.cluster_words, "nodes": nodes}
+
+    def tracking_uri(self) -> str:
+        return self._tracking_uri
+
+    def driver_log(self, submission_id: str) -> str:
+        cluster = self._cluster
+        try:
+            return cluster.log(submission_id) if cluster is not None else ""
+        except UnreachableError:
+            return ""  # the log is still there once Ray answers again
+
+    def put_report(self, study: str, files: Mapping[str, bytes]) -> None:
+        with ledger.reading(self.engine) as connection:
+            row = ledger.study_row(connection, study)
+        if row is None or not row["mlflow_run_id"] or self._mlflow is None:
+            return
+        try:
+            for name, data in files.items():
+                self._mlflow.put_artifact(row["mlflow_run_id"], f"report/{name}", data)
+        except TrackingDownError as error:
+            LOG.warning("report of %s is on the study's storage, not in MLflow: %s", study, error)
+
+    def examine(self) -> list[Check]:
+        """One examination at a time, once the cluster of this service answers."""
+        with self._examining:
+            try:
+                return examine(self._ready_cluster(), self.settings, self.loop.tracking_uri or self._tracking_uri)
+            except UnreachableError as error:
+                return [Check(name="ray", ok=False, found=str(error), remedy="start the head, or correct `ray`")]
+
+    def stage(self, uris: Sequence[str], cache_gib: float) -> Staging:
+        return staging.begin(self._ready_cluster(), self.settings, uris, cache_gib, time.time())
+
+    def staging(self, name: str) -> Staging:
+        return staging.look(self._ready_cluster(), name)
+
+    def _ready_cluster(self) -> Cluster:
+        """Raises UnreachableError if none answers in time."""
+        deadline = time.monotonic() + _READY_S
+        while (self._cluster is None or not self.loop.nodes) and time.monotonic() < deadline:
+            self._ending.wait(0.2)
+        if self._cluster is None:
+            raise UnreachableError(f"the cluster is not there: {self.loop.cluster_words}; see the service's log")
+        return self._cluster
+
+    def touch(self) -> None:
+        self._touched = time.monotonic()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    def end(self) -> None:
+        self._ending.set()
+        self._wake.set()
+
+    # --- threads ---
+
+    def run(self, server: uvicorn.Server, listener: socket.socket) -> None:
+        """Returns once the service was asked to end, is idle, or lost its ledger."""
+        http = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
+        books = threading.Thread(target=self._keep_books, name="books", daemon=True)
+        lease = threading.Thread(target=self._keep_lease, name="lease", daemon=True)
+        for thread in (http, books, lease):
+            thread.start()
+        try:
+            while not self._ending.is_set():
+                self._wake.clear()
+                self._turn()
+                self._wake.wait(self.settings.poll_s)
+        finally:
+            self._ending.set()
+            server.should_exit = True
+            http.join(10)
+            books.join(10)
+            lease.join(10)
+
+    def _turn(self) -> None:
+        try:
+            self._ensure_cluster()
+            if self._cluster is not None:
+                self.loop.tick(self._cluster, time.time())
+                self._patience.answered()
+        except UnreachableError as error:
+            self._note_unreachable(error)
+        except DatabaseError as error:
+            LOG.warning("ledger: %s; tried again", " ".join(str(error.orig).split()))
+        except OSError as error:
+            LOG.warning("storage or network: %s; tried again", error)
+        except Exception:  # a service that ended would help nobody
+            LOG.exception("a turn of the loop failed; tried again")
+        if self.settings.idle_minutes and self._idle():
+            LOG.info("idle for %g minutes: ends itself", self.settings.idle_minutes)
+            self.end()
+
+    def _ensure_cluster(self) -> None:
+        if self.settings.ray != "local":
+            if self._cluster is None:
+                self._cluster = Cluster(self.settings.ray, self._ray_token)
+            return
+        local = stack.ensure_ray(self.settings)
+        if local.started:
+            LOG.info(
+                "started a Ray head, dashboard %s%s", local.child.url, ", its predecessor is dead" * local.found_dead
+            )
+            self._patience.answered()
+            self.loop.cluster_words = "the cluster is starting"
+        if self._cluster is None or self._cluster.url != local.child.url:
+            if self._cluster is not None:
+                self._cluster.close()
+            self._cluster = Cluster(local.child.url, own_token(stack.ray_token_file(self.settings)))
+
+    def _note_unreachable(self, error: UnreachableError) -> None:
+        if self.loop.cluster_words == "ready":
+            LOG.warning("%s", error)
+            self.loop.cluster_words = f"the cluster does not answer: {error}"
+        if self.settings.ray == "local" and self._patience.over():
+            LOG.warning("the Ray head hangs: ending it")
+            stack.end_ray(self.settings)
+            self._patience.answered()
+
+    def _keep_books(self) -> None:
+        while not self._ending.is_set():
+            for turn in (self._turn_books, self._turn_webhooks):
+                try:
+                    turn()
+                except TrackingDownError as error:
+                    LOG.warning("%s", error)
+                except (DatabaseError, OSError) as error:
+                    LOG.warning("books: %s", " ".join(str(error).split())[:500])
+                except Exception:
+                    LOG.exception("bookkeeping failed; tried again")
+            self._ending.wait(_BOOK_S)
+
+    def _turn_books(self) -> None:
+        uri = self.settings.mlflow
+        if uri == "local":
+            local = stack.ensure_mlflow(self.settings)
+            if local.started:
+                LOG.info("started an MLflow server, %s", local.child.url)
+            uri = self._tracking_uri = local.child.url
+        if uri and (self._mlflow is None or self.loop.tracking_uri != uri):
+            mlflow = MLflow(uri)
+            if not mlflow.ready():
+                mlflow.close()
+                return
+            self._mlflow, self.loop.tracking_uri = mlflow, uri
+        if self._mlflow is not None:
+            bookkeeping.make_parents(self.engine, self._mlflow)
+            bookkeeping.close_runs(self.engine, self._mlflow, time.time())
+
+    def _turn_webhooks(self) -> None:
+        if self.settings.webhook:
+            bookkeeping.send_webhooks(self.engine, self.settings.webhook)
+
+    def _keep_lease(self) -> None:
+        renewed = time.monotonic()
+        while not self._ending.wait(_LEASE_EVERY_S):
+            try:
+                held = ledger.renew_lease(self.engine, self.holder, time.time())
+                renewed = time.monotonic()
+            except DatabaseError as error:
+                LOG.warning("lease: %s", " ".join(str(error.orig).split()))
+                held = time.monotonic() - renewed < ledger.LEASE_S
+            if not held:
+                LOG.error("another service took the ledger: ending without touching anything")
+                os._exit(1)
+
+    def _idle(self) -> bool:
+        if time.monotonic() - self._touched < 60 * self.settings.idle_minutes:
+            return False
+        with ledger.reading(self.engine) as connection:
+            query = (
+                select(TRIALS.c.id)
+                .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
+                .where(
+                    (TRIALS.c.state.in_(("starting", "running", "stopping")))
+                    | ((TRIALS.c.state == "queued") & (STUDIES.c.state == "active"))
+                )
+                .limit(1)
+            )
+            return connection.execute(query).first() is None
+
+
+def serve(settings: ServiceSettings, first_token: str = "") -> int:
+    """Runs a service until it is asked to end. `first_token` is the administrator's, in place of one in a file.
+
+    Raises RuntimeError if the ledger is another's or the port is taken.
+    """
+    home = Path(settings.home).absolute()
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    settings = settings.model_copy(update={"home": str(home)})
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    LOG.addFilter(SeldomTwice())
+    for noisy in ("httpx", "alembic", "uvicorn.access"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    engine = ledger.open_ledger(settings.ledger or f"sqlite:///{home / 'ledger.db'}")
+    holder = secrets.token_hex(16)
+    ledger.take_lease(engine, holder, time.time())
+    try:
+        _set_first_admin(engine, settings, first_token)
+        listener = _listen(settings, bool(first_token or settings.token_file))
+        path = settings.ray_token_file
+        ray_token = Path(path).read_text().strip() if path else os.environ.get("RAY_AUTH_TOKEN", "")
+        service = Service(settings, engine, holder, ray_token)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                build_app(service, _version()), log_config=None, access_log=False, timeout_graceful_shutdown=3
+            )
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda _number, _frame: service.end())
+        port = listener.getsockname()[1]
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        LOG.info("listening on http://%s:%d", host, port)
+        write_service_record(home, f"http://{host}:{port}")
+        service.run(server, listener)
+        if settings.ray == "local":
+            stack.end_ray(settings)
+        if settings.mlflow == "local":
+            stack.end_mlflow(settings)
+        (home / "service.json").unlink(missing_ok=True)
+    finally:
+        ledger.drop_lease(engine, holder)
+        engine.dispose()
+    return 0
+
+
+def _set_first_admin(engine: Engine, settings: ServiceSettings, first_token: str) -> None:
+    path = Path(settings.token_file) if settings.token_file else Path(settings.home) / "token"
+    token = first_token or own_token(path)
+    if len(token) < 16:
+        where = "MASKRAY_TOKEN" if first_token else str(path)
+        raise ValueError(f"{where}: a token has at least 16 characters; take a longer random one")
+    if not first_token and settings.token_file and path.stat().st_mode & 0o077:
+        raise ValueError(f"{path}: others can read it; chmod 600 it")
+    with engine.begin() as connection:
+        auth.set_user(connection, "admin", "admin", token, time.time())
+
+
+def _listen(settings: ServiceSettings, has_token: bool) -> socket.socket:
+    wide = settings.host not in ("127.0.0.1", "::1", "localhost")
+    if wide and not has_token:
+        raise ValueError(
+            f"host {settings.host}: beyond this machine needs your own token: set MASKRAY_TOKEN or token_file"
+        )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise RuntimeError(f"port {settings.port} on {settings.host}: {error.strerror}; choose another one") from error
+    listener.listen(128)
+    return listener
+
+
+def _version() -> str:
+    try:
+        return package_version("maskray")
+    except PackageNotFoundError:
+        return "0+source"
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    text = Path(arguments[0]).read_text()
+    sys.exit(run_command(lambda: serve(ServiceSettings.model_validate_json(text)), arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The report says what the numbers allow, refuses the rest in words, and is safe to open."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from contract.answers import StudyView, TrialView
+from orchestrator.results.facts import MIN_IMAGES_FOR_PAPER, paper_metrics
+from orchestrator.results.plots import smooth
+from orchestrator.results.report import Report, build_report
+from orchestrator.results.table import metric_label, points
+from orchestrator.study.read import baseline_run, paper_tables
+from tests.orchestrator.studies import finished, tiny_study
+
+POOL, ALIGN = {"roi": "RoIPool"}, {"roi": "RoIAlign"}
+FACTORS = {"roi": {"RoIPool": {"model.roi.kind": "pool"}, "RoIAlign": {"model.roi.kind": "align"}}}
+PAPER = {"paper_table": "2c", "paper_rows": {"roi=RoIPool": "RoIPool", "roi=RoIAlign": "RoIAlign-ave"}}
+POOL_AP, ALIGN_AP = (0.270, 0.271, 0.269), (0.303, 0.305, 0.303)
+
+
+def view(trials: list[TrialView], **fields: Any) -> StudyView:
+    study = tiny_study(FACTORS, **({"baseline": {"preset": "r50-c4"}, "seeds": [0, 1, 2]} | fields))
+    return StudyView(
+        study="s-1",
+        name=study.name,
+        owner="ada",
+        state="done",
+        priority=0,
+        created_at=0.0,
+        storage="",
+        spec=study.model_dump(mode="json"),
+        trials=trials,
+    )
+
+
+def paper_trial(tmp_path: Path, arm: dict[str, str], seed: int, ap: float, images: int = 5000, **run: Any) -> TrialView:
+    """A finished trial in the paper's recipe, with the folder that it leaves."""
+    folder = tmp_path / f"{arm['roi']}-{seed}"
+    (folder / "attempts" / "1").mkdir(parents=True)
+    overrides = {"preset": "r50-c4", "set": run}
+    config = baseline_run(tiny_study(baseline=overrides), tmp_path)
+    spec = {"run": config, "tags": {"maskray.val_images": str(images)}}
+    (folder / "attempts" / "1" / "spec.json").write_text(json.dumps(spec))
+    (folder / "result.json").write_text(json.dumps({"attempt": 1, "artifacts": {}}))
+    return finished(arm, seed, arm == POOL, storage=str(folder), metrics={"segm/AP": ap, "segm/AP75": ap})
+
+
+def paper_study(tmp_path: Path, **options: Any) -> list[TrialView]:
+    pool = [paper_trial(tmp_path, POOL, seed, ap, **options) for seed, ap in enumerate(POOL_AP)]
+    return pool + [paper_trial(tmp_path, ALIGN, seed, ap, **options) for seed, ap in enumerate(ALIGN_AP)]
+
+
+def table(tmp_path: Path, study: StudyView) -> str:
+    return build_report(study, tmp_path / "report").table
+
+
+def test_means_differences_verdict_and_the_papers_row_stand_in_the_table(tmp_path: Path) -> None:
+    text = table(tmp_path, view(paper_study(tmp_path), **PAPER))
+    rows = [line.split() for line in text.splitlines()]
+    assert ["RoIPool", "3", "27.0", "±0.2", "27.0", "±0.2"] in rows
+    assert ["RoIAlign", "3", "30.4", "±0.3", "+3.4", "30.4", "±0.3", "+3.4"] in rows
+    assert ["roi", "RoIAlign", "mask", "AP", "+3.4", "+3.2", "to", "+3.5", "<0.001", "3", "better"] in rows
+    assert ["roi", "RoIAlign", "mask", "AP", "30.4", "±0.3", "30.3", "+3.4", "+3.4"] in rows
+    assert "Machinery only" not in text
+
+
+def test_one_seed_is_machinery_only(tmp_path: Path) -> None:
+    trials = [trial for trial in paper_study(tmp_path) if trial.seed == 0]
+    text = table(tmp_path, view(trials, seeds=[0], **PAPER))
+    assert "Machinery only: one seed: this shows that the machinery works, it is no evidence about the arms." in text
+    assert "No paper column: one seed." in text
+    assert "better" not in text
+    assert "30.3 " in text  # our own number stays
+
+
+def test_a_short_schedule_is_machinery_only(tmp_path: Path) -> None:
+    trials = [trial.model_copy(update={"storage": ""}) for trial in paper_study(tmp_path)]
+    baseline = {"preset": "r50-c4", "set": {"loop.steps": 100}}
+    text = table(tmp_path, view(trials, baseline=baseline, **PAPER))
+    assert "a short schedule (1,600 training images, under 100,000)" in text
+    assert "better" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"images": 79}, "the validation set of roi=RoIPool/seed-0 has 79 images, the paper's has 5,000 images"),
+        ({"model.image.short_side_px": 512}, "is tested at 512 px, the paper at 800"),
+        ({"loop.steps": 10_000}, f"trained on 160,000 images, the paper's shortest recipe on {MIN_IMAGES_FOR_PAPER:,}"),
+    ],
+)
+def test_numbers_that_cannot_be_compared_with_the_papers_are_not(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    text = table(tmp_path, view(paper_study(tmp_path, **options), **PAPER))
+    assert said in text
+    assert "Beside the paper" not in text
+    assert "better" in text  # against each other the arms still can be
+
+
+def test_trials_that_failed_stay_in_the_table(tmp_path: Path) -> None:
+    trials = paper_study(tmp_path)
+    trials[5] = finished(ALIGN, 2, state="failed", error="loss is nan at step 9", error_class="diverged")
+    text = table(tmp_path, view(trials))
+    assert "5 of 6 trials finished (1 failed)" in text
+    assert next(line.split()[:4] for line in text.splitlines() if "RoIAlign" in line) == ["RoIAlign", "2", "of", "3*"]
+    assert "- roi=RoIAlign/seed-2: diverged: loss is nan at step 9" in text
+    assert "no verdict on roi RoIAlign" in text
+
+
+def test_a_baseline_without_results_leaves_no_differences(tmp_path: Path) -> None:
+    trials = paper_study(tmp_path)
+    trials[:3] = [finished(POOL, seed, True, state="failed", error="out of memory") for seed in range(3)]
+    text = table(tmp_path, view(trials))
+    assert "the baseline arm has no finished trial" in text
+
+
+def test_a_study_that_just_began_has_a_report(tmp_path: Path) -> None:
+    trials = [finished(POOL, 0, True, state="queued"), finished(ALIGN, 0, state="running")]
+    text = table(tmp_path, view(trials, seeds=[0]))
+    assert "0 of 2 trials finished (1 queued, 1 running)" in text
+
+
+def test_every_softmax_inference_is_named(tmp_path: Path) -> None:
+    metrics = {
+        "segm/AP": 0.156,
+        "segm-argmax/AP": 0.156,
+        "segm-probability/AP": 0.004,
+        "segm-versus_background/AP": 0.15,
+    }
+    text = table(tmp_path, view([finished(POOL, 0, True, metrics=metrics)], seeds=[0]))
+    assert ["roi", "RoIPool", "15.6", "0.4", "15.6", "15.0"] in [line.split() for line in text.splitlines()]
+
+
+def test_the_papers_gain_alone_is_a_gain(tmp_path: Path) -> None:
+    fields = {"paper_table": "text-fpn-align", "paper_rows": {"roi=RoIAlign": "difference"}}
+    text = table(tmp_path, view(paper_study(tmp_path), **fields))
+    assert ["roi", "RoIAlign", "mask", "AP", "30.4", "±0.3", "-", "+3.4", "+1.5"] in [
+        x.split() for x in text.splitlines()
+    ]
+
+
+def test_paper_metrics_have_our_names() -> None:
+    tables = paper_tables()
+    assert paper_metrics(tables["2d"], "RoIPool")["bbox/AP75"] == pytest.approx(0.269)
+    assert paper_metrics(tables["5"], "mask only") == pytest.approx({"bbox/AP": 0.536, "segm/AP": 0.458})
+    assert paper_metrics(tables["6"], "RoIAlign")["keypoints/APl"] == pytest.approx(0.73)
+    assert metric_label("segm-argmax/AP") == "mask AP (argmax)"
+
+
+def test_points_have_one_decimal_and_no_negative_zero() -> None:
+    assert [points(0.1234), points(0.116, True), points(-0.0001, True), points(float("nan"))] == [
+        "12.3",
+        "+11.6",
+        "+0.0",
+        "-",
+    ]
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def built(tmp_path: Path) -> Report:
+    hostile = "<script>alert(1)</script>"
+    trials = paper_study(tmp_path)
+    folder = Path(trials[0].storage)
+    (folder / "artifacts").mkdir()
+    parquet.write_table(
+        pa.table({"step": [0, 1, 2], "loss": [3.0, 2.0, None]}), folder / "artifacts" / "series.parquet"
+    )
+    Image.new("RGB", (8, 8), "red").save(folder / "artifacts" / "p.png")
+    artifacts = {"series": "artifacts/series.parquet", "picture/last": "artifacts/p.png"}
+    (folder / "result.json").write_text(json.dumps({"attempt": 1, "artifacts": artifacts}))
+    trials[1] = finished(POOL, 1, True, state="failed", error=f'{hostile}" onload="x')
+    return build_report(view(trials, question=hostile, **PAPER), tmp_path / "report")
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+
+def test_the_page_runs_nothing_and_fetches_nothing(tmp_path: Path) -> None:
+    parser = Tags()
+    parser.feed(built(tmp_path).page.read_text())
+    names = {tag for tag, _ in parser.seen}
+    assert not names & {"script", "link", "iframe", "object"}
+    assert {"svg", "img", "table", "style"} <= names
+    for tag, attributes in parser.seen:
+        assert not [name for name in attributes if name.startswith("on")]
+        for name in ("src", "href", "xlink:href"):
+            value = attributes.get(name) or ""
+            assert not value or value.startswith(("data:image/", "#")), (tag, value)
+
+
+def test_the_page_follows_the_readers_colours(tmp_path: Path) -> None:
+    text = built(tmp_path).page.read_text()
+    assert "color-scheme: light dark" in text
+    assert "currentColor" in text
+    assert "#010203" not in text
+    assert 'name="viewport"' in text
+
+
+def test_json_and_csv_hold_the_numbers(tmp_path: Path) -> None:
+    report = built(tmp_path)
+    data = json.loads((report.folder / "report.json").read_text())
+    align = data["arms"][1]
+    assert align["metrics"]["segm/AP"]["by_seed"] == {"0": 0.303, "1": 0.305, "2": 0.303}
+    assert list(align["differences"]["segm/AP"]["by_seed"]) == ["0", "2"]
+    assert align["differences"]["segm/AP"]["verdict"] == ""
+    rows = list(csv.DictReader(io.StringIO((report.folder / "table.csv").read_text())))
+    assert len(rows) == 5 * 2 + 1
+    assert {row["state"] for row in rows} == {"done", "failed"}
+    assert (report.folder / "table.txt").read_text() == report.table + "\n"
+
+
+def test_a_result_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
+    trials = paper_study(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    for path in ("../secret.png", str(tmp_path / "secret.png")):
+        result = {"attempt": 1, "artifacts": {"picture/last": path}}
+        (Path(trials[0].storage) / "result.json").write_text(json.dumps(result))
+        assert "<img" not in build_report(view(trials), tmp_path / "report").page.read_text()
+
+
+def test_curves_are_thinned_to_means() -> None:
+    assert smooth([0, 1, 2, 3], [1.0, 3.0, float("nan"), 5.0], points=2) == ([0.5, 3.0], [2.0, 5.0])

@@ -1,0 +1,127 @@
+"""What the end of an attempt means for its trial."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from contract.attempt import (
+    EXIT_DIVERGED,
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INPUT,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_PREEMPTED,
+    EXIT_STOPPED,
+    Outcome,
+)
+from orchestrator.schedule.attempt_end import Ended, judge, suspects
+from orchestrator.settings import Limits
+
+LIMITS = Limits(backoff_s=10, lost_without_progress=3)
+LOST = Ended(
+    outcome=None, has_result=False, exit_code=None, message="", wish="", step=0, best_step=0, failures=0, lost=0,
+    last_error="", max_attempts=3,
+)  # fmt: skip
+
+
+def failed(error_class: str, error: str = "boom") -> Ended:
+    outcome = Outcome.model_validate({"state": "failed", "error_class": error_class, "error": error})
+    return replace(LOST, outcome=outcome, exit_code=EXIT_FAILED)
+
+
+def test_a_result_is_the_end_whatever_was_wished():
+    done = replace(LOST, outcome=Outcome(state="done"), has_result=True, exit_code=EXIT_DONE)
+    for wish in ("", "cancel", "pause", "stall"):
+        assert judge(replace(done, wish=wish), LIMITS).state == "done"
+
+
+def test_a_result_whose_account_was_lost_still_counts():
+    assert judge(replace(LOST, has_result=True, exit_code=-9), LIMITS).state == "done"
+
+
+@pytest.mark.parametrize("error_class", ["person", "out_of_memory", "diverged"])
+def test_errors_that_a_retry_repeats_are_final(error_class):
+    verdict = judge(failed(error_class, "reason and remedy"), LIMITS)
+    assert (verdict.state, verdict.error_class, verdict.error) == ("failed", error_class, "reason and remedy")
+
+
+@pytest.mark.parametrize(
+    ("code", "error_class", "state"),
+    [
+        (EXIT_INPUT, "person", "failed"),
+        (EXIT_OUT_OF_MEMORY, "out_of_memory", "failed"),
+        (EXIT_DIVERGED, "diverged", "failed"),
+        (EXIT_PREEMPTED, "node", "queued"),
+        (EXIT_FAILED, "unknown", "queued"),
+        (EXIT_DONE, "unknown", "queued"),  # without a result it is not done
+        (-9, "node", "queued"),
+        (137, "node", "queued"),
+        (None, "node", "queued"),
+    ],
+)
+def test_without_an_account_the_exit_status_tells(code, error_class, state):
+    verdict = judge(replace(LOST, exit_code=code), LIMITS)
+    assert (verdict.error_class, verdict.state) == (error_class, state)
+
+
+def test_out_of_memory_without_an_account_says_what_to_change():
+    assert "max_images_per_forward" in judge(replace(LOST, exit_code=EXIT_OUT_OF_MEMORY), LIMITS).error
+
+
+def test_a_lost_node_is_free_while_the_trial_moves_and_ends_when_it_does_not():
+    moved = judge(replace(LOST, step=50, best_step=40, lost=2, failures=1), LIMITS)
+    assert (moved.state, moved.lost, moved.failures, moved.delay_s) == ("queued", 1, 1, 0.0)
+    still = judge(replace(LOST, step=40, best_step=40, lost=1), LIMITS)
+    assert (still.state, still.lost, still.delay_s) == ("queued", 2, 10.0)
+    assert judge(replace(LOST, step=40, best_step=40, lost=2), LIMITS).state == "failed"
+
+
+def test_collective_failures_back_off_and_end_with_the_attempts():
+    first = judge(failed("collective"), LIMITS)
+    assert (first.state, first.failures, first.delay_s) == ("queued", 1, 10.0)
+    second = judge(replace(failed("collective"), failures=1, last_error="boom"), LIMITS)
+    assert (second.state, second.delay_s) == ("queued", 20.0)
+    assert judge(replace(failed("collective"), failures=2), LIMITS).state == "failed"
+
+
+def test_an_unknown_error_is_tried_again_unless_it_is_the_same_one():
+    assert judge(failed("unknown"), LIMITS).state == "queued"
+    same = judge(replace(failed("unknown"), failures=1, last_error="boom"), LIMITS)
+    assert (same.state, same.cause) == ("failed", "failed the same way twice")
+    assert judge(replace(failed("unknown", "other"), failures=1, last_error="boom"), LIMITS).state == "queued"
+
+
+def test_wishes():
+    stopped = replace(LOST, outcome=Outcome(state="stopped"), exit_code=EXIT_STOPPED)
+    assert judge(replace(stopped, wish="cancel"), LIMITS).state == "cancelled"
+    assert judge(replace(LOST, wish="cancel"), LIMITS).state == "cancelled", "also if it had to be killed"
+    paused = judge(replace(stopped, wish="pause", failures=1), LIMITS)
+    assert (paused.state, paused.attempt, paused.failures, paused.lost) == ("queued", "stopped", 1, 0)
+    stalled = judge(replace(stopped, wish="stall"), LIMITS)
+    assert (stalled.state, stalled.error_class, stalled.failures) == ("queued", "collective", 1)
+    assert judge(replace(stopped, wish="budget"), LIMITS).state == "cancelled"
+
+
+def test_a_person_s_error_beats_a_pause():
+    assert judge(replace(failed("person"), wish="pause"), LIMITS).state == "failed"
+
+
+def test_after_a_broken_collective_the_nodes_of_the_gang_are_under_suspicion_the_named_rank_s_first():
+    broken = judge(failed("collective", "rank 2: connection closed by peer"), LIMITS)
+    assert suspects(broken, ["n0", "n0", "n1", "n2"], False) == ["n1", "n0", "n2"]
+    stalled = judge(replace(LOST, outcome=Outcome(state="stopped"), exit_code=EXIT_STOPPED, wish="stall"), LIMITS)
+    assert suspects(stalled, ["n0", "n1"], False) == ["n0", "n1"]
+    assert suspects(broken, [], False) == [], "it did not come to say where it sits"
+
+
+@pytest.mark.parametrize("error_class", ["person", "unknown", "node", "diverged"])
+def test_other_ends_put_no_node_under_suspicion(error_class):
+    assert suspects(judge(failed(error_class, "rank 0: boom"), LIMITS), ["n0"], False) == []
+
+
+def test_after_a_preemption_the_nodes_are_about_to_go():
+    outcome = Outcome(state="preempted")
+    preempted = judge(replace(LOST, outcome=outcome, exit_code=EXIT_PREEMPTED, step=1), LIMITS)
+    assert suspects(preempted, ["n0", "n1", "n1"], True) == ["n0", "n1"]

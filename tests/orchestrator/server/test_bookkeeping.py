@@ -1,0 +1,135 @@
+"""What MLflow is told of studies and trials that are over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import update
+
+from contract.answers import StudyView
+from contract.attempt import SPOOL_CURSOR, SPOOL_RECORDS
+from orchestrator.ledger import store as ledger
+from orchestrator.ledger.tables import STUDIES, TRIALS
+from orchestrator.server import accept
+from orchestrator.server.bookkeeping import close_runs, send_webhooks, study_metrics
+from orchestrator.server.mlflow import TrackingRefusedError
+from orchestrator.settings import ServiceSettings
+from tests.orchestrator.studies import finished
+from tests.orchestrator.submissions import plan, submission
+from workers.tracking.spool import Spool
+
+
+def test_means_differences_and_their_intervals_are_metrics_with_names_that_mlflow_takes() -> None:
+    """Two seeds 0.30 and 0.32: t(0.975, 1) = 12.7062 times 0.01 each side of 0.31; the differences are 0.1 and 0.1."""
+    base = [finished({"roi": "align"}, seed, True, metrics={"segm/AP": 0.30 + 0.02 * seed}) for seed in (0, 1)]
+    pool = [finished({"roi": "pool (2x)"}, seed, metrics={"segm/AP": 0.40 + 0.02 * seed}) for seed in (0, 1)]
+    spec = submission().study.model_dump()
+    view = StudyView(
+        study="s", name="s", owner="o", state="done", priority=0, created_at=0, storage="", spec=spec,
+        trials=[*base, *pool],
+    )  # fmt: skip
+    found = study_metrics(view)
+    assert found["roi-align/segm/AP/mean"] == pytest.approx(0.31)
+    assert found["roi-align/segm/AP/high"] == pytest.approx(0.31 + 0.127062, rel=1e-5)
+    assert found["roi-pool _2x_/segm/AP/difference"] == pytest.approx(0.1)
+    assert not [name for name in found if name.startswith("roi-align") and "difference" in name]
+
+
+def test_one_seed_has_no_interval() -> None:
+    view = StudyView(
+        study="s", name="s", owner="o", state="done", priority=0, created_at=0, storage="",
+        spec=submission().study.model_dump(), trials=[finished({}, 0, True, metrics={"segm/AP": 0.3})],
+    )  # fmt: skip
+    assert study_metrics(view) == {"baseline/segm/AP/mean": 0.3}
+
+
+class FakeMLflow:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.ended: list[str] = []
+
+    def experiment(self, name: str, tags: Any) -> str:
+        return name
+
+    def runs(self, experiment: str, condition: str) -> list[dict[str, Any]]:
+        return [{"info": {"run_id": "r", "status": "RUNNING"}, "data": {}}]
+
+    def set_tag(self, run: str, key: str, value: str) -> None:
+        pass
+
+    def end_run(self, run: str, status: str, at: float) -> None:
+        self.ended.append(status)
+
+
+def test_what_a_trial_could_not_send_is_sent_before_its_run_is_closed(tmp_path: Path) -> None:
+    engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    settings = ServiceSettings(home=str(tmp_path))
+    study, _ = accept.accept(engine, settings, submission(plan("a"), plan("b", "b" * 64)), "ann", 1.0)
+    with engine.begin() as connection:
+        connection.execute(update(TRIALS).values(state="done"))
+        connection.execute(update(STUDIES).values(mlflow_experiment=study))
+    left, sent = (tmp_path / "studies" / study / f"{study}-00{i}" for i in range(2))
+    for folder in (left, sent):
+        spool = Spool(folder / "spool")
+        spool.append({"kind": "tags", "values": {}})
+        spool.close()
+        assert (folder / SPOOL_RECORDS).stat().st_size > 0
+    (sent / SPOOL_CURSOR).write_text(json.dumps({"bytes": (sent / SPOOL_RECORDS).stat().st_size}))
+    mlflow, shipped = FakeMLflow(), list[str]()
+    for _ in range(2):
+        close_runs(engine, mlflow, 2.0, shipped.append)  # type: ignore[arg-type]
+    assert shipped == [str(left)]
+    assert mlflow.ended == ["FINISHED", "FINISHED"]
+    engine.dispose()
+
+
+def test_what_mlflow_refuses_of_one_trial_holds_up_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    settings = ServiceSettings(home=str(tmp_path))
+    many = submission(*(plan(f"a{number}") for number in range(250)))
+    studies = [accept.accept(engine, settings, sent, "ann", 1.0)[0] for sent in (many, submission(plan("a")))]
+    with engine.begin() as connection:
+        connection.execute(update(TRIALS).values(state="done"))
+        for study in studies:
+            connection.execute(update(STUDIES).where(STUDIES.c.id == study).values(mlflow_experiment=study))
+
+    class Refusing(FakeMLflow):
+        def experiment(self, name: str, tags: Any) -> str:
+            if name == studies[0]:
+                raise TrackingRefusedError("status 400, experiment is deleted")
+            return name
+
+    mlflow = Refusing()
+    close_runs(engine, mlflow, 2.0, lambda _: None)  # type: ignore[arg-type]
+    assert mlflow.ended == ["FINISHED"]
+    assert f"trial {studies[0]}-000: status 400, experiment is deleted" in caplog.text
+    with ledger.reading(engine) as connection:
+        closed = [ledger.trial_row(connection, f"{study}-000")["mlflow_closed"] for study in studies]
+    assert closed == [False, True]
+    engine.dispose()
+
+
+def test_a_webhook_that_refuses_one_study_is_told_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    settings = ServiceSettings(home=str(tmp_path))
+    studies = [accept.accept(engine, settings, submission(plan("a")), "ann", at)[0] for at in (1.0, 2.0)]
+    with engine.begin() as connection:
+        connection.execute(update(STUDIES).values(state="done", ended_at=3.0))
+    told: list[str] = []
+
+    def post(url: str, json: dict[str, Any], **_: Any) -> httpx.Response:
+        told.append(json["study"])
+        return httpx.Response(400 if json["study"] == studies[0] else 200, request=httpx.Request("POST", url))
+
+    monkeypatch.setattr(httpx, "post", post)
+    for _ in range(2):
+        send_webhooks(engine, "http://hook")
+    assert told == [*studies, studies[0]]
+    engine.dispose()

@@ -1,0 +1,61 @@
+"""What the service's threads do about errors that nobody foresaw: say so, seldom twice, and go on."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from orchestrator.ledger import store as ledger
+from orchestrator.server.service import SeldomTwice, Service
+from orchestrator.settings import ServiceSettings
+
+
+@pytest.fixture
+def service(tmp_path: Path):
+    settings = ServiceSettings(home=str(tmp_path), ray="http://127.0.0.1:1", mlflow="")
+    engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    yield Service(settings, engine, "me", "")
+    engine.dispose()
+
+
+def test_an_unforeseen_error_in_a_turn_is_told_and_the_service_lives(service, monkeypatch, caplog):
+    def broken(*_: object) -> None:
+        raise TypeError("'NoneType' object is not subscriptable")
+
+    monkeypatch.setattr(service.loop, "tick", broken)
+    with caplog.at_level(logging.INFO, "maskray"):
+        service._turn()
+    assert "a turn of the loop failed" in caplog.text
+    assert "NoneType" in caplog.text
+    assert not service._ending.is_set()
+
+
+def test_an_unforeseen_error_in_the_books_does_not_end_their_thread(service, monkeypatch, caplog):
+    turns: list[int] = []
+
+    def broken() -> None:
+        turns.append(1)
+        if len(turns) == 3:
+            service.end()
+        raise KeyError("mlflow_run_id")
+
+    monkeypatch.setattr(service, "_turn_books", broken)
+    monkeypatch.setattr("orchestrator.server.service._BOOK_S", 0.0)
+    with caplog.at_level(logging.INFO, "maskray"):
+        service._keep_books()
+    assert len(turns) == 3
+    assert caplog.text.count("bookkeeping failed") == 3
+
+
+def test_a_warning_is_let_through_once_a_minute():
+    found = SeldomTwice()
+
+    def said(text: str, at: float, level: int = logging.WARNING) -> bool:
+        record = logging.LogRecord("maskray", level, "", 0, text, None, None)
+        record.created = at
+        return bool(found.filter(record))
+
+    assert [said("a", 1000.0), said("b", 1001.0), said("a", 1002.0), said("a", 1061.0)] == [True, True, False, True]
+    assert said("a", 1062.0, logging.INFO)

@@ -1,0 +1,80 @@
+"""Every study in `studies/` expands, and the paper's are in the paper's recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.model import BoxInference
+from contract.presets import preset
+from orchestrator.study.expand import expand
+from orchestrator.study.read import read_study
+from tests.orchestrator.studies import COCO_80, CODE, write_dataset
+
+FOLDER = Path(__file__).parents[3] / "studies"
+TRIALS = {
+    "demo": 4,
+    "table-2a": 15,
+    "table-2b": 6,
+    "table-2c": 15,
+    "table-2d": 6,
+    "table-2e": 9,
+    "text-agnostic": 6,
+    "fpn-align": 6,
+    "table-5": 12,
+    "table-6": 6,
+}
+
+
+def runs(name: str, tmp_path: Path) -> dict[str, Any]:
+    """Arm's key at seed 0 -> run."""
+    study, _ = read_study(FOLDER / f"{name}.yaml")
+    data = write_dataset(tmp_path) if name == "demo" else write_dataset(tmp_path, COCO_80, keypoints=True)
+    expansion = expand(study, data=str(data), root=tmp_path, code=CODE)
+    assert len(expansion.trials) == TRIALS[name]
+    assert sum(trial.baseline for trial in expansion.trials) == len(study.seeds)
+    return {trial.key.partition("/")[0]: trial.run for trial in expansion.trials if trial.seed == 0}
+
+
+def test_every_study_is_tested() -> None:
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(TRIALS)
+
+
+@pytest.mark.parametrize("name", sorted(TRIALS))
+def test_a_study_expands_and_names_a_paper_row_for_each_arm(name: str, tmp_path: Path) -> None:
+    found = runs(name, tmp_path)
+    study, _ = read_study(FOLDER / f"{name}.yaml")
+    assert study.name == name
+    if study.paper_table and name != "fpn-align":
+        assert len(study.paper_rows) == len(found)
+
+
+@pytest.mark.parametrize("name", ["table-2b", "table-2c", "table-2d", "table-2e", "text-agnostic", "fpn-align"])
+def test_main_tables_have_the_main_recipe(name: str, tmp_path: Path) -> None:
+    for run in runs(name, tmp_path).values():
+        assert (run["loop"]["steps"], run["loop"]["global_batch"], run["optimiser"]["lr"]) == (160_000, 16, 0.02)
+        assert run["schedule"]["drop_steps"] == [120_000]
+        assert run["model"]["inference"]["nms_iou"] == 0.3
+
+
+@pytest.mark.parametrize("arm", ["r50-c4", "r101-c4", "r50-fpn", "r101-fpn", "x101-64x4d-fpn"])
+def test_the_backbones_of_table_2a_are_the_presets(arm: str, tmp_path: Path) -> None:
+    found = {key.partition("=")[2].lower(): run for key, run in runs("table-2a", tmp_path).items()}
+    expected = preset(arm).model_copy(update={"inference": BoxInference(nms_iou=0.3)})
+    assert found[arm]["model"] == expected.model_dump(mode="json")
+    assert found["x101-64x4d-fpn"]["loop"]["global_batch"] == 8
+
+
+@pytest.mark.parametrize("name", ["table-5", "table-6"])
+def test_keypoint_tables_are_persons_at_their_own_schedule(name: str, tmp_path: Path) -> None:
+    for run in runs(name, tmp_path).values():
+        assert run["data"]["filter"]["categories"] == ["person"]
+        assert (run["loop"]["steps"], run["schedule"]["drop_steps"]) == (90_000, [60_000, 80_000])
+        assert run["model"]["inference"]["nms_iou"] == 0.5
+
+
+def test_table_5_has_every_combination_of_tasks(tmp_path: Path) -> None:
+    kinds = {(r["model"]["mask"]["kind"], r["model"]["keypoints"]["kind"]) for r in runs("table-5", tmp_path).values()}
+    assert kinds == {(m, k) for m in ("none", "mask") for k in ("none", "keypoints")}

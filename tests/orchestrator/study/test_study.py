@@ -1,0 +1,133 @@
+"""A study file is plain data of bounded size, and every mistake in it is one line that names the place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from contract.record import nearest
+from contract.yaml import MAX_BYTES, parse_yaml
+from orchestrator.study.read import baseline_run, paper_tables, read_run, read_study
+from tests.orchestrator.studies import tiny_study
+
+GOOD = "name: s\nbaseline: {preset: tiny}\n"
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_study_of_two_lines_is_a_study(tmp_path: Path) -> None:
+    study, text = read_study(written(tmp_path, GOOD))
+    assert (study.name, study.baseline.preset, study.seeds, text) == ("s", "tiny", (0,), GOOD)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: s\nname: t\nbaseline: {preset: tiny}\n", "line 2: name is given twice"),
+        ("name: s\nbaseline: {preset: tiny, preset: r50-c4}\n", "baseline.preset is given twice"),
+        ("name: !!python/object/apply:os.system ['true']\n", "is not allowed, write plain data"),
+        ("name: !local x\n", "YAML tag '!local' is not allowed"),
+        ("name: s\nbaseline: {preset: tiny}\nseeds: [0, .nan]\n", "line 3: seeds[1]: .nan is not a finite number"),
+        ("name: [s\n", "line 2: "),
+        ("- a\n- b\n", "expected fields like 'name: ...', got list"),
+        ("", "is empty"),
+        ("name: s\n---\nname: t\n", "but found another document"),
+        ("a: &a [*a]\n", "an alias contains itself"),
+        ("a: &a {x: 1}\nb: {<<: *a}\n", "'<<' is not supported"),
+        ("[" * 2000 + "]" * 2000, "nested deeper"),
+        (GOOD + "factors: {masks: {on: {}}}\n", "put the name in quotes"),
+        (GOOD + "seed: [0]\n", "seed: no such field; did you mean 'seeds'?"),
+        (GOOD + "seeds: [0, 0]\n", "seeds: seeds must be distinct"),
+        (GOOD + "resources: {ranks: two}\n", "resources.ranks: Input should be a valid integer"),
+        (GOOD + "resources: {rank: 2}\n", "resources.rank: no such field; did you mean 'ranks'?"),
+        (GOOD + "factors: {roi: {}}\n", "factors.roi: has no levels"),
+        (GOOD + "factors: {roi: {'a=b': {}}}\n", "without '=', ',' or '/'"),
+        (GOOD + "metrics: [segm/AP57]\n", "did you mean 'segm/AP75'?"),
+        (GOOD + "paper_table: 2z\n", "paper_table: no table '2z'"),
+        (GOOD + "paper_rows: {a=b: x}\n", "has no effect without paper_table"),
+        (GOOD + "paper_table: 2c\npaper_rows: {roi=x: RoIPool}\n", "'roi=x' is not 'factor=level'"),
+        ("name: s\nbaseline: {}\n", "give either 'preset' or 'file'"),
+        ("name: ../s\nbaseline: {preset: tiny}\n", "name: "),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, text: str, said: str) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(ValueError, match=r"study\.yaml") as caught:
+        read_study(path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_ten_megabytes_are_refused_unread(tmp_path: Path) -> None:
+    path = written(tmp_path, "a: " + "x" * (10 * MAX_BYTES))
+    with pytest.raises(ValueError, match="larger than 1,000,000 bytes"):
+        read_study(path)
+
+
+def test_aliases_that_multiply_are_refused() -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    with pytest.raises(ValueError, match="more than 100,000 values"):
+        parse_yaml("\n".join(lines), "bomb")
+
+
+def test_numbers_and_names_are_read_as_people_mean_them() -> None:
+    read = parse_yaml("lr: 1e-3\nlevels: {2: a, 3.5: b}\nday: 2024-01-02\n", "f")
+    assert read == {"lr": 0.001, "levels": {"2": "a", "3.5": "b"}, "day": "2024-01-02"}
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml"):
+        read_study(tmp_path / "absent.yaml")
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_bytes(b"name: \xff\xfe\n")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_study(path)
+
+
+def test_a_baseline_is_complete_before_its_overrides(tmp_path: Path) -> None:
+    run = baseline_run(tiny_study(baseline={"preset": "r50-fpn", "set": {"optimiser.lr": 0.01}}), tmp_path)
+    assert {key: run["optimiser"][key] for key in ("kind", "lr", "momentum")} == {
+        "kind": "sgd",
+        "lr": 0.01,
+        "momentum": 0.9,
+    }
+
+
+def test_a_run_file_changes_its_preset(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: tiny\nloop: {steps: 7}\nmodel: {roi: {kind: pool}}\ndata: {train: t, val: v}\n")
+    run = read_run(path)
+    assert (run["loop"]["steps"], run["loop"]["global_batch"]) == (7, 8)
+    assert (run["model"]["roi"], run["data"]["train"]) == ({"kind": "pool"}, "t")
+
+
+def test_a_run_file_is_a_baseline(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("preset: tiny\nloop: {steps: 7}\n")
+    assert baseline_run(tiny_study(baseline={"file": "run.yaml"}), tmp_path)["loop"]["steps"] == 7
+
+
+def test_seeds_are_not_overrides(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a study's seeds stand in its 'seeds'"):
+        baseline_run(tiny_study(baseline={"preset": "tiny", "set": {"seed": 3}}), tmp_path)
+
+
+def test_an_unknown_preset_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no model preset 'tyni'"):
+        baseline_run(tiny_study(baseline={"preset": "tyni"}), tmp_path)
+    (tmp_path / "run.yaml").write_text("preset: tyni\n")
+    with pytest.raises(ValueError, match=r"run.yaml: preset: no model preset 'tyni'; did you mean 'tiny'\?"):
+        baseline_run(tiny_study(baseline={"file": "run.yaml"}), tmp_path)
+
+
+def test_the_paper_is_as_published() -> None:
+    assert paper_tables()["2c"]["rows"]["RoIAlign-ave"] == [30.3, 51.2, 31.5]
+    assert nearest("2cc", ["2c", "5"]) == "did you mean '2c'?"
