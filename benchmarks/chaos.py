@@ -48,7 +48,8 @@ CELLS = [
     f"{process}:{phase}"
     for process in PROCESSES
     for phase in PHASES
-    if not (process in ("rank", "driver") and phase == "queued") and not (process == "rank" and phase == "starting")
+    if not (process in ("rank", "driver") and phase == "queued")
+    and not (process == "rank" and phase == "starting")
 ]
 PATIENCE_S = 300.0
 OUTAGE_S = 10.0  # of PostgreSQL
@@ -88,7 +89,12 @@ class House:
         self.home.mkdir()
         os.environ["HOME"] = os.environ["TMPDIR"] = str(self.root)
         tempfile.tempdir = None
-        settings: dict[str, Any] = {"ray_cpus": 2, "poll_s": 0.2, "grace_s": 30, "limits": {"backoff_s": 0.5}}
+        settings: dict[str, Any] = {
+            "ray_cpus": 2,
+            "poll_s": 0.2,
+            "grace_s": 30,
+            "limits": {"backoff_s": 0.5},
+        }
         self.postgres = Postgres(self.root / "pg") if postgres else None
         if self.postgres is not None:
             settings["ledger"] = self.postgres.uri
@@ -129,7 +135,9 @@ class House:
         )
         study = Study(name=name, baseline=Baseline(preset="tiny"), resources=Resources(ranks=2))
         with self.client() as client:
-            made = client.submit(Submission(study=study, study_yaml=f"name: {name}\n", trials=(plan,), fresh=True))
+            made = client.submit(
+                Submission(study=study, study_yaml=f"name: {name}\n", trials=(plan,), fresh=True)
+            )
         return str(made["study"])
 
     def until(self, what: str, condition: Callable[[StudyView], Any], study: str) -> StudyView:
@@ -144,9 +152,13 @@ class House:
             if condition(view):
                 return view
             if view.state not in ("active", "paused"):
-                raise RuntimeError(f"study {study} is {view.state} before {what}: {view.trials[0].error}")
+                raise RuntimeError(
+                    f"study {study} is {view.state} before {what}: {view.trials[0].error}"
+                )
             time.sleep(0.05)
-        raise RuntimeError(f"study {study}: no {what} in {PATIENCE_S:.0f} s; it is {view.trials[0]}")
+        raise RuntimeError(
+            f"study {study}: no {what} in {PATIENCE_S:.0f} s; it is {view.trials[0]}"
+        )
 
 
 def reached(phase: str) -> Callable[[StudyView], bool]:
@@ -178,7 +190,11 @@ def kill(house: House, process: str, study: str) -> None:
         if child is None:
             raise RuntimeError(f"there is no {process} to kill")
         if process == "head":  # the part of it without which the cluster is lost
-            named = [one for one in psutil.Process(child.pid).children(recursive=True) if one.name() == "gcs_server"]
+            named = [
+                one
+                for one in psutil.Process(child.pid).children(recursive=True)
+                if one.name() == "gcs_server"
+            ]
             os.kill(named[0].pid, signal.SIGKILL)
         else:
             os.kill(child.pid, signal.SIGKILL)
@@ -187,7 +203,9 @@ def kill(house: House, process: str, study: str) -> None:
     while time.monotonic() < deadline:
         for one in marked_processes(ray_mark(house.home)):
             command = " ".join(one.cmdline())
-            wanted = "workers.ray_entry" in command if process == "driver" else "TrainWorker" in command
+            wanted = (
+                "workers.ray_entry" in command if process == "driver" else "TrainWorker" in command
+            )
             if wanted and (process == "rank" or study in command):
                 one.kill()
                 return
@@ -199,10 +217,16 @@ def account(house: House, study: str) -> dict[str, Any]:
     """What a trial left behind that faults must not change."""
     with house.client() as client:
         view = client.study(study)
-        ends = [event for event in client.events(study).events if event.kind in ("done", "failed", "cancelled")]
+        ends = [
+            event
+            for event in client.events(study).events
+            if event.kind in ("done", "failed", "cancelled")
+        ]
         uri = client.info().mlflow_uri
     trial = view.trials[0]
-    result = json.loads(Path(trial.storage, "result.json").read_text()) if trial.state == "done" else {}
+    result = (
+        json.loads(Path(trial.storage, "result.json").read_text()) if trial.state == "done" else {}
+    )
     steps = [attempt.step for attempt in trial.attempt_list]
     return {
         "state": trial.state,
@@ -246,7 +270,10 @@ def sync(storage: str) -> None:
     deadline = time.monotonic() + 120
     while True:
         done = subprocess.run(
-            [sys.executable, "-m", "workers.sync", storage], capture_output=True, text=True, check=False
+            [sys.executable, "-m", "workers.sync", storage],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode == 0:
             return
@@ -267,7 +294,9 @@ def judge(cell: str, ours: dict[str, Any], reference: dict[str, Any]) -> list[st
     for name, points in reference["metrics"].items():
         seen = ours["metrics"].get(name, Counter())
         if set(seen) != set(points):
-            wrong.append(f"{name}: steps {sorted(set(points) ^ set(seen))[:5]} are missing or too many")
+            wrong.append(
+                f"{name}: steps {sorted(set(points) ^ set(seen))[:5]} are missing or too many"
+            )
         twice = [step for step, count in seen.items() if count > 1]
         if twice:
             wrong.append(f"{name}: steps {twice[:5]} were recorded twice")
@@ -282,7 +311,10 @@ def reference_run(house: House, file: Path | None) -> dict[str, Any]:
     """What a run without faults leaves behind: from `file` if it is there, else run now and kept in it."""
     if file is not None and file.exists():
         kept = json.loads(file.read_text())
-        points = {name: Counter({int(step): n for step, n in steps.items()}) for name, steps in kept["metrics"].items()}
+        points = {
+            name: Counter({int(step): n for step, n in steps.items()})
+            for name, steps in kept["metrics"].items()
+        }
         return {**kept, "metrics": points}
     plain = house.submit("plain")
     house.until("its end", lambda view: view.state == "done", plain)
@@ -311,7 +343,9 @@ def run_cell(house: House, cell: str, reference: dict[str, Any]) -> tuple[list[s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", nargs="*", default=CELLS, help=f"of {', '.join(CELLS)}")
-    parser.add_argument("--reference", type=Path, help="file that keeps the undisturbed run between calls")
+    parser.add_argument(
+        "--reference", type=Path, help="file that keeps the undisturbed run between calls"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     unknown = [cell for cell in arguments.cells if cell not in CELLS]

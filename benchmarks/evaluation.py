@@ -31,20 +31,34 @@ from pipelines.evaluate.evaluation import evaluate, read_results
 def write_case(folder: Path, num_images: int, detections: int, masks: bool) -> None:
     """Seven objects an image over 80 categories, and detections around them, as in val2017. Masks are ellipses."""
     rng = np.random.default_rng(0)
-    images = [{"id": k + 1, "width": 640, "height": 480, "file_name": f"{k}.jpg"} for k in range(num_images)]
+    images = [
+        {"id": k + 1, "width": 640, "height": 480, "file_name": f"{k}.jpg"}
+        for k in range(num_images)
+    ]
     annotations: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for image in images:
-        boxes = np.concatenate([rng.uniform(0, 400, (7, 2)), rng.uniform(8, 200, (7, 2))], 1).round(2)
+        boxes = np.concatenate([rng.uniform(0, 400, (7, 2)), rng.uniform(8, 200, (7, 2))], 1).round(
+            2
+        )
         labels = rng.integers(1, 81, 7)
         for box, label in zip(boxes.tolist(), labels.tolist(), strict=True):
-            record = {"id": len(annotations) + 1, "image_id": image["id"], "category_id": label, "iscrowd": 0}
+            record = {
+                "id": len(annotations) + 1,
+                "image_id": image["id"],
+                "category_id": label,
+                "iscrowd": 0,
+            }
             shape = {"segmentation": [ellipse(box)]} if masks else {}
             annotations.append(record | {"bbox": box, "area": box[2] * box[3]} | shape)
         near = rng.integers(0, 7, detections)
         moved = (boxes[near] + rng.normal(0, 6, (detections, 4))).clip(1).round(2)
-        named = np.where(rng.random(detections) < 0.7, labels[near], rng.integers(1, 81, detections))
-        for box, label, score in zip(moved.tolist(), named.tolist(), rng.random(detections).tolist(), strict=True):
+        named = np.where(
+            rng.random(detections) < 0.7, labels[near], rng.integers(1, 81, detections)
+        )
+        for box, label, score in zip(
+            moved.tolist(), named.tolist(), rng.random(detections).tolist(), strict=True
+        ):
             shape = {"segmentation": encoded(ellipse(box))} if masks else {"bbox": box}
             results.append({"image_id": image["id"], "category_id": label, "score": score} | shape)
     categories = [{"id": k, "name": f"c{k}"} for k in range(1, 81)]
@@ -90,7 +104,9 @@ def measured(which: str, folder: Path, iou: IouType, queue: Any) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--iou", choices=("bbox", "segm"), default="bbox")
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--detections", type=int, default=100)
@@ -109,7 +125,8 @@ def main() -> None:
             runs[which].append(queue.get())
             process.join()
     (time_ours, mib_ours), (time_peer, mib_peer) = (
-        (statistics.median(r[0] for r in found), statistics.median(r[1] for r in found)) for found in runs.values()
+        (statistics.median(r[0] for r in found), statistics.median(r[1] for r in found))
+        for found in runs.values()
     )
     result = {
         "name": f"evaluation-of-{args.iou}-vs-pycocotools",

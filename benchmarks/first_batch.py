@@ -30,11 +30,16 @@ def many_shards(folder: Path, count: int) -> Path:
     objects = [a for a in coco["annotations"] if a["image_id"] == first["id"]]
     coco["images"] = [first | {"id": k + 1, "file_name": names[0]} for k in range(count)]
     coco["annotations"] = [
-        a | {"id": k * len(objects) + n + 1, "image_id": k + 1} for k in range(count) for n, a in enumerate(objects)
+        a | {"id": k * len(objects) + n + 1, "image_id": k + 1}
+        for k in range(count)
+        for n, a in enumerate(objects)
     ]
     (folder / "many.json").write_text(json.dumps(coco))
     pack(
-        [folder / "many.json"], str(folder / "synth/images/train"), str(folder / "packed"), PackOptions(shard_mib=1e-6)
+        [folder / "many.json"],
+        str(folder / "synth/images/train"),
+        str(folder / "packed"),
+        PackOptions(shard_mib=1e-6),
     )
     return folder / "packed"
 
@@ -60,7 +65,9 @@ def seconds_to_batch(packed: Path, last: bool) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shards", type=int, default=1000)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--json", action="store_true")
@@ -68,7 +75,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="maskray-bench-") as name:
         packed = many_shards(Path(name), args.shards)
         seconds_to_batch(packed, last=False)
-        pairs = [(seconds_to_batch(packed, last=True), seconds_to_batch(packed, last=False)) for _ in range(args.pairs)]
+        pairs = [
+            (seconds_to_batch(packed, last=True), seconds_to_batch(packed, last=False))
+            for _ in range(args.pairs)
+        ]
     result = {
         "name": "first-batch",
         "ours": statistics.median(end for end, _ in pairs),

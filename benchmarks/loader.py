@@ -55,17 +55,24 @@ class Timed(NamedTuple):
 def source_files(data: str, folder: Path, repeat: int) -> tuple[Path, Path]:
     """Annotations that list every image `repeat` times under new ids, and the image folder."""
     if data:
-        annotations, images = Path(data) / "annotations/instances_train2017.json", Path(data) / "train2017"
+        annotations, images = (
+            Path(data) / "annotations/instances_train2017.json",
+            Path(data) / "train2017",
+        )
     else:
         synthesise(folder / "synth", num_images=100, size=640, seed=0)
-        annotations, images = folder / "synth/annotations/instances_train.json", folder / "synth/images/train"
+        annotations, images = (
+            folder / "synth/annotations/instances_train.json",
+            folder / "synth/images/train",
+        )
     coco = json.loads(annotations.read_text())
     step = 1 + max(record["id"] for key in ("images", "annotations") for record in coco[key])
     many = dict(coco, images=[], annotations=[])
     for turn in range(repeat):
         many["images"] += [image | {"id": image["id"] + turn * step} for image in coco["images"]]
         many["annotations"] += [
-            a | {"id": a["id"] + turn * step, "image_id": a["image_id"] + turn * step} for a in coco["annotations"]
+            a | {"id": a["id"] + turn * step, "image_id": a["image_id"] + turn * step}
+            for a in coco["annotations"]
         ]
     path = folder / "repeated.json"
     path.write_text(json.dumps(many))
@@ -97,7 +104,11 @@ def cpu_seconds() -> float:
 def opened(packed: Path, workers: int, short: int, longest: int, batch: int) -> TrainLoader:
     """Training batches with masks, of a whole dataset on one rank."""
     cfg = DataConfig(
-        train=str(packed), val="none", short_sides_px=(short,), max_side_px=longest, num_loader_workers=workers
+        train=str(packed),
+        val="none",
+        short_sides_px=(short,),
+        max_side_px=longest,
+        num_loader_workers=workers,
     )
     return TrainLoader(
         cfg,
@@ -114,7 +125,9 @@ def opened(packed: Path, workers: int, short: int, longest: int, batch: int) -> 
 def ours(packed: Path, workers: int, num_images: int) -> Timed:
     stream = opened(packed, workers, SHORT, LONGEST, BATCH)
     try:
-        return timed((sum(len(batch) for batch in step.batches) for step in stream), num_images, 4 * workers)
+        return timed(
+            (sum(len(batch) for batch in step.batches) for step in stream), num_images, 4 * workers
+        )
     finally:
         stream.close()
 
@@ -134,9 +147,12 @@ def torchvision_peer(annotations: Path, images: Path, workers: int, num_images: 
         ]
     )
     dataset = wrap_dataset_for_transforms_v2(
-        CocoDetection(str(images), str(annotations), transforms=transforms), target_keys=("boxes", "labels", "masks")
+        CocoDetection(str(images), str(annotations), transforms=transforms),
+        target_keys=("boxes", "labels", "masks"),
     )
-    dataset = torch.utils.data.Subset(dataset, [k for k, i in enumerate(dataset.ids) if dataset.coco.getAnnIds(i)])
+    dataset = torch.utils.data.Subset(
+        dataset, [k for k, i in enumerate(dataset.ids) if dataset.coco.getAnnIds(i)]
+    )
     loader = DataLoader(
         dataset,
         BATCH,
@@ -169,7 +185,10 @@ def bare_peer(packed: Path, workers: int, num_images: int) -> Timed:
     context = multiprocessing.get_context("spawn")
     queue, gate = context.Queue(), context.Barrier(workers)
     share = num_images // workers
-    processes = [context.Process(target=bare_worker, args=(packed, k, share, gate, queue)) for k in range(workers)]
+    processes = [
+        context.Process(target=bare_worker, args=(packed, k, share, gate, queue))
+        for k in range(workers)
+    ]
     started = time.perf_counter()
     for process in processes:
         process.start()
@@ -191,7 +210,9 @@ def bare_worker(packed: Path, number: int, count: int, gate: Any, queue: Any) ->
     for content, height, width in itertools.islice(itertools.cycle(contents), count):
         size = resized_size(height, width, SHORT, LONGEST)
         image = resize(decode(content, 1), *size)
-        canvas = torch.empty(round_up(size[0], MULTIPLE), round_up(size[1], MULTIPLE), 3, dtype=torch.uint8)
+        canvas = torch.empty(
+            round_up(size[0], MULTIPLE), round_up(size[1], MULTIPLE), 3, dtype=torch.uint8
+        )
         canvas.permute(2, 0, 1)[:, : size[0], : size[1]] = image
     queue.put((time.perf_counter() - started, time.process_time() - cpu))
 
@@ -218,7 +239,14 @@ def raw_ours(packed: Path, num_images: int) -> Timed:
 
     def items() -> Iterator[int]:
         dataset = open_dataset(str(packed))
-        order = Order(dataset.index, dataset.selection, seed=0, global_batch=BATCH, window_shards=16, block_batches=32)
+        order = Order(
+            dataset.index,
+            dataset.selection,
+            seed=0,
+            global_batch=BATCH,
+            window_shards=16,
+            block_batches=32,
+        )
         for step in itertools.count():
             for number in order.rows(step):
                 assert raw_item(dataset, int(number))["image"]
@@ -232,7 +260,11 @@ def write_litdata(packed: Path, folder: Path) -> None:
 
     numbers = open_dataset(str(packed)).rows()
     optimize(
-        fn=partial(litdata_item, str(packed)), inputs=numbers, output_dir=str(folder), num_workers=1, chunk_bytes="64MB"
+        fn=partial(litdata_item, str(packed)),
+        inputs=numbers,
+        output_dir=str(folder),
+        num_workers=1,
+        chunk_bytes="64MB",
     )
 
 
@@ -252,7 +284,9 @@ def raw_litdata(folder: Path, num_images: int) -> Timed:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", choices=("torchvision", "bare", "litdata"), default="torchvision")
     parser.add_argument("--data", default=os.environ.get("MASKRAY_COCO_MINI", ""))
     parser.add_argument("--images", type=int, default=480, help="images timed in one run")
@@ -262,7 +296,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.peer == "litdata" and find_spec("litdata") is None:
-        sys.exit("litdata is not installed, so there is no peer; install it with: pip install litdata")
+        sys.exit(
+            "litdata is not installed, so there is no peer; install it with: pip install litdata"
+        )
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(prefix="maskray-bench-") as name:
         folder = Path(name)
@@ -272,7 +308,9 @@ def main() -> None:
         run_ours: Callable[[], Timed] = lambda: ours(packed, args.workers, args.images)  # noqa: E731
         match args.peer:
             case "torchvision":
-                run_peer: Callable[[], Timed] = lambda: torchvision_peer(annotations, images, args.workers, args.images)  # noqa: E731
+                run_peer: Callable[[], Timed] = lambda: torchvision_peer(
+                    annotations, images, args.workers, args.images
+                )  # noqa: E731
             case "bare":
                 run_peer = lambda: bare_peer(packed, args.workers, args.images)  # noqa: E731
             case _:
@@ -284,7 +322,10 @@ def main() -> None:
             pairs.append((run_ours(), run_peer()))
             if not args.json:
                 for who, run in zip(("ours", "peer"), pairs[-1], strict=True):
-                    print(f"{number + 1} {who}: " + ", ".join(f"{k} {v:.2f}" for k, v in run._asdict().items()))
+                    print(
+                        f"{number + 1} {who}: "
+                        + ", ".join(f"{k} {v:.2f}" for k, v in run._asdict().items())
+                    )
     result = {
         "name": f"loader-vs-{args.peer}",
         "ours": statistics.median(us.images_per_s for us, _ in pairs),

@@ -53,7 +53,10 @@ def simulate(folder: Path, num_images: int, num_annotations: int) -> Path:
         file.write(f'"categories": {json.dumps(categories)}, "annotations": [')
         owners = rng.integers(1, num_images + 1, num_annotations)
         for number, owner in enumerate(owners.tolist(), 1):
-            file.write(json.dumps(annotation(rng, number, owner)) + ("," if number < num_annotations else "]}"))
+            file.write(
+                json.dumps(annotation(rng, number, owner))
+                + ("," if number < num_annotations else "]}")
+            )
     return path
 
 
@@ -75,13 +78,17 @@ def private_mib(process: psutil.Process) -> float:
     return float(process.memory_full_info().uss / 2**20)
 
 
-def pack_in_processes(folder: Path, annotations: Path, workers: int, shard_mib: float) -> tuple[float, float]:
+def pack_in_processes(
+    folder: Path, annotations: Path, workers: int, shard_mib: float
+) -> tuple[float, float]:
     """Runs the command; its seconds, and the most private memory that its processes held together, in MiB."""
     options = {"annotations": annotations, "images": folder / "images", "out": folder / "packed"}
     options |= {"workers": workers, "shard-mib": f"{shard_mib:.4f}"}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     started, peak = time.perf_counter(), 0.0
-    command = psutil.Popen([sys.executable, "-m", "pipelines", "data", "pack", *words, "--json"], stdout=PIPE)
+    command = psutil.Popen(
+        [sys.executable, "-m", "pipelines", "data", "pack", *words, "--json"], stdout=PIPE
+    )
     while command.poll() is None:
         total = 0.0
         for process in (command, *command.children(recursive=True)):
@@ -142,7 +149,9 @@ def epoch(packed: Path, workers: int) -> tuple[list[float], float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="part of train2017's records")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--json", action="store_true")
@@ -159,7 +168,10 @@ def main() -> None:
             peaks.append(peak)
             size = annotations.stat().st_size / 2**20
             if not args.json:
-                print(f"packed {int(NUM_IMAGES * scale)} images in {seconds:.0f} s, peak {peak:.0f} MiB", flush=True)
+                print(
+                    f"packed {int(NUM_IMAGES * scale)} images in {seconds:.0f} s, peak {peak:.0f} MiB",
+                    flush=True,
+                )
         empty = empty_worker_mib()
         found, in_flight_mib, rate = epoch(folder / "packed", args.workers)
     tenth = max(found[: max(1, len(found) // 10)])

@@ -70,8 +70,14 @@ class Stopwatch:
     def __call__(self, progress: Progress) -> None:
         if progress.phase == "training":
             memory = psutil.Process().memory_info().rss / 2**10
-            shippers = [t.ident for t in threading.enumerate() if t.name == "shipper" and t.ident is not None]
-            shipper_s = sum(time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in shippers)
+            shippers = [
+                t.ident
+                for t in threading.enumerate()
+                if t.name == "shipper" and t.ident is not None
+            ]
+            shipper_s = sum(
+                time.clock_gettime(time.pthread_getcpuclockid(ident)) for ident in shippers
+            )
             mark = Mark(time.process_time(), shipper_s, time.perf_counter(), memory)
             self.marks[progress.step] = mark
             if progress.step % 500 == 0:
@@ -98,11 +104,29 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/files"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        f"{folder}/files",
+    ]
     with (folder / "server.log").open("wb") as log:
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # starts sooner
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     uri = f"http://127.0.0.1:{port}"
     try:
         while True:
@@ -133,7 +157,11 @@ def measured(overrides: dict[str, Any], tracking: Tracking) -> Stopwatch:
 
 def tracking_cost(folder: Path, pairs: int) -> dict[str, Any]:
     """CPU and wall seconds a step of every arm."""
-    base = {**synthetic(folder / "data", 128), "loop.steps": STEPS, "loop.checkpoint_every_steps": NEVER}
+    base = {
+        **synthetic(folder / "data", 128),
+        "loop.steps": STEPS,
+        "loop.checkpoint_every_steps": NEVER,
+    }
     with mlflow_server(folder) as uri:
         on = MLflowTracking(uri=uri, experiment="overhead")
         arms: dict[str, tuple[dict[str, Any], Tracking]] = {
@@ -148,13 +176,16 @@ def tracking_cost(folder: Path, pairs: int) -> dict[str, Any]:
         sum(with_one.step_s[step] - without.step_s[step] for step in range(51, 56))
         for with_one, without in zip(found["checkpoints"], found["off"], strict=True)
     ]
-    window_s = statistics.median(watch.per_step("wall_s") for watch in found["off"]) * (LAST - FIRST)
+    window_s = statistics.median(watch.per_step("wall_s") for watch in found["off"]) * (
+        LAST - FIRST
+    )
     return {
         "steps_timed": LAST - FIRST,
         "pairs": pairs,
         **{
             f"{name}_per_step": {
-                a: statistics.median(w.per_step(name) for w in watches) for a, watches in found.items()
+                a: statistics.median(w.per_step(name) for w in watches)
+                for a, watches in found.items()
             }
             for name in ("cpu_s", "wall_s", "shipper_s")
         },
@@ -176,7 +207,10 @@ def memory_growth(folder: Path, steps: int) -> dict[str, Any]:
         "loop.log_every_steps": MEMORY_LOG,
         "loop.checkpoint_every_steps": 250,
     }
-    dead = measured({**overrides, "loop.steps": steps // 5}, MLflowTracking(uri=DEAD_SERVER, experiment="memory"))
+    dead = measured(
+        {**overrides, "loop.steps": steps // 5},
+        MLflowTracking(uri=DEAD_SERVER, experiment="memory"),
+    )
     print(f"dead server: {shares(dead)}", file=sys.stderr, flush=True)
     with mlflow_server(folder) as uri:
         watch = measured(overrides, MLflowTracking(uri=uri, experiment="memory"))
@@ -198,24 +232,38 @@ def shares(watch: Stopwatch) -> dict[str, float]:
     began, ended = watch.marks[steps[0]], watch.marks[steps[-1]]
     cpu_s, shipper_s = ended.cpu_s - began.cpu_s, ended.shipper_s - began.shipper_s
     count = steps[-1] - steps[0]
-    return {"cpu_s_per_step": cpu_s / count, "shipper_s_per_step": shipper_s / count, "share": shipper_s / cpu_s}
+    return {
+        "cpu_s_per_step": cpu_s / count,
+        "shipper_s_per_step": shipper_s / count,
+        "share": shipper_s / cpu_s,
+    }
 
 
-def alternated(arms: dict[str, tuple[dict[str, Any], Tracking]], pairs: int) -> dict[str, list[Stopwatch]]:
+def alternated(
+    arms: dict[str, tuple[dict[str, Any], Tracking]], pairs: int
+) -> dict[str, list[Stopwatch]]:
     """Each arm once a round, the order turned around every other round."""
     found: dict[str, list[Stopwatch]] = {arm: [] for arm in arms}
     for number in range(pairs):
         for arm in list(arms)[:: 1 if number % 2 == 0 else -1]:
             watch = measured(*arms[arm])
             found[arm].append(watch)
-            seconds = ", ".join(f"{name} {watch.per_step(name):.5f}" for name in ("cpu_s", "wall_s", "shipper_s"))
+            seconds = ", ".join(
+                f"{name} {watch.per_step(name):.5f}" for name in ("cpu_s", "wall_s", "shipper_s")
+            )
             after = [round(watch.step_s[step], 3) for step in range(49, 57)]
-            print(f"round {number}, {arm}: {seconds} a step; steps 49 to 56 {after}", file=sys.stderr, flush=True)
+            print(
+                f"round {number}, {arm}: {seconds} a step; steps 49 to 56 {after}",
+                file=sys.stderr,
+                flush=True,
+            )
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", choices=["tracking", "memory"], default="", help="(default: all)")
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--memory-steps", type=int, default=5000)

@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def in_turns(calls: Mapping[str, Callable[[], T]], rounds: int, warm_up: int = 0) -> dict[str, list[T]]:
+def in_turns(
+    calls: Mapping[str, Callable[[], T]], rounds: int, warm_up: int = 0
+) -> dict[str, list[T]]:
     """What each call returned in `rounds` rounds, one after the other within a round, after `warm_up` more."""
     found: dict[str, list[T]] = {name: [] for name in calls}
     for number in range(warm_up + rounds):
@@ -22,7 +24,9 @@ def in_turns(calls: Mapping[str, Callable[[], T]], rounds: int, warm_up: int = 0
     return found
 
 
-def seconds(call: Callable[[], object], finish: Callable[[], object] = lambda: None) -> Callable[[], float]:
+def seconds(
+    call: Callable[[], object], finish: Callable[[], object] = lambda: None
+) -> Callable[[], float]:
     """A call that returns how long it took; `finish` waits for a device."""
 
     def timed() -> float:
@@ -34,11 +38,20 @@ def seconds(call: Callable[[], object], finish: Callable[[], object] = lambda: N
     return timed
 
 
-def report(name: str, rates: Mapping[str, list[float]], device: str, as_json: bool, **more: Any) -> None:
+def report(
+    name: str, rates: Mapping[str, list[float]], device: str, as_json: bool, **more: Any
+) -> None:
     """Medians of the rates (more is better) of "ours" and "peer", and their ratio; the last line is a JSON object."""
     ours, peer = statistics.median(rates["ours"]), statistics.median(rates["peer"])
     pairs = len(rates["ours"])
-    result = {"name": name, "ours": round(ours, 3), "peer": round(peer, 3), "ratio": round(ours / peer, 3)}
+    result = {
+        "name": name,
+        "ours": round(ours, 3),
+        "peer": round(peer, 3),
+        "ratio": round(ours / peer, 3),
+    }
     if not as_json:
-        print(f"{name}: ours {result['ours']}, peer {result['peer']}, ratio {result['ratio']} ({pairs} pairs)")
+        print(
+            f"{name}: ours {result['ours']}, peer {result['peer']}, ratio {result['ratio']} ({pairs} pairs)"
+        )
     print(json.dumps({**result, "device": device, "pairs": pairs, **more}))

@@ -56,7 +56,9 @@ def sharpen(peer: nn.Module, image: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--side", type=int, default=320)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--json", action="store_true")
@@ -64,7 +66,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     image = torch.randint(0, 256, (3, args.side, args.side), dtype=torch.uint8)
-    peer = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, min_size=args.side, max_size=args.side).eval()
+    peer = maskrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, min_size=args.side, max_size=args.side
+    ).eval()
     sharpen(peer, image)
     detector = build_detector(preset("r50-fpn-torchvision"))
     detector.load_state_dict(from_torchvision(peer.state_dict()), strict=True)
@@ -77,7 +81,12 @@ def main() -> None:
         masks, boxes = next(iter(found.masks.values()))[0, kept], found.boxes_xyxy[0, kept]
         masks, boxes = masks.cpu(), boxes.cpu()
         crops = [paste_mask(m, b, args.side, args.side) for m, b in zip(masks, boxes, strict=True)]
-        return len([encode_crop(crop.numpy(), top, left, args.side, args.side) for crop, top, left in crops])
+        return len(
+            [
+                encode_crop(crop.numpy(), top, left, args.side, args.side)
+                for crop, top, left in crops
+            ]
+        )
 
     def theirs() -> int:
         with torch.no_grad():
@@ -90,7 +99,9 @@ def main() -> None:
     report(
         f"predict r50-fpn {args.side} px, masks pasted and encoded, images/s",
         {name: [1 / value for value in values] for name, values in found.items()},
-        torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         args.json,
         masks=masks,
     )

@@ -39,7 +39,10 @@ def rank_program(data: str, steps: int) -> None:
         run = parse_run(apply_overrides(run_preset("tiny"), overrides), "benchmark")
         state = TrainState(run, initial_detector(run))
         sums = LossSums(state.detector)
-        modules = {"alone": (sums, World(0, 1, world.device)), "together": (distributed(sums, world), world)}
+        modules = {
+            "alone": (sums, World(0, 1, world.device)),
+            "together": (distributed(sums, world), world),
+        }
         batches = iter(train_loader_opener(run, open_datasets(run, "")[0], world)(0))
         seconds: dict[str, list[float]] = {name: [] for name in modules}
         for _ in range(steps + 2):
@@ -52,20 +55,37 @@ def rank_program(data: str, steps: int) -> None:
                 seconds[name].append(time.perf_counter() - began)
         medians = {name: statistics.median(values[2:]) for name, values in seconds.items()}
         if world.is_first:
-            print(json.dumps({"ranks": world.size, "global_batch": run.loop.global_batch, **medians}))
+            print(
+                json.dumps({"ranks": world.size, "global_batch": run.loop.global_batch, **medians})
+            )
 
 
 def launched(data: Path, ranks: int, steps: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+    ]
     command += [str(Path(__file__).resolve()), "--rank-program", str(data), "--steps", str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+    }
+    output = subprocess.run(
+        command, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
     found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rank-program", default="", help=argparse.SUPPRESS)
@@ -75,7 +95,18 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [sys.executable, "-m", "pipelines", "data", "synth", folder, "--images", "200", "--pack", "--json"],
+            [
+                sys.executable,
+                "-m",
+                "pipelines",
+                "data",
+                "synth",
+                folder,
+                "--images",
+                "200",
+                "--pack",
+                "--json",
+            ],
             check=True,
             stdout=subprocess.PIPE,
         )

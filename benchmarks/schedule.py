@@ -66,7 +66,13 @@ def make_trials(count: int, seed: int, gpus: int) -> list[Trial]:
 
 
 Policy = Callable[
-    [float, dict[str, dict[str, float]], Sequence[Trial], Sequence[tuple[float, Trial, dict[str, int]]]], list[Start]
+    [
+        float,
+        dict[str, dict[str, float]],
+        Sequence[Trial],
+        Sequence[tuple[float, Trial, dict[str, int]]],
+    ],
+    list[Start],
 ]
 
 
@@ -77,9 +83,15 @@ def ours(nodes: int, limits: Limits) -> Policy:
         situation = Situation(
             nodes=[Node(f"n{i:03d}", total, free[f"n{i:03d}"]) for i in range(nodes)],
             waiting=[
-                Waiting(t.name, "study", t.owner, t.gang, t.priority, now - t.arrives, 0.0, t.seconds) for t in waiting
+                Waiting(
+                    t.name, "study", t.owner, t.gang, t.priority, now - t.arrives, 0.0, t.seconds
+                )
+                for t in waiting
             ],
-            running=[Running(t.name, "study", t.owner, t.gang, place, end - now) for end, t, place in running],
+            running=[
+                Running(t.name, "study", t.owner, t.gang, place, end - now)
+                for end, t, place in running
+            ],
         )
         return [decision for decision in decide(situation, limits) if isinstance(decision, Start)]
 
@@ -123,17 +135,26 @@ def simulate(trials: Sequence[Trial], nodes: int, policy: Policy, every_s: float
         if not waiting:
             continue
         begin = time.perf_counter()
-        started = policy(now, free, list(waiting.values()), [(end, by_name[n], place) for end, n, place in running])
+        started = policy(
+            now,
+            free,
+            list(waiting.values()),
+            [(end, by_name[n], place) for end, n, place in running],
+        )
         took.append(time.perf_counter() - begin)
         for start in started:
             trial = waiting.pop(start.trial)
             take(free, trial.gang, start.placement)
-            assert all(amounts["GPU"] >= -1e-6 for amounts in free.values()), "a node was given away twice"
+            assert all(amounts["GPU"] >= -1e-6 for amounts in free.values()), (
+                "a node was given away twice"
+            )
             heapq.heappush(running, (now + trial.seconds, trial.name, dict(start.placement)))
             waits[trial.name] = now - trial.arrives
             spans.append((now, now + trial.seconds, trial.gang.ranks))
             last_start = now
-    used = sum(ranks * (min(end, last_start) - min(begin, last_start)) for begin, end, ranks in spans)
+    used = sum(
+        ranks * (min(end, last_start) - min(begin, last_start)) for begin, end, ranks in spans
+    )
     sizes = sorted({t.gang.ranks for t in trials})
     by_size = {size: max(waits[t.name] for t in trials if t.gang.ranks == size) for size in sizes}
     return Outcome(
@@ -149,7 +170,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpus", type=int, default=1000)
     parser.add_argument("--trials", type=int, default=10_000)
-    parser.add_argument("--every-s", type=float, default=60.0, help="simulated seconds between two decisions")
+    parser.add_argument(
+        "--every-s", type=float, default=60.0, help="simulated seconds between two decisions"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -176,7 +199,9 @@ def main() -> None:
         "makespan_over_bound": round(mine.makespan / bound, 4),
         "peer_makespan_over_bound": round(peer.makespan / bound, 4),
         "longest_wait_h": round(mine.longest_wait / 3600, 2),
-        "longest_wait_h_by_gpus": {size: round(wait / 3600, 2) for size, wait in mine.waits_by_size.items()},
+        "longest_wait_h_by_gpus": {
+            size: round(wait / 3600, 2) for size, wait in mine.waits_by_size.items()
+        },
     }
     if not arguments.json:
         for name, value in report.items():

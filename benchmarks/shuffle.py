@@ -45,7 +45,14 @@ class SimulatedIndex:
 
 def batches(index: Any, seed: int, epoch: int, window: int) -> Ints:
     """All whole global batches of an epoch: (batches, BATCH) rows."""
-    order = Order(index, Selection((0,)), seed=seed, global_batch=BATCH, window_shards=window, block_batches=BLOCK)
+    order = Order(
+        index,
+        Selection((0,)),
+        seed=seed,
+        global_batch=BATCH,
+        window_shards=window,
+        block_batches=BLOCK,
+    )
     first = epoch * order.steps_per_epoch
     return np.stack([order.rows(first + step) for step in range(order.steps_per_epoch - 1)])
 
@@ -67,7 +74,9 @@ def measures(index: Any, seed: int, window: int) -> dict[str, float]:
         "displacement": float(np.abs(position[there] - there).mean() / NUM_IMAGES),
         "order_kept": float(np.corrcoef(position[there], there)[0, 1]),
         "labels_of_a_batch": variation(label),
-        "labels_of_256_batches": variation(label[: len(label) // RUN * RUN].reshape(-1, RUN * BATCH)),
+        "labels_of_256_batches": variation(
+            label[: len(label) // RUN * RUN].reshape(-1, RUN * BATCH)
+        ),
     }
 
 
@@ -84,12 +93,16 @@ def variation(labels: Ints) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=3, help="seeds")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     index = SimulatedIndex()
-    found = [(measures(index, seed, WINDOW), measures(index, seed, SHARDS)) for seed in range(args.pairs)]
+    found = [
+        (measures(index, seed, WINDOW), measures(index, seed, SHARDS)) for seed in range(args.pairs)
+    ]
     table = {
         name: {
             "windowed": statistics.median(ours[name] for ours, _ in found),

@@ -46,7 +46,9 @@ def drawn_batch(images: int, objects: int, side: int, num_classes: int) -> Batch
     axis = (torch.arange(112) + 0.5) / 56 - 1
     disc = (axis[:, None] ** 2 + axis**2 < 1).to(torch.uint8)
     return Batch(
-        images=torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, generator=generator),
+        images=torch.randint(
+            0, 256, (images, 3, side, side), dtype=torch.uint8, generator=generator
+        ),
         sizes=torch.full((images, 2), side),
         original_sizes=torch.full((images, 2), side),
         sample_ids=torch.arange(images),
@@ -69,7 +71,9 @@ def their_targets(batch: Batch) -> list[dict[str, Tensor]]:
         middle, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
         x = (centres[None, None, :] - middle[:, 0, None, None]) / half[:, 0, None, None]
         y = (centres[None, :, None] - middle[:, 1, None, None]) / half[:, 1, None, None]
-        targets.append({"boxes": boxes, "labels": labels + 1, "masks": (x * x + y * y < 1).to(torch.uint8)})
+        targets.append(
+            {"boxes": boxes, "labels": labels + 1, "masks": (x * x + y * y < 1).to(torch.uint8)}
+        )
     return targets
 
 
@@ -114,7 +118,9 @@ def their_tiny(side: int) -> nn.Module:
 class TwoCoarser(LastLevelMaxPool):
     """Two maps below the last one, as `tiny` has them."""
 
-    def forward(self, x: list[Tensor], y: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:  # noqa: ARG002
+    def forward(
+        self, x: list[Tensor], y: list[Tensor], names: list[str]
+    ) -> tuple[list[Tensor], list[str]]:  # noqa: ARG002
         coarser = x[-1][:, :, ::2, ::2]
         return [*x, coarser, coarser[:, :, ::2, ::2]], [*names, "2", "3"]
 
@@ -141,7 +147,9 @@ def share_weights(detector: nn.Module, peer: nn.Module) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer", choices=["torchvision"], default="torchvision")
     parser.add_argument("--preset", choices=["tiny", "r50-fpn"], default="tiny")
     parser.add_argument("--side", type=int, default=128)
@@ -160,27 +168,39 @@ def main() -> None:
     detector, peer = detector.to(device), peer.to(device)
     floats, targets = [image.float() / 255 for image in batch.images], their_targets(batch)
     masks: dict[str, list[int]] = {"ours": [], "peer": []}
-    peer.roi_heads.mask_head.register_forward_pre_hook(lambda _, inputs: masks["peer"].append(len(inputs[0])))
+    peer.roi_heads.mask_head.register_forward_pre_hook(
+        lambda _, inputs: masks["peer"].append(len(inputs[0]))
+    )
 
     def ours() -> Tensor:
         terms = detector.losses(batch)
         if device == "cpu":
             masks["ours"].append(int(terms["mask"].count))
-        return torch.stack([term.weight * term.sum / term.count.clamp(min=1) for term in terms.values()]).sum()
+        return torch.stack(
+            [term.weight * term.sum / term.count.clamp(min=1) for term in terms.values()]
+        ).sum()
 
     steps = {
         "ours": make_step(detector, ours, args.bf16),
-        "peer": make_step(peer, lambda: torch.stack(list(peer(floats, targets).values())).sum(), args.bf16),
+        "peer": make_step(
+            peer, lambda: torch.stack(list(peer(floats, targets).values())).sum(), args.bf16
+        ),
     }
     measure(steps, args, device, masks)
 
 
-def measure(steps: dict[str, Callable[[], None]], args: Any, device: str, masks: dict[str, list[int]]) -> None:
+def measure(
+    steps: dict[str, Callable[[], None]], args: Any, device: str, masks: dict[str, list[int]]
+) -> None:
     """Images per second in turns after two rounds to warm up; on a GPU the peak memory above what is resident too."""
     cuda = device == "cuda"
     finish = torch.cuda.synchronize if cuda else lambda: None
-    found = in_turns({name: seconds(step, finish) for name, step in steps.items()}, args.pairs, warm_up=2)
-    more: dict[str, Any] = {"masks_a_step": {n: statistics.median(v) for n, v in masks.items() if v}}
+    found = in_turns(
+        {name: seconds(step, finish) for name, step in steps.items()}, args.pairs, warm_up=2
+    )
+    more: dict[str, Any] = {
+        "masks_a_step": {n: statistics.median(v) for n, v in masks.items() if v}
+    }
     if cuda:
         more["peak_mib"] = {name: peak_mib(step) for name, step in steps.items()}
     precision = "bf16" if args.bf16 else "fp32"

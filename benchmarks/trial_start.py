@@ -80,7 +80,9 @@ def bare_step(config: dict[str, Any]) -> None:
         masks=True,
     )
     for batch in next(iter(loader)).batches:
-        sum(term.weight * term.sum / term.count.clamp(min=1) for term in detector(batch).values()).backward()
+        sum(
+            term.weight * term.sum / term.count.clamp(min=1) for term in detector(batch).values()
+        ).backward()
     optimiser.step()
     Path(config["out"]).write_text(repr(time.time()))
     loader.close()
@@ -100,7 +102,10 @@ class House:
         command = [sys.executable, "-m", "pipelines", "data", "synth", str(self.root / "data")]
         options = ["--images", "40", "--size", "128", "--seed", "0", "--pack"]
         subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
-        data = {"data.train": str(self.root / "data" / "train"), "data.val": str(self.root / "data" / "val")}
+        data = {
+            "data.train": str(self.root / "data" / "train"),
+            "data.val": str(self.root / "data" / "val"),
+        }
         steps = {"loop.steps": 2, "loop.global_batch": 2, "loop.log_every_steps": 1}
         self.run = apply_overrides(run_preset("tiny"), data | steps)
         self.client = Client(local.ensure_local_service(self.root))
@@ -122,10 +127,16 @@ class House:
 
     def ours(self, number: int) -> tuple[float, dict[str, float]]:
         """Seconds to the first step as rank 0 wrote it down, and MiB while the trial runs."""
-        plan = TrialPlan(key=f"t{number}", arm={}, seed=0, baseline=True, identity="c" * 64, run=self.run)
-        study = Study(name="start", baseline=Baseline(preset="tiny"), resources=Resources(ranks=RANKS))
+        plan = TrialPlan(
+            key=f"t{number}", arm={}, seed=0, baseline=True, identity="c" * 64, run=self.run
+        )
+        study = Study(
+            name="start", baseline=Baseline(preset="tiny"), resources=Resources(ranks=RANKS)
+        )
         begin = time.time()
-        made = self.client.submit(Submission(study=study, study_yaml="name: start\n", trials=(plan,), fresh=True))
+        made = self.client.submit(
+            Submission(study=study, study_yaml="name: start\n", trials=(plan,), fresh=True)
+        )
         folder = self.home / "studies" / made["study"] / f"{made['study']}-000"
         at = self.until(lambda: _first_step(folder / "progress.json"))
         memory = self.memory()
@@ -138,7 +149,9 @@ class House:
         out, head = self.root / f"bare-{number}", recorded_child("ray", self.home)
         assert head is not None
         (self.root / "run.json").write_text(json.dumps(self.run))
-        gcs = next(word for word in psutil.Process(head.pid).cmdline() if word.startswith("--port="))
+        gcs = next(
+            word for word in psutil.Process(head.pid).cmdline() if word.startswith("--port=")
+        )
         environment = {
             **os.environ,
             "RAY_ADDRESS": f"127.0.0.1:{gcs.removeprefix('--port=')}",
@@ -162,7 +175,13 @@ class House:
         jobs = {"driver": 0.0, "supervisor": 0.0}
         for process in marked_processes(ray_mark(self.home)):
             words = " ".join(process.cmdline())
-            kind = "driver" if "workers.ray_entry" in words else "supervisor" if "JobSupervisor" in words else ""
+            kind = (
+                "driver"
+                if "workers.ray_entry" in words
+                else "supervisor"
+                if "JobSupervisor" in words
+                else ""
+            )
             if kind:
                 jobs[kind] = max(jobs[kind], _mib(process))
         return {"service": _mib(psutil.Process(service.pid)), **jobs}
@@ -198,7 +217,10 @@ def main() -> int:
             times["ours"].append(seconds)
             times["bare"].append(house.bare(number))
             if not arguments.json:
-                print(f"pair {number}: ours {times['ours'][-1]:.1f} s, bare {times['bare'][-1]:.1f} s", flush=True)
+                print(
+                    f"pair {number}: ours {times['ours'][-1]:.1f} s, bare {times['bare'][-1]:.1f} s",
+                    flush=True,
+                )
     finally:
         house.close()
     ours, peer = (statistics.median(times[name]) for name in ("ours", "bare"))

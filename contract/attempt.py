@@ -10,7 +10,15 @@ from contract.recipe import RunConfig
 from contract.record import Record
 
 # Exit statuses of `python -m workers.train` and `python -m workers.ray_entry`, read by the orchestrator.
-EXIT_DONE, EXIT_FAILED, EXIT_INPUT, EXIT_PREEMPTED, EXIT_STOPPED, EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = (
+(
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INPUT,
+    EXIT_PREEMPTED,
+    EXIT_STOPPED,
+    EXIT_DIVERGED,
+    EXIT_OUT_OF_MEMORY,
+) = (
     0,
     1,
     2,
@@ -75,7 +83,9 @@ class RunSpec(Record):
     cpus_per_rank: float = Field(1.0, gt=0)
     gpus_per_rank: float = Field(0.0, ge=0)
     rank_resources: dict[str, float] = {}  # custom Ray resources per rank
-    max_nodes: int = Field(0, ge=0)  # 1 keeps the gang together; above that Ray packs it as tightly as it can
+    max_nodes: int = Field(
+        0, ge=0
+    )  # 1 keeps the gang together; above that Ray packs it as tightly as it can
     avoid_nodes: tuple[str, ...] = ()  # ids of Ray nodes that no rank may sit on
     tracking: Tracking = NoTracking()
     tags: dict[str, str] = {}  # to MLflow as they are: code version, manifest hash, owner
@@ -110,7 +120,9 @@ class Outcome(BaseModel):
     """How one attempt ended, as its rank 0 or its driver saw it."""
 
     state: Literal["done", "failed", "stopped", "preempted"]
-    error_class: Literal["none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"] = "none"
+    error_class: Literal[
+        "none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"
+    ] = "none"
     error: str = ""  # one line with the remedy
     step: int = 0
     events: list[Event] = []
@@ -125,6 +137,8 @@ class Result(BaseModel):
     attempt: int
     world_size: int
     weights_sha256: str  # of the last weights
-    artifacts: dict[str, str] = {}  # "detections/bbox", "picture/last", ... -> path relative to the trial's folder
+    artifacts: dict[
+        str, str
+    ] = {}  # "detections/bbox", "picture/last", ... -> path relative to the trial's folder
     mlflow_run_id: str = ""
     events: list[Event] = []

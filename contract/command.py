@@ -26,7 +26,9 @@ def run_command(command: Callable[[], int], argv: Sequence[str]) -> int:
         if "--debug" in argv:
             raise
         return _report(
-            RuntimeError(f"internal error, {type(error).__name__}: {error}; --debug shows where"), WORK_FAILED, argv
+            RuntimeError(f"internal error, {type(error).__name__}: {error}; --debug shows where"),
+            WORK_FAILED,
+            argv,
         )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -41,7 +43,9 @@ def run_app(app: Any, argv: Sequence[str], program: str) -> int:
         try:
             status = app(args=list(argv), prog_name=program, standalone_mode=False)
         except TyperException as error:
-            if type(error).__name__ == "NoArgsIsHelpError":  # typer does not export it; its message is the help
+            if (
+                type(error).__name__ == "NoArgsIsHelpError"
+            ):  # typer does not export it; its message is the help
                 print(error.format_message(), file=sys.stderr)
                 return INPUT_WRONG
             message = error.format_message().removesuffix(".").replace("Value error, ", "")

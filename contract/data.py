@@ -20,7 +20,9 @@ class Filter(Record):
     categories: tuple[str, ...] = ()  # names; empty keeps all
     require_keypoints: bool = False  # keep only objects with a labelled keypoint
     min_area_px: float = Field(0.0, ge=0)  # in pixels of the image file
-    holdout: float = Field(0.0, ge=0, lt=1)  # fraction of the training images set aside for tuning, by id hash
+    holdout: float = Field(
+        0.0, ge=0, lt=1
+    )  # fraction of the training images set aside for tuning, by id hash
     drop_empty: bool = True  # training leaves out images without a usable object
 
 
@@ -42,7 +44,9 @@ class DataConfig(Record):
     val: str = Field(min_length=1)
     short_sides_px: tuple[int, ...] = Field((800,), min_length=1)  # one is drawn per sample
     max_side_px: int = Field(1333, ge=32)
-    canvas_multiple_px: int = Field(32, ge=1)  # canvas sides are multiples of this; larger means fewer shapes
+    canvas_multiple_px: int = Field(
+        32, ge=1
+    )  # canvas sides are multiples of this; larger means fewer shapes
     flip_probability: float = Field(0.5, ge=0, le=1)
     colour: ColourJitter = ColourJitter()
     filter: Filter = Filter()
@@ -73,7 +77,9 @@ class ManifestHeader(BaseModel):
     num_images: int
     num_annotations: int
     num_shards: int
-    categories: tuple[dict[str, Any], ...]  # COCO category records, in the order of their dense labels
+    categories: tuple[
+        dict[str, Any], ...
+    ]  # COCO category records, in the order of their dense labels
     has_masks: bool
     has_keypoints: bool
 
@@ -83,7 +89,9 @@ class ManifestHeader(BaseModel):
         try:
             header = cls.model_validate(json.loads(text))
         except ValueError as error:  # pydantic's errors are ValueErrors too
-            raise ValueError("not a readable manifest; restore it, or pack the data again") from error
+            raise ValueError(
+                "not a readable manifest; restore it, or pack the data again"
+            ) from error
         if header.schema_version != SCHEMA_VERSION:
             raise OtherSchemaError(
                 f"manifest has schema {header.schema_version}, this version reads {SCHEMA_VERSION}; "

@@ -36,8 +36,12 @@ class GroupNorm(Record):
     @field_validator("groups")
     @classmethod
     def _divides(cls, value: int) -> int:
-        if 64 % value:  # the stem has 64 channels, and every other normed width of every backbone is a multiple
-            raise ValueError("must divide the 64 channels of the backbone's stem; choose 1, 2, 4, 8, 16, 32 or 64")
+        if (
+            64 % value
+        ):  # the stem has 64 channels, and every other normed width of every backbone is a multiple
+            raise ValueError(
+                "must divide the 64 channels of the backbone's stem; choose 1, 2, 4, 8, 16, 32 or 64"
+            )
         return value
 
 
@@ -54,13 +58,17 @@ class ResNet(Record):
     kind: Literal["resnet"] = "resnet"
     depth: Literal[18, 34, 50, 101] = 50
     norm: Norm = FrozenBatchNorm()
-    frozen_stages: int = Field(2, ge=0, le=5)  # 0 trains all, 1 freezes the stem, 2 the stem and res2, ...
+    frozen_stages: int = Field(
+        2, ge=0, le=5
+    )  # 0 trains all, 1 freezes the stem, 2 the stem and res2, ...
     stride_in_1x1: bool = False  # where a downsampling bottleneck puts its stride; detectron2's MSRA weights need True
 
     @model_validator(mode="after")
     def _has_1x1(self) -> ResNet:
         if self.stride_in_1x1 and self.depth < 50:
-            raise ValueError(f"stride_in_1x1 is about bottlenecks, ResNet-{self.depth} has none; depths 50 and 101 do")
+            raise ValueError(
+                f"stride_in_1x1 is about bottlenecks, ResNet-{self.depth} has none; depths 50 and 101 do"
+            )
         return self
 
 
@@ -102,7 +110,9 @@ class FileWeights(Record):
     layout: Literal["backbone", "maskray", "torchvision", "detectron2"] = "backbone"
 
 
-Weights: TypeAlias = Annotated[NoWeights | TorchvisionWeights | FileWeights, Field(discriminator="kind")]
+Weights: TypeAlias = Annotated[
+    NoWeights | TorchvisionWeights | FileWeights, Field(discriminator="kind")
+]
 
 Deviation: TypeAlias = Annotated[float, Field(ge=1e-3)]
 
@@ -110,7 +120,11 @@ Deviation: TypeAlias = Annotated[float, Field(ge=1e-3)]
 class ImageInput(Record):
     """How uint8 pixels enter the network, and the size of an image at test time."""
 
-    mean: tuple[float, float, float] = (0.485 * 255, 0.456 * 255, 0.406 * 255)  # in the order of `channels`
+    mean: tuple[float, float, float] = (
+        0.485 * 255,
+        0.456 * 255,
+        0.406 * 255,
+    )  # in the order of `channels`
     std: tuple[Deviation, Deviation, Deviation] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
     channels: Literal["rgb", "bgr"] = "rgb"
     short_side_px: int = Field(800, ge=16, le=_MOST_PX)
@@ -159,14 +173,18 @@ class FPN(Record):
 
     kind: Literal["fpn"] = "fpn"
     channels: int = Field(256, ge=8, le=_MOST_CHANNELS)
-    strides: tuple[Literal[4, 8, 16, 32], ...] = Field((4, 8, 16, 32), min_length=1)  # the backbone maps merged
+    strides: tuple[Literal[4, 8, 16, 32], ...] = Field(
+        (4, 8, 16, 32), min_length=1
+    )  # the backbone maps merged
     roi_strides: tuple[Literal[4, 8, 16, 32], ...] = Field((4, 8, 16, 32), min_length=1)
 
     @model_validator(mode="after")
     def _consecutive(self) -> FPN:
         for name, strides in (("strides", self.strides), ("roi_strides", self.roi_strides)):
             if any(coarser != 2 * finer for finer, coarser in pairwise(strides)):
-                raise ValueError(f"{name} must double from one to the next, finest first; they are {strides}")
+                raise ValueError(
+                    f"{name} must double from one to the next, finest first; they are {strides}"
+                )
         if not set(self.roi_strides) <= set(self.strides):
             raise ValueError(f"roi_strides {self.roi_strides} must be among strides {self.strides}")
         return self
@@ -184,7 +202,9 @@ AnchorRatio: TypeAlias = Annotated[float, Field(ge=1e-3, le=1e3)]
 class Anchors(Record):
     """Anchor sides in pixels, one tuple per level of the layout (finest first), and height/width ratios."""
 
-    sizes_px: tuple[AnchorSizes, ...] = Field(((32,), (64,), (128,), (256,), (512,)), min_length=1, max_length=8)
+    sizes_px: tuple[AnchorSizes, ...] = Field(
+        ((32,), (64,), (128,), (256,), (512,)), min_length=1, max_length=8
+    )
     ratios: tuple[AnchorRatio, ...] = Field((0.5, 1.0, 2.0), min_length=1, max_length=64)
     rounded: bool = False  # torchvision's: base anchors in whole pixels, strides of canvas // cells
 
@@ -192,7 +212,9 @@ class Anchors(Record):
     def _rounded_ones_have_an_area(self) -> Anchors:
         size = min(size for sizes in self.sizes_px for size in sizes)
         ratio = max(max(ratio, 1 / ratio) for ratio in self.ratios)
-        if self.rounded and round(size / ratio**0.5 / 2) == 0:  # half a side, as the anchors are rounded
+        if (
+            self.rounded and round(size / ratio**0.5 / 2) == 0
+        ):  # half a side, as the anchors are rounded
             raise ValueError(
                 f"rounded to whole pixels, the anchor of {size} px in sizes_px has no area at the most oblong of "
                 f"ratios {self.ratios}; give larger sizes or leave rounded off"
@@ -268,7 +290,9 @@ class RoIAlign(Record):
     """Mean or max of bilinear samples per bin (Mask R-CNN, section 3)."""
 
     kind: Literal["align"] = "align"
-    samples: int = Field(2, ge=0, le=64)  # points per bin side; 0: as many as the bin has cells (detectron2)
+    samples: int = Field(
+        2, ge=0, le=64
+    )  # points per bin side; 0: as many as the bin has cells (detectron2)
     reduce: Literal["mean", "max"] = "mean"
     aligned: bool = True  # pixel centres at half-integers
 
@@ -370,8 +394,12 @@ class SoftmaxMask(Record):
     """Per-pixel softmax over the K classes and background (Table 2b; targets and inference are not in the paper)."""
 
     kind: Literal["softmax"] = "softmax"
-    others: Literal["background", "own_class"] = "background"  # pixels of other instances inside the RoI
-    inference: Literal["probability", "argmax", "versus_background"] = "argmax"  # all are evaluated, this is `segm/AP`
+    others: Literal["background", "own_class"] = (
+        "background"  # pixels of other instances inside the RoI
+    )
+    inference: Literal["probability", "argmax", "versus_background"] = (
+        "argmax"  # all are evaluated, this is `segm/AP`
+    )
 
 
 MaskLoss: TypeAlias = Annotated[SigmoidMask | SoftmaxMask, Field(discriminator="kind")]
@@ -385,7 +413,9 @@ class MaskBranch(Record):
     kind: Literal["mask"] = "mask"
     head: MaskHead = FCNMask()
     loss: MaskLoss = SigmoidMask()
-    paste: Literal["pixel_centres", "torchvision"] = "pixel_centres"  # of `predict_image`; torchvision rounds boxes
+    paste: Literal["pixel_centres", "torchvision"] = (
+        "pixel_centres"  # of `predict_image`; torchvision rounds boxes
+    )
     loss_weight: float = Field(1.0, gt=0)
 
 
@@ -403,7 +433,9 @@ class KeypointBranch(Record):
     num_keypoints: int = Field(17, ge=1, le=10_000)
     convs: int = Field(8, ge=1, le=_MOST_LAYERS)
     width: int = Field(512, ge=8, le=_MOST_CHANNELS)
-    half_pixel_px: float = Field(0.5, ge=0)  # taken off predictions; torchvision does not shift keypoints and has 0
+    half_pixel_px: float = Field(
+        0.5, ge=0
+    )  # taken off predictions; torchvision does not shift keypoints and has 0
     loss_weight: float = Field(1.0, gt=0)
 
 
@@ -413,7 +445,9 @@ Keypoints: TypeAlias = Annotated[NoKeypoints | KeypointBranch, Field(discriminat
 class ModelConfig(Record):
     """One detector. `mask` and `keypoints` choose the task."""
 
-    num_classes: int = Field(80, ge=1, le=100_000)  # without background; must match the data's categories
+    num_classes: int = Field(
+        80, ge=1, le=100_000
+    )  # without background; must match the data's categories
     backbone: Backbone = ResNet()
     weights: Weights = TorchvisionWeights()
     image: ImageInput = ImageInput()
@@ -433,11 +467,21 @@ class ModelConfig(Record):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ModelConfig:
-        frozen = not isinstance(self.backbone, VGG16) and isinstance(self.backbone.norm, FrozenBatchNorm)
+        frozen = not isinstance(self.backbone, VGG16) and isinstance(
+            self.backbone.norm, FrozenBatchNorm
+        )
         if isinstance(self.weights, NoWeights) and (frozen or self.backbone.frozen_stages):
-            what = "frozen batch-norm" if frozen else f"backbone.frozen_stages = {self.backbone.frozen_stages}"
-            raise ValueError(f"{what} needs pretrained weights, weights.kind is 'none'; choose norm 'gn' and 0 stages")
-        group_norm = not isinstance(self.backbone, VGG16) and isinstance(self.backbone.norm, GroupNorm)
+            what = (
+                "frozen batch-norm"
+                if frozen
+                else f"backbone.frozen_stages = {self.backbone.frozen_stages}"
+            )
+            raise ValueError(
+                f"{what} needs pretrained weights, weights.kind is 'none'; choose norm 'gn' and 0 stages"
+            )
+        group_norm = not isinstance(self.backbone, VGG16) and isinstance(
+            self.backbone.norm, GroupNorm
+        )
         if isinstance(self.weights, TorchvisionWeights) and group_norm:
             raise ValueError(
                 "torchvision's ImageNet weights belong to batch-norm, backbone.norm.kind is 'gn'; choose 'frozen_bn' "
@@ -450,7 +494,10 @@ class ModelConfig(Record):
 
     def _check_conventions(self) -> None:
         """Of a whole detector's weights, those without which they mean nothing; fine-tuning may change the others."""
-        if not isinstance(self.weights, FileWeights) or self.weights.layout not in ("torchvision", "detectron2"):
+        if not isinstance(self.weights, FileWeights) or self.weights.layout not in (
+            "torchvision",
+            "detectron2",
+        ):
             return
         theirs = self.weights.layout == "detectron2"
         wanted: dict[str, tuple[object, object]] = {
@@ -461,7 +508,11 @@ class ModelConfig(Record):
             wanted["backbone.stride_in_1x1"] = (self.backbone.stride_in_1x1, theirs)
             if theirs:  # Caffe's ResNets saw pixels up to 255
                 wanted["image.std"] = (self.image.std, (1.0, 1.0, 1.0))
-        wrong = [f"{field} {needed!r}, not {given!r}" for field, (given, needed) in wanted.items() if given != needed]
+        wrong = [
+            f"{field} {needed!r}, not {given!r}"
+            for field, (given, needed) in wanted.items()
+            if given != needed
+        ]
         if wrong:
             raise ValueError(
                 f"weights.layout '{self.weights.layout}' needs {', '.join(wrong)}; "
@@ -481,17 +532,27 @@ class ModelConfig(Record):
                 f"anchors.sizes_px has {levels} level(s), fewer than the {len(self.layout.strides)} maps of the pyramid"
             )
         if not isinstance(self.layout, FPN) and levels != 1:
-            raise ValueError(f"layout '{self.layout.kind}' has one RPN level, anchors.sizes_px has {levels}")
+            raise ValueError(
+                f"layout '{self.layout.kind}' has one RPN level, anchors.sizes_px has {levels}"
+            )
         if len({len(sizes) for sizes in self.anchors.sizes_px}) != 1:
-            raise ValueError("anchors.sizes_px must have equally many sizes on every level: the RPN head is shared")
+            raise ValueError(
+                "anchors.sizes_px must have equally many sizes on every level: the RPN head is shared"
+            )
         if isinstance(self.layout, C4) and self.backbone.frozen_stages > 4:
-            raise ValueError("backbone.frozen_stages = 5 would freeze res5, which is C4's RoI head; at most 4")
+            raise ValueError(
+                "backbone.frozen_stages = 5 would freeze res5, which is C4's RoI head; at most 4"
+            )
 
     def _check_heads(self) -> None:
         if isinstance(self.layout, C4) != isinstance(self.box_head, Res5Head):
-            raise ValueError(f"layout '{self.layout.kind}' cannot have box_head '{self.box_head.kind}': 'res5' is C4's")
+            raise ValueError(
+                f"layout '{self.layout.kind}' cannot have box_head '{self.box_head.kind}': 'res5' is C4's"
+            )
         if isinstance(self.box_head, VGGHead) and not isinstance(self.backbone, VGG16):
-            raise ValueError("box_head 'vgg' is fc6 and fc7 of backbone 'vgg16'; other backbones take 'fc'")
+            raise ValueError(
+                "box_head 'vgg' is fc6 and fc7 of backbone 'vgg16'; other backbones take 'fc'"
+            )
         if isinstance(self.mask, MaskBranch) and isinstance(self.mask.head, FCNMask):
             after_res5 = isinstance(self.layout, C4)
             if after_res5 and self.mask.head.convs:

@@ -86,7 +86,13 @@ PRESETS: dict[str, ModelConfig] = {
         image=ImageInput(short_side_px=600, max_side_px=1000),
         layout=Conv5(),
         anchors=Anchors(sizes_px=((128, 256, 512),)),
-        rpn=RPN(pre_nms_train=12000, pre_nms_test=6000, post_nms_train=2000, post_nms_test=300, box_loss=SmoothL1()),
+        rpn=RPN(
+            pre_nms_train=12000,
+            pre_nms_test=6000,
+            post_nms_train=2000,
+            post_nms_test=300,
+            box_loss=SmoothL1(),
+        ),
         sampling=RoISampling(rois_per_image=128),
         roi=RoIPool(),
         box_head=VGGHead(),
@@ -96,15 +102,24 @@ PRESETS: dict[str, ModelConfig] = {
     "r50-c4": _C4,
     "r101-c4": _changed(_C4, backbone=ResNet(depth=101)),
     "r50-c5": _changed(
-        _C4, layout=C5(), sampling=RoISampling(rois_per_image=512), box_head=FCHead(), mask=MaskBranch(head=FCNMask())
+        _C4,
+        layout=C5(),
+        sampling=RoISampling(rois_per_image=512),
+        box_head=FCHead(),
+        mask=MaskBranch(head=FCNMask()),
     ),
     "r50-fpn": _R50_FPN,
     "r101-fpn": _changed(_R50_FPN, backbone=ResNet(depth=101)),
-    "x101-64x4d-fpn": _changed(_R50_FPN, backbone=ResNeXt(), weights=TorchvisionWeights(name="IMAGENET1K_V1")),
+    "x101-64x4d-fpn": _changed(
+        _R50_FPN, backbone=ResNeXt(), weights=TorchvisionWeights(name="IMAGENET1K_V1")
+    ),
     "r50-fpn-keypoint": _changed(_R50_FPN, num_classes=1, mask=NoMask(), keypoints=_KEYPOINTS),
     "r50-fpn-torchvision": _R50_FPN_TORCHVISION,
     "r50-fpn-keypoint-torchvision": _changed(
-        _R50_FPN_TORCHVISION, num_classes=1, mask=NoMask(), keypoints=KeypointBranch(half_pixel_px=0)
+        _R50_FPN_TORCHVISION,
+        num_classes=1,
+        mask=NoMask(),
+        keypoints=KeypointBranch(half_pixel_px=0),
     ),
     "r50-fpn-detectron2": _changed(_R50_FPN, **_DETECTRON2, weights=_zoo("model_final_f10217.pkl")),
     "r50-fpn-keypoint-detectron2": _changed(
@@ -132,7 +147,13 @@ PRESETS: dict[str, ModelConfig] = {
         image=ImageInput(short_side_px=128, max_side_px=128),
         layout=FPN(channels=64, strides=(8, 16), roi_strides=(16,)),
         anchors=Anchors(sizes_px=((16,), (32,), (64,), (128,))),
-        rpn=RPN(batch_per_image=64, pre_nms_train=200, pre_nms_test=200, post_nms_train=100, post_nms_test=100),
+        rpn=RPN(
+            batch_per_image=64,
+            pre_nms_train=200,
+            pre_nms_test=200,
+            post_nms_train=100,
+            post_nms_test=100,
+        ),
         sampling=RoISampling(rois_per_image=64),
         box_head=FCHead(width=256),
         mask=MaskBranch(head=FCNMask(convs=2, width=64)),
@@ -172,7 +193,12 @@ _RECIPES: dict[str, dict[str, Any]] = {
     },
     # CPU scale: 400 steps on 128 px.
     "tiny": {
-        "data": {"short_sides_px": [128], "max_side_px": 128, "num_loader_workers": 0, "bucket_batches": 8},
+        "data": {
+            "short_sides_px": [128],
+            "max_side_px": 128,
+            "num_loader_workers": 0,
+            "bucket_batches": 8,
+        },
         "optimiser": {"kind": "adamw", "lr": 1e-3},
         "schedule": {"kind": "one_cycle"},
         "loop": {
@@ -188,4 +214,8 @@ _RECIPES: dict[str, dict[str, Any]] = {
 
 def run_preset(name: str) -> dict[str, Any]:
     """The preset's architecture with the paper's recipe for it, as data without `data.train` and `data.val`."""
-    return {"model": preset(name).model_dump(mode="json"), "data": {}, **copied(_RECIPES.get(name, {}))}
+    return {
+        "model": preset(name).model_dump(mode="json"),
+        "data": {},
+        **copied(_RECIPES.get(name, {})),
+    }

@@ -6,7 +6,10 @@ from pydantic import BaseModel, Field
 
 from contract.record import Record
 
-PROBE_STORE, PROBE_REPORT = "maskray-probe-store", "maskray-probe-report"  # each begins a line of the probe's output
+PROBE_STORE, PROBE_REPORT = (
+    "maskray-probe-store",
+    "maskray-probe-report",
+)  # each begins a line of the probe's output
 
 
 class ProbePlan(Record):

@@ -15,7 +15,9 @@ from contract.record import Record, parse_record
 class SGD(Record):
     kind: Literal["sgd"] = "sgd"
     lr: float = Field(0.02, gt=0)
-    lr_batch: int = Field(0, ge=0)  # the global batch that `lr` is meant for; 0 takes `lr` as it is, without scaling
+    lr_batch: int = Field(
+        0, ge=0
+    )  # the global batch that `lr` is meant for; 0 takes `lr` as it is, without scaling
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
     norm_weight_decay: float = Field(1e-4, ge=0)  # for the parameters of normalisation layers
@@ -59,14 +61,18 @@ class OneCycle(Record):
     final_factor: float = Field(1e-3, ge=0, lt=1)
 
 
-Schedule: TypeAlias = Annotated[StepSchedule | CosineSchedule | OneCycle, Field(discriminator="kind")]
+Schedule: TypeAlias = Annotated[
+    StepSchedule | CosineSchedule | OneCycle, Field(discriminator="kind")
+]
 
 
 class Guard(Record):
     """What happens when the loss is not finite or jumps: back to the last good checkpoint, then on as `action` says."""
 
     action: Literal["skip_window", "lower_rate"] = "skip_window"
-    spike_factor: float = Field(10.0, gt=1)  # of the running mean of the total loss; what is not finite always counts
+    spike_factor: float = Field(
+        10.0, gt=1
+    )  # of the running mean of the total loss; what is not finite always counts
     check_every_steps: int = Field(20, ge=1)
     max_rollbacks: int = Field(3, ge=0)
     rate_factor: float = Field(0.5, gt=0, lt=1)  # of "lower_rate"
@@ -78,12 +84,16 @@ class LoopConfig(Record):
     max_images_per_forward: int = Field(16, ge=1)  # per rank; a larger share is accumulated
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     clip_grad_norm: float = Field(0.0, ge=0)  # 0 does not clip
-    ema_decay: float = Field(0.0, ge=0, lt=1)  # 0 keeps no average; otherwise the average is evaluated
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1
+    )  # 0 keeps no average; otherwise the average is evaluated
     compile: bool = False
     log_every_steps: int = Field(50, ge=1)
     checkpoint_every_steps: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
-    best_metric: str = "segm/AP"  # names the kept best weights, without masks bbox/AP does; tables use the last
+    best_metric: str = (
+        "segm/AP"  # names the kept best weights, without masks bbox/AP does; tables use the last
+    )
     eval_every_steps: int = Field(0, ge=0)  # 0 evaluates at the end alone
     eval_batch: int = Field(8, ge=1)
     guard: Guard = Guard()
@@ -106,13 +116,17 @@ def apply_overrides(run: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
     Raises ValueError if a path runs through a value that is not a record.
     """
     result = copied(run)
-    for path, value in sorted(overrides.items(), key=lambda item: (item[0].count("."), not item[0].endswith("kind"))):
+    for path, value in sorted(
+        overrides.items(), key=lambda item: (item[0].count("."), not item[0].endswith("kind"))
+    ):
         *parents, leaf = path.split(".")
         node = result
         for depth, part in enumerate(parents):
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{path}: {'.'.join(parents[: depth + 1])} is {node!r}, it has no fields")
+                raise ValueError(
+                    f"{path}: {'.'.join(parents[: depth + 1])} is {node!r}, it has no fields"
+                )
         if leaf == "kind" and node.get("kind") != value:
             node.clear()
         node[leaf] = copied(value) if isinstance(value, Mapping) else value
@@ -120,7 +134,9 @@ def apply_overrides(run: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
 
 
 def copied(data: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: copied(value) if isinstance(value, Mapping) else value for key, value in data.items()}
+    return {
+        key: copied(value) if isinstance(value, Mapping) else value for key, value in data.items()
+    }
 
 
 def parse_run(data: Any, where: str) -> RunConfig:

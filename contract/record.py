@@ -90,7 +90,11 @@ def field_names(record: type[BaseModel], parts: Sequence[Any], data: Any) -> lis
         current = [r for annotation in found for r in _records(annotation)]
         kind = node.get("kind") if isinstance(node, Mapping) else None
         if kind is not None:
-            current = [r for r in current if "kind" not in r.model_fields or r.model_fields["kind"].default == kind]
+            current = [
+                r
+                for r in current
+                if "kind" not in r.model_fields or r.model_fields["kind"].default == kind
+            ]
     return sorted({name for r in current for name in r.model_fields})
 
 
@@ -103,4 +107,6 @@ def _records(annotation: Any) -> list[type[BaseModel]]:
 def nearest(name: str, names: Collection[str]) -> str:
     """The end of an error line: the closest of `names`, or all of them."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names)) or 'none'}"
+    return (
+        f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names)) or 'none'}"
+    )

@@ -46,7 +46,9 @@ class Resources(Record):
     def _custom(cls, value: dict[str, float]) -> dict[str, float]:
         for name, amount in value.items():
             if name in ("CPU", "GPU", "memory", "object_store_memory") or not name:
-                raise ValueError(f"{name!r} is no custom resource; use cpus_per_rank or gpus_per_rank")
+                raise ValueError(
+                    f"{name!r} is no custom resource; use cpus_per_rank or gpus_per_rank"
+                )
             if not _LEAST <= amount <= _MOST:
                 raise ValueError(f"{name} is {amount:g}; give {_LEAST:g} to {_MOST:g}")
         return value
@@ -68,12 +70,19 @@ class Study(Record):
     max_attempts: int = Field(3, ge=1)
     paper_table: str = ""  # key into paper_tables.json, shown beside one's own numbers
     paper_rows: dict[str, str] = {}  # "factor=level,..." -> row of that table
-    metrics: tuple[str, ...] = ("bbox/AP", "segm/AP", "segm/AP50", "segm/AP75")  # columns of the report
+    metrics: tuple[str, ...] = (
+        "bbox/AP",
+        "segm/AP",
+        "segm/AP50",
+        "segm/AP75",
+    )  # columns of the report
 
     @field_validator("seeds", mode="before")
     @classmethod
     def _numbers(cls, value: Any) -> Any:
-        if isinstance(value, list | tuple) and (not value or any(isinstance(seed, bool) for seed in value)):
+        if isinstance(value, list | tuple) and (
+            not value or any(isinstance(seed, bool) for seed in value)
+        ):
             raise ValueError("give at least one seed, each a whole number")
         return value
 
@@ -88,7 +97,9 @@ class Study(Record):
 class TrialPlan(Record):
     """One trial as the submitter's code expanded it. To the service `run` is data."""
 
-    key: str = Field(min_length=1, max_length=300)  # "roi=align,masks=sigmoid/seed-0", unique in its study
+    key: str = Field(
+        min_length=1, max_length=300
+    )  # "roi=align,masks=sigmoid/seed-0", unique in its study
     arm: dict[str, str]  # factor -> level
     seed: int
     baseline: bool  # the arm that the others are compared with

@@ -21,7 +21,9 @@ class _Loader(_Safe):  # type: ignore[misc]
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
@@ -65,13 +67,17 @@ def _refuse_tags(text: str, where: str) -> None:
         tag = getattr(event, "tag", None)  # only some kinds of event have one
         if tag is not None:
             line = event.start_mark.line + 1 if event.start_mark else 0
-            raise ValueError(f"{where}, line {line}: YAML tag {tag!r} is not allowed, write plain data")
+            raise ValueError(
+                f"{where}, line {line}: YAML tag {tag!r} is not allowed, write plain data"
+            )
 
 
 def _measure(node: yaml.Node, where: str, sizes: dict[int, int], depth: int) -> int:
     """How many values `node` stands for once its aliases are written out."""
     if depth > MAX_DEPTH:
-        raise ValueError(f"{where}, line {node.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")
+        raise ValueError(
+            f"{where}, line {node.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels"
+        )
     if id(node) in sizes:
         if sizes[id(node)] < 0:
             raise ValueError(f"{where}, line {node.start_mark.line + 1}: an alias contains itself")
@@ -84,7 +90,9 @@ def _measure(node: yaml.Node, where: str, sizes: dict[int, int], depth: int) -> 
         children = node.value
     size = 1 + sum(_measure(child, where, sizes, depth + 1) for child in children)
     if size > MAX_VALUES:
-        raise ValueError(f"{where}: stands for more than {MAX_VALUES:,} values once its aliases are written out")
+        raise ValueError(
+            f"{where}: stands for more than {MAX_VALUES:,} values once its aliases are written out"
+        )
     sizes[id(node)] = size
     return size
 
@@ -99,7 +107,9 @@ def _plain(node: yaml.Node, scalars: Any, where: str, path: str) -> Any:
             key = _key(key_node, place if path == "" else f"{place}: {path}")
             below = f"{path}.{key}" if path else key
             if key in result:
-                raise ValueError(f"{where}, line {key_node.start_mark.line + 1}: {below} is given twice")
+                raise ValueError(
+                    f"{where}, line {key_node.start_mark.line + 1}: {below} is given twice"
+                )
             result[key] = _plain(value_node, scalars, where, below)
         return result
     try:
@@ -120,7 +130,9 @@ def _key(node: yaml.Node, place: str) -> str:
     if node.tag == "tag:yaml.org,2002:merge":
         raise ValueError(f"{place}: '<<' is not supported, write the fields out")
     if node.tag in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:null"):
-        raise ValueError(f"{place}: YAML does not read {node.value!r} as text; put the name in quotes")
+        raise ValueError(
+            f"{place}: YAML does not read {node.value!r} as text; put the name in quotes"
+        )
     return str(node.value)
 
 

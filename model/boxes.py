@@ -24,8 +24,12 @@ def area(boxes: Tensor) -> Tensor:
 def iou(boxes_N4: Tensor, others_M4: Tensor) -> Tensor:
     """Intersection over union, (..., N, 4) and (..., M, 4) to (..., N, M); 0 where both boxes are empty."""
     first, second = boxes_N4[..., :, None, :], others_M4[..., None, :, :]
-    width = (torch.minimum(first[..., 2], second[..., 2]) - torch.maximum(first[..., 0], second[..., 0])).clamp(min=0)
-    height = (torch.minimum(first[..., 3], second[..., 3]) - torch.maximum(first[..., 1], second[..., 1])).clamp(min=0)
+    width = (
+        torch.minimum(first[..., 2], second[..., 2]) - torch.maximum(first[..., 0], second[..., 0])
+    ).clamp(min=0)
+    height = (
+        torch.minimum(first[..., 3], second[..., 3]) - torch.maximum(first[..., 1], second[..., 1])
+    ).clamp(min=0)
     shared = width * height
     union = area(boxes_N4)[..., :, None] + area(others_M4)[..., None, :] - shared
     return shared / union.clamp(min=torch.finfo(shared.dtype).tiny)

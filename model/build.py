@@ -33,14 +33,20 @@ from model.roi.operations import RoIOperation, align_operation, pool_operation, 
 from model.rpn.network import RPN
 
 BOX_SIDE, MASK_SIDE = 7, 14  # of RoI features
-RESNEXTS = {"50-32x4d": (50, 32, 4), "101-32x8d": (101, 32, 8), "101-64x4d": (101, 64, 4)}  # depth, groups, width
+RESNEXTS = {
+    "50-32x4d": (50, 32, 4),
+    "101-32x8d": (101, 32, 8),
+    "101-64x4d": (101, 64, 4),
+}  # depth, groups, width
 MAP_STRIDES = (4, 8, 16, 32)  # of res2 to res5
 VGG_CHANNELS = 512
 
 
 def build_detector(cfg: config.ModelConfig, seed: int = 0) -> Detector:
     """The detector with its initial parameters, each drawn from (seed, its name)."""
-    with torch.random.fork_rng(devices=[]):  # torch's own initialisation draws from the global generator
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # torch's own initialisation draws from the global generator
         detector = _assemble(cfg)
     for head in (detector.mask, detector.keypoints):
         if head is not None:  # it sees boxes that are chosen already
@@ -53,7 +59,9 @@ def build_detector(cfg: config.ModelConfig, seed: int = 0) -> Detector:
 
 def _assemble(cfg: config.ModelConfig) -> Detector:
     backbone, channels = build_backbone(cfg.backbone, _num_stages(cfg.layout))
-    layout, width, rpn_strides, roi_strides = build_layout(cfg.layout, channels, len(cfg.anchors.sizes_px))
+    layout, width, rpn_strides, roi_strides = build_layout(
+        cfg.layout, channels, len(cfg.anchors.sizes_px)
+    )
     roi = partial(build_roi_op, cfg.roi, strides=roi_strides)
     rpn = build_rpn(cfg, width, rpn_strides)
     crops: SeparateCrops | SharedCrops
@@ -123,7 +131,9 @@ def _residual(cfg: config.ResNet | config.ResNeXt) -> nn.Module:
             assert_never(cfg)
 
 
-def _normed(block: type[nn.Module], layers: tuple[int, ...], groups: int, width: int, norm: config.Norm) -> nn.Module:
+def _normed(
+    block: type[nn.Module], layers: tuple[int, ...], groups: int, width: int, norm: config.Norm
+) -> nn.Module:
     match norm:
         case config.FrozenBatchNorm():
             network = resnet(block, layers, groups, width, None)
@@ -153,7 +163,12 @@ def build_layout(
             used = [channels[MAP_STRIDES.index(stride)] for stride in cfg.strides]
             coarser = rpn_levels - len(used)
             rpn_strides = tuple(cfg.strides[0] << level for level in range(rpn_levels))
-            return Pyramid(used, cfg.channels, levels, coarser), cfg.channels, rpn_strides, cfg.roi_strides
+            return (
+                Pyramid(used, cfg.channels, levels, coarser),
+                cfg.channels,
+                rpn_strides,
+                cfg.roi_strides,
+            )
         case _:
             assert_never(cfg)
 
@@ -173,7 +188,9 @@ def build_roi_op(cfg: config.RoIOp, side: int, strides: tuple[int, ...]) -> RoIO
 def build_rpn(cfg: config.ModelConfig, channels: int, strides: tuple[int, ...]) -> RPN | None:
     match cfg.proposals:
         case config.EndToEnd():
-            return RPN(channels, cfg.anchors.sizes_px, cfg.anchors.ratios, strides, cfg.anchors.rounded)
+            return RPN(
+                channels, cfg.anchors.sizes_px, cfg.anchors.ratios, strides, cfg.anchors.rounded
+            )
         case config.FixedProposals():
             return None
         case _:
@@ -187,16 +204,23 @@ def build_box_branch(cfg: config.ModelConfig, channels: int) -> BoxBranch:
         case config.Res5Head():
             trunk, width = MeanTrunk(), channels
         case config.FCHead():
-            trunk, width = FCTrunk(cells, [cfg.box_head.width] * cfg.box_head.layers, 0.0), cfg.box_head.width
+            trunk, width = (
+                FCTrunk(cells, [cfg.box_head.width] * cfg.box_head.layers, 0.0),
+                cfg.box_head.width,
+            )
         case config.VGGHead():
             trunk, width = FCTrunk(cells, [4096, 4096], cfg.box_head.dropout), 4096
         case _:
             assert_never(cfg.box_head)
     first = cfg.background == "first"
-    return BoxBranch(trunk, width, cfg.num_classes, cfg.class_agnostic_boxes, first, _beta(cfg.box_loss))
+    return BoxBranch(
+        trunk, width, cfg.num_classes, cfg.class_agnostic_boxes, first, _beta(cfg.box_loss)
+    )
 
 
-def build_mask_branch(cfg: config.Mask, num_classes: int, channels: int, side: int) -> MaskBranch | None:
+def build_mask_branch(
+    cfg: config.Mask, num_classes: int, channels: int, side: int
+) -> MaskBranch | None:
     """`side` is that of the RoI features; a deconvolution doubles it, an MLP has 28 x 28 outputs."""
     if isinstance(cfg, config.NoMask):
         return None
@@ -206,7 +230,10 @@ def build_mask_branch(cfg: config.Mask, num_classes: int, channels: int, side: i
             masks = SigmoidMasks(num_classes, cfg.loss.class_agnostic)
             outputs = 1 if cfg.loss.class_agnostic else num_classes
         case config.SoftmaxMask():
-            masks, outputs = SoftmaxMasks(cfg.loss.others == "own_class", cfg.loss.inference), num_classes + 1
+            masks, outputs = (
+                SoftmaxMasks(cfg.loss.others == "own_class", cfg.loss.inference),
+                num_classes + 1,
+            )
         case _:
             assert_never(cfg.loss)
     match cfg.head:
@@ -215,7 +242,9 @@ def build_mask_branch(cfg: config.Mask, num_classes: int, channels: int, side: i
             mask_side = 2 * side
         case config.MLPMask():
             mask_side = 2 * MASK_SIDE
-            head = MLPHead(channels * side * side, cfg.head.layers, cfg.head.width, outputs, mask_side)
+            head = MLPHead(
+                channels * side * side, cfg.head.layers, cfg.head.width, outputs, mask_side
+            )
         case _:
             assert_never(cfg.head)
     return MaskBranch(head, masks, mask_side, cfg.loss_weight)
@@ -227,7 +256,13 @@ def build_keypoint_branch(cfg: config.Keypoints, channels: int, side: int) -> Ke
             return None
         case config.KeypointBranch():
             return KeypointBranch(
-                channels, side, cfg.convs, cfg.width, cfg.num_keypoints, cfg.half_pixel_px, cfg.loss_weight
+                channels,
+                side,
+                cfg.convs,
+                cfg.width,
+                cfg.num_keypoints,
+                cfg.half_pixel_px,
+                cfg.loss_weight,
             )
         case _:
             assert_never(cfg)
@@ -265,5 +300,6 @@ def _settings(cfg: config.ModelConfig) -> Settings:
         max_side_px=image.max_side_px,
         canvas_multiple_px=image.canvas_multiple_px,
         resize=image.resize,
-        paste_as_torchvision=isinstance(cfg.mask, config.MaskBranch) and cfg.mask.paste == "torchvision",
+        paste_as_torchvision=isinstance(cfg.mask, config.MaskBranch)
+        and cfg.mask.paste == "torchvision",
     )

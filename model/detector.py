@@ -18,11 +18,27 @@ from model.branches.keypoint import KeypointBranch, keypoint_positions
 from model.branches.mask import MaskBranch
 from model.branches.paste import paste_all, paste_all_torchvision
 from model.cpu import native
-from model.pixels import Normalise, Resize, check_image, enter, pad_to_multiple, test_size, zero_padding
+from model.pixels import (
+    Normalise,
+    Resize,
+    check_image,
+    enter,
+    pad_to_multiple,
+    test_size,
+    zero_padding,
+)
 from model.roi.crops import SeparateCrops, SharedCrops
 from model.roi.samples import FlatRoIs, Samples, flatten
 from model.roi.sampling import sample_rois
-from model.rpn.network import RPN, AnchorOutputs, Proposals, RPNTargets, rpn_losses, sample_anchors, select_proposals
+from model.rpn.network import (
+    RPN,
+    AnchorOutputs,
+    Proposals,
+    RPNTargets,
+    rpn_losses,
+    sample_anchors,
+    select_proposals,
+)
 from model.structures import Batch, Detections, LossTerm
 
 
@@ -106,7 +122,9 @@ class Detector(nn.Module):
         step = self._prepare(batch)
         counts = self._counts(step)
         sums = {**self._rpn_sums(step), **self._head_sums(step)}
-        return {name: LossTerm(value, counts[name], self._weight(name)) for name, value in sums.items()}
+        return {
+            name: LossTerm(value, counts[name], self._weight(name)) for name, value in sums.items()
+        }
 
     @torch.no_grad()
     def counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -140,10 +158,14 @@ class Detector(nn.Module):
         """Normalised pixels (B, 3, H, W) to feature maps and what the RPN makes of them."""
         if pixels.shape[0] == 0:
             raise ValueError("the batch has no image; give a batch of at least one")
-        as_library = pixels.device.type == "cpu" and not (self.training and native.available())  # see `Convolution`
+        as_library = pixels.device.type == "cpu" and not (
+            self.training and native.available()
+        )  # see `Convolution`
         layout = torch.contiguous_format if as_library else torch.channels_last
         maps: Maps = self.layout(self.backbone(pixels.contiguous(memory_format=layout)))
-        return maps, self.rpn(maps.rpn, (pixels.shape[2], pixels.shape[3])) if self.rpn is not None else None
+        return maps, self.rpn(
+            maps.rpn, (pixels.shape[2], pixels.shape[3])
+        ) if self.rpn is not None else None
 
     def _rpn_targets(self, outputs: AnchorOutputs, batch: Batch) -> RPNTargets:
         s = self.settings
@@ -160,13 +182,17 @@ class Detector(nn.Module):
 
     def _proposals(self, outputs: AnchorOutputs | None, batch: Batch, training: bool) -> Proposals:
         if outputs is None:
-            return _fixed_proposals(batch.proposals_xyxy, self.settings.post_nms[0 if training else 1])
+            return _fixed_proposals(
+                batch.proposals_xyxy, self.settings.post_nms[0 if training else 1]
+            )
         return self._select(outputs, batch.sizes, training)
 
     def _select(self, outputs: AnchorOutputs, sizes_B2: Tensor, training: bool) -> Proposals:
         s = self.settings
         phase = 0 if training else 1
-        return select_proposals(outputs, sizes_B2, s.pre_nms[phase], s.post_nms[phase], s.rpn_nms_iou, s.min_side_px)
+        return select_proposals(
+            outputs, sizes_B2, s.pre_nms[phase], s.post_nms[phase], s.rpn_nms_iou, s.min_side_px
+        )
 
     def _sample(self, batch: Batch, proposals: Proposals) -> Samples:
         s = self.settings
@@ -220,9 +246,13 @@ class Detector(nn.Module):
         rows = torch.searchsorted(rois.slot, positives.slot)
         crops = self.crops.for_positives(step.maps.roi, positives.with_image(), features, rows)
         if self.mask is not None:
-            sums["mask"] = self.mask.loss(crops, positives, batch.boxes_xyxy, batch.mask_crops, batch.labels)
+            sums["mask"] = self.mask.loss(
+                crops, positives, batch.boxes_xyxy, batch.mask_crops, batch.labels
+            )
         if self.keypoints is not None:
-            sums["keypoints"] = self.keypoints.loss(self.keypoints(crops), positives, batch.keypoints)
+            sums["keypoints"] = self.keypoints.loss(
+                self.keypoints(crops), positives, batch.keypoints
+            )
         return sums
 
     def _weight(self, name: str) -> float:
@@ -251,12 +281,16 @@ class Detector(nn.Module):
         with self._inference():
             maps, outputs = self._read(zero_padding(self.normalise(batch.images), batch.sizes))
             proposals = self._proposals(outputs, batch, training=False)
-            return self._detect(maps, proposals, batch.sizes, batch.original_sizes, batch.sample_ids)
+            return self._detect(
+                maps, proposals, batch.sizes, batch.original_sizes, batch.sample_ids
+            )
 
     def propose(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """The RPN's proposals at test time: boxes (B, Q, 4) in pixels of the image file, scores and valid (B, Q)."""
         if self.rpn is None:
-            raise ValueError("this model has proposals.kind 'fixed' and no RPN; propose with a model that trains one")
+            raise ValueError(
+                "this model has proposals.kind 'fixed' and no RPN; propose with a model that trains one"
+            )
         with self._inference():
             _, outputs = self._read(zero_padding(self.normalise(batch.images), batch.sizes))
             assert outputs is not None
@@ -274,18 +308,24 @@ class Detector(nn.Module):
         """
         check_image(image)
         if self.rpn is None:
-            raise ValueError("proposals.kind is 'fixed': this model predicts batches that carry proposals, not images")
+            raise ValueError(
+                "proposals.kind is 'fixed': this model predicts batches that carry proposals, not images"
+            )
         s = self.settings
         height, width = image.shape[-2:]
         size = test_size(height, width, s.short_side_px, s.max_side_px, s.resize)
         sizes = torch.tensor([size], device=image.device)
         original = torch.tensor([[height, width]], device=image.device)
         with self._inference():
-            pixels = pad_to_multiple(enter(image, self.normalise, size, s.resize), s.canvas_multiple_px)[None]
+            pixels = pad_to_multiple(
+                enter(image, self.normalise, size, s.resize), s.canvas_multiple_px
+            )[None]
             maps, outputs = self._read(pixels)
             assert outputs is not None
             proposals = self._select(outputs, sizes, training=False)
-            found = self._detect(maps, proposals, sizes, original, torch.zeros(1, dtype=torch.int64))
+            found = self._detect(
+                maps, proposals, sizes, original, torch.zeros(1, dtype=torch.int64)
+            )
             return self._as_torchvision(found, height, width)
 
     def _as_torchvision(self, found: Detections, height: int, width: int) -> dict[str, Tensor]:
@@ -302,12 +342,19 @@ class Detector(nn.Module):
             result["masks"] = paste(masks, boxes, height, width)
         if self.keypoints is not None:
             points = found.keypoints[0, kept]
-            result["keypoints"] = torch.cat([points[..., :2], torch.ones_like(points[..., :1])], dim=-1)
+            result["keypoints"] = torch.cat(
+                [points[..., :2], torch.ones_like(points[..., :1])], dim=-1
+            )
             result["keypoints_scores"] = points[..., 2]
         return result
 
     def _detect(
-        self, maps: Maps, proposals: Proposals, sizes_B2: Tensor, original_B2: Tensor, sample_ids: Tensor
+        self,
+        maps: Maps,
+        proposals: Proposals,
+        sizes_B2: Tensor,
+        original_B2: Tensor,
+        sample_ids: Tensor,
     ) -> Detections:
         boxes = self._boxes(maps, proposals, sizes_B2)
         image, place = boxes.valid.nonzero(as_tuple=True)
@@ -357,12 +404,16 @@ def _fit(values_BGX: Tensor, slots: int) -> Tensor:
     missing = slots - values_BGX.shape[1]
     if missing <= 0:
         return values_BGX[:, :slots]
-    return torch.cat([values_BGX, values_BGX.new_zeros(len(values_BGX), missing, *values_BGX.shape[2:])], dim=1)
+    return torch.cat(
+        [values_BGX, values_BGX.new_zeros(len(values_BGX), missing, *values_BGX.shape[2:])], dim=1
+    )
 
 
 def _fixed_proposals(boxes_BQ4: Tensor, most: int) -> Proposals:
     if boxes_BQ4.shape[1] == 0:
-        raise ValueError("proposals.kind is 'fixed', but the batch carries no proposals; give the loader their URI")
+        raise ValueError(
+            "proposals.kind is 'fixed', but the batch carries no proposals; give the loader their URI"
+        )
     boxes = boxes_BQ4[:, :most]
     valid = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
     index = torch.arange(boxes.shape[1], device=boxes.device).expand(boxes.shape[:2])

@@ -42,5 +42,7 @@ def softmax_mask_loss(logits_RCMM: Tensor, target_RMM: Tensor, weight_R: Tensor)
 
 def keypoint_loss(logits_RPMM: Tensor, target_RP: Tensor, weight_RP: Tensor) -> Tensor:
     """Cross-entropy over the M x M positions of each keypoint (Mask R-CNN, section 5), summed over keypoints."""
-    loss = F.cross_entropy(logits_RPMM.float().flatten(2).flatten(0, 1), target_RP.flatten(), reduction="none")
+    loss = F.cross_entropy(
+        logits_RPMM.float().flatten(2).flatten(0, 1), target_RP.flatten(), reduction="none"
+    )
     return (loss * weight_RP.flatten()).sum()

@@ -59,15 +59,21 @@ class Sample:
     most_positives: int
 
 
-def sample(positive_BN: Tensor, negative_BN: Tensor, noise_BN: Tensor, size: int, positive_fraction: float) -> Sample:
+def sample(
+    positive_BN: Tensor, negative_BN: Tensor, noise_BN: Tensor, size: int, positive_fraction: float
+) -> Sample:
     """At most `size` boxes an image, at most that fraction of them positive, negatives filling the rest.
 
     Those with the largest noise win, so a box's luck does not depend on where it stands in the list.
     """
     boxes = positive_BN.shape[1]
     most_positives = min(int(size * positive_fraction), boxes)
-    positive_noise, positive_index = torch.topk(torch.where(positive_BN, noise_BN, -1), most_positives, dim=1)
-    negative_noise, negative_index = torch.topk(torch.where(negative_BN, noise_BN, -1), min(size, boxes), dim=1)
+    positive_noise, positive_index = torch.topk(
+        torch.where(positive_BN, noise_BN, -1), most_positives, dim=1
+    )
+    negative_noise, negative_index = torch.topk(
+        torch.where(negative_BN, noise_BN, -1), min(size, boxes), dim=1
+    )
     positive_valid = positive_noise >= 0
     room = size - positive_valid.sum(dim=1, keepdim=True)
     place = torch.arange(negative_index.shape[1], device=noise_BN.device)
@@ -75,4 +81,9 @@ def sample(positive_BN: Tensor, negative_BN: Tensor, noise_BN: Tensor, size: int
     valid = torch.cat([positive_valid, negative_valid], dim=1)
     order = torch.argsort(valid.int(), dim=1, descending=True, stable=True)[:, : min(size, boxes)]
     index = torch.cat([positive_index, negative_index], dim=1).gather(1, order)
-    return Sample(index, valid.gather(1, order), order < positive_valid.sum(dim=1, keepdim=True), most_positives)
+    return Sample(
+        index,
+        valid.gather(1, order),
+        order < positive_valid.sum(dim=1, keepdim=True),
+        most_positives,
+    )

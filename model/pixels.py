@@ -20,8 +20,12 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], bgr: bool) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor([m / 255 for m in mean]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([s / 255 for s in std]).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "mean", torch.tensor([m / 255 for m in mean]).view(3, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "std", torch.tensor([s / 255 for s in std]).view(3, 1, 1), persistent=False
+        )
         self.bgr = bgr
 
     def forward(self, images: Tensor) -> Tensor:
@@ -38,7 +42,9 @@ def zero_padding(pixels: Tensor, sizes_B2: Tensor) -> Tensor:
     return pixels * (rows[:, None, :, None] & columns[:, None, None, :])
 
 
-def test_size(height: int, width: int, short_side_px: int, max_side_px: int, resize: Resize) -> tuple[int, int]:
+def test_size(
+    height: int, width: int, short_side_px: int, max_side_px: int, resize: Resize
+) -> tuple[int, int]:
     """Height and width after scaling the short side to `short_side_px`, the long one to `max_side_px` if that is less.
 
     As the evaluation loader resizes (`pipelines.load.images`): antialiased ones are rounded half up, as in detectron2,
@@ -67,7 +73,9 @@ def enter(image: Tensor, normalise: Normalise, size: tuple[int, int], resize: Re
     """
     if resize == "torchvision-detection":
         return F.interpolate(normalise(image)[None], size=size, mode="bilinear")[0]
-    resized: Tensor = normalise(F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0])
+    resized: Tensor = normalise(
+        F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+    )
     return resized
 
 

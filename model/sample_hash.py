@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-OBJECT_INDEX = 1 << 40  # ground-truth objects as RoI candidates: their indices start here, anchors' below
+OBJECT_INDEX = (
+    1 << 40
+)  # ground-truth objects as RoI candidates: their indices start here, anchors' below
 RPN_STREAM, ROI_STREAM, DROPOUT_STREAM = 1, 2, 3
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64

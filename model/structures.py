@@ -44,7 +44,10 @@ class Batch:
         return self.images.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+            for f in fields(self)
+        }
         return replace(self, **moved)
 
     def pin_memory(self) -> Batch:

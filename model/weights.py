@@ -106,7 +106,9 @@ def from_detectron2(state: Mapping[str, Any]) -> State:
 def _torchvision_names(state: Iterable[str]) -> dict[str, str]:
     """Our names to torchvision's."""
     return {
-        _fold_name(_translate(_old_mask_names(_keypoint_conv(name)), _TORCHVISION, "torchvision")): name
+        _fold_name(
+            _translate(_old_mask_names(_keypoint_conv(name)), _TORCHVISION, "torchvision")
+        ): name
         for name in state
         if not name.endswith("num_batches_tracked")
     }
@@ -127,7 +129,9 @@ def _translate(name: str, rules: tuple[tuple[str, str], ...], layout: str) -> st
             return re.sub(pattern, replacement, name)
     if name.startswith(("keypoints.", "mask.")):
         return name
-    raise ValueError(f"{layout} state dict: unknown tensor {name!r}; expected a Mask R-CNN or Keypoint R-CNN with FPN")
+    raise ValueError(
+        f"{layout} state dict: unknown tensor {name!r}; expected a Mask R-CNN or Keypoint R-CNN with FPN"
+    )
 
 
 def _keypoint_conv(name: str) -> str:
@@ -143,7 +147,9 @@ def _old_mask_names(name: str) -> str:
 
 def _fold_name(name: str) -> str:
     """`X.bn1.weight` and `X.downsample.1.weight` to where a folded convolution keeps its norm."""
-    found = re.fullmatch(r"(.*)(?:bn(\d)|downsample\.(1))\.(weight|bias|running_mean|running_var)", name)
+    found = re.fullmatch(
+        r"(.*)(?:bn(\d)|downsample\.(1))\.(weight|bias|running_mean|running_var)", name
+    )
     if found is None:
         return name
     conv = f"conv{found[2]}" if found[2] else "downsample.0"
@@ -171,7 +177,9 @@ def _detectron2_name(name: str) -> str:
 
 def _detectron2_residual(name: str) -> str:
     """`res3.0.conv1.norm.weight` and its like, or "" for what is no part of the ResNet."""
-    found = re.fullmatch(r"(?:roi_heads\.)?(stem|res\d)\.(?:(\d+)\.)?(conv\d|shortcut)\.(norm\.)?(\w+)", name)
+    found = re.fullmatch(
+        r"(?:roi_heads\.)?(stem|res\d)\.(?:(\d+)\.)?(conv\d|shortcut)\.(norm\.)?(\w+)", name
+    )
     if found is None:
         return ""
     stage, block, conv, norm, field = found.groups()
@@ -189,7 +197,9 @@ def _check_layout(state: Mapping[str, Tensor], layout: str) -> None:
         raise ValueError(f"no weights layout {layout!r}; there are {', '.join(_MARKS)}")
     for other, marks in _MARKS.items():
         if other != layout and (found := [mark for mark in marks if mark in state]):
-            raise ValueError(f"weights in layout {layout!r}: the file has {found[0]!r}; use layout: {other}")
+            raise ValueError(
+                f"weights in layout {layout!r}: the file has {found[0]!r}; use layout: {other}"
+            )
 
 
 def _load_backbone(detector: Detector, state: Mapping[str, Tensor]) -> None:
@@ -201,14 +211,18 @@ def _load_backbone(detector: Detector, state: Mapping[str, Tensor]) -> None:
     # files from before torch 0.4.1 have no such counters, and a norm with momentum reads none
     expected -= {name for name in own if name.endswith("num_batches_tracked")} - names.keys()
     _check_names(expected, names, "backbone")
-    _load_strictly(detector, {**own, **{ours: state[name] for ours, name in names.items()}}, names, "backbone")
+    _load_strictly(
+        detector, {**own, **{ours: state[name] for ours, name in names.items()}}, names, "backbone"
+    )
 
 
 def _is_wanted(name: str, own: Mapping[str, Tensor]) -> bool:
     """False for ImageNet's classes, the counters of norms without any, and stages that the model does not build."""
     if name.startswith(("fc.", "classifier.6.")):
         return False
-    if name.endswith("num_batches_tracked") and not any(mine.endswith("num_batches_tracked") for mine in own):
+    if name.endswith("num_batches_tracked") and not any(
+        mine.endswith("num_batches_tracked") for mine in own
+    ):
         return False
     if re.match(r"layer[1-4]\.", name):
         stage = _backbone_name(name.partition(".")[0] + ".", own)
@@ -231,7 +245,11 @@ def _check_names(expected: set[str], names: Mapping[str, str], layout: str) -> N
     """names: ours to the file's."""
     missing, unknown = sorted(expected - names.keys()), sorted(names.keys() - expected)
     if missing or unknown:
-        what = f"lacks {missing[0]!r}" if missing else f"has {names[unknown[0]]!r}, which the model has not"
+        what = (
+            f"lacks {missing[0]!r}"
+            if missing
+            else f"has {names[unknown[0]]!r}, which the model has not"
+        )
         more = len(missing) + len(unknown) - 1
         raise ValueError(
             f"weights in layout {layout!r}: the file {what}"
@@ -240,7 +258,9 @@ def _check_names(expected: set[str], names: Mapping[str, str], layout: str) -> N
         )
 
 
-def _load_strictly(detector: Detector, state: Mapping[str, Tensor], names: Mapping[str, str], layout: str) -> None:
+def _load_strictly(
+    detector: Detector, state: Mapping[str, Tensor], names: Mapping[str, str], layout: str
+) -> None:
     """names: ours to the file's; what is in `state` alone is the detector's own."""
     own = detector.state_dict()
     _check_names(set(own), {name: names.get(name, name) for name in state}, layout)

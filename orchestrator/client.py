@@ -40,7 +40,9 @@ class Client:
     def __init__(self, connection: Connection, timeout_s: float = 60.0) -> None:
         self.connection = connection
         headers = {"Authorization": f"Bearer {connection.token}"}
-        self._http = httpx.Client(base_url=connection.url, headers=headers, timeout=timeout_s, trust_env=False)
+        self._http = httpx.Client(
+            base_url=connection.url, headers=headers, timeout=timeout_s, trust_env=False
+        )
 
     def close(self) -> None:
         self._http.close()
@@ -60,7 +62,11 @@ class Client:
     def submit(self, submission: Submission) -> dict[str, Any]:
         """{"study": id, "created": whether it is new, "trials": how many}"""
         body = submission.model_dump_json().encode()
-        return dict(self._call("POST", "/v1/studies", content=body, headers={"Content-Type": "application/json"}))
+        return dict(
+            self._call(
+                "POST", "/v1/studies", content=body, headers={"Content-Type": "application/json"}
+            )
+        )
 
     def studies(self, trials: bool = True) -> list[StudyView]:
         """All studies; without `trials` only with their counts by state."""
@@ -75,7 +81,9 @@ class Client:
 
     def events(self, study: str = "", after: int = 0, wait_s: float = 0.0) -> EventPage:
         params: Mapping[str, str | float] = {"study": study, "after": after, "wait_s": wait_s}
-        return EventPage.model_validate(self._call("GET", "/v1/events", params=params, timeout=wait_s + 30))
+        return EventPage.model_validate(
+            self._call("GET", "/v1/events", params=params, timeout=wait_s + 30)
+        )
 
     def act_on_study(self, study: str, action: str) -> ActedView:
         """`action`: cancel, pause, resume or retry."""
@@ -140,7 +148,10 @@ class Client:
 
     def examine(self) -> list[Check]:
         """What `maskray doctor` prints; takes as long as the slowest node needs to start a process."""
-        return [Check.model_validate(check) for check in self._call("POST", "/v1/doctor", timeout=600.0)["checks"]]
+        return [
+            Check.model_validate(check)
+            for check in self._call("POST", "/v1/doctor", timeout=600.0)["checks"]
+        ]
 
     def stage(self, uris: Sequence[str], cache_gib: float) -> Staging:
         """Starts filling every node's cache with remote datasets."""
@@ -176,5 +187,7 @@ class Client:
                     ) from error
                 time.sleep(0.3 * 2**attempt)  # a service that is being restarted listens again soon
             except httpx.HTTPError as error:
-                raise RuntimeError(f"service {self.connection.url}: {error or type(error).__name__}") from error
+                raise RuntimeError(
+                    f"service {self.connection.url}: {error or type(error).__name__}"
+                ) from error
         raise AssertionError

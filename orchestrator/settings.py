@@ -21,10 +21,18 @@ class Limits(Record):
 
     running: int = Field(0, ge=0)  # trials at once over all users
     running_per_user: int = Field(0, ge=0)
-    ageing_s: float = Field(3600.0, gt=0)  # a waiting trial gains one point of priority in this time
-    backoff_s: float = Field(30.0, ge=0)  # before the second try of a failed attempt, doubled for each further one
-    stall_s: float = Field(1800.0, gt=0)  # an attempt whose step stands still for this long is started again
-    lost_without_progress: int = Field(5, ge=1)  # nodes lost in a row without a step gained before a trial is given up
+    ageing_s: float = Field(
+        3600.0, gt=0
+    )  # a waiting trial gains one point of priority in this time
+    backoff_s: float = Field(
+        30.0, ge=0
+    )  # before the second try of a failed attempt, doubled for each further one
+    stall_s: float = Field(
+        1800.0, gt=0
+    )  # an attempt whose step stands still for this long is started again
+    lost_without_progress: int = Field(
+        5, ge=1
+    )  # nodes lost in a row without a step gained before a trial is given up
 
 
 class NodeShape(Record):
@@ -39,22 +47,36 @@ class ServiceSettings(Record):
 
     host: str = "127.0.0.1"
     port: int = Field(8750, ge=0, le=65535)  # 0 takes a free one
-    home: str = Field(min_length=1)  # folder of the service's own files: token, logs, local Ray head and MLflow
+    home: str = Field(
+        min_length=1
+    )  # folder of the service's own files: token, logs, local Ray head and MLflow
     ledger: str = ""  # SQLAlchemy URL; empty is SQLite under `home`
     storage: str = ""  # folder or pyarrow.fs URI for trial folders; empty is `home`/studies
     ray: str = "local"  # URL of a Ray dashboard, or "local" for a head of its own
     ray_token_file: str = ""  # of a cluster that is not "local"; without it RAY_AUTH_TOKEN counts
-    autoscale: bool = False  # the cluster grows on request: what the head of the queue lacks is asked for
-    node_shapes: tuple[NodeShape, ...] = ()  # what it can grow to; without them no study is refused for its size
+    autoscale: bool = (
+        False  # the cluster grows on request: what the head of the queue lacks is asked for
+    )
+    node_shapes: tuple[
+        NodeShape, ...
+    ] = ()  # what it can grow to; without them no study is refused for its size
     ray_cpus: int = Field(0, ge=0)  # of the local head; 0 is what the machine has
     ray_gpus: int = Field(-1, ge=-1)  # of the local head; -1 lets Ray look
-    ray_memory_mib: int = Field(256, ge=80)  # object store of the local head; trials pass next to nothing through it
+    ray_memory_mib: int = Field(
+        256, ge=80
+    )  # object store of the local head; trials pass next to nothing through it
     ray_resources: dict[str, float] = {}  # custom resources of the local head
     mlflow: str = "local"  # URI of a tracking server, "local" for one of its own, empty for none
     mlflow_public: str = ""  # the same server as a person's browser opens it
-    mlflow_wait_s: float = Field(90.0, ge=0)  # a study starts without its parent run after this long
-    token_file: str = ""  # the first administrator's token, made with mode 0600 if absent; empty is `home`/token
-    idle_minutes: float = Field(0.0, ge=0)  # ends itself after this long with nothing to do and no client; 0 never
+    mlflow_wait_s: float = Field(
+        90.0, ge=0
+    )  # a study starts without its parent run after this long
+    token_file: str = (
+        ""  # the first administrator's token, made with mode 0600 if absent; empty is `home`/token
+    )
+    idle_minutes: float = Field(
+        0.0, ge=0
+    )  # ends itself after this long with nothing to do and no client; 0 never
     roots: tuple[str, ...] = ()  # folders and URIs that studies may name; empty allows every path
     entry: tuple[str, ...] = ("python", "-m", "workers.ray_entry")  # `--spec FILE` is appended
     environment: dict[str, str] = {}  # of every trial's processes

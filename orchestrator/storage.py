@@ -65,7 +65,9 @@ def delete_folder(uri: str) -> None:
     """Removes a folder and all that is in it, if it is there."""
     filesystem, path = _locate(uri)
     if filesystem.get_file_info(path).type == fs.FileType.Directory:
-        with suppress(FileNotFoundError):  # GCS misses a marker of the folder, after all in it is gone
+        with suppress(
+            FileNotFoundError
+        ):  # GCS misses a marker of the folder, after all in it is gone
             filesystem.delete_dir(path)
 
 
@@ -73,7 +75,11 @@ def folder_bytes(uri: str) -> int:
     """The size of all files below a folder; 0 if it is not there."""
     filesystem, path = _locate(uri)
     selector = fs.FileSelector(path, allow_not_found=True, recursive=True)
-    return sum(info.size or 0 for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File)
+    return sum(
+        info.size or 0
+        for info in filesystem.get_file_info(selector)
+        if info.type == fs.FileType.File
+    )
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
@@ -83,7 +89,9 @@ def read_json(uri: str) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(data)
-    except ValueError:  # a store without atomic replacement may show a torn file: the next look sees the whole one
+    except (
+        ValueError
+    ):  # a store without atomic replacement may show a torn file: the next look sees the whole one
         return None
     return finite(value) if isinstance(value, dict) else None
 

@@ -23,7 +23,9 @@ from orchestrator.study.code_package import CodePackage, installed_source_hash
 from orchestrator.study.expand import Expansion, expand
 
 
-def expand_with_its_code(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Expansion:
+def expand_with_its_code(
+    study: Study, *, data: str = "", root: Path, code: CodePackage
+) -> Expansion:
     """`expand`, by the sources in `code`: here if they are the same as ours, otherwise in a process of their own."""
     if code.source_hash == installed_source_hash():
         return expand(study, data=data, root=root, code=code)
@@ -31,7 +33,12 @@ def expand_with_its_code(study: Study, *, data: str = "", root: Path, code: Code
         "study": study.model_dump(mode="json"),
         "data": data,
         "root": str(root.resolve()),
-        "code": {"sha256": code.sha256, "source_hash": code.source_hash, "origin": code.origin, "commit": code.commit},
+        "code": {
+            "sha256": code.sha256,
+            "source_hash": code.source_hash,
+            "origin": code.origin,
+            "commit": code.commit,
+        },
     }
     with tempfile.TemporaryDirectory(prefix="maskray-code-") as folder:
         zipfile.ZipFile(io.BytesIO(code.data)).extractall(folder)
@@ -49,7 +56,9 @@ def _ask(folder: Path, request: dict[str, Any], origin: str) -> Expansion:
         check=False,
     )
     if done.returncode == INPUT_WRONG:
-        raise ValueError(f"{done.stderr.strip().splitlines()[-1].removeprefix('error: ')} (by the code of {origin})")
+        raise ValueError(
+            f"{done.stderr.strip().splitlines()[-1].removeprefix('error: ')} (by the code of {origin})"
+        )
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise RuntimeError(f"the code of {origin} cannot expand the study: {reason}")
@@ -64,7 +73,14 @@ def main() -> int:
     code = CodePackage(data=b"", **request["code"])
     study = parse_record(Study, request["study"], "study")
     found = expand(study, data=request["data"], root=Path(request["root"]), code=code)
-    print(json.dumps({"trials": [trial.model_dump(mode="json") for trial in found.trials], "warnings": found.warnings}))
+    print(
+        json.dumps(
+            {
+                "trials": [trial.model_dump(mode="json") for trial in found.trials],
+                "warnings": found.warnings,
+            }
+        )
+    )
     return 0
 
 

@@ -21,12 +21,16 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Pack, check and evaluate detection data.",
 )
-data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="COCO to Arrow shards and back.")
+data = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="COCO to Arrow shards and back."
+)
 app.add_typer(data, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Uri = Annotated[str, typer.Argument(metavar="URI", help="Packed dataset: a folder, s3://... or gs://...")]
+Uri = Annotated[
+    str, typer.Argument(metavar="URI", help="Packed dataset: a folder, s3://... or gs://...")
+]
 
 
 @data.command()
@@ -37,9 +41,12 @@ def synth(
     ] = 500,
     size: Annotated[int, typer.Option(help="Long side of an image in pixels.")] = 128,
     seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = 0,
-    keypoints: Annotated[bool, typer.Option("--keypoints", help="One category is a person with 17 keypoints.")] = False,
+    keypoints: Annotated[
+        bool, typer.Option("--keypoints", help="One category is a person with 17 keypoints.")
+    ] = False,
     pack: Annotated[
-        bool, typer.Option("--pack", help="Also pack into OUT/train and OUT/val, ready to train on.")
+        bool,
+        typer.Option("--pack", help="Also pack into OUT/train and OUT/val, ready to train on."),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -50,12 +57,18 @@ def synth(
     from pipelines.pack.synth import synthesise
 
     with bar("drawing", as_json) as progress:
-        found = synthesise(out, num_images=images, size=size, seed=seed, keypoints=keypoints, progress=progress)
+        found = synthesise(
+            out, num_images=images, size=size, seed=seed, keypoints=keypoints, progress=progress
+        )
     packed = {}
     for split in ("train", "val") if pack else ():
         files = [out / "annotations" / f"instances_{split}.json"]
         result = pack_dataset(files, str(out / "images" / split), str(out / split), PackOptions())
-        packed[split] = {"out": str(out / split), "manifest": result.manifest.hash, "unchanged": result.unchanged}
+        packed[split] = {
+            "out": str(out / split),
+            "manifest": result.manifest.hash,
+            "unchanged": result.unchanged,
+        }
     there = " (was there already, unchanged)" if found["unchanged"] else ""
     text = f"{found['train']} training and {found['val']} validation images in {out}{there}"
     if packed:
@@ -66,12 +79,16 @@ def synth(
 @data.command()
 def pack(
     annotations: Annotated[
-        list[Path], typer.Option(help="COCO JSON. Give it twice to merge instances and keypoints by annotation id.")
+        list[Path],
+        typer.Option(
+            help="COCO JSON. Give it twice to merge instances and keypoints by annotation id."
+        ),
     ],
     images: Annotated[str, typer.Option(help="Folder or URI that the file names are relative to.")],
     out: Annotated[str, typer.Option(help="Folder or URI to write to.")],
     on_error: Annotated[
-        Literal["fail", "skip"], typer.Option(help="Stop at the first bad input, or leave bad ones out and list them.")
+        Literal["fail", "skip"],
+        typer.Option(help="Stop at the first bad input, or leave bad ones out and list them."),
     ] = "fail",
     shard_mib: Annotated[float, typer.Option(min=0.01, help="Size of a shard.")] = 64.0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one for each core.")] = 0,
@@ -92,7 +109,9 @@ def pack(
     if packed.unchanged:
         lines.append("was there already, unchanged")
     if packed.skipped:
-        lines.append(f"left out {packed.skipped} bad inputs, listed in {out.rstrip('/')}/{SKIPPED_NAME}")
+        lines.append(
+            f"left out {packed.skipped} bad inputs, listed in {out.rstrip('/')}/{SKIPPED_NAME}"
+        )
     content = {
         "out": out,
         "images": manifest.num_images,
@@ -113,15 +132,21 @@ def verify(uri: Uri, as_json: Json = False, debug: Debug = False) -> int:
 
     with bar("verifying", as_json) as progress:
         verdict = verify_dataset(uri, progress)
-    errors = [{"shard": damage.shard, "row": damage.row, "error": damage.error} for damage in verdict.errors]
-    content = {"ok": not errors, "shards": verdict.shards, "samples": verdict.samples, "errors": errors}
+    errors = [
+        {"shard": damage.shard, "row": damage.row, "error": damage.error}
+        for damage in verdict.errors
+    ]
+    content = {
+        "ok": not errors,
+        "shards": verdict.shards,
+        "samples": verdict.samples,
+        "errors": errors,
+    }
     lines = [
         f"{damage.shard}{'' if damage.row is None else f', row {damage.row}'}: {damage.error}"
         for damage in verdict.errors
     ]
-    summary = (
-        f"{verdict.shards} shards, {verdict.samples} samples: {f'{len(errors)} damaged' if errors else 'all whole'}"
-    )
+    summary = f"{verdict.shards} shards, {verdict.samples} samples: {f'{len(errors)} damaged' if errors else 'all whole'}"
     _done(as_json, content, "\n".join([*lines, summary]))
     return WORK_FAILED if errors else SUCCESS
 
@@ -167,15 +192,24 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(coco))
     counts = {name: len(coco[name]) for name in ("images", "annotations", "categories")}
-    return _done(as_json, {"out": str(out), **counts}, f"{counts['annotations']} annotations: {out}")
+    return _done(
+        as_json, {"out": str(out), **counts}, f"{counts['annotations']} annotations: {out}"
+    )
 
 
 @data.command()
 def stage(
-    uris: Annotated[list[str], typer.Argument(metavar="URI...", help="Packed datasets: folders, s3://... or gs://...")],
-    cache: Annotated[str, typer.Option(help="Cache folder; empty is the one that training uses by default.")] = "",
+    uris: Annotated[
+        list[str],
+        typer.Argument(metavar="URI...", help="Packed datasets: folders, s3://... or gs://..."),
+    ],
+    cache: Annotated[
+        str, typer.Option(help="Cache folder; empty is the one that training uses by default.")
+    ] = "",
     cache_gib: Annotated[float, typer.Option(min=0.001, max=1e6, help="Its size cap.")] = 20.0,
-    lines: Annotated[bool, typer.Option("--lines", help="Tell progress on stderr line by line, for a log.")] = False,
+    lines: Annotated[
+        bool, typer.Option("--lines", help="Tell progress on stderr line by line, for a log.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -185,9 +219,23 @@ def stage(
     datasets = [open_dataset(uri, cache, cache_gib) for uri in uris]
     with bar("fetching", as_json, lines) as progress:
         staged = stage_datasets(datasets, progress)
-    where = f"{staged.bytes / 2**20:.1f} MiB in {staged.cache}" if staged.cache else "all on this machine already"
-    lost = f"; evicted {staged.evicted} files of other datasets, give --cache-gib more" if staged.evicted else ""
-    node = {"node": "", "address": socket.gethostname(), "state": "done", "error": "", **asdict(staged)}
+    where = (
+        f"{staged.bytes / 2**20:.1f} MiB in {staged.cache}"
+        if staged.cache
+        else "all on this machine already"
+    )
+    lost = (
+        f"; evicted {staged.evicted} files of other datasets, give --cache-gib more"
+        if staged.evicted
+        else ""
+    )
+    node = {
+        "node": "",
+        "address": socket.gethostname(),
+        "state": "done",
+        "error": "",
+        **asdict(staged),
+    }
     return _done(as_json, {"uris": uris, "ok": True, "nodes": [node]}, where + lost)
 
 
@@ -195,8 +243,12 @@ def stage(
 def evaluate(
     gt: Annotated[str, typer.Option(help="Ground truth: COCO JSON, or a packed dataset.")],
     dt: Annotated[Path, typer.Option(help="COCO results file.")],
-    iou: Annotated[Literal["bbox", "segm", "keypoints"], typer.Option(help="What to compare.")] = "bbox",
-    per_class: Annotated[bool, typer.Option("--per-class", help="Also give each category's AP.")] = False,
+    iou: Annotated[
+        Literal["bbox", "segm", "keypoints"], typer.Option(help="What to compare.")
+    ] = "bbox",
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Also give each category's AP.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -211,7 +263,9 @@ def evaluate(
     lines = [f"{name:6} {value:.4f}" for name, value in found.stats.items()]
     if per_class:
         lines += [f"  {name:20} {value:.4f}" for name, value in found.per_class["AP"].items()]
-    content: dict[str, Any] = dict(found.stats) | ({"per_class": found.per_class} if per_class else {})
+    content: dict[str, Any] = dict(found.stats) | (
+        {"per_class": found.per_class} if per_class else {}
+    )
     return _done(as_json, content, "\n".join(lines))
 
 

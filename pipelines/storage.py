@@ -19,7 +19,12 @@ RETRIES = 5
 FIRST_PAUSE_S = 0.2
 COPY_BYTES = 1 << 20
 SCHEMES = ("s3", "gs", "gcs", "file")
-LOCAL_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)  # trying again is no help
+LOCAL_ERRORS = (
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)  # trying again is no help
 
 T = TypeVar("T")
 
@@ -38,7 +43,9 @@ class Store:
         if "://" not in self.uri:
             return fs.LocalFileSystem(), str(Path(self.uri).absolute())
         scheme, rest = self.uri.split("://", 1)
-        if scheme not in SCHEMES:  # pyarrow has more, and some of them end the process when they fail
+        if (
+            scheme not in SCHEMES
+        ):  # pyarrow has more, and some of them end the process when they fail
             raise ValueError(
                 f"{self.name}: not a URI that pyarrow.fs opens here ({scheme!r} is none of {', '.join(SCHEMES)}); "
                 "use a folder, s3://... or gs://..."
@@ -48,7 +55,9 @@ class Store:
         try:
             filesystem, path = fs.FileSystem.from_uri(self.uri)
         except (ValueError, TypeError) as error:
-            reason = str(error) if self.name == self.uri else "check its credentials and its options"
+            reason = (
+                str(error) if self.name == self.uri else "check its credentials and its options"
+            )
             raise ValueError(
                 f"{self.name}: not a URI that pyarrow.fs opens ({reason}); use a folder, s3://... or gs://..."
             ) from None
@@ -124,7 +133,9 @@ class Store:
 
     def remove_folder(self, name: str) -> None:
         if self._place[0].get_file_info(self.path(name)).type == fs.FileType.Directory:
-            with suppress(FileNotFoundError):  # GCS misses a marker of the folder, after all in it is gone
+            with suppress(
+                FileNotFoundError
+            ):  # GCS misses a marker of the folder, after all in it is gone
                 self._place[0].delete_dir(self.path(name))
 
     def describe(self, name: str) -> str:
@@ -140,7 +151,9 @@ def retried(action: Callable[[], T], what: str) -> T:
             raise
         except OSError as error:
             if attempt == RETRIES - 1:
-                raise RuntimeError(f"{what}: {error}; tried {RETRIES} times; is the store reachable?") from error
+                raise RuntimeError(
+                    f"{what}: {error}; tried {RETRIES} times; is the store reachable?"
+                ) from error
             time.sleep(FIRST_PAUSE_S * 2**attempt * (0.5 + random.random()))
     raise AssertionError("unreachable")
 

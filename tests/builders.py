@@ -12,9 +12,13 @@ from contract.presets import run_preset
 from contract.recipe import RunConfig, apply_overrides, parse_run
 
 
-def tiny_run(overrides: Mapping[str, Any] | None = None, train: str = "train", val: str = "val") -> RunConfig:
+def tiny_run(
+    overrides: Mapping[str, Any] | None = None, train: str = "train", val: str = "val"
+) -> RunConfig:
     """The `tiny` preset on the given datasets."""
-    data = apply_overrides(run_preset("tiny"), {"data.train": train, "data.val": val, **(overrides or {})})
+    data = apply_overrides(
+        run_preset("tiny"), {"data.train": train, "data.val": val, **(overrides or {})}
+    )
     return parse_run(data, "tests")
 
 

@@ -54,9 +54,14 @@ def imports(path: Path) -> set[str]:
                 package = path.relative_to(ROOT).parts[: -node.level]
                 base = ".".join([*package, base]).rstrip(".")
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "importlib.import_module",
+            "__import__",
+        ):
             found |= {
-                arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
+                arg.value
+                for arg in node.args[:1]
+                if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
             }
     return found
 
@@ -69,7 +74,9 @@ def ours(found: set[str], rooms: tuple[str, ...], modules: tuple[str, ...] = ())
     """Imports of ours outside the allowed `rooms` and single `modules`."""
     inside = {name for room in OURS for name in names(found, room)}
     permitted = {name for allowed in (*rooms, *modules) for name in names(inside, allowed)}
-    packages = {module.partition(".")[0] for module in modules}  # `from model import structures` names `model` too
+    packages = {
+        module.partition(".")[0] for module in modules
+    }  # `from model import structures` names `model` too
     return inside - permitted - packages
 
 
@@ -78,7 +85,9 @@ def offences(path: Path) -> set[str]:
     room = path.relative_to(ROOT).parts[0]
     match room:
         case "contract":
-            foreign = {name for name in found if name.partition(".")[0] not in {*CONTRACT_MAY, "contract"}}
+            foreign = {
+                name for name in found if name.partition(".")[0] not in {*CONTRACT_MAY, "contract"}
+            }
             return foreign - names(foreign, "pyarrow")
         case "model":
             bad = ours(found, ("contract", "model")) | names(found, "torch.distributed")
@@ -99,14 +108,20 @@ def offences(path: Path) -> set[str]:
 @pytest.mark.parametrize("room", OURS)
 def test_no_room_imports_what_it_must_not(room: str) -> None:
     assert len(sources(room)) > 2
-    bad = {str(path.relative_to(ROOT)): sorted(found) for path in sources(room) if (found := offences(path))}
+    bad = {
+        str(path.relative_to(ROOT)): sorted(found)
+        for path in sources(room)
+        if (found := offences(path))
+    }
     assert not bad
 
 
 @pytest.mark.parametrize("module", [*CONTRACT, "orchestrator.__main__"])
 def test_nothing_heavy_is_loaded_at_import(module: str) -> None:
     code = f"import sys, {module}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == ""
 
 
@@ -125,14 +140,20 @@ def test_rooms_import_without_ray_and_mlflow() -> None:
     code = "import importlib, sys\nsys.modules.update(ray=None, mlflow=None)\n"
     code += f"for name in {modules!r}: importlib.import_module(name)\n"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
     ("path", "text", "bad"),
     [
-        ("model/x.py", "def f():\n    from pipelines.load.order import Order\n", "pipelines.load.order"),
+        (
+            "model/x.py",
+            "def f():\n    from pipelines.load.order import Order\n",
+            "pipelines.load.order",
+        ),
         ("contract/x.py", "from model.boxes import iou\n", "model.boxes"),
         ("contract/x.py", "import numpy\n", "numpy"),
         ("model/x.py", "import torch.distributed as dist\n", "torch.distributed"),
@@ -145,7 +166,9 @@ def test_rooms_import_without_ray_and_mlflow() -> None:
         ("orchestrator/x.py", "import importlib\nimportlib.import_module('ray')\n", "ray"),
     ],
 )
-def test_the_rules_bite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, text: str, bad: str) -> None:
+def test_the_rules_bite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, text: str, bad: str
+) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     file = tmp_path / path
     file.parent.mkdir(parents=True)
@@ -156,15 +179,23 @@ def test_the_rules_bite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: s
 @pytest.mark.parametrize(
     ("path", "text"),
     [
-        ("pipelines/x.py", "from model.structures import Batch\nfrom contract.recipe import RunConfig\n"),
+        (
+            "pipelines/x.py",
+            "from model.structures import Batch\nfrom contract.recipe import RunConfig\n",
+        ),
         ("contract/x.py", "def f():\n    from pyarrow import fs\n"),
         ("workers/ray_entry.py", "import ray.train\n"),
         ("workers/tracking/mlflow_target.py", "import mlflow\n"),
         ("orchestrator/cluster/jobs.py", "import ray\n"),
-        ("orchestrator/x.py", "from contract.record import Record\nfrom contract.command import run_command\n"),
+        (
+            "orchestrator/x.py",
+            "from contract.record import Record\nfrom contract.command import run_command\n",
+        ),
     ],
 )
-def test_the_rules_allow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, text: str) -> None:
+def test_the_rules_allow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, text: str
+) -> None:
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     file = tmp_path / path
     file.parent.mkdir(parents=True)

@@ -34,7 +34,11 @@ def test_every_service_has_a_health_check(compose):
 def test_secrets_have_no_default(compose):
     text = (ROOT / "docker-compose.yml").read_text()
     secrets = re.findall(r"\$\{(\w*(?:TOKEN|PASSWORD|SECRET)\w*)([^}]*)\}", text)
-    assert {name for name, _ in secrets} >= {"MASKRAY_TOKEN", "MASKRAY_RAY_TOKEN", "MLFLOW_ADMIN_PASSWORD"}
+    assert {name for name, _ in secrets} >= {
+        "MASKRAY_TOKEN",
+        "MASKRAY_RAY_TOKEN",
+        "MLFLOW_ADMIN_PASSWORD",
+    }
     assert all(rest.startswith(":?") for _, rest in secrets), "a missing secret must stop compose"
 
 
@@ -55,7 +59,12 @@ def test_the_image_copies_the_four_rooms_and_runs_as_a_user():
     copied = {line.split()[-1] for line in lines if line.startswith("COPY")}
     assert {"model", "pipelines", "workers", "orchestrator", "studies"} <= copied
     assert "USER maskray" in lines
-    assert all((ROOT / source).exists() for line in lines if line.startswith("COPY") for source in line.split()[2:-1])
+    assert all(
+        (ROOT / source).exists()
+        for line in lines
+        if line.startswith("COPY")
+        for source in line.split()[2:-1]
+    )
 
 
 def test_the_commands_are_ours(compose):

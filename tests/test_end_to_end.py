@@ -47,7 +47,9 @@ resources: {ranks: 1, cpus_per_rank: 1}
 
 @pytest.fixture(scope="module")
 def coco_mini() -> Path:
-    folder = Path(os.environ.get("MASKRAY_COCO_MINI", ROOT.parent / "shared" / "data" / "coco-mini"))
+    folder = Path(
+        os.environ.get("MASKRAY_COCO_MINI", ROOT.parent / "shared" / "data" / "coco-mini")
+    )
     if not (folder / "annotations").is_dir():
         pytest.skip(f"no real COCO images: {folder} does not exist; set MASKRAY_COCO_MINI")
     return folder
@@ -60,7 +62,11 @@ class House:
         self.folder = folder
         (folder / "home").mkdir()
         (folder / "tmp").mkdir()
-        self.environment = {**os.environ, "HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp")}
+        self.environment = {
+            **os.environ,
+            "HOME": str(folder / "home"),
+            "TMPDIR": str(folder / "tmp"),
+        }
         self.environment.pop("MASKRAY_SERVER", None)
 
     def maskray(self, *words: str, status: int = 0) -> Any:
@@ -72,7 +78,9 @@ class House:
             text=True,
             check=False,
         )
-        assert done.returncode == status, f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == status, (
+            f"{words}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         assert done.stdout.count("\n") == 1, f"{words} printed more than one line: {done.stdout}"
         return json.loads(done.stdout)
 
@@ -94,11 +102,15 @@ def pack_subset(house: House, coco_mini: Path, split: str, num_images: int, out:
     with_objects = {annotation["image_id"] for annotation in whole["annotations"]}
     images = [image for image in whole["images"] if image["id"] in with_objects][:num_images]
     kept = {image["id"] for image in images}
-    annotations = [annotation for annotation in whole["annotations"] if annotation["image_id"] in kept]
+    annotations = [
+        annotation for annotation in whole["annotations"] if annotation["image_id"] in kept
+    ]
     file = house.folder / f"{split}-{num_images}.json"
     file.write_text(json.dumps({**whole, "images": images, "annotations": annotations}))
     images_folder = str(coco_mini / f"{split}2017")
-    house.maskray("data", "pack", "--annotations", str(file), "--images", images_folder, "--out", out)
+    house.maskray(
+        "data", "pack", "--annotations", str(file), "--images", images_folder, "--out", out
+    )
     assert house.maskray("data", "verify", out)["samples"] == num_images
 
 
@@ -123,14 +135,34 @@ def test_a_two_arm_study_on_real_images_ends_in_mlflow_and_a_report(house, coco_
     assert "pool" in page
 
     database = sqlite3.connect(next(house.folder.glob(".maskray/**/mlflow.db")))
-    tags = dict(database.execute("select key || '=' || value, run_uuid from tags where key = 'maskray.trial'"))
+    tags = dict(
+        database.execute(
+            "select key || '=' || value, run_uuid from tags where key = 'maskray.trial'"
+        )
+    )
     assert len(tags) == 2
     for run in tags.values():
-        metrics = {key for (key,) in database.execute("select distinct key from metrics where run_uuid = ?", (run,))}
-        assert {"loss/mask", "loss/box_class", "lr", "bbox/AP", "segm/AP", "images_per_s"} <= metrics
-        parameters = dict(database.execute("select key, value from params where run_uuid = ?", (run,)))
+        metrics = {
+            key
+            for (key,) in database.execute(
+                "select distinct key from metrics where run_uuid = ?", (run,)
+            )
+        }
+        assert {
+            "loss/mask",
+            "loss/box_class",
+            "lr",
+            "bbox/AP",
+            "segm/AP",
+            "images_per_s",
+        } <= metrics
+        parameters = dict(
+            database.execute("select key, value from params where run_uuid = ?", (run,))
+        )
         assert parameters["model.layout.kind"] == "fpn"
-        parent = database.execute("select value from tags where run_uuid = ? and key = 'mlflow.parentRunId'", (run,))
+        parent = database.execute(
+            "select value from tags where run_uuid = ? and key = 'mlflow.parentRunId'", (run,)
+        )
         assert parent.fetchone() is not None
     database.close()
 
@@ -146,7 +178,11 @@ def test_a_trial_that_raises_is_reported_and_the_others_finish(house, coco_mini)
         shard.unlink()
     study = house.folder / "half.yaml"
     arms = "factors:\n  data:\n    whole: {}\n    broken: {data.train: broken}\nmax_attempts: 1\n"
-    other = STUDY.split("factors:")[0].replace("name: mini", "name: half").replace("steps: 3", "steps: 2")
+    other = (
+        STUDY.split("factors:")[0]
+        .replace("name: mini", "name: half")
+        .replace("steps: 3", "steps: 2")
+    )
     study.write_text(other + arms)
 
     result = house.maskray("run", str(study), "--data", "coco", status=1)
@@ -160,7 +196,8 @@ def test_a_trial_that_raises_is_reported_and_the_others_finish(house, coco_mini)
     assert shown["trials"][1]["error"] == lost["error"]
     database = sqlite3.connect(next(house.folder.glob(".maskray/**/mlflow.db")))
     failed = database.execute(
-        "select status from runs join tags using (run_uuid) where key = 'maskray.trial' and value = ?", (lost["trial"],)
+        "select status from runs join tags using (run_uuid) where key = 'maskray.trial' and value = ?",
+        (lost["trial"],),
     )
     assert failed.fetchone() == ("FAILED",)
     database.close()

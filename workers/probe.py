@@ -55,7 +55,9 @@ def look(plan: ProbePlan) -> NodeReport:
         versions={
             "python": platform.python_version(),
             **{name: _version(name) for name in PACKAGES},
-            "kernels for the CPU (model/cpu/native.c)": "compiled" if native.available() else "absent",
+            "kernels for the CPU (model/cpu/native.c)": "compiled"
+            if native.available()
+            else "absent",
         },
         sources=sources_hash(),
         gpu_driver=_gpu_driver(),
@@ -99,7 +101,9 @@ def sources_hash() -> str:
     top, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
     for room in _SOURCES:
         for path in sorted((top / room).rglob("*.py")):
-            digest.update(f"{path.relative_to(top)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+            digest.update(
+                f"{path.relative_to(top)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+            )
     return digest.hexdigest()
 
 
@@ -121,7 +125,11 @@ def _gpu_driver() -> str:
     except subprocess.TimeoutExpired:
         return "nvidia-smi hangs"
     versions = done.stdout.split()
-    return f"NVIDIA {versions[0]}, {len(versions)} devices" if versions and done.returncode == 0 else "nvidia-smi fails"
+    return (
+        f"NVIDIA {versions[0]}, {len(versions)} devices"
+        if versions and done.returncode == 0
+        else "nvidia-smi fails"
+    )
 
 
 def _shm_free_gib() -> float:
@@ -149,18 +157,28 @@ def _meet(plan: ProbePlan) -> Store:
         listener = socket.create_server((plan.address, 0))  # on this address alone
         port = listener.getsockname()[1]
         store = TCPStore(
-            plan.address, port, None, True, patience, wait_for_workers=False, master_listen_fd=listener.detach()
+            plan.address,
+            port,
+            None,
+            True,
+            patience,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
         )
         print(f"{PROBE_STORE} {plan.address}:{port}", flush=True)
         return store
     host, _, port = plan.store.rpartition(":")
-    return TCPStore(host, int(port), None, is_master=False, timeout=patience, wait_for_workers=False)
+    return TCPStore(
+        host, int(port), None, is_master=False, timeout=patience, wait_for_workers=False
+    )
 
 
 def _barrier(store: Store, plan: ProbePlan, name: str) -> None:
     """Raises RuntimeError if not all come in time."""
     store.set(f"{name}/{plan.index}", "here")
-    store.wait([f"{name}/{index}" for index in range(plan.nodes)], timedelta(seconds=plan.patience_s))
+    store.wait(
+        [f"{name}/{index}" for index in range(plan.nodes)], timedelta(seconds=plan.patience_s)
+    )
 
 
 def _part(store: Store, plan: ProbePlan) -> None:
@@ -169,7 +187,9 @@ def _part(store: Store, plan: ProbePlan) -> None:
     if plan.index:
         store.set(f"left/{plan.index}", "")
     elif plan.nodes > 1:
-        store.wait([f"left/{index}" for index in range(1, plan.nodes)], timedelta(seconds=plan.patience_s))
+        store.wait(
+            [f"left/{index}" for index in range(1, plan.nodes)], timedelta(seconds=plan.patience_s)
+        )
 
 
 def _storage_error(store: Store, plan: ProbePlan) -> str:
@@ -230,7 +250,9 @@ def _link(store: Store, plan: ProbePlan, peer: int) -> LinkReport:
     pair = PrefixStore(f"pair/{low}-{high}", store)
     patience = timedelta(seconds=min(plan.patience_s, 30.0))
     try:
-        dist.init_process_group("gloo", store=pair, rank=int(plan.index == high), world_size=2, timeout=patience)
+        dist.init_process_group(
+            "gloo", store=pair, rank=int(plan.index == high), world_size=2, timeout=patience
+        )
     except (RuntimeError, ValueError) as error:
         return LinkReport(peer=peer, error=_one_line(error))
     try:
@@ -248,19 +270,27 @@ def _link(store: Store, plan: ProbePlan, peer: int) -> LinkReport:
     finally:
         dist.destroy_process_group()
     address = taken[0][0] if taken else ""
-    return LinkReport(peer=peer, address=address, interface=_interface(address), mib_per_s=4 / seconds)
+    return LinkReport(
+        peer=peer, address=address, interface=_interface(address), mib_per_s=4 / seconds
+    )
 
 
 def _local_ends() -> set[tuple[str, int]]:
     """This process's side of its connections: address and port."""
     found = psutil.Process().net_connections(kind="tcp")
-    return {(one.laddr[0], one.laddr[1]) for one in found if one.status == psutil.CONN_ESTABLISHED and one.raddr}
+    return {
+        (one.laddr[0], one.laddr[1])
+        for one in found
+        if one.status == psutil.CONN_ESTABLISHED and one.raddr
+    }
 
 
 def _interface(address: str) -> str:
     plain = address.removeprefix("::ffff:")
     names = [
-        name for name, entries in psutil.net_if_addrs().items() if any(e.address in (address, plain) for e in entries)
+        name
+        for name, entries in psutil.net_if_addrs().items()
+        if any(e.address in (address, plain) for e in entries)
     ]
     return names[0] if names else ""
 

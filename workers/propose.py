@@ -28,10 +28,21 @@ WEIGHTS = f"{ARTIFACT_FOLDER}/weights-last.safetensors"
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="maskray proposals", description="Writes a trained run's proposals.")
-    parser.add_argument("run", metavar="TRIAL_FOLDER", help="folder or URI of a finished run with an RPN")
-    parser.add_argument("--out", required=True, metavar="URI", help="the file to write; name it in model.proposals.uri")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    parser = argparse.ArgumentParser(
+        prog="maskray proposals", description="Writes a trained run's proposals."
+    )
+    parser.add_argument(
+        "run", metavar="TRIAL_FOLDER", help="folder or URI of a finished run with an RPN"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="URI",
+        help="the file to write; name it in model.proposals.uri",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     return run_command(lambda: _propose(arguments), argv)
@@ -53,32 +64,51 @@ def trained_run(storage: Storage) -> RunConfig:
     try:
         data = yaml.safe_load(storage.read(f"{ARTIFACT_FOLDER}/config.yaml"))
     except FileNotFoundError:
-        raise ValueError(f"{storage.uri}: no run there ({ARTIFACT_FOLDER}/config.yaml is missing)") from None
+        raise ValueError(
+            f"{storage.uri}: no run there ({ARTIFACT_FOLDER}/config.yaml is missing)"
+        ) from None
     run = parse_run(data, storage.uri)
     if isinstance(run.model.proposals, FixedProposals):
-        raise ValueError(f"{storage.uri}: model.proposals.kind is 'fixed', it has no RPN; take a run that trained one")
+        raise ValueError(
+            f"{storage.uri}: model.proposals.kind is 'fixed', it has no RPN; take a run that trained one"
+        )
     return run
 
 
 def trained_detector(run: RunConfig, storage: Storage) -> Detector:
     """The detector with the run's last weights, ready to predict."""
     if not storage.exists(WEIGHTS):
-        raise ValueError(f"{storage.uri}: has no {WEIGHTS}; the run is not finished, resume it first")
+        raise ValueError(
+            f"{storage.uri}: has no {WEIGHTS}; the run is not finished, resume it first"
+        )
     detector = build_detector(run.model, run.seed)
     with tempfile.TemporaryDirectory() as folder:
         detector.load_state_dict(load_file(storage.fetch(WEIGHTS, Path(folder))))
     return detector.eval()
 
 
-def proposals(run: RunConfig, detector: Detector, device: torch.device) -> Iterator[tuple[int, Boxes, Boxes]]:
+def proposals(
+    run: RunConfig, detector: Detector, device: torch.device
+) -> Iterator[tuple[int, Boxes, Boxes]]:
     """(image id, boxes, scores) of every training and validation image, in pixels of its file, at test-time size."""
-    everything = run.data.model_copy(update={"filter": run.data.filter.model_copy(update={"holdout": 0.0})})
+    everything = run.data.model_copy(
+        update={"filter": run.data.filter.model_copy(update={"holdout": 0.0})}
+    )
     for uri in dict.fromkeys((run.data.train, run.data.val)):
         dataset = open_dataset(uri, cache_gib=run.data.cache_gib)
-        loader = EvalLoader(everything, dataset, run.model.image, batch_size=run.loop.eval_batch, rank=0, world_size=1)
+        loader = EvalLoader(
+            everything,
+            dataset,
+            run.model.image,
+            batch_size=run.loop.eval_batch,
+            rank=0,
+            world_size=1,
+        )
         for batch in loader:
             found = detector.propose(batch.to(device))
-            for image_id, boxes, scores, valid in zip(batch.sample_ids.tolist(), *found, strict=True):
+            for image_id, boxes, scores, valid in zip(
+                batch.sample_ids.tolist(), *found, strict=True
+            ):
                 yield image_id, boxes[valid].cpu().numpy(), scores[valid].cpu().numpy()
         loader.close()
 

@@ -33,7 +33,9 @@ _LOG_UPLOAD_S = 10.0
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m workers.ray_entry", description="Runs one attempt of a trial.")
+    parser = argparse.ArgumentParser(
+        prog="python -m workers.ray_entry", description="Runs one attempt of a trial."
+    )
     parser.add_argument("--spec", required=True, metavar="FILE_OR_URI", help="a RunSpec as JSON")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
@@ -54,9 +56,16 @@ def run_spec(spec: RunSpec) -> int:
     """Runs the attempt on Ray and returns its exit status."""
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
-    storage, asked, failures, connected = Storage(spec.storage), StopRequest(), list[str](), threading.Event()
+    storage, asked, failures, connected = (
+        Storage(spec.storage),
+        StopRequest(),
+        list[str](),
+        threading.Event(),
+    )
     # in a thread of its own: in the main thread Ray would answer SIGINT by aborting all ranks within 5 s
-    thread = threading.Thread(target=lambda: failures.extend(_fit(spec, connected)), name="ray-train", daemon=True)
+    thread = threading.Thread(
+        target=lambda: failures.extend(_fit(spec, connected)), name="ray-train", daemon=True
+    )
     with _signals_forwarded(storage, spec, asked) as take_signals:
         thread.start()
         while thread.is_alive() and not asked.reason:
@@ -87,7 +96,11 @@ def _fit(spec: RunSpec, connected: threading.Event) -> list[str]:
     if spec.gpus_per_rank:
         resources["GPU"] = spec.gpus_per_rank
     try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="warning")
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS", "auto"),
+            log_to_driver=False,
+            logging_level="warning",
+        )
         connected.set()
         TorchTrainer(
             train_rank,
@@ -103,12 +116,23 @@ def _fit(spec: RunSpec, connected: threading.Event) -> list[str]:
             run_config=RunConfig(
                 name=f"ray-{spec.attempt}",
                 storage_path=spec.storage,
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+                failure_config=FailureConfig(
+                    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+                ),
             ),
         ).fit()
     except WorkerGroupError as error:
-        return [f"rank {rank}: {_last_line(failure)}" for rank, failure in sorted(error.worker_failures.items())]
-    except (TrainingFailedError, ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+        return [
+            f"rank {rank}: {_last_line(failure)}"
+            for rank, failure in sorted(error.worker_failures.items())
+        ]
+    except (
+        TrainingFailedError,
+        ray.exceptions.RayError,
+        ConnectionError,
+        RuntimeError,
+        ValueError,
+    ) as error:
         return [_last_line(error)]
     finally:
         ray.shutdown()
@@ -141,7 +165,10 @@ def train_rank(config: dict[str, Any]) -> None:
         from workers.trial.stop import files_asking
 
         world = join_world()
-        print(f"rank {world.rank} of {world.size}, process {os.getpid()}, node {host_name()}", flush=True)
+        print(
+            f"rank {world.rank} of {world.size}, process {os.getpid()}, node {host_name()}",
+            flush=True,
+        )
         stop = StopRequest()
         nodes = world.gather(_node_id())
         if world.is_first:
@@ -152,7 +179,9 @@ def train_rank(config: dict[str, Any]) -> None:
             else contextlib.nullcontext()
         )
         with watched:
-            outcome = run_trial(spec, world, stop, progress_shower() if world.is_first else show_nothing)
+            outcome = run_trial(
+                spec, world, stop, progress_shower() if world.is_first else show_nothing
+            )
     if outcome.state == "failed":
         raise RuntimeError(outcome.error)
 
@@ -228,7 +257,9 @@ def _flush() -> None:
 
 
 @contextlib.contextmanager
-def _signals_forwarded(storage: Storage, spec: RunSpec, asked: StopRequest) -> Iterator[Callable[[], None]]:
+def _signals_forwarded(
+    storage: Storage, spec: RunSpec, asked: StopRequest
+) -> Iterator[Callable[[], None]]:
     """Within the block a signal to this process becomes a file that rank 0 looks for: SIGINT stop, SIGTERM preempt.
 
     Gives a function that takes the signals again, from whoever took them meanwhile.
@@ -267,7 +298,11 @@ def conclude(spec: RunSpec, storage: Storage, failures: Sequence[str]) -> int:
     if causes and (outcome is None or outcome.state == "failed"):
         cause = most_telling(causes)
         if outcome is None or outcome.error_class in ("collective", "unknown"):
-            outcome = Outcome(state="failed", error_class=cause.error_class, error=f"rank {cause.rank}: {cause.error}")
+            outcome = Outcome(
+                state="failed",
+                error_class=cause.error_class,
+                error=f"rank {cause.rank}: {cause.error}",
+            )
     if outcome is None or (failures and outcome.error_class == "collective"):
         said = "; ".join(failures) or "the ranks ended without an outcome"
         outcome = Outcome(state="failed", error_class="node", error=f"Ray: {said}")

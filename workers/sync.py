@@ -16,9 +16,13 @@ from workers.trial.storage import Storage
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="maskray sync", description="Sends a run's unsent records to its tracker.")
+    parser = argparse.ArgumentParser(
+        prog="maskray sync", description="Sends a run's unsent records to its tracker."
+    )
     parser.add_argument("folder", metavar="SPOOL_OR_TRIAL_FOLDER", help="a path or a URI")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args(argv)
     return run_command(lambda: _sync(arguments.folder, arguments.json), argv)
@@ -53,7 +57,9 @@ def sync(where: str) -> int:
         target = SpoolTarget.model_validate_json((folder / TARGET_FILE).read_bytes())
         sender = build_target(target.tracking, target, Storage(target.storage))
         if sender is None:
-            raise ValueError(f"{where}: its run has no tracker; resume it with one (--mlflow), which sends all of it")
+            raise ValueError(
+                f"{where}: its run has no tracker; resume it with one (--mlflow), which sends all of it"
+            )
         spool = Spool(folder, take=False, warn=tell)  # its run may be alive
         total = 0
         try:

@@ -37,14 +37,28 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="maskray train", description="Trains one run; started again, it resumes.")
-    parser.add_argument("run", metavar="RUN.yaml", help="a run file; it may begin with `preset: NAME`")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="PATH=VALUE", help="a dotted override, e.g. model.roi.kind=pool"
+    parser = argparse.ArgumentParser(
+        prog="maskray train", description="Trains one run; started again, it resumes."
     )
-    parser.add_argument("--out", default="", metavar="DIR", help="the run's folder or URI (default: runs/NAME)")
-    parser.add_argument("--mlflow", default="", metavar="URI", help="track to this MLflow server or store")
-    parser.add_argument("--experiment", default="maskray", help="MLflow experiment (default: %(default)s)")
+    parser.add_argument(
+        "run", metavar="RUN.yaml", help="a run file; it may begin with `preset: NAME`"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="a dotted override, e.g. model.roi.kind=pool",
+    )
+    parser.add_argument(
+        "--out", default="", metavar="DIR", help="the run's folder or URI (default: runs/NAME)"
+    )
+    parser.add_argument(
+        "--mlflow", default="", metavar="URI", help="track to this MLflow server or store"
+    )
+    parser.add_argument(
+        "--experiment", default="maskray", help="MLflow experiment (default: %(default)s)"
+    )
     parser.add_argument(
         "--cpus-per-rank",
         type=int,
@@ -60,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="from a stop request to the end by force, if no checkpoint was reached (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -71,10 +87,19 @@ def _train(arguments: argparse.Namespace) -> int:
     from workers.training.run import run_trial
     from workers.training.world import launched_world
     from workers.trial.causes import exit_status, write_outcome
-    from workers.trial.stop import Reason, StopRequest, files_asking, grace_enforced, late_outcome, signals_asking
+    from workers.trial.stop import (
+        Reason,
+        StopRequest,
+        files_asking,
+        grace_enforced,
+        late_outcome,
+        signals_asking,
+    )
 
     if arguments.cpus_per_rank < 0:
-        raise ValueError(f"--cpus-per-rank {arguments.cpus_per_rank}: give 1 or more, or leave it out")
+        raise ValueError(
+            f"--cpus-per-rank {arguments.cpus_per_rank}: give 1 or more, or leave it out"
+        )
     if not arguments.grace_s > 0:
         raise ValueError(f"--grace-s {arguments.grace_s:g}: give more than 0 seconds")
     run = parse_run(read_run(Path(arguments.run), arguments.set), arguments.run)
@@ -103,13 +128,17 @@ def _train(arguments: argparse.Namespace) -> int:
         )
         show: Callable[[Progress], None] = show_nothing
         if world.is_first:
-            storage.write(SPEC_FILE.format(attempt=attempt), spec.model_dump_json(indent=1).encode())
+            storage.write(
+                SPEC_FILE.format(attempt=attempt), spec.model_dump_json(indent=1).encode()
+            )
             show = progress_shower()
             if world.device.type == "cpu":
                 print(f"{spec.cpus_per_rank:.0f} thread(s) a rank (--cpus-per-rank)", flush=True)
 
         def claimed() -> None:
-            if old_request:  # to the run that this one resumes; until here it might have been to one that lives
+            if (
+                old_request
+            ):  # to the run that this one resumes; until here it might have been to one that lives
                 storage.delete(STOP_FILE)
             stack.enter_context(files_asking(stop, storage, attempt, lambda: False, print))
 
@@ -132,7 +161,9 @@ def read_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give a run file, e.g. with `preset: tiny` and `data: ...`") from None
+        raise ValueError(
+            f"{path}: no such file; give a run file, e.g. with `preset: tiny` and `data: ...`"
+        ) from None
     except IsADirectoryError:
         raise ValueError(f"{path}: is a folder; give a run file in it") from None
     except UnicodeDecodeError as error:
@@ -140,7 +171,9 @@ def read_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not YAML: {one_line(error)}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: holds {type(data).__name__}, a run is a mapping with `data:`, maybe `preset:`")
+        raise ValueError(
+            f"{path}: holds {type(data).__name__}, a run is a mapping with `data:`, maybe `preset:`"
+        )
     name = data.pop("preset", None)
     if not isinstance(name, str | None):
         raise ValueError(f"{path}: preset: {name!r} is no name; write e.g. `preset: tiny`")
@@ -156,7 +189,9 @@ def read_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         try:
             pairs[field] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"--set {override}: the value is not YAML: {one_line(error)}") from None
+            raise ValueError(
+                f"--set {override}: the value is not YAML: {one_line(error)}"
+            ) from None
     return apply_overrides(merged(base, data), pairs)
 
 
@@ -165,7 +200,11 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        if isinstance(value, dict) and isinstance(old, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+        if (
+            isinstance(value, dict)
+            and isinstance(old, dict)
+            and value.get("kind", old.get("kind")) == old.get("kind")
+        ):
             result[key] = merged(old, value)
         else:
             result[key] = value
@@ -174,7 +213,9 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def share_of_cores(environment: Mapping[str, str]) -> int:
     """The cores that this process may use, divided by the ranks that torchrun started on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(cores // int(environment.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
@@ -189,7 +230,9 @@ def next_attempt(storage: Storage) -> tuple[int, str]:
         last = 0
     last = max([last, *(int(name) for name in storage.names("attempts") if name.isdecimal())])
     specs = [SPEC_FILE.format(attempt=attempt) for attempt in range(last, 0, -1)]
-    known = next((str(storage.read_json(spec)["trial"]) for spec in specs if storage.exists(spec)), "")
+    known = next(
+        (str(storage.read_json(spec)["trial"]) for spec in specs if storage.exists(spec)), ""
+    )
     name = storage.uri.partition("?")[0].rstrip("/").rpartition("/")[2]
     return last + 1, known or f"{name}-{uuid4().hex[:8]}"
 
@@ -200,12 +243,22 @@ def _report(outcome: Outcome, storage: Storage, arguments: argparse.Namespace) -
     if arguments.json:
         error = {"error": outcome.error} if outcome.error else {}
         print(
-            json.dumps({"state": outcome.state, "step": outcome.step, "out": storage.uri, "metrics": metrics, **error})
+            json.dumps(
+                {
+                    "state": outcome.state,
+                    "step": outcome.step,
+                    "out": storage.uri,
+                    "metrics": metrics,
+                    **error,
+                }
+            )
         )
         return
     if done:
         shown = ", ".join(
-            f"{name} {metrics[name]:.4f}" for name in ("bbox/AP", "segm/AP", "keypoints/AP") if name in metrics
+            f"{name} {metrics[name]:.4f}"
+            for name in ("bbox/AP", "segm/AP", "keypoints/AP")
+            if name in metrics
         )
         print(f"done: {shown}; {storage.uri}/{RESULT_FILE}")
     elif outcome.error:

@@ -40,10 +40,14 @@ class ReducedLastMap(nn.Module):
 class Pyramid(nn.Module):
     """FPN (arXiv 1612.03144): 1 x 1 laterals, nearest upsampling, 3 x 3 outputs; coarser levels halve the last."""
 
-    def __init__(self, in_channels: Sequence[int], channels: int, roi_levels: Sequence[int], num_coarser: int) -> None:
+    def __init__(
+        self, in_channels: Sequence[int], channels: int, roi_levels: Sequence[int], num_coarser: int
+    ) -> None:
         super().__init__()
         self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in in_channels)
-        self.output = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels)
+        self.output = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels
+        )
         self.roi_levels = tuple(roi_levels)  # indices into the outputs
         self.num_coarser = num_coarser
 
@@ -52,7 +56,9 @@ class Pyramid(nn.Module):
         used = maps[-len(self.lateral) :]
         merged = [lateral(m) for lateral, m in zip(self.lateral, used, strict=True)]
         for i in range(len(merged) - 2, -1, -1):
-            merged[i] = merged[i] + F.interpolate(merged[i + 1], size=merged[i].shape[-2:], mode="nearest")
+            merged[i] = merged[i] + F.interpolate(
+                merged[i + 1], size=merged[i].shape[-2:], mode="nearest"
+            )
         levels = [output(m) for output, m in zip(self.output, merged, strict=True)]
         roi = [levels[i] for i in self.roi_levels]
         for _ in range(self.num_coarser):

@@ -96,7 +96,9 @@ class ResNetMaps(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = F.max_pool2d(self.bn1(self.conv1(images)), kernel_size=3, stride=2, padding=1)
-        x = F.relu(x, inplace=True)  # the maximum's, four times fewer: the same numbers and gradients
+        x = F.relu(
+            x, inplace=True
+        )  # the maximum's, four times fewer: the same numbers and gradients
         maps = []
         for name in self.stage_names:
             x = getattr(self, name)(x)
@@ -123,7 +125,9 @@ def keep_resolution(stage: Any) -> None:
         conv.stride = (1, 1)
 
 
-def resnet(block: type[nn.Module], layers: Sequence[int], groups: int, width: int, norm: NormLayer | None) -> nn.Module:
+def resnet(
+    block: type[nn.Module], layers: Sequence[int], groups: int, width: int, norm: NormLayer | None
+) -> nn.Module:
     """A torchvision residual network without weights. `norm` None leaves its own batch-norm, to be folded."""
     network: nn.Module = torchvision.models.ResNet(
         block, list(layers), groups=groups, width_per_group=width, norm_layer=norm

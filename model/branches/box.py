@@ -28,7 +28,8 @@ class FCTrunk(nn.Module):
     def __init__(self, in_features: int, widths: list[int], dropout: float) -> None:
         super().__init__()
         self.fc = nn.ModuleList(
-            nn.Linear(before, after) for before, after in zip([in_features, *widths], widths, strict=False)
+            nn.Linear(before, after)
+            for before, after in zip([in_features, *widths], widths, strict=False)
         )
         self.dropout = dropout
 
@@ -59,7 +60,13 @@ class BoxBranch(nn.Module):
     """Logits over K classes and background, and offsets for each class or for all together."""
 
     def __init__(
-        self, trunk: nn.Module, width: int, num_classes: int, class_agnostic: bool, background_first: bool, beta: float
+        self,
+        trunk: nn.Module,
+        width: int,
+        num_classes: int,
+        class_agnostic: bool,
+        background_first: bool,
+        beta: float,
     ) -> None:
         super().__init__()
         self.trunk = trunk
@@ -75,11 +82,20 @@ class BoxBranch(nn.Module):
         return self.class_logits(hidden), self.offsets(hidden).unflatten(1, (-1, 4))
 
     def losses(
-        self, logits: Tensor, offsets: Tensor, rois: FlatRoIs, object_boxes_R4: Tensor, positive_R: Tensor
+        self,
+        logits: Tensor,
+        offsets: Tensor,
+        rois: FlatRoIs,
+        object_boxes_R4: Tensor,
+        positive_R: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Class loss over all RoIs and box loss over the positives, on the true class's offsets, as sums."""
         classes = class_loss(logits, self._target(rois.labels, positive_R > 0), rois.weight)
-        own = rois.labels.clamp(max=self.num_classes - 1) if offsets.shape[1] > 1 else torch.zeros_like(rois.labels)
+        own = (
+            rois.labels.clamp(max=self.num_classes - 1)
+            if offsets.shape[1] > 1
+            else torch.zeros_like(rois.labels)
+        )
         chosen = offsets.gather(1, own[:, None, None].expand(-1, 1, 4))[:, 0]
         wanted = encode(rois.boxes_xyxy, object_boxes_R4, OFFSET_WEIGHTS)
         return classes, box_loss(chosen, wanted, rois.weight * positive_R, self.beta)

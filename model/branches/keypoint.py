@@ -46,12 +46,16 @@ class KeypointBranch(nn.Module):
 
     def loss(self, logits: Tensor, rois: FlatRoIs, keypoints_BGP3: Tensor) -> Tensor:
         """Sum over the keypoints of weighted RoIs that are labelled and inside their RoI."""
-        target, inside = keypoint_targets(keypoints_BGP3[rois.image, rois.objects], rois.boxes_xyxy, self.side)
+        target, inside = keypoint_targets(
+            keypoints_BGP3[rois.image, rois.objects], rois.boxes_xyxy, self.side
+        )
         return keypoint_loss(logits, target, inside * rois.weight[:, None])
 
     def count(self, rois: FlatRoIs, keypoints_BGP3: Tensor) -> Tensor:
         """How many keypoints `loss` sums over."""
-        _, inside = keypoint_targets(keypoints_BGP3[rois.image, rois.objects], rois.boxes_xyxy, self.side)
+        _, inside = keypoint_targets(
+            keypoints_BGP3[rois.image, rois.objects], rois.boxes_xyxy, self.side
+        )
         return (inside * rois.weight[:, None]).sum()
 
 
@@ -61,7 +65,11 @@ def keypoint_targets(keypoints_RP3: Tensor, rois_R4: Tensor, side: int) -> tuple
     A point on the right or lower edge belongs to the last cell; visibility 0 never counts.
     """
     start, end = rois_R4[:, None, :2], rois_R4[:, None, 2:]
-    cell = ((keypoints_RP3[..., :2] - start) * (side / (end - start).clamp(min=1e-6))).floor().to(torch.int64)
+    cell = (
+        ((keypoints_RP3[..., :2] - start) * (side / (end - start).clamp(min=1e-6)))
+        .floor()
+        .to(torch.int64)
+    )
     cell = torch.where(keypoints_RP3[..., :2] == end, side - 1, cell)
     inside = ((cell >= 0) & (cell < side)).all(dim=-1) & (keypoints_RP3[..., 2] > 0)
     cell = cell.clamp(0, side - 1)
@@ -78,7 +86,9 @@ def keypoint_positions(logits_RPMM: Tensor, rois_R4: Tensor) -> Tensor:
     for logits, roi in zip(logits_RPMM.float(), rois_R4, strict=True):
         sides = (roi[2:] - roi[:2]).clamp(min=1)
         width, height = (int(side) for side in sides.ceil())
-        resized = F.interpolate(logits[:, None], size=(height, width), mode="bicubic", align_corners=False)
+        resized = F.interpolate(
+            logits[:, None], size=(height, width), mode="bicubic", align_corners=False
+        )
         best, position = resized.flatten(1).max(dim=1)
         cell = torch.stack([position % width, position.div(width, rounding_mode="floor")], dim=1)
         xy = (cell + 0.5) * (sides / sides.ceil()) + roi[:2]

@@ -38,7 +38,11 @@ class FCNHead(nn.Module):
         """forward(features)[r, channel[r]], (R, M, M), without computing the other channels."""
         hidden = self._hidden(features)
         weight = self.logits.weight.flatten(1)[channel_R]
-        own: Tensor = _OwnChannel.apply(hidden, weight) if native.takes(hidden, weight) else _own(hidden, weight)
+        own: Tensor = (
+            _OwnChannel.apply(hidden, weight)
+            if native.takes(hidden, weight)
+            else _own(hidden, weight)
+        )
         assert self.logits.bias is not None
         return own + self.logits.bias[channel_R][:, None, None]
 
@@ -74,7 +78,9 @@ class _OwnChannel(torch.autograd.Function):
 class MLPHead(nn.Module):
     """Fully connected layers on the flattened RoI features, then all C x M x M logits at once (Table 2e)."""
 
-    def __init__(self, in_features: int, layers: int, width: int, out_channels: int, side: int) -> None:
+    def __init__(
+        self, in_features: int, layers: int, width: int, out_channels: int, side: int
+    ) -> None:
         super().__init__()
         inputs = [in_features, *[width] * layers]
         self.fc = nn.ModuleList(nn.Linear(inputs[i], width) for i in range(layers))
@@ -106,13 +112,21 @@ class SigmoidMasks(nn.Module):
 
     def logits(self, head: Head, features: Tensor, labels_R: Tensor) -> Tensor:
         """Each RoI's own mask, (R, M, M); which one a RoI of background or padding takes does not count."""
-        channel = torch.zeros_like(labels_R) if self.class_agnostic else labels_R.clamp(max=self.num_classes - 1)
+        channel = (
+            torch.zeros_like(labels_R)
+            if self.class_agnostic
+            else labels_R.clamp(max=self.num_classes - 1)
+        )
         return head.own(features, channel)
 
-    def loss(self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+    def loss(
+        self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor
+    ) -> Tensor:  # noqa: ARG002
         """Sum over RoIs. logits: (R, M, M). object_boxes: (B, G, 4). crops: (B, G, S, S). labels: (B, G)."""
         boxes = object_boxes[rois.image, rois.objects]
-        inside = sample_crops(crops[rois.image, rois.objects], boxes, rois.boxes_xyxy, logits.shape[-1])
+        inside = sample_crops(
+            crops[rois.image, rois.objects], boxes, rois.boxes_xyxy, logits.shape[-1]
+        )
         return sigmoid_mask_loss(logits, inside.to(rois.weight.dtype), rois.weight)
 
     def probabilities(self, logits: Tensor, labels_R: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
@@ -136,11 +150,17 @@ class SoftmaxMasks(nn.Module):
         logits: Tensor = head(features)
         return logits
 
-    def loss(self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor) -> Tensor:
+    def loss(
+        self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor
+    ) -> Tensor:
         """As `SigmoidMasks.loss`, of all channels."""
-        return softmax_mask_loss(logits, self.targets(logits.shape, rois, object_boxes, crops, labels), rois.weight)
+        return softmax_mask_loss(
+            logits, self.targets(logits.shape, rois, object_boxes, crops, labels), rois.weight
+        )
 
-    def targets(self, shape: torch.Size, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor) -> Tensor:
+    def targets(
+        self, shape: torch.Size, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor
+    ) -> Tensor:
         """int64 (R, M, M): a class, or K for background."""
         background, side = shape[1] - 1, shape[-1]
         boxes = object_boxes[rois.image, rois.objects]
@@ -148,7 +168,9 @@ class SoftmaxMasks(nn.Module):
         target = torch.full((len(own), side, side), background, device=own.device)
         if self.others_own_class:
             for g in range(crops.shape[1] - 1, -1, -1):
-                other = sample_crops(crops[rois.image, g], object_boxes[rois.image, g], rois.boxes_xyxy, side)
+                other = sample_crops(
+                    crops[rois.image, g], object_boxes[rois.image, g], rois.boxes_xyxy, side
+                )
                 target = torch.where(other, labels[rois.image, g][:, None, None], target)
         return torch.where(own, rois.labels.clamp(max=background)[:, None, None], target)
 
@@ -172,14 +194,18 @@ class SoftmaxMasks(nn.Module):
 class MaskBranch(nn.Module):
     """A head on the mask features of each RoI, and the meaning of its logits."""
 
-    def __init__(self, head: Head, masks: SigmoidMasks | SoftmaxMasks, side: int, loss_weight: float) -> None:
+    def __init__(
+        self, head: Head, masks: SigmoidMasks | SoftmaxMasks, side: int, loss_weight: float
+    ) -> None:
         super().__init__()
         self.head = head
         self.masks = masks
         self.side = side
         self.loss_weight = loss_weight
 
-    def loss(self, features: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor) -> Tensor:
+    def loss(
+        self, features: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor
+    ) -> Tensor:
         """Sum over RoIs of the mask loss on their features. object_boxes: (B, G, 4). crops: (B, G, S, S)."""
         logits = self.masks.logits(self.head, features, rois.labels)
         return self.masks.loss(logits, rois, object_boxes, crops, labels)
@@ -203,11 +229,21 @@ def sample_crops(crops_RSS: Tensor, crop_boxes_R4: Tensor, rois_R4: Tensor, side
     """
     start, end = crop_boxes_R4[:, None, :2], crop_boxes_R4[:, None, 2:]
     steps = (torch.arange(side, device=rois_R4.device, dtype=rois_R4.dtype) + 0.5) / side
-    points = rois_R4[:, None, :2] + steps[None, :, None] * (rois_R4[:, None, 2:] - rois_R4[:, None, :2])
-    relative = (points - start) / (end - start).clamp(min=1e-6) * 2 - 1  # (R, M, 2), -1 to 1 over the crop
-    x, y = relative[:, None, :, 0].expand(-1, side, -1), relative[:, :, None, 1].expand(-1, -1, side)
+    points = rois_R4[:, None, :2] + steps[None, :, None] * (
+        rois_R4[:, None, 2:] - rois_R4[:, None, :2]
+    )
+    relative = (points - start) / (end - start).clamp(
+        min=1e-6
+    ) * 2 - 1  # (R, M, 2), -1 to 1 over the crop
+    x, y = (
+        relative[:, None, :, 0].expand(-1, side, -1),
+        relative[:, :, None, 1].expand(-1, -1, side),
+    )
     values = F.grid_sample(
-        crops_RSS[:, None].to(rois_R4.dtype), torch.stack([x, y], dim=-1), padding_mode="border", align_corners=False
+        crops_RSS[:, None].to(rois_R4.dtype),
+        torch.stack([x, y], dim=-1),
+        padding_mode="border",
+        align_corners=False,
     )[:, 0]
     inside = ((relative > -1) & (relative < 1)).to(rois_R4.dtype)
     return values * (inside[:, None, :, 0] * inside[:, :, None, 1]) >= 0.5

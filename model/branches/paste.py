@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def paste_mask(mask_MM: Tensor, box_xyxy: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
+def paste_mask(
+    mask_MM: Tensor, box_xyxy: Tensor, height: int, width: int
+) -> tuple[Tensor, int, int]:
     """uint8 (h, w) of the pixels that reach 0.5, and the crop's top row and left column in the image.
 
     The crop holds the pixels whose centre is inside both the box and the image, and may be empty.
@@ -22,7 +24,9 @@ def paste_mask(mask_MM: Tensor, box_xyxy: Tensor, height: int, width: int) -> tu
     return (soft >= 0.5).to(torch.uint8), top, left
 
 
-def paste_soft(mask_MM: Tensor, box_xyxy: Tensor, height: int, width: int) -> tuple[Tensor, int, int]:
+def paste_soft(
+    mask_MM: Tensor, box_xyxy: Tensor, height: int, width: int
+) -> tuple[Tensor, int, int]:
     """`paste_mask` before the threshold: float (h, w)."""
     x0, y0, x1, y1 = box_xyxy.tolist()
     left, right = _pixels(x0, x1, width)
@@ -60,13 +64,18 @@ def paste_all_torchvision(masks_DMM: Tensor, boxes_D4: Tensor, height: int, widt
     """`paste_all` by torchvision's convention: a border of zeros around the map, whole-pixel boxes with `+1` sides."""
     side = masks_DMM.shape[-1]
     padded = F.pad(masks_DMM, (1, 1, 1, 1))
-    centres, half = (boxes_D4[:, :2] + boxes_D4[:, 2:]) * 0.5, (boxes_D4[:, 2:] - boxes_D4[:, :2]) * 0.5
+    centres, half = (
+        (boxes_D4[:, :2] + boxes_D4[:, 2:]) * 0.5,
+        (boxes_D4[:, 2:] - boxes_D4[:, :2]) * 0.5,
+    )
     half = half * ((side + 2) / side)
     corners = torch.cat([centres - half, centres + half], dim=1).to(torch.int64)
     image = masks_DMM.new_zeros(len(masks_DMM), height, width)
     for canvas, mask, (x0, y0, x1, y1) in zip(image, padded, corners.tolist(), strict=True):
         size = (max(y1 - y0 + 1, 1), max(x1 - x0 + 1, 1))
-        soft = F.interpolate(mask[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
+        soft = F.interpolate(mask[None, None], size=size, mode="bilinear", align_corners=False)[
+            0, 0
+        ]
         top, left, bottom, right = max(y0, 0), max(x0, 0), min(y1 + 1, height), min(x1 + 1, width)
         canvas[top:bottom, left:right] = soft[top - y0 : bottom - y0, left - x0 : right - x0]
     return image

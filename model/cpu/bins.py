@@ -20,10 +20,14 @@ _MAX_SAMPLES = 8  # native.c has room for 16 x 16 cells of a bin
 
 def fits(features: Tensor, rois_R5: Tensor, samples: int) -> bool:
     """Whether `align_by_bins` takes these maps (N, C, H, W), RoIs and so many samples of a bin's side."""
-    return 0 < samples <= _MAX_SAMPLES and features.shape[1] % LANES == 0 and takes(features, rois_R5)
+    return (
+        0 < samples <= _MAX_SAMPLES and features.shape[1] % LANES == 0 and takes(features, rois_R5)
+    )
 
 
-def align_by_bins(features: Tensor, rois_R5: Tensor, scale: float, side: int, samples: int, aligned: bool) -> Tensor:
+def align_by_bins(
+    features: Tensor, rois_R5: Tensor, scale: float, side: int, samples: int, aligned: bool
+) -> Tensor:
     """As `torchvision.ops.roi_align`, (R, C, S, S), channels last."""
     assert fits(features, rois_R5, samples)
     corners = rois_R5[:, 1:] * scale - (0.5 if aligned else 0.0)
@@ -32,16 +36,22 @@ def align_by_bins(features: Tensor, rois_R5: Tensor, scale: float, side: int, sa
         sides = sides.clamp(min=1)
     rows, row_weights = _taps(corners[:, 1], sides[:, 1], features.shape[2], side, samples)
     columns, column_weights = _taps(corners[:, 0], sides[:, 0], features.shape[3], side, samples)
-    crops: Tensor = _Bins.apply(features, rois_R5[:, 0].to(torch.int32), rows, row_weights, columns, column_weights)
+    crops: Tensor = _Bins.apply(
+        features, rois_R5[:, 0].to(torch.int32), rows, row_weights, columns, column_weights
+    )
     return crops
 
 
-def _taps(start_R: Tensor, length_R: Tensor, cells: int, side: int, samples: int) -> tuple[Tensor, Tensor]:
+def _taps(
+    start_R: Tensor, length_R: Tensor, cells: int, side: int, samples: int
+) -> tuple[Tensor, Tensor]:
     """Cells (R, side, 2 samples), int32, and weights of each bin on one axis; points over one cell outside are 0.
 
     Of a RoI that is not finite the weights are not, but its cells are inside.
     """
-    step = (torch.arange(side * samples, dtype=start_R.dtype, device=start_R.device) + 0.5) / (side * samples)
+    step = (torch.arange(side * samples, dtype=start_R.dtype, device=start_R.device) + 0.5) / (
+        side * samples
+    )
     points = start_R[:, None] + step * length_R[:, None]
     inside = ((points >= -1) & (points <= cells)).to(points.dtype) / samples
     points = points.clamp(0, cells - 1)
@@ -60,7 +70,9 @@ class _Bins(torch.autograd.Function):
         ctx.shape = x_NCHW.shape
         rois, side, taps = bins[1].shape
         crops = empty_maps(rois, x_NCHW.shape[1], side, side)
-        run("bins_forward", cells(x_NCHW), *bins, cells(crops), rois, side, taps, *_sizes(ctx.shape))
+        run(
+            "bins_forward", cells(x_NCHW), *bins, cells(crops), rois, side, taps, *_sizes(ctx.shape)
+        )
         return crops
 
     @staticmethod
@@ -68,7 +80,14 @@ class _Bins(torch.autograd.Function):
     def backward(ctx: Any, gradient_RCSS: Tensor) -> tuple[Tensor | None, ...]:
         bins = ctx.saved_tensors
         to_x = empty_maps(*ctx.shape).zero_()
-        run("bins_backward", cells(gradient_RCSS), *bins, cells(to_x), *bins[1].shape, *_sizes(ctx.shape))
+        run(
+            "bins_backward",
+            cells(gradient_RCSS),
+            *bins,
+            cells(to_x),
+            *bins[1].shape,
+            *_sizes(ctx.shape),
+        )
         return to_x, *[None] * len(bins)
 
 

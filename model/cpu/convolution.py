@@ -36,7 +36,9 @@ class Convolution(nn.Conv2d):
         elif windows.fits(self, input):
             result = windows.convolve(input, weight, self.stride[0], cast(int, self.padding[0]))
         elif self.padding_mode == "zeros" and not isinstance(self.padding, str):
-            result = _Library.apply(input, weight, self.stride, self.padding, self.dilation, self.groups)
+            result = _Library.apply(
+                input, weight, self.stride, self.padding, self.dilation, self.groups
+            )
         else:
             return cast(Tensor, super()._conv_forward(input, weight, bias))
         return result if bias is None else result.add_(bias[:, None, None])
@@ -94,7 +96,9 @@ class _Library(torch.autograd.Function):
         of_x, of_weight = ctx.needs_input_grad[:2]
         to_x = to_weight = None
         if of_x:
-            to_x = torch.ops.aten.convolution_backward(gradient_NOHW, x_NCHW, *rest, (True, False, False))[0]
+            to_x = torch.ops.aten.convolution_backward(
+                gradient_NOHW, x_NCHW, *rest, (True, False, False)
+            )[0]
         if of_weight:
             copies = (gradient_NOHW.contiguous(), x_NCHW.contiguous())
             to_weight = torch.ops.aten.convolution_backward(*copies, *rest, (False, True, False))[1]
@@ -114,5 +118,12 @@ def take_fast_convolutions(network: nn.Module, in_evaluation: bool = False) -> N
 def _plain(conv: nn.Conv2d, side: int) -> bool:
     """side x side at stride 1, in one group, whose maps keep their height and width."""
     margin = (side // 2, side // 2)
-    given = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    given = (
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.padding_mode,
+    )
     return given == ((side, side), (1, 1), margin, (1, 1), 1, "zeros")

@@ -18,7 +18,12 @@ class GroupNorm(nn.GroupNorm):
     """torch's numbers but for rounding."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not self.affine or input.dim() != 4 or not takes(input, self.weight, self.bias):
+        if (
+            not self.training
+            or not self.affine
+            or input.dim() != 4
+            or not takes(input, self.weight, self.bias)
+        ):
             return super().forward(input)
         if input.shape[1] != self.num_channels or input[0].numel() == self.num_groups:
             return super().forward(input)  # for torch to refuse, or to take
@@ -30,7 +35,9 @@ class GroupNorm(nn.GroupNorm):
 
 class _GroupNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x_NCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float
+    ) -> Tensor:
         images, channels, height, width = x_NCHW.shape
         y, moments = empty_maps(*x_NCHW.shape), x_NCHW.new_empty(images, groups, 2)
         sizes = (images, height * width, channels, groups)

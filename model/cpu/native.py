@@ -47,10 +47,14 @@ def _load() -> ctypes.CDLL | None:
         return None
     library.native_source.restype = ctypes.c_uint
     if library.native_source() != source():
-        _warn(f"{spec.origin} was compiled from another native.c than this code's; install maskray again")
+        _warn(
+            f"{spec.origin} was compiled from another native.c than this code's; install maskray again"
+        )
         return None
     for kernel, arguments in _ARGUMENTS.items():
-        getattr(library, kernel).argtypes = [_TYPES[letter] for letter in arguments.replace(" ", "")]
+        getattr(library, kernel).argtypes = [
+            _TYPES[letter] for letter in arguments.replace(" ", "")
+        ]
         getattr(library, kernel).restype = None
     return library
 
@@ -58,7 +62,9 @@ def _load() -> ctypes.CDLL | None:
 def source() -> int:
     """A checksum of native.c beside this file: code travels to the nodes, what was compiled stays where it is."""
     lines = Path(__file__).with_name("native.c").read_bytes().splitlines(keepends=True)
-    return zlib.crc32(b"".join(line for line in lines if not line.startswith(b"unsigned native_source")))
+    return zlib.crc32(
+        b"".join(line for line in lines if not line.startswith(b"unsigned native_source"))
+    )
 
 
 def _warn(reason: str) -> None:
@@ -77,8 +83,12 @@ def takes(*tensors: Tensor) -> bool:
     """Whether the kernels are there, and these are for them: fp32 on the CPU, computed as such and not compiled."""
     if _library is None or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
-    plain = torch._C._get_tracing_state() is None and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
-    return plain and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    plain = torch._C._get_tracing_state() is None and all(
+        type(tensor) in (Tensor, nn.Parameter) for tensor in tensors
+    )
+    return plain and all(
+        tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors
+    )
 
 
 def run(kernel: str, *arguments: Tensor | int | float) -> None:

@@ -26,7 +26,9 @@ _MIN_TILES = 8  # with fewer, transforming the weights costs more than is saved
 
 def pays_off(x: Tensor, weight: Tensor) -> bool:
     """Whether `convolve` takes these and is faster than the library. x: (N, C, H, W). weight: (O, C, 3, 3)."""
-    whole = all(channels % LANES == 0 and channels <= _MAX_CHANNELS for channels in weight.shape[:2])
+    whole = all(
+        channels % LANES == 0 and channels <= _MAX_CHANNELS for channels in weight.shape[:2]
+    )
     return whole and _num_tiles(x) >= _MIN_TILES
 
 
@@ -58,7 +60,14 @@ def _convolve(x_NCHW: Tensor, weight_OC33: Tensor, transposed: bool) -> Tensor:
     outputs = weight_OC33.shape[1 if transposed else 0]
     y = empty_maps(x_NCHW.shape[0], outputs, *x_NCHW.shape[2:])
     weight = weight_OC33.contiguous()
-    run("winograd_forward", cells(x_NCHW), weight, transposed, cells(y), *_sizes_and_workspace(x_NCHW, outputs))
+    run(
+        "winograd_forward",
+        cells(x_NCHW),
+        weight,
+        transposed,
+        cells(y),
+        *_sizes_and_workspace(x_NCHW, outputs),
+    )
     return y
 
 

@@ -28,7 +28,9 @@ class SeparateCrops(nn.Module):
         crops: Tensor = self.mask(maps, rois_P5)
         return crops
 
-    def for_positives(self, maps: Sequence[Tensor], rois_P5: Tensor, box_features: Tensor, rows_P: Tensor) -> Tensor:  # noqa: ARG002
+    def for_positives(
+        self, maps: Sequence[Tensor], rois_P5: Tensor, box_features: Tensor, rows_P: Tensor
+    ) -> Tensor:  # noqa: ARG002
         """The mask features of training RoIs, of which `box_features[rows_P]` are the box features."""
         return self.for_masks(maps, rois_P5)
 
@@ -48,5 +50,7 @@ class SharedCrops(nn.Module):
     def for_masks(self, maps: Sequence[Tensor], rois_P5: Tensor) -> Tensor:
         return self.for_boxes(maps, rois_P5)
 
-    def for_positives(self, maps: Sequence[Tensor], rois_P5: Tensor, box_features: Tensor, rows_P: Tensor) -> Tensor:  # noqa: ARG002
+    def for_positives(
+        self, maps: Sequence[Tensor], rois_P5: Tensor, box_features: Tensor, rows_P: Tensor
+    ) -> Tensor:  # noqa: ARG002
         return box_features[rows_P]

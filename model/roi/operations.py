@@ -16,27 +16,41 @@ from torch import Tensor, nn
 
 from model.cpu.bins import align_by_bins, fits
 
-CropOp = Callable[[Tensor, Tensor, float], Tensor]  # map (B, C, H, W), RoIs (R, 5), 1 / stride -> (R, C, side, side)
+CropOp = Callable[
+    [Tensor, Tensor, float], Tensor
+]  # map (B, C, H, W), RoIs (R, 5), 1 / stride -> (R, C, side, side)
 
 _CANONICAL_SIDE_PX, _CANONICAL_LOG_STRIDE = 224.0, 4  # a 224 px box goes to P4, of stride 2 ** 4
 _WARP_SAMPLES = 2
 
 
 def align(
-    features: Tensor, rois_R5: Tensor, scale: float, side: int, samples: int, reduce: str, aligned: bool
+    features: Tensor,
+    rois_R5: Tensor,
+    scale: float,
+    side: int,
+    samples: int,
+    reduce: str,
+    aligned: bool,
 ) -> Tensor:
     """Mean or max of `samples` x `samples` bilinear values per bin (Mask R-CNN, section 3).
 
     0 samples: as many as a bin has cells, rounded up (mean only). `aligned` puts the value of a pixel at its centre;
     without it (the first implementations) at its corner, and a RoI is at least one cell wide.
     """
-    in_training = features.requires_grad  # inference keeps torchvision's kernel, and so its rounding
+    in_training = (
+        features.requires_grad
+    )  # inference keeps torchvision's kernel, and so its rounding
     if reduce == "mean" and in_training and fits(features, rois_R5, samples):
         return align_by_bins(features, rois_R5, scale, side, samples, aligned)
     if reduce == "mean":
-        crops: Tensor = torchvision.ops.roi_align(features, rois_R5, (side, side), scale, samples, aligned)
+        crops: Tensor = torchvision.ops.roi_align(
+            features, rois_R5, (side, side), scale, samples, aligned
+        )
         return crops
-    points = torchvision.ops.roi_align(features, rois_R5, (side * samples, side * samples), scale, 1, aligned)
+    points = torchvision.ops.roi_align(
+        features, rois_R5, (side * samples, side * samples), scale, 1, aligned
+    )
     return F.max_pool2d(points, samples)
 
 
@@ -82,7 +96,10 @@ class RoIOperation(nn.Module):
 
     def _by_level(self, maps: Sequence[Tensor], rois_R5: Tensor, levels: Tensor) -> Tensor:
         where = [(levels == i).nonzero()[:, 0] for i in range(len(maps))]
-        crops = [self.crop(m, rois_R5[w], 1 / s) for m, w, s in zip(maps, where, self.strides, strict=True)]
+        crops = [
+            self.crop(m, rois_R5[w], 1 / s)
+            for m, w, s in zip(maps, where, self.strides, strict=True)
+        ]
         return torch.cat(crops).index_select(0, torch.argsort(torch.cat(where)))
 
     def _all_levels(self, maps: Sequence[Tensor], rois_R5: Tensor, levels: Tensor) -> Tensor:
@@ -99,14 +116,21 @@ class RoIOperation(nn.Module):
 
 def assign_levels(boxes_R4: Tensor, strides: Sequence[int]) -> Tensor:
     """Index (R,) into `strides`: floor(4 + log2(sqrt(wh) / 224)) as log2 of the stride, clamped (FPN, equation 1)."""
-    sides = torch.sqrt((boxes_R4[:, 2] - boxes_R4[:, 0]).clamp(min=0) * (boxes_R4[:, 3] - boxes_R4[:, 1]).clamp(min=0))
+    sides = torch.sqrt(
+        (boxes_R4[:, 2] - boxes_R4[:, 0]).clamp(min=0)
+        * (boxes_R4[:, 3] - boxes_R4[:, 1]).clamp(min=0)
+    )
     log_stride = torch.floor(_CANONICAL_LOG_STRIDE + torch.log2(sides / _CANONICAL_SIDE_PX + 1e-6))
     finest = strides[0].bit_length() - 1
     return (log_stride - finest).clamp(0, len(strides) - 1).to(torch.int64)
 
 
-def align_operation(side: int, strides: Sequence[int], samples: int, reduce: str, aligned: bool) -> RoIOperation:
-    return RoIOperation(partial(align, side=side, samples=samples, reduce=reduce, aligned=aligned), side, strides)
+def align_operation(
+    side: int, strides: Sequence[int], samples: int, reduce: str, aligned: bool
+) -> RoIOperation:
+    return RoIOperation(
+        partial(align, side=side, samples=samples, reduce=reduce, aligned=aligned), side, strides
+    )
 
 
 def pool_operation(side: int, strides: Sequence[int]) -> RoIOperation:

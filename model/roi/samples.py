@@ -52,7 +52,9 @@ def flatten(samples: Samples, active_BS: Tensor, slots: int, keep_padding: bool)
     """
     images, width = active_BS.shape
     device = active_BS.device
-    place = torch.arange(images, device=device)[:, None] * width + torch.arange(slots, device=device)
+    place = torch.arange(images, device=device)[:, None] * width + torch.arange(
+        slots, device=device
+    )
     slot = place.flatten() if keep_padding else place[active_BS[:, :slots]]
 
     def take(values: Tensor) -> Tensor:

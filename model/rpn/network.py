@@ -78,7 +78,9 @@ class RPN(nn.Module):
         self.strides = tuple(strides)
         self.rounded = rounded
         for level, sizes in enumerate(sizes_px):
-            self.register_buffer(f"cell_{level}", cell_anchors(sizes, ratios, rounded), persistent=False)
+            self.register_buffer(
+                f"cell_{level}", cell_anchors(sizes, ratios, rounded), persistent=False
+            )
 
     @torch.no_grad()
     def forward(self, maps: Sequence[Tensor], canvas: tuple[int, int]) -> AnchorOutputs:
@@ -87,7 +89,9 @@ class RPN(nn.Module):
         for level, features in enumerate(maps):
             hidden = F.relu(self.conv(features), inplace=True)
             logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1))
-            offsets.append(self.offsets(hidden).permute(0, 2, 3, 1).reshape(features.shape[0], -1, 4))
+            offsets.append(
+                self.offsets(hidden).permute(0, 2, 3, 1).reshape(features.shape[0], -1, 4)
+            )
             anchors.append(self._anchors(level, features, canvas))
         return AnchorOutputs(logits, offsets, anchors)
 
@@ -99,7 +103,9 @@ class RPN(nn.Module):
         """
         per_cell = self.objectness.out_channels
         cell, kind = torch.div(index_BS, per_cell, rounding_mode="floor"), index_BS % per_cell
-        hidden = F.relu(F.linear(neighbourhoods(maps, cell), self.conv.weight.flatten(1), self.conv.bias))
+        hidden = F.relu(
+            F.linear(neighbourhoods(maps, cell), self.conv.weight.flatten(1), self.conv.bias)
+        )
         logits = F.linear(hidden, self.objectness.weight.flatten(1), self.objectness.bias)
         offsets = F.linear(hidden, self.offsets.weight.flatten(1), self.offsets.bias)
         offsets = torch.unflatten(offsets, 2, (per_cell, 4))
@@ -128,7 +134,11 @@ def sample_anchors(
     found = match(anchors_N4[None], objects_BG4, valid_BG)
     positive = (found.iou_BN >= positive_iou) | found.is_best_BN
     negative = (found.iou_BN < negative_iou) & ~positive
-    luck = noise(noise_keys_B[:, None], RPN_STREAM, torch.arange(anchors_N4.shape[0], device=anchors_N4.device))
+    luck = noise(
+        noise_keys_B[:, None],
+        RPN_STREAM,
+        torch.arange(anchors_N4.shape[0], device=anchors_N4.device),
+    )
     chosen = sample(positive, negative, luck, size, positive_fraction)
     objects = found.object_BN.gather(1, chosen.index[:, : chosen.most_positives])
     return RPNTargets(chosen, take_rows(objects_BG4, objects))
@@ -149,7 +159,9 @@ def neighbourhoods(maps: Sequence[Tensor], cell_BS: Tensor) -> Tensor:
         place = place % (rows * columns)
         row = torch.div(place, columns, rounding_mode="floor")[:, :, None, None] + step[:, None]
         column = (place % columns)[:, :, None, None] + step
-        inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns) & mine[:, :, None, None]
+        inside = (
+            (row >= 0) & (row < rows) & (column >= 0) & (column < columns) & mine[:, :, None, None]
+        )
         where = row.clamp(0, rows - 1) * columns + column.clamp(0, columns - 1)
         values = _take_columns(features.flatten(2), where.flatten(1)) * inside.flatten(1)[:, None]
         result = values if result is None else result + values
@@ -169,7 +181,9 @@ def rpn_losses(
     chosen = targets.sample
     logits = logits_BS.float()
     weight = chosen.valid.to(logits.dtype)
-    loss = F.binary_cross_entropy_with_logits(logits, chosen.positive.to(logits.dtype), reduction="none")
+    loss = F.binary_cross_entropy_with_logits(
+        logits, chosen.positive.to(logits.dtype), reduction="none"
+    )
     positives = slice(0, chosen.most_positives)
     offsets = offsets_BS4[:, positives]
     wanted = encode(anchors_N4[chosen.index[:, positives]], targets.boxes_xyxy, OFFSET_WEIGHTS)
@@ -180,13 +194,20 @@ def rpn_losses(
 
 @torch.no_grad()
 def select_proposals(
-    outputs: AnchorOutputs, sizes_B2: Tensor, before_nms: int, after_nms: int, max_iou: float, min_side_px: float
+    outputs: AnchorOutputs,
+    sizes_B2: Tensor,
+    before_nms: int,
+    after_nms: int,
+    max_iou: float,
+    min_side_px: float,
 ) -> Proposals:
     """The best anchors per level and image, decoded, clipped, suppressed within their level, then the best of all."""
     boxes, scores, index, first = [], [], [], 0
     images = sizes_B2.shape[0]
     most = max(min(before_nms, anchors.shape[0]) for anchors in outputs.anchors)
-    for logits, offsets, anchors in zip(outputs.logits, outputs.offsets, outputs.anchors, strict=True):
+    for logits, offsets, anchors in zip(
+        outputs.logits, outputs.offsets, outputs.anchors, strict=True
+    ):
         best, where = torch.topk(logits.float(), min(before_nms, anchors.shape[0]), dim=1)
         decoded = clip(decode(anchors[where], take_rows(offsets, where), OFFSET_WEIGHTS), sizes_B2)
         best = torch.where(at_least(decoded, min_side_px), best, -torch.inf)
@@ -195,14 +216,24 @@ def select_proposals(
         scores.append(F.pad(best, (0, short), value=-torch.inf))
         index.append(F.pad(where + first, (0, short)))
         first += anchors.shape[0]
-    boxes_L, scores_L = torch.stack(boxes, dim=1), torch.stack(scores, dim=1)  # (B, levels, most, ...)
+    boxes_L, scores_L = (
+        torch.stack(boxes, dim=1),
+        torch.stack(scores, dim=1),
+    )  # (B, levels, most, ...)
     kept = nms(boxes_L.flatten(0, 1), scores_L.isfinite().flatten(0, 1), max_iou).view(images, -1)
     final = torch.where(kept, torch.sigmoid(scores_L.flatten(1)), -torch.inf)
     # Saturated scores tie: the finer level and then the larger logit come first, as in torchvision.
-    top, where = (ranked[:, :after_nms] for ranked in torch.sort(final, dim=1, descending=True, stable=True))
+    top, where = (
+        ranked[:, :after_nms] for ranked in torch.sort(final, dim=1, descending=True, stable=True)
+    )
     valid = top.isfinite()
     chosen = take_rows(boxes_L.flatten(1, 2), where) * valid[:, :, None]
-    return Proposals(chosen, torch.where(valid, top, 0), valid, torch.stack(index, dim=1).flatten(1).gather(1, where))
+    return Proposals(
+        chosen,
+        torch.where(valid, top, 0),
+        valid,
+        torch.stack(index, dim=1).flatten(1).gather(1, where),
+    )
 
 
 def take_rows(values_BNX: Tensor, index_BS: Tensor) -> Tensor:

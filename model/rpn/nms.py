@@ -26,12 +26,24 @@ def nms(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
     """
     if native.takes(boxes_LN4) and valid_LN.dtype == torch.bool:
         keep, room = valid_LN.new_empty(valid_LN.shape), native.workspace(6 * valid_LN.numel())
-        native.run("nms", boxes_LN4.contiguous(), valid_LN.contiguous(), keep, room, *valid_LN.shape, max_iou)
+        native.run(
+            "nms",
+            boxes_LN4.contiguous(),
+            valid_LN.contiguous(),
+            keep,
+            room,
+            *valid_LN.shape,
+            max_iou,
+        )
         return keep
     if boxes_LN4.device.type == "cpu":
         return nms_listwise(boxes_LN4, valid_LN, max_iou)
     on_gpu = _kernels()
-    return nms_fixed_shape(boxes_LN4, valid_LN, max_iou) if on_gpu is None else on_gpu(boxes_LN4, valid_LN, max_iou)
+    return (
+        nms_fixed_shape(boxes_LN4, valid_LN, max_iou)
+        if on_gpu is None
+        else on_gpu(boxes_LN4, valid_LN, max_iou)
+    )
 
 
 @cache
@@ -62,8 +74,12 @@ def nms_fixed_shape(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tens
     for start in range(0, boxes, _BLOCK):
         stop = min(start + _BLOCK, boxes)
         size = stop - start
-        overlaps = iou(boxes_LN4[:, start:stop], boxes_LN4[:, start:]) > max_iou  # (L, size, N - start)
-        spared = ~(overlaps[:, :, :size].triu(1) * bits[:size]).sum(dim=2)  # what each box of the block leaves alive
+        overlaps = (
+            iou(boxes_LN4[:, start:stop], boxes_LN4[:, start:]) > max_iou
+        )  # (L, size, N - start)
+        spared = ~(overlaps[:, :, :size].triu(1) * bits[:size]).sum(
+            dim=2
+        )  # what each box of the block leaves alive
         word = (alive[:, start:stop] * bits[:size]).sum(dim=1)
         for i in range(size):
             word = torch.where((word & (1 << i)) != 0, word & spared[:, i], word)

@@ -22,10 +22,14 @@ def nms_in_two_launches(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> 
     words = triton.cdiv(boxes, _BITS)
     overlaps = torch.empty(lists, boxes, words, dtype=torch.int32, device=boxes_LN4.device)
     given = boxes_LN4.contiguous()
-    _overlaps[(lists, words, words)](given, overlaps, boxes, words, max_iou, _BITS, enable_fp_fusion=False)
+    _overlaps[(lists, words, words)](
+        given, overlaps, boxes, words, max_iou, _BITS, enable_fp_fusion=False
+    )
     valid, width = valid_LN.contiguous().view(torch.uint8), triton.next_power_of_2(words)
     kept = keep.view(torch.uint8)
-    _stay[(lists,)](overlaps, valid, kept, boxes, words, _BITS, width, num_warps=1, enable_fp_fusion=False)
+    _stay[(lists,)](
+        overlaps, valid, kept, boxes, words, _BITS, width, num_warps=1, enable_fp_fusion=False
+    )
     return keep
 
 
@@ -36,20 +40,31 @@ def _overlaps(boxes, overlaps, num_boxes, num_words, max_iou, BITS: tl.constexpr
     bit = tl.arange(0, BITS)
     row, column = tl.program_id(1) * BITS + bit, word * BITS + bit
     row_there, column_there = row < num_boxes, column < num_boxes
-    first, second = boxes + (number * num_boxes + row) * 4, boxes + (number * num_boxes + column) * 4
+    first, second = (
+        boxes + (number * num_boxes + row) * 4,
+        boxes + (number * num_boxes + column) * 4,
+    )
     ax0, ay0 = tl.load(first, row_there, 0.0), tl.load(first + 1, row_there, 0.0)
     ax1, ay1 = tl.load(first + 2, row_there, 0.0), tl.load(first + 3, row_there, 0.0)
     bx0, by0 = tl.load(second, column_there, 0.0), tl.load(second + 1, column_there, 0.0)
     bx1, by1 = tl.load(second + 2, column_there, 0.0), tl.load(second + 3, column_there, 0.0)
-    wide = tl.maximum(tl.minimum(ax1[:, None], bx1[None, :]) - tl.maximum(ax0[:, None], bx0[None, :]), 0.0)
-    high = tl.maximum(tl.minimum(ay1[:, None], by1[None, :]) - tl.maximum(ay0[:, None], by0[None, :]), 0.0)
+    wide = tl.maximum(
+        tl.minimum(ax1[:, None], bx1[None, :]) - tl.maximum(ax0[:, None], bx0[None, :]), 0.0
+    )
+    high = tl.maximum(
+        tl.minimum(ay1[:, None], by1[None, :]) - tl.maximum(ay0[:, None], by0[None, :]), 0.0
+    )
     shared = wide * high
     area_a = tl.maximum(ax1 - ax0, 0.0) * tl.maximum(ay1 - ay0, 0.0)
     area_b = tl.maximum(bx1 - bx0, 0.0) * tl.maximum(by1 - by0, 0.0)
     union = area_a[:, None] + area_b[None, :] - shared
-    iou = tl.div_rn(shared, tl.maximum(union, 1.17549435e-38))  # rounded as elsewhere, so that ties fall alike
+    iou = tl.div_rn(
+        shared, tl.maximum(union, 1.17549435e-38)
+    )  # rounded as elsewhere, so that ties fall alike
     hit = (iou > max_iou) & (column[None, :] > row[:, None]) & column_there[None, :]
-    packed = tl.sum(tl.where(hit, tl.full((BITS,), 1, tl.int32)[None, :] << bit[None, :], 0), axis=1)
+    packed = tl.sum(
+        tl.where(hit, tl.full((BITS,), 1, tl.int32)[None, :] << bit[None, :], 0), axis=1
+    )
     tl.store(overlaps + (number * num_boxes + row) * num_words + word, packed, row_there)
 
 

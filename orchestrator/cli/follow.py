@@ -26,7 +26,9 @@ def follow(client: Client, study: str, mode: Literal["live", "json", "silent"]) 
         with Live(console=Console(stderr=True), auto_refresh=False) as live:
             return _poll(client, study, lambda view: live.update(study_table(view), refresh=True))
     if mode == "live":
-        return _poll(client, study, _Lines(lambda line, _: print(line, file=sys.stderr, flush=True)))
+        return _poll(
+            client, study, _Lines(lambda line, _: print(line, file=sys.stderr, flush=True))
+        )
     if mode == "json":
         return _poll(client, study, _Lines(lambda _, trial: print_json(trial.model_dump())))
     return _poll(client, study, lambda _: None)
@@ -52,7 +54,9 @@ class _Lines:
         for trial in view.trials:
             state, at = self._said.get(trial.trial, ("", 0.0))
             now = time.monotonic()
-            moving = trial.state not in FINAL_STATES and trial.progress and now - at >= _LINE_EVERY_S
+            moving = (
+                trial.state not in FINAL_STATES and trial.progress and now - at >= _LINE_EVERY_S
+            )
             if trial.state != state or moving:
                 self._said[trial.trial] = (trial.state, now)
                 self._emit(_line(view, trial), trial)
@@ -65,7 +69,11 @@ def _line(view: StudyView, trial: TrialView) -> str:
     if trial.cached_from:
         words.append(f"(taken from trial {trial.cached_from})")
     if trial.state in FINAL_STATES:
-        words += [f"{name} {100 * value:.1f}" for name, value in trial.metrics.items() if name in _SHOWN and value >= 0]
+        words += [
+            f"{name} {100 * value:.1f}"
+            for name, value in trial.metrics.items()
+            if name in _SHOWN and value >= 0
+        ]
         words += [trial.error] if trial.error else []
     elif trial.state == "queued" and trial.why:
         words.append(f"({trial.why})")
@@ -73,7 +81,11 @@ def _line(view: StudyView, trial: TrialView) -> str:
         words += [str(progress["phase"]), f"step {progress['step']}/{progress['steps']}"]
         words += [f"loss {progress['loss']:.3f}"] if progress.get("loss") is not None else []
         words += [f"{progress['images_per_s']:.1f} img/s"] if progress.get("images_per_s") else []
-        words += [f"{duration(progress['seconds_left'])} left"] if progress.get("seconds_left") is not None else []
+        words += (
+            [f"{duration(progress['seconds_left'])} left"]
+            if progress.get("seconds_left") is not None
+            else []
+        )
     return " ".join(words)
 
 

@@ -35,7 +35,9 @@ def trial_id(client: Client, name: str) -> str:
         known = _trials_beside(client, name)
         found = [trial for trial in known if trial == name]
     if not found and not key and name in _names_of_studies(client):
-        raise ValueError(f"trial {name!r}: that is a study; name one of its trials: {name}:KEY (see maskray status)")
+        raise ValueError(
+            f"trial {name!r}: that is a study; name one of its trials: {name}:KEY (see maskray status)"
+        )
     if not found:
         raise ValueError(f"trial {name!r}: not known{_nearest(key or name, known)}")
     return found[0]
@@ -46,7 +48,9 @@ def is_trial(client: Client, name: str) -> bool:
 
 
 def _names_of_studies(client: Client) -> set[str]:
-    return {"last"} | {name for view in client.studies(trials=False) for name in (view.study, view.name)}
+    return {"last"} | {
+        name for view in client.studies(trials=False) for name in (view.study, view.name)
+    }
 
 
 def _trials_beside(client: Client, name: str) -> list[str]:
@@ -55,7 +59,11 @@ def _trials_beside(client: Client, name: str) -> list[str]:
     studies = {view.study for view in client.studies(trials=False)}
     if study in studies:
         return [trial.trial for trial in client.study(study).trials]
-    return [] if name in studies else [trial.trial for view in client.studies() for trial in view.trials]
+    return (
+        []
+        if name in studies
+        else [trial.trial for view in client.studies() for trial in view.trials]
+    )
 
 
 def _nearest(name: str, known: list[str]) -> str:

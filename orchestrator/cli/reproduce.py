@@ -22,7 +22,9 @@ def register(app: typer.Typer) -> None:
 
 def reproduce(
     trial: TrialId,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Once more, although it was reproduced before.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Once more, although it was reproduced before.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -37,13 +39,17 @@ def reproduce(
     submission = client.submission(view.study)
     again = reproduction(original, submission, fresh)
     if submission.code and not client.has_code(submission.code):
-        raise ValueError(f"trial {original.trial}: its code package is gone from the service's storage")
+        raise ValueError(
+            f"trial {original.trial}: its code package is gone from the service's storage"
+        )
     study = client.submit(again)["study"]
     say(f"trial {original.trial} runs again as study {study}")
     try:
         ended = follow(client, study, mode="silent" if json else "live")
     except KeyboardInterrupt:
-        say(f'it goes on; "maskray reproduce {original.trial}" follows it again, "maskray cancel {study}" ends it')
+        say(
+            f'it goes on; "maskray reproduce {original.trial}" follows it again, "maskray cancel {study}" ends it'
+        )
         raise
     found = ended.trials[0]
     if found.state != "done":
@@ -53,7 +59,14 @@ def reproduce(
         )
     result = agreement(original, found, view)
     if json:
-        print_json({"trial": original.trial, "reproduction": found.trial, "study": study, **result.as_json()})
+        print_json(
+            {
+                "trial": original.trial,
+                "reproduction": found.trial,
+                "study": study,
+                **result.as_json(),
+            }
+        )
     else:
         _show(original, found, result)
     return SUCCESS if result.agrees else WORK_FAILED

@@ -12,11 +12,19 @@ _FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 
 
 def register(app: typer.Typer) -> None:
-    app.command("data", context_settings=_FORWARD, help="Make, pack, verify, show, export and stage datasets.")(_data)
+    app.command(
+        "data",
+        context_settings=_FORWARD,
+        help="Make, pack, verify, show, export and stage datasets.",
+    )(_data)
     app.command("eval", context_settings=_FORWARD, help="Score a COCO results file.")(_eval)
     app.command("train", context_settings=_FORWARD, help="Train one run here, without Ray.")(_train)
-    app.command("proposals", context_settings=_FORWARD, help="Write a trained run's proposals to a file.")(_proposals)
-    app.command("sync", context_settings=_FORWARD, help="Send to MLflow what a run could not send.")(_sync)
+    app.command(
+        "proposals", context_settings=_FORWARD, help="Write a trained run's proposals to a file."
+    )(_proposals)
+    app.command(
+        "sync", context_settings=_FORWARD, help="Send to MLflow what a run could not send."
+    )(_sync)
 
 
 def _data(context: typer.Context) -> int:
@@ -24,7 +32,9 @@ def _data(context: typer.Context) -> int:
         become("pipelines", "data", *context.args)
     from orchestrator.cli.stage import stage_app
 
-    return int(stage_app(args=context.args[1:], prog_name="maskray data stage", standalone_mode=False) or 0)
+    return int(
+        stage_app(args=context.args[1:], prog_name="maskray data stage", standalone_mode=False) or 0
+    )
 
 
 def _eval(context: typer.Context) -> None:

@@ -19,18 +19,26 @@ def register(app: typer.Typer) -> None:
 
 
 def serve(
-    home: Annotated[Path, typer.Option(help="Folder of the service's own files: token, logs, ledger.")] = Path(
-        ".maskray"
-    ),
-    host: Annotated[str, typer.Option(help="Address to listen on; anything but 127.0.0.1 needs a token.")] = "",
+    home: Annotated[
+        Path, typer.Option(help="Folder of the service's own files: token, logs, ledger.")
+    ] = Path(".maskray"),
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; anything but 127.0.0.1 needs a token.")
+    ] = "",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = -1,
     ledger: Annotated[str, typer.Option(help="SQLAlchemy URL; default: SQLite in HOME.")] = "",
-    storage: Annotated[str, typer.Option(help="Folder or pyarrow.fs URI for trial folders; default: in HOME.")] = "",
+    storage: Annotated[
+        str, typer.Option(help="Folder or pyarrow.fs URI for trial folders; default: in HOME.")
+    ] = "",
     ray: Annotated[str, typer.Option(help="URL of a Ray dashboard; 'local' starts a head.")] = "",
     mlflow: Annotated[str, typer.Option(help="URI of an MLflow server; 'local' starts one.")] = "",
     mlflow_public: Annotated[str, typer.Option(help="The same server as a browser opens it.")] = "",
-    settings: Annotated[Path | None, typer.Option(help="YAML file of settings; options go before it.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Check the settings, print them and end.")] = False,
+    settings: Annotated[
+        Path | None, typer.Option(help="YAML file of settings; options go before it.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the settings, print them and end.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -64,7 +72,9 @@ def down(json: Json = False, debug: Debug = False) -> None:
     from orchestrator.local.connect import shut_down
 
     ended = shut_down(Path.cwd())
-    print_json({"ended": ended}) if json else print("ended" if ended else "nothing was running here")
+    print_json({"ended": ended}) if json else print(
+        "ended" if ended else "nothing was running here"
+    )
 
 
 def ui(json: Json = False, debug: Debug = False) -> None:
@@ -73,7 +83,9 @@ def ui(json: Json = False, debug: Debug = False) -> None:
 
     uri = connected_client().info().mlflow_uri
     if not uri:
-        raise RuntimeError("the service runs without MLflow; start it with --mlflow URI or --mlflow local")
+        raise RuntimeError(
+            "the service runs without MLflow; start it with --mlflow URI or --mlflow local"
+        )
     if json:
         print_json({"mlflow": uri})
         return
@@ -98,7 +110,9 @@ def user(
     client = connected_client()
     if remove:
         client.remove_user(name)
-        print_json({"user": name, "removed": True}) if json else print(f"user {name} has no access any more")
+        print_json({"user": name, "removed": True}) if json else print(
+            f"user {name} has no access any more"
+        )
         return
     token = client.set_user(name, role)
     print_json({"user": name, "role": role, "token": token}) if json else print(token)
@@ -108,7 +122,9 @@ def gc(
     checkpoints_days: Annotated[
         float, typer.Option(min=0, help="Days to keep checkpoints after a study ended.")
     ] = 30.0,
-    apply: Annotated[bool, typer.Option("--apply", help="Remove; without it the list is only shown.")] = False,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Remove; without it the list is only shown.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -25,10 +25,19 @@ stage_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, ri
 
 @stage_app.command()
 def stage(
-    uris: Annotated[list[str], typer.Argument(metavar="URI...", help="Packed datasets: folders, s3://... or gs://...")],
-    cache_gib: Annotated[float, typer.Option(min=0.001, max=1e6, help="Size cap of the cache.")] = 20.0,
-    here: Annotated[bool, typer.Option("--here", help="This machine alone, although a service runs.")] = False,
-    cache: Annotated[str, typer.Option(help="Another cache folder than training's own; implies --here.")] = "",
+    uris: Annotated[
+        list[str],
+        typer.Argument(metavar="URI...", help="Packed datasets: folders, s3://... or gs://..."),
+    ],
+    cache_gib: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Size cap of the cache.")
+    ] = 20.0,
+    here: Annotated[
+        bool, typer.Option("--here", help="This machine alone, although a service runs.")
+    ] = False,
+    cache: Annotated[
+        str, typer.Option(help="Another cache folder than training's own; implies --here.")
+    ] = "",
     json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -41,7 +50,17 @@ def stage(
     client = None if here or cache or local else running_client()
     if client is None:
         options = [*(["--json"] if json else []), *(["--debug"] if debug else [])]
-        become("pipelines", "data", "stage", *uris, "--cache", cache, "--cache-gib", f"{cache_gib:g}", *options)
+        become(
+            "pipelines",
+            "data",
+            "stage",
+            *uris,
+            "--cache",
+            cache,
+            "--cache-gib",
+            f"{cache_gib:g}",
+            *options,
+        )
     with client:
         found = _follow(client, client.stage(uris, cache_gib), quiet=json)
     ok = all(node.state == "done" for node in found.nodes)
@@ -67,7 +86,12 @@ def _words(node: StagedNode) -> str:
 def _follow(client: Client, found: Staging, quiet: bool) -> Staging:
     """Shows how far each node is, until all are through. Interrupted, the nodes go on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    shown = Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty(), transient=True)
+    shown = Progress(
+        *columns,
+        console=Console(stderr=True),
+        disable=quiet or not sys.stderr.isatty(),
+        transient=True,
+    )
     answered = time.monotonic()
     with shown:
         tasks = {node.node: shown.add_task(_name(node), total=None) for node in found.nodes}

@@ -11,7 +11,9 @@ import typer
 from contract.command import SUCCESS, WORK_FAILED
 from orchestrator.cli.options import Debug, Json, JsonLines, StudyId, print_json, say
 
-Target = Annotated[str, typer.Argument(metavar="STUDY_ID", help="A study; cancel and retry take a trial too.")]
+Target = Annotated[
+    str, typer.Argument(metavar="STUDY_ID", help="A study; cancel and retry take a trial too.")
+]
 TrialId = Annotated[str, typer.Argument(metavar="TRIAL_ID", help="Id of a trial, or STUDY_ID:KEY.")]
 
 
@@ -22,7 +24,9 @@ def register(app: typer.Typer) -> None:
     app.command()(queue)
     for action, text in _ACTIONS.items():
         app.command(action, help=text)(_action_command(action))
-    app.command(context_settings={"ignore_unknown_options": True})(priority)  # a negative one is no option
+    app.command(context_settings={"ignore_unknown_options": True})(
+        priority
+    )  # a negative one is no option
     app.command()(forget)
 
 
@@ -43,7 +47,9 @@ _DONE = {
 
 
 def status(
-    study: Annotated[str, typer.Argument(metavar="[STUDY_ID]", help="Without it: all studies.")] = "",
+    study: Annotated[
+        str, typer.Argument(metavar="[STUDY_ID]", help="Without it: all studies.")
+    ] = "",
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -55,7 +61,9 @@ def status(
     client = connected_client()
     if not study:
         views = client.studies(trials=json)
-        print_json({"studies": [view.model_dump() for view in views]}) if json else tables.print_studies(views)
+        print_json(
+            {"studies": [view.model_dump() for view in views]}
+        ) if json else tables.print_studies(views)
         return
     view = client.study(study_id(client, study))
     print_json(view.model_dump()) if json else tables.print_study(view)
@@ -77,10 +85,14 @@ def watch(study: StudyId, json: JsonLines = False, debug: Debug = False) -> int:
 
 def logs(
     trial: TrialId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the trial ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Keep printing until the trial ends.")
+    ] = False,
     attempt: Annotated[int, typer.Option(help="Attempt number; 0 is the newest.")] = 0,
     rank: Annotated[int, typer.Option(help="Rank; -1 is the driver that starts the ranks.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object; with -f one a line.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object; with -f one a line.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Print the log of one rank of a trial."""
@@ -96,7 +108,9 @@ def logs(
         page = client.logs(trial, attempt=attempt, rank=rank, offset=offset)
         if json and follow:
             for line in page.text.splitlines():
-                print_json({"trial": trial, "attempt": page.attempt, "rank": page.rank, "line": line})
+                print_json(
+                    {"trial": trial, "attempt": page.attempt, "rank": page.rank, "line": line}
+                )
         elif json:
             collected.append(page.text)
         else:
@@ -105,13 +119,19 @@ def logs(
         offset = page.next
         if not offset and not hinted:
             hinted = True
-            say(f"trial {trial}: nothing written yet" if page.attempt else f"trial {trial}: not started yet")
+            say(
+                f"trial {trial}: nothing written yet"
+                if page.attempt
+                else f"trial {trial}: not started yet"
+            )
         if ended and (page.done or not follow):
             break
         if ended:
             time.sleep(1)
     if json and not follow:
-        print_json({"trial": trial, "attempt": page.attempt, "rank": page.rank, "text": "".join(collected)})
+        print_json(
+            {"trial": trial, "attempt": page.attempt, "rank": page.rank, "text": "".join(collected)}
+        )
 
 
 def queue(json: Json = False, debug: Debug = False) -> None:
@@ -167,7 +187,9 @@ def priority(
     client = connected_client()
     study = study_id(client, study)
     client.set_priority(study, value)
-    print_json({"study": study, "priority": value}) if json else print(f"study {study} has priority {value}")
+    print_json({"study": study, "priority": value}) if json else print(
+        f"study {study} has priority {value}"
+    )
 
 
 def forget(study: StudyId, json: Json = False, debug: Debug = False) -> None:
@@ -178,4 +200,6 @@ def forget(study: StudyId, json: Json = False, debug: Debug = False) -> None:
     client = connected_client()
     study = study_id(client, study)
     client.forget(study)
-    print_json({"study": study, "forgotten": True}) if json else print(f"study {study} is forgotten; its files stay")
+    print_json({"study": study, "forgotten": True}) if json else print(
+        f"study {study} is forgotten; its files stay"
+    )

@@ -17,11 +17,19 @@ if TYPE_CHECKING:
     from contract.study import Submission
     from orchestrator.client import Client
 
-Fresh = Annotated[bool, typer.Option("--fresh", help="Run trials anew that have a finished result.")]
-Key = Annotated[
-    str, typer.Option("--key", help="Idempotency key: the same study sent twice with one key is one study.")
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Run trials anew that have a finished result.")
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder for the report; default: .maskray/reports/STUDY_ID.")]
+Key = Annotated[
+    str,
+    typer.Option(
+        "--key", help="Idempotency key: the same study sent twice with one key is one study."
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder for the report; default: .maskray/reports/STUDY_ID."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +37,9 @@ def register(app: typer.Typer) -> None:
         app.command()(command)
 
 
-def plan(study: StudyFile, data: Data = "", code: Code = "", json: Json = False, debug: Debug = False) -> None:
+def plan(
+    study: StudyFile, data: Data = "", code: Code = "", json: Json = False, debug: Debug = False
+) -> None:
     """Show what a study would run: trials, ranks, identities, what is cached. Starts nothing."""
     from orchestrator.local.connect import running_client
     from orchestrator.results.plan import gangs_at_once, make_plan, measured_speeds
@@ -76,7 +86,9 @@ def run(
     try:
         view = follow(client, study_id, mode="silent" if json else "live")
     except KeyboardInterrupt:
-        say(f'the study goes on; "maskray watch {study_id}" follows it, "maskray cancel {study_id}" ends it')
+        say(
+            f'the study goes on; "maskray watch {study_id}" follows it, "maskray cancel {study_id}" ends it'
+        )
         raise
     page, table = _report(client, view, out)
     if json:
@@ -118,7 +130,9 @@ def schema(
     print_json(described) if json else print(jsonlib.dumps(described, indent=2))
 
 
-def _prepare(study: Path, data: str, code: str, fresh: bool = False, key: str = "") -> tuple[Submission, Any]:
+def _prepare(
+    study: Path, data: str, code: str, fresh: bool = False, key: str = ""
+) -> tuple[Submission, Any]:
     from contract.study import Submission
     from orchestrator.study.code_package import package
     from orchestrator.study.read import read_study
@@ -141,7 +155,9 @@ def _prepare(study: Path, data: str, code: str, fresh: bool = False, key: str = 
     return submission, bundle
 
 
-def _submit(study: Path, data: str, code: str, fresh: bool, key: str) -> tuple[Client, dict[str, Any]]:
+def _submit(
+    study: Path, data: str, code: str, fresh: bool, key: str
+) -> tuple[Client, dict[str, Any]]:
     from orchestrator.local.connect import connected_client
 
     submission, bundle = _prepare(study, data, code, fresh, key)

@@ -12,20 +12,34 @@ from rich.text import Text
 from contract.answers import QueueEntry, StudyView, TrialView
 from contract.study import FINAL_STATES
 
-_STYLES = {"done": "green", "failed": "red", "cancelled": "yellow", "running": "cyan", "starting": "cyan"}
+_STYLES = {
+    "done": "green",
+    "failed": "red",
+    "cancelled": "yellow",
+    "running": "cyan",
+    "starting": "cyan",
+}
 
 
 def print_studies(views: Sequence[StudyView]) -> None:
     if not views:
         print('no studies yet; "maskray run STUDY.yaml" starts one')
         return
-    table = Table("study", "name", "owner", "state", "priority", "ended", "age", box=None, pad_edge=False)
+    table = Table(
+        "study", "name", "owner", "state", "priority", "ended", "age", box=None, pad_edge=False
+    )
     for view in views:
         done = sum(count for state, count in view.counts.items() if state in FINAL_STATES)
         state = Text(view.state, _STYLES.get(view.state, ""))
         age = duration(time.time() - view.created_at)
         table.add_row(
-            view.study, view.name, view.owner, state, str(view.priority), f"{done}/{sum(view.counts.values())}", age
+            view.study,
+            view.name,
+            view.owner,
+            state,
+            str(view.priority),
+            f"{done}/{sum(view.counts.values())}",
+            age,
         )
     _print(table)
 
@@ -38,19 +52,39 @@ def print_queue(running: Sequence[QueueEntry], waiting: Sequence[QueueEntry]) ->
     if not running and not waiting:
         print("nothing runs and nothing waits")
         return
-    table = Table("", "trial", "study", "owner", "priority", "needs", "state", "why", box=None, pad_edge=False)
+    table = Table(
+        "", "trial", "study", "owner", "priority", "needs", "state", "why", box=None, pad_edge=False
+    )
     for entry in [*running, *waiting]:
         place = str(entry.position) if entry.position else "-"
         state = Text(entry.state, _STYLES.get(entry.state, ""))
         table.add_row(
-            place, entry.key, entry.study_name, entry.owner, str(entry.priority), entry.needs, state, entry.why
+            place,
+            entry.key,
+            entry.study_name,
+            entry.owner,
+            str(entry.priority),
+            entry.needs,
+            state,
+            entry.why,
         )
     _print(table)
 
 
 def study_table(view: StudyView) -> RenderableType:
     """One line a trial, and below them what went wrong or gives pause."""
-    table = Table("trial", "state", "step", "loss", "img/s", "left", "AP box", "AP mask", box=None, pad_edge=False)
+    table = Table(
+        "trial",
+        "state",
+        "step",
+        "loss",
+        "img/s",
+        "left",
+        "AP box",
+        "AP mask",
+        box=None,
+        pad_edge=False,
+    )
     notes: list[Text] = []
     for trial in view.trials:
         progress = trial.progress if trial.state not in FINAL_STATES else {}
@@ -68,7 +102,10 @@ def study_table(view: StudyView) -> RenderableType:
             notes.append(Text(f"{trial.key}: {trial.error}", "red"))
         elif trial.state == "queued" and trial.why:
             notes.append(Text(f"{trial.key} waits: {trial.why.removeprefix('waits ')}", "dim"))
-        notes.extend(Text(f"{trial.key}: {event.get('text', event.get('kind'))}", "yellow") for event in trial.events)
+        notes.extend(
+            Text(f"{trial.key}: {event.get('text', event.get('kind'))}", "yellow")
+            for event in trial.events
+        )
     notes.extend(Text(f"warning: {warning}", "yellow") for warning in view.warnings)
     title = Text(f"{view.name} ({view.study}): {view.state}", "bold")
     return Group(title, table, *notes)

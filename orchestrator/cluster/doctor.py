@@ -36,7 +36,9 @@ class Seen:
     tracking_uri: str
     storage: str
     storage_error: str  # of the service itself
-    service_lag_s: float  # the service's clock minus the first node's, less what the journey can explain
+    service_lag_s: (
+        float  # the service's clock minus the first node's, less what the journey can explain
+    )
 
 
 def examine(cluster: Cluster, settings: ServiceSettings, tracking_uri: str) -> list[Check]:
@@ -160,9 +162,20 @@ class _Round:
 def judge(seen: Seen) -> list[Check]:
     """One line a check, over all nodes; a node that said nothing fails the first of them."""
     if not seen.machines:
-        return [Check(name="nodes", ok=False, found="the cluster has no node", remedy="start some with `ray start`")]
+        return [
+            Check(
+                name="nodes",
+                ok=False,
+                found="the cluster has no node",
+                remedy="start some with `ray start`",
+            )
+        ]
     nodes = {machine.id: _name(machine, seen) for machine in seen.machines}
-    reports = {nodes[machine.id]: seen.reports[machine.id] for machine in seen.machines if machine.id in seen.reports}
+    reports = {
+        nodes[machine.id]: seen.reports[machine.id]
+        for machine in seen.machines
+        if machine.id in seen.reports
+    }
     silent = [f"{nodes[node]}: {why}" for node, why in seen.failures.items()]
     checks = [
         _check(
@@ -210,19 +223,26 @@ def _name(machine: Machine, seen: Seen) -> str:
 
 
 def _check(name: str, good: str, wrong: Sequence[str], remedy: str) -> Check:
-    return Check(name=name, ok=not wrong, found="; ".join(wrong) or good, remedy=remedy if wrong else "")
+    return Check(
+        name=name, ok=not wrong, found="; ".join(wrong) or good, remedy=remedy if wrong else ""
+    )
 
 
 def _same(name: str, what: str, values: Mapping[str, str], remedy: str) -> Check:
     groups: dict[str, list[str]] = {}
     for node, value in values.items():
         groups.setdefault(value, []).append(node)
-    wrong = [f"{value} on {', '.join(who)}" for value, who in groups.items()] if len(groups) > 1 else []
+    wrong = (
+        [f"{value} on {', '.join(who)}" for value, who in groups.items()] if len(groups) > 1 else []
+    )
     return _check(name, f"{what} {next(iter(groups))} everywhere", wrong, remedy)
 
 
 def _ray(seen: Seen, reports: Mapping[str, NodeReport]) -> Check:
-    versions = {"the head": seen.ray_version, **{name: report.versions["ray"] for name, report in reports.items()}}
+    versions = {
+        "the head": seen.ray_version,
+        **{name: report.versions["ray"] for name, report in reports.items()},
+    }
     return _same("ray", "version", versions, "install the head's version of Ray on every node")
 
 
@@ -232,7 +252,9 @@ def _versions(reports: Mapping[str, NodeReport]) -> Check:
     for package in packages:
         found = {name: report.versions.get(package, "absent") for name, report in reports.items()}
         if len(set(found.values())) > 1:
-            wrong.append(f"{package}: " + ", ".join(f"{value} on {name}" for name, value in found.items()))
+            wrong.append(
+                f"{package}: " + ", ".join(f"{value} on {name}" for name, value in found.items())
+            )
     shown = next(iter(reports.values())).versions
     good = f"python {shown['python']}, torch {shown['torch']}, numpy {shown['numpy']} everywhere"
     return _check("versions", good, wrong, "install from constraints.txt on every node")
@@ -244,14 +266,27 @@ def _drivers(reports: Mapping[str, NodeReport]) -> Check:
         return _check("drivers", "no GPUs on any node", [], "")
     broken = [f"{name}: {text}" for name, text in found.items() if not text.startswith("NVIDIA")]
     if broken:
-        return _check("drivers", "", broken, "install or restart the driver there; `nvidia-smi` must list the devices")
+        return _check(
+            "drivers",
+            "",
+            broken,
+            "install or restart the driver there; `nvidia-smi` must list the devices",
+        )
     versions = {name: text.partition(",")[0] for name, text in found.items()}
-    return _same("drivers", "driver", versions, "install the same NVIDIA driver on every node with GPUs")
+    return _same(
+        "drivers", "driver", versions, "install the same NVIDIA driver on every node with GPUs"
+    )
 
 
 def _meeting(reports: Mapping[str, NodeReport]) -> Check:
-    wrong = [f"{name}: {report.meeting_error}" for name, report in reports.items() if report.meeting_error]
-    return _check("meeting", "all nodes reach the first one", wrong, "open TCP between all nodes, all ports")
+    wrong = [
+        f"{name}: {report.meeting_error}"
+        for name, report in reports.items()
+        if report.meeting_error
+    ]
+    return _check(
+        "meeting", "all nodes reach the first one", wrong, "open TCP between all nodes, all ports"
+    )
 
 
 def _links(reports: Mapping[str, NodeReport], by_index: Mapping[int, str]) -> Check:
@@ -275,10 +310,19 @@ def _links(reports: Mapping[str, NodeReport], by_index: Mapping[int, str]) -> Ch
 
 
 def _storage(seen: Seen, reports: Mapping[str, NodeReport]) -> Check:
-    wrong = [f"{name}: {report.storage_error}" for name, report in reports.items() if report.storage_error]
+    wrong = [
+        f"{name}: {report.storage_error}"
+        for name, report in reports.items()
+        if report.storage_error
+    ]
     wrong += [f"the service: {seen.storage_error}"] if seen.storage_error else []
     good = f"{seen.storage} is written and read alike from everywhere"
-    return _check("storage", good, wrong, f"mount {seen.storage} on every node and the service's host, or use s3://")
+    return _check(
+        "storage",
+        good,
+        wrong,
+        f"mount {seen.storage} on every node and the service's host, or use s3://",
+    )
 
 
 def _clocks(seen: Seen, reports: Mapping[str, NodeReport]) -> Check:
@@ -292,11 +336,20 @@ def _clocks(seen: Seen, reports: Mapping[str, NodeReport]) -> Check:
             wrong.append(f"{name}: {report.clock.offset_s:+.1f} s behind the first node")
     if abs(seen.service_lag_s) > MAX_CLOCK_S:
         wrong.append(f"the service: {seen.service_lag_s:+.1f} s ahead of the first node")
-    return _check("clocks", f"within {largest:.3f} s of each other", wrong, "run chrony or ntpd on every host")
+    return _check(
+        "clocks", f"within {largest:.3f} s of each other", wrong, "run chrony or ntpd on every host"
+    )
 
 
 def _mlflow(seen: Seen, reports: Mapping[str, NodeReport]) -> Check:
     if not seen.tracking_uri:
         return _check("mlflow", "the service runs without one", [], "")
-    wrong = [f"{name}: {report.mlflow_error}" for name, report in reports.items() if report.mlflow_error]
-    return _check("mlflow", f"{seen.tracking_uri} answers every node", wrong, "start it, or open its port to the nodes")
+    wrong = [
+        f"{name}: {report.mlflow_error}" for name, report in reports.items() if report.mlflow_error
+    ]
+    return _check(
+        "mlflow",
+        f"{seen.tracking_uri} answers every node",
+        wrong,
+        "start it, or open its port to the nodes",
+    )

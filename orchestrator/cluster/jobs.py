@@ -42,7 +42,9 @@ class Cluster:
     def __init__(self, url: str, token: str, timeout_s: float = 20.0) -> None:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
+        self._http = httpx.Client(
+            base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False
+        )
 
     def close(self) -> None:
         self._http.close()
@@ -58,7 +60,10 @@ class Cluster:
     def machines(self) -> list[Machine]:
         """The nodes that live, the head first."""
         with _expected(self.url, "nodes"):
-            found = [Machine(row["node_id"], row["node_ip"], bool(row["is_head_node"])) for row in self._alive()]
+            found = [
+                Machine(row["node_id"], row["node_ip"], bool(row["is_head_node"]))
+                for row in self._alive()
+            ]
         return sorted(found, key=lambda machine: (not machine.is_head, machine.address, machine.id))
 
     def nodes(self) -> list[Node]:
@@ -67,10 +72,16 @@ class Cluster:
             status = self._json("GET", "/api/cluster_status")["data"]["clusterStatus"]
             if status is None:  # the second version of Ray's autoscaler reports none
                 return self._counted_nodes()
-            usage: Mapping[str, Mapping[str, Sequence[float]]] = status["loadMetricsReport"].get("usageByNode") or {}
+            usage: Mapping[str, Mapping[str, Sequence[float]]] = (
+                status["loadMetricsReport"].get("usageByNode") or {}
+            )
             known = {name for name in usage if _NODE_ID.match(name)}
             # Ray's first autoscaler reports nodes by address.
-            ids = {} if len(known) == len(usage) else {machine.address: machine.id for machine in self.machines()}
+            ids = (
+                {}
+                if len(known) == len(usage)
+                else {machine.address: machine.id for machine in self.machines()}
+            )
             return [_node(ids.get(name, name), amounts) for name, amounts in sorted(usage.items())]
 
     def _counted_nodes(self) -> list[Node]:
@@ -84,7 +95,10 @@ class Cluster:
                 taken[actor["node_id"]].update(actor["required_resources"] or {})
         rows = {row["node_id"]: row["resources_total"] for row in self._alive()}
         return [
-            _node(name, {resource: (taken[name][resource], amount) for resource, amount in total.items()})
+            _node(
+                name,
+                {resource: (taken[name][resource], amount) for resource, amount in total.items()},
+            )
             for name, total in sorted(rows.items())
         ]
 
@@ -93,7 +107,9 @@ class Cluster:
 
     def _state(self, what: str, state: str) -> list[dict[str, Any]]:
         """Rows of Ray's state API."""
-        query = f"detail=1&limit=10000&filter_keys=state&filter_predicates=%3D&filter_values={state}"
+        query = (
+            f"detail=1&limit=10000&filter_keys=state&filter_predicates=%3D&filter_values={state}"
+        )
         return list(self._json("GET", f"/api/v0/{what}?{query}")["data"]["result"]["result"])
 
     def jobs(self) -> dict[str, Job]:
@@ -138,7 +154,9 @@ class Cluster:
             body["entrypoint_label_selector"] = {"ray.io/node-id": node}
         response = self._send("POST", "/api/jobs/", json=body, timeout=60.0)
         if response.status_code != 200 and "already exists" not in response.text:
-            raise UnreachableError(f"Ray at {self.url} refused job {submission_id}: {_last_line(response.text)}")
+            raise UnreachableError(
+                f"Ray at {self.url} refused job {submission_id}: {_last_line(response.text)}"
+            )
 
     def stop(self, submission_id: str) -> None:
         self._send("POST", f"/api/jobs/{submission_id}/stop")
@@ -158,7 +176,9 @@ class Cluster:
             return
         response = self._send("PUT", f"/api/packages/gcs/{package}", content=read(), timeout=120.0)
         if response.status_code != 200:
-            raise UnreachableError(f"Ray at {self.url} did not take package {package}: {_last_line(response.text)}")
+            raise UnreachableError(
+                f"Ray at {self.url} did not take package {package}: {_last_line(response.text)}"
+            )
 
     def _json(self, method: str, path: str) -> Any:
         response = self._send(method, path)
@@ -175,9 +195,13 @@ class Cluster:
         try:
             response = self._http.request(method, path, **options)
         except httpx.HTTPError as error:
-            raise UnreachableError(f"Ray at {self.url}{path}: {error or type(error).__name__}") from error
+            raise UnreachableError(
+                f"Ray at {self.url}{path}: {error or type(error).__name__}"
+            ) from error
         if response.status_code in (401, 403):
-            raise UnreachableError(f"Ray at {self.url} refuses the token: give the cluster's own in ray_token_file")
+            raise UnreachableError(
+                f"Ray at {self.url} refuses the token: give the cluster's own in ray_token_file"
+            )
         return response
 
 

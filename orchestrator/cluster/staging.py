@@ -21,14 +21,25 @@ _REMEMBERED_S = 3600.0  # of a staging, for whoever follows it
 _SHARDS = re.compile(r"^fetching (\d+)/(\d+)$", re.MULTILINE)
 
 
-def begin(cluster: Cluster, settings: ServiceSettings, uris: Sequence[str], cache_gib: float, now: float) -> Staging:
+def begin(
+    cluster: Cluster, settings: ServiceSettings, uris: Sequence[str], cache_gib: float, now: float
+) -> Staging:
     """Starts `maskray data stage` on every node. Raises UnreachableError if Ray does not answer or has no node."""
     _forget_old(cluster, now)
     machines = cluster.machines()
     if not machines:
         raise UnreachableError(f"Ray at {cluster.url} has no node yet; try again")
     name = f"stage-{secrets.token_hex(8)}"
-    command = [settings.entry[0], "-m", "pipelines", "data", "stage", *uris, "--cache-gib", f"{cache_gib:g}"]
+    command = [
+        settings.entry[0],
+        "-m",
+        "pipelines",
+        "data",
+        "stage",
+        *uris,
+        "--cache-gib",
+        f"{cache_gib:g}",
+    ]
     entry = f"exec {shlex.join([*command, '--lines', '--json'])}"
     for index, machine in enumerate(machines):
         metadata = {_NODE: machine.id, _ADDRESS: machine.address, _AT: f"{now:.0f}"}
@@ -38,13 +49,19 @@ def begin(cluster: Cluster, settings: ServiceSettings, uris: Sequence[str], cach
 
 def _forget_old(cluster: Cluster, now: float) -> None:
     for name, job in cluster.jobs().items():
-        if _AT in job.metadata and job.state in ENDED and now - float(job.metadata[_AT]) > _REMEMBERED_S:
+        if (
+            _AT in job.metadata
+            and job.state in ENDED
+            and now - float(job.metadata[_AT]) > _REMEMBERED_S
+        ):
             cluster.forget(name)
 
 
 def look(cluster: Cluster, name: str) -> Staging:
     """How far the nodes are; none is in it if Ray does not know the staging (any more)."""
-    jobs = sorted((job, known) for job, known in cluster.jobs().items() if job.rpartition("-")[0] == name)
+    jobs = sorted(
+        (job, known) for job, known in cluster.jobs().items() if job.rpartition("-")[0] == name
+    )
     return Staging(staging=name, nodes=[_node(known, cluster.log(job)) for job, known in jobs])
 
 

@@ -29,10 +29,21 @@ def cancel_trial(connection: Connection, trial: str, by: str, now: float) -> boo
     row = ledger.trial_row(connection, trial)
     assert row is not None
     if ledger.move_trial(connection, trial, ["queued"], {"state": "cancelled"}):
-        ledger.record(connection, "cancelled", f"by {by}, before it ran", study=row["study"], trial=trial, at=now)
+        ledger.record(
+            connection,
+            "cancelled",
+            f"by {by}, before it ran",
+            study=row["study"],
+            trial=trial,
+            at=now,
+        )
         ledger.end_study_if_over(connection, row["study"], now)
-    elif ledger.move_trial(connection, trial, [*LIVE, "stopping"], {"state": "stopping", "wish": "cancel"}):
-        ledger.record(connection, "stopping", f"cancelled by {by}", study=row["study"], trial=trial, at=now)
+    elif ledger.move_trial(
+        connection, trial, [*LIVE, "stopping"], {"state": "stopping", "wish": "cancel"}
+    ):
+        ledger.record(
+            connection, "stopping", f"cancelled by {by}", study=row["study"], trial=trial, at=now
+        )
     else:
         return False
     return True
@@ -41,20 +52,26 @@ def cancel_trial(connection: Connection, trial: str, by: str, now: float) -> boo
 def pause_study(connection: Connection, study: str, by: str, now: float) -> bool:
     """Running trials checkpoint and wait in their old place."""
     changed = connection.execute(
-        update(STUDIES).where(STUDIES.c.id == study, STUDIES.c.state == "active").values(state="paused")
+        update(STUDIES)
+        .where(STUDIES.c.id == study, STUDIES.c.state == "active")
+        .values(state="paused")
     ).rowcount
     if not changed:
         return False
     ledger.record(connection, "study-paused", f"by {by}", study=study, at=now)
     for trial in _trials(connection, study, LIVE):
         if ledger.move_trial(connection, trial, LIVE, {"state": "stopping", "wish": "pause"}):
-            ledger.record(connection, "stopping", f"paused by {by}", study=study, trial=trial, at=now)
+            ledger.record(
+                connection, "stopping", f"paused by {by}", study=study, trial=trial, at=now
+            )
     return True
 
 
 def resume_study(connection: Connection, study: str, by: str, now: float) -> bool:
     changed = connection.execute(
-        update(STUDIES).where(STUDIES.c.id == study, STUDIES.c.state == "paused").values(state="active")
+        update(STUDIES)
+        .where(STUDIES.c.id == study, STUDIES.c.state == "paused")
+        .values(state="active")
     ).rowcount
     if changed:
         ledger.record(connection, "study-resumed", f"by {by}", study=study, at=now)
@@ -111,9 +128,19 @@ def forget_study(connection: Connection, study: str, by: str, now: float) -> Non
         connection.execute(delete(table).where(column.in_(trials)))
     connection.execute(delete(STUDIES).where(STUDIES.c.id == study))
     connection.execute(delete(EVENTS).where(EVENTS.c.study == study))
-    ledger.record(connection, "study-forgotten", f"by {by}; its files stay in {row['storage']}", study=study, at=now)
+    ledger.record(
+        connection,
+        "study-forgotten",
+        f"by {by}; its files stay in {row['storage']}",
+        study=study,
+        at=now,
+    )
 
 
 def _trials(connection: Connection, study: str, states: Sequence[str]) -> list[str]:
-    query = select(TRIALS.c.id).where(TRIALS.c.study == study, TRIALS.c.state.in_(states)).order_by(TRIALS.c.position)
+    query = (
+        select(TRIALS.c.id)
+        .where(TRIALS.c.study == study, TRIALS.c.state.in_(states))
+        .order_by(TRIALS.c.position)
+    )
     return list(connection.execute(query).scalars())

@@ -29,7 +29,9 @@ class Removal:
     bytes: int
 
 
-def plan_retention(connection: Connection, now: float, checkpoints_days: float, trial: str = "") -> list[Removal]:
+def plan_retention(
+    connection: Connection, now: float, checkpoints_days: float, trial: str = ""
+) -> list[Removal]:
     """The checkpoints of trials whose study ended more than `checkpoints_days` ago, largest first.
 
     Results, logs, artifacts and the last weights stay; a trial that failed can then only be retried from its start.
@@ -57,7 +59,9 @@ def plan_retention(connection: Connection, now: float, checkpoints_days: float, 
     return sorted(found, key=lambda removal: (-removal.bytes, removal.trial))
 
 
-def apply_retention(engine: Engine, removals: Sequence[Removal], now: float, checkpoints_days: float) -> int:
+def apply_retention(
+    engine: Engine, removals: Sequence[Removal], now: float, checkpoints_days: float
+) -> int:
     """Deletes what a plan lists, except of trials that were retried since; the bytes that are free now."""
     freed = 0
     for removal in removals:

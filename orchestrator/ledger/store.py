@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import psutil
-from sqlalchemy import Connection, Engine, RowMapping, create_engine, event, func, insert, select, update
+from sqlalchemy import (
+    Connection,
+    Engine,
+    RowMapping,
+    create_engine,
+    event,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.exc import DatabaseError
 
 from contract.answers import EventView
@@ -45,7 +55,9 @@ def open_ledger(url: str) -> Engine:
     except DatabaseError as error:
         shown = engine.url.render_as_string(hide_password=True)
         why = " ".join(str(error.orig).split())
-        raise RuntimeError(f"ledger {shown}: {why}; is the database up and this user allowed in?") from error
+        raise RuntimeError(
+            f"ledger {shown}: {why}; is the database up and this user allowed in?"
+        ) from error
     return engine
 
 
@@ -59,7 +71,9 @@ def _sqlite_begin(connection: Connection) -> None:
     if connection.get_execution_options().get("read"):
         connection.exec_driver_sql("BEGIN")
     else:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")  # a reader that turns writer would fail with "locked"
+        connection.exec_driver_sql(
+            "BEGIN IMMEDIATE"
+        )  # a reader that turns writer would fail with "locked"
 
 
 def migrate(engine: Engine) -> None:
@@ -101,13 +115,22 @@ def take_lease(engine: Engine, holder: str, now: float) -> None:
     """
     with engine.begin() as connection:
         row = connection.execute(select(LEASE).with_for_update()).mappings().first()
-        if row is not None and row["holder"] != holder and row["expires_at"] > now and _may_live(row):
+        if (
+            row is not None
+            and row["holder"] != holder
+            and row["expires_at"] > now
+            and _may_live(row)
+        ):
             raise RuntimeError(
                 f"ledger: service {row['process']} on {row['host']} holds it for {row['expires_at'] - now:.0f} s more; "
                 "end that service first, or wait if it is dead"
             )
         connection.execute(LEASE.delete())
-        values = {"holder": holder, "host": socket.gethostname(), "process": _process_name(os.getpid())}
+        values = {
+            "holder": holder,
+            "host": socket.gethostname(),
+            "process": _process_name(os.getpid()),
+        }
         connection.execute(insert(LEASE).values(id=1, expires_at=now + LEASE_S, **values))
 
 
@@ -135,7 +158,9 @@ def _process_name(pid: int) -> str:
     """Empty for one that is dead, also while nobody has taken note of its end."""
     try:
         process = psutil.Process(pid)
-        return "" if process.status() == psutil.STATUS_ZOMBIE else f"{pid}@{process.create_time():.2f}"
+        return (
+            "" if process.status() == psutil.STATUS_ZOMBIE else f"{pid}@{process.create_time():.2f}"
+        )
     except psutil.NoSuchProcess:
         return ""
 
@@ -144,13 +169,22 @@ def _process_name(pid: int) -> str:
 
 
 def record(
-    connection: Connection, kind: str, cause: str, *, study: str, trial: str = "", attempt: int = 0, at: float = 0.0
+    connection: Connection,
+    kind: str,
+    cause: str,
+    *,
+    study: str,
+    trial: str = "",
+    attempt: int = 0,
+    at: float = 0.0,
 ) -> None:
     values = {"at": at or time.time(), "study": study, "trial": trial, "attempt": attempt}
     connection.execute(insert(EVENTS).values(kind=kind, cause=cause[:2000], **values))
 
 
-def events_after(connection: Connection, after: int, study: str = "", limit: int = 500) -> list[EventView]:
+def events_after(
+    connection: Connection, after: int, study: str = "", limit: int = 500
+) -> list[EventView]:
     query = select(EVENTS).where(EVENTS.c.id > after).order_by(EVENTS.c.id).limit(limit)
     if study:
         query = query.where(EVENTS.c.study == study)
@@ -180,7 +214,9 @@ def finished_by_identity(connection: Connection, identities: Sequence[str]) -> d
         query = (
             select(TRIALS)
             .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
-            .where(TRIALS.c.identity.in_(part), TRIALS.c.state == "done", TRIALS.c.cached_from == "")
+            .where(
+                TRIALS.c.identity.in_(part), TRIALS.c.state == "done", TRIALS.c.cached_from == ""
+            )
             .order_by(STUDIES.c.created_at)
         )
         found.update({row["identity"]: row for row in connection.execute(query).mappings()})
@@ -210,7 +246,9 @@ def move_trial(
     return connection.execute(query.values(**values)).rowcount == 1
 
 
-def start_attempt(engine: Engine, trial: str, now: float, cause: str, avoid: Sequence[str] = ()) -> int:
+def start_attempt(
+    engine: Engine, trial: str, now: float, cause: str, avoid: Sequence[str] = ()
+) -> int:
     """The number of a new attempt of a queued trial, 0 if the trial is no longer queued or its study not active."""
     with engine.begin() as connection:
         row = trial_row(connection, trial)
@@ -232,7 +270,9 @@ def start_attempt(engine: Engine, trial: str, now: float, cause: str, avoid: Seq
                 avoid=" ".join(avoid),
             )
         )
-        record(connection, "starting", cause, study=row["study"], trial=trial, attempt=number, at=now)
+        record(
+            connection, "starting", cause, study=row["study"], trial=trial, attempt=number, at=now
+        )
     return int(number)
 
 
@@ -273,7 +313,11 @@ def waiting_trials(connection: Connection) -> list[dict[str, Any]]:
         STUDIES.c.id, STUDIES.c.owner, STUDIES.c.priority, STUDIES.c.spec, STUDIES.c.code, STUDIES.c.fresh,
         STUDIES.c.created_at, STUDIES.c.mlflow_run_id,
     )  # fmt: skip
-    query = select(*columns).where(STUDIES.c.state == "active").order_by(STUDIES.c.created_at, STUDIES.c.id)
+    query = (
+        select(*columns)
+        .where(STUDIES.c.state == "active")
+        .order_by(STUDIES.c.created_at, STUDIES.c.id)
+    )
     studies = {row["id"]: {**row} for row in connection.execute(query).mappings()}
     order = {study: index for index, study in enumerate(studies)}
     for study in studies.values():
@@ -308,7 +352,9 @@ def waiting_for_nothing(connection: Connection) -> list[Row]:
 
 def end_study_if_over(connection: Connection, study: str, now: float) -> str:
     """Gives a study its final state once all its trials have theirs. The state, or "" while it goes on."""
-    query = select(TRIALS.c.state, func.count()).where(TRIALS.c.study == study).group_by(TRIALS.c.state)
+    query = (
+        select(TRIALS.c.state, func.count()).where(TRIALS.c.study == study).group_by(TRIALS.c.state)
+    )
     counts: dict[str, int] = dict(connection.execute(query).all())
     if any(state not in FINAL_STATES for state in counts):
         return ""

@@ -39,7 +39,9 @@ LEASE = Table(  # one row: the service that may act on this ledger
     Column("id", Integer, primary_key=True),
     Column("holder", String(64), nullable=False),
     Column("host", String(255), nullable=False),
-    Column("process", String(64), nullable=False),  # pid and start time, to tell a dead holder on the same host
+    Column(
+        "process", String(64), nullable=False
+    ),  # pid and start time, to tell a dead holder on the same host
     Column("expires_at", Float, nullable=False),
 )
 
@@ -48,7 +50,9 @@ USERS = Table(
     METADATA,
     Column("name", String(80), primary_key=True),
     Column("role", String(10), nullable=False),
-    Column("token_hash", String(64), nullable=False, unique=True),  # SHA-256 of the token, which itself is random
+    Column(
+        "token_hash", String(64), nullable=False, unique=True
+    ),  # SHA-256 of the token, which itself is random
     Column("created_at", Float, nullable=False),
 )
 
@@ -95,7 +99,9 @@ TRIALS = Table(
     Column("not_before", Float, nullable=False, default=0.0),  # end of a backoff
     Column("wish", String(10), nullable=False, default=""),  # why it stops: cancel, pause or stall
     Column("attempts", Integer, nullable=False, default=0),
-    Column("failures", Integer, nullable=False, default=0),  # attempts that count against the study's max_attempts
+    Column(
+        "failures", Integer, nullable=False, default=0
+    ),  # attempts that count against the study's max_attempts
     Column("lost", Integer, nullable=False, default=0),  # in a row, without a step gained
     Column("best_step", Integer, nullable=False, default=0),
     Column("metrics", JSON, nullable=False),
@@ -109,7 +115,9 @@ TRIALS = Table(
     Column("moved_at", Float, nullable=False, default=0.0),  # when the step last changed
     Column("marks", JSON, nullable=False),  # contract.attempt.Event of the trial's own files
     Column("rank_seconds", Float, nullable=False, default=0.0),  # of ended attempts, over all ranks
-    Column("suspects", Text, nullable=False, default="", server_default=""),  # nodes that its next attempt avoids
+    Column(
+        "suspects", Text, nullable=False, default="", server_default=""
+    ),  # nodes that its next attempt avoids
     UniqueConstraint("study", "key", name="uq_trials_study_key"),
     Index("ix_trials_state", "state"),
     Index("ix_trials_study", "study"),
@@ -122,15 +130,21 @@ ATTEMPTS = Table(
     Column("trial", String(120), ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True),
     Column("number", Integer, primary_key=True),
     Column("submission_id", String(140), nullable=False, unique=True),
-    Column("state", String(10), nullable=False),  # submitting, submitted, running, done, failed, stopped, lost
+    Column(
+        "state", String(10), nullable=False
+    ),  # submitting, submitted, running, done, failed, stopped, lost
     Column("cause", Text, nullable=False, default=""),
     Column("started_at", Float, nullable=False),
     Column("running_at", Float, nullable=False, default=0.0),
     Column("stop_asked_at", Float, nullable=False, default=0.0),
     Column("ended_at", Float, nullable=False, default=0.0),
     Column("step", Integer, nullable=False, default=0),
-    Column("first_step", Integer, nullable=False, default=-1),  # where it took up; -1 until it has said so
-    Column("avoid", Text, nullable=False, default="", server_default=""),  # nodes that it was kept off
+    Column(
+        "first_step", Integer, nullable=False, default=-1
+    ),  # where it took up; -1 until it has said so
+    Column(
+        "avoid", Text, nullable=False, default="", server_default=""
+    ),  # nodes that it was kept off
     Index("ix_attempts_state", "state"),
 )
 

@@ -37,7 +37,9 @@ def new_token() -> str:
 def set_user(connection: Connection, name: str, role: Role, token: str, now: float) -> None:
     """Gives `name` this role and this token in place of any earlier ones."""
     connection.execute(delete(USERS).where(USERS.c.name == name))
-    connection.execute(insert(USERS).values(name=name, role=role, token_hash=token_hash(token), created_at=now))
+    connection.execute(
+        insert(USERS).values(name=name, role=role, token_hash=token_hash(token), created_at=now)
+    )
 
 
 def remove_user(connection: Connection, name: str) -> bool:
@@ -45,7 +47,9 @@ def remove_user(connection: Connection, name: str) -> bool:
 
 
 def users(connection: Connection) -> list[Mapping[str, object]]:
-    rows = connection.execute(select(USERS.c.name, USERS.c.role, USERS.c.created_at).order_by(USERS.c.name)).mappings()
+    rows = connection.execute(
+        select(USERS.c.name, USERS.c.role, USERS.c.created_at).order_by(USERS.c.name)
+    ).mappings()
     return [dict(row) for row in rows]
 
 

@@ -82,7 +82,9 @@ def _configured() -> Connection | None:
         return None
     token = os.environ.get("MASKRAY_TOKEN", "").strip()
     if not token:
-        raise ValueError(f"MASKRAY_SERVER is {url}, but MASKRAY_TOKEN is empty: set it to your token")
+        raise ValueError(
+            f"MASKRAY_SERVER is {url}, but MASKRAY_TOKEN is empty: set it to your token"
+        )
     if not re.fullmatch(r"[!-~]+", token):
         raise ValueError(
             "MASKRAY_TOKEN: holds characters that no token has; set it to the one line that you were given"
@@ -131,7 +133,9 @@ def shut_down(root: Path) -> bool:
             with Client(found) as client:
                 client.shut_down()
             wait_until_gone(child.pid, child.created, 30.0)
-        any_child = child is not None or any(recorded_child(name, home) for name in ("ray", "mlflow"))
+        any_child = child is not None or any(
+            recorded_child(name, home) for name in ("ray", "mlflow")
+        )
         for name in ("service", "service-process"):
             _end(name, home)
         stack.end_ray(settings)
@@ -177,7 +181,9 @@ def _await(child: ChildRecord, home: Path) -> Connection:
         time.sleep(0.1)
     log = home / "service-process.log"
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    raise RuntimeError(f"the local service did not start: {lines[-1] if lines else 'it said nothing'}; see {log}")
+    raise RuntimeError(
+        f"the local service did not start: {lines[-1] if lines else 'it said nothing'}; see {log}"
+    )
 
 
 @contextmanager
@@ -193,4 +199,7 @@ def write_service_record(home: Path, url: str) -> None:
     import psutil
 
     me = psutil.Process()
-    write_private(home / "service.json", json.dumps(asdict(ChildRecord("service", me.pid, me.create_time(), url))))
+    write_private(
+        home / "service.json",
+        json.dumps(asdict(ChildRecord("service", me.pid, me.create_time(), url))),
+    )

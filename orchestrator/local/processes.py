@@ -30,13 +30,21 @@ class ChildRecord:
     def alive(self) -> bool:
         try:
             process = psutil.Process(self.pid)
-            return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - self.created) < 0.1
+            return (
+                process.status() != psutil.STATUS_ZOMBIE
+                and abs(process.create_time() - self.created) < 0.1
+            )
         except psutil.NoSuchProcess:
             return False
 
 
 def start_child(
-    name: str, command: Sequence[str], environment: Mapping[str, str], home: Path, url: str, folder: str = ""
+    name: str,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    home: Path,
+    url: str,
+    folder: str = "",
 ) -> ChildRecord:
     """Starts a program (by its path) that outlives this one; output in `home/NAME.log`, record in `home/NAME.json`."""
     home.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,11 @@ def start_head(plan: HeadPlan) -> ChildRecord:
         command.append(f"--resources={json.dumps(dict(plan.resources))}")
     source = str(Path(__file__).resolve().parents[2])
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MASKRAY_"))},
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RAY_", "MASKRAY_"))
+        },
         "MASKRAY_MARK": plan.mark,
         "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")])),
         "RAY_AUTH_MODE": "token",
@@ -61,7 +65,9 @@ def _ray_command() -> str:
     beside = Path(sys.executable).with_name("ray")
     found = str(beside) if beside.exists() else shutil.which("ray")
     if not found:
-        raise RuntimeError(f"no `ray` command beside {sys.executable}: install maskray's dependencies into it")
+        raise RuntimeError(
+            f"no `ray` command beside {sys.executable}: install maskray's dependencies into it"
+        )
     return found
 
 

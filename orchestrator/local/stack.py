@@ -79,7 +79,11 @@ def ensure_mlflow(settings: ServiceSettings) -> Local:
 
 def start_mlflow(home: Path, port: int) -> ChildRecord:
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "MASKRAY_"))},
+        **{
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("MLFLOW_", "MASKRAY_"))
+        },
         "MASKRAY_MARK": mlflow_mark(home),
         "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "20",
         "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "40",
@@ -114,7 +118,11 @@ def mlflow_mark(home: Path) -> str:
 
 
 def ray_token_file(settings: ServiceSettings) -> Path:
-    return Path(settings.ray_token_file) if settings.ray_token_file else Path(settings.home) / "ray-token"
+    return (
+        Path(settings.ray_token_file)
+        if settings.ray_token_file
+        else Path(settings.home) / "ray-token"
+    )
 
 
 class Patience:

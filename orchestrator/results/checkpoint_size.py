@@ -40,7 +40,13 @@ def checkpoint_bytes(run: RunConfig) -> float:
 
 def parameters(model: ModelConfig) -> float:
     """Trained and frozen parameters, within a few percent."""
-    return _backbone(model) + _neck_and_rpn(model) + _box_head(model) + _mask(model) + _keypoints(model)
+    return (
+        _backbone(model)
+        + _neck_and_rpn(model)
+        + _box_head(model)
+        + _mask(model)
+        + _keypoints(model)
+    )
 
 
 def _backbone(model: ModelConfig) -> float:
@@ -71,7 +77,9 @@ def _neck_and_rpn(model: ModelConfig) -> float:
     channels = _feature_channels(model)
     anchors = len(model.anchors.sizes_px[0]) * len(model.anchors.ratios)
     rpn = 9 * channels**2 + channels * anchors * 5
-    stride_4 = 64 if isinstance(model.backbone, ResNet) and model.backbone.depth < 50 else 256  # channels of res2
+    stride_4 = (
+        64 if isinstance(model.backbone, ResNet) and model.backbone.depth < 50 else 256
+    )  # channels of res2
     match model.layout:
         case FPN(strides=strides):
             inputs = sum(stride_4 * stride // 4 for stride in strides)
@@ -99,14 +107,28 @@ def _mask(model: ModelConfig) -> float:
         return 0.0
     loss = model.mask.loss
     outputs = (
-        model.num_classes + 1 if isinstance(loss, SoftmaxMask) else 1 if loss.class_agnostic else model.num_classes
+        model.num_classes + 1
+        if isinstance(loss, SoftmaxMask)
+        else 1
+        if loss.class_agnostic
+        else model.num_classes
     )
     channels = _RES5_CHANNELS if isinstance(model.layout, C4) else _feature_channels(model)
     head = model.mask.head
     if isinstance(head, FCNMask):
-        convolutions = 9 * channels * head.width + (head.convs - 1) * 9 * head.width**2 if head.convs else 0
-        return convolutions + 4 * (head.width if head.convs else channels) * head.width + head.width * outputs
-    return 14 * 14 * channels * head.width + (head.layers - 1) * head.width**2 + head.width * outputs * 28 * 28
+        convolutions = (
+            9 * channels * head.width + (head.convs - 1) * 9 * head.width**2 if head.convs else 0
+        )
+        return (
+            convolutions
+            + 4 * (head.width if head.convs else channels) * head.width
+            + head.width * outputs
+        )
+    return (
+        14 * 14 * channels * head.width
+        + (head.layers - 1) * head.width**2
+        + head.width * outputs * 28 * 28
+    )
 
 
 def _keypoints(model: ModelConfig) -> float:
@@ -114,4 +136,6 @@ def _keypoints(model: ModelConfig) -> float:
     if not isinstance(branch, KeypointBranch):
         return 0.0
     first = 9 * _feature_channels(model) * branch.width
-    return first + (branch.convs - 1) * 9 * branch.width**2 + 16 * branch.width * branch.num_keypoints
+    return (
+        first + (branch.convs - 1) * 9 * branch.width**2 + 16 * branch.width * branch.num_keypoints
+    )

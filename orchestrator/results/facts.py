@@ -64,7 +64,11 @@ def gather(view: StudyView) -> Facts:
     facts = {trial.trial: _trial_facts(trial, study) for trial in view.trials}
     machinery = _machinery_only(study, view.trials, facts)
     return Facts(
-        study, facts, machinery, _no_paper(study, machinery, view.trials, facts), _paper_rows(study, view.trials)
+        study,
+        facts,
+        machinery,
+        _no_paper(study, machinery, view.trials, facts),
+        _paper_rows(study, view.trials),
     )
 
 
@@ -94,7 +98,9 @@ def _run_of(study: Study, trial: TrialView) -> dict[str, Any]:
     return run
 
 
-def _machinery_only(study: Study, trials: Sequence[TrialView], facts: Mapping[str, TrialFacts]) -> str:
+def _machinery_only(
+    study: Study, trials: Sequence[TrialView], facts: Mapping[str, TrialFacts]
+) -> str:
     reasons = []
     if len(study.seeds) == 1:
         reasons.append("one seed")
@@ -102,13 +108,17 @@ def _machinery_only(study: Study, trials: Sequence[TrialView], facts: Mapping[st
     if seen and min(seen) == 0:
         reasons.append("a training length that is not known")
     elif seen and min(seen) < MIN_IMAGES_FOR_VERDICT:
-        reasons.append(f"a short schedule ({min(seen):,} training images, under {MIN_IMAGES_FOR_VERDICT:,})")
+        reasons.append(
+            f"a short schedule ({min(seen):,} training images, under {MIN_IMAGES_FOR_VERDICT:,})"
+        )
     if not reasons:
         return ""
     return f"{' and '.join(reasons)}: this shows that the machinery works, it is no evidence about the arms"
 
 
-def _no_paper(study: Study, machinery: str, trials: Sequence[TrialView], facts: Mapping[str, TrialFacts]) -> str:
+def _no_paper(
+    study: Study, machinery: str, trials: Sequence[TrialView], facts: Mapping[str, TrialFacts]
+) -> str:
     if not study.paper_table:
         return "the study names no table of the paper"
     if machinery:
@@ -133,7 +143,9 @@ def _no_paper(study: Study, machinery: str, trials: Sequence[TrialView], facts: 
 _STATS = {"APS": "APs", "APM": "APm", "APL": "APl"}  # the paper's capitals -> ours
 
 
-def _paper_rows(study: Study, trials: Sequence[TrialView]) -> dict[tuple[tuple[str, str], ...], PaperRow]:
+def _paper_rows(
+    study: Study, trials: Sequence[TrialView]
+) -> dict[tuple[tuple[str, str], ...], PaperRow]:
     if not study.paper_table:
         return {}
     table = paper_tables()[study.paper_table]
@@ -143,7 +155,11 @@ def _paper_rows(study: Study, trials: Sequence[TrialView]) -> dict[tuple[tuple[s
         for trial in trials:
             if wanted <= trial.arm.items():
                 values = paper_metrics(table, name)
-                row = PaperRow(name, {}, values) if name == "difference" else PaperRow(name, values, {})
+                row = (
+                    PaperRow(name, {}, values)
+                    if name == "difference"
+                    else PaperRow(name, values, {})
+                )
                 rows[tuple(trial.arm.items())] = row
     return rows
 

@@ -78,7 +78,11 @@ def html_page(view: StudyView, facts: Facts, comparison: Comparison) -> str:
 
 def _header(view: StudyView, facts: Facts) -> str:
     done = sum(trial.state == "done" for trial in view.trials)
-    question = f'<p class="question">{html.escape(facts.study.question)}</p>' if facts.study.question else ""
+    question = (
+        f'<p class="question">{html.escape(facts.study.question)}</p>'
+        if facts.study.question
+        else ""
+    )
     state = f"{done} of {len(view.trials)} trials finished, study {view.state}, {view.study}, by {view.owner}"
     return f'<h1>{html.escape(view.name)}</h1>{question}<p class="quiet">{html.escape(state)}</p>'
 
@@ -95,15 +99,30 @@ def _call(facts: Facts, comparison: Comparison) -> str:
 def _arms(facts: Facts, comparison: Comparison) -> str:
     metrics = shown_metrics(comparison, facts.study.metrics)
     factors = list(comparison.arms[0].arm) if comparison.arms else []
-    head = [*(factors or ["arm"]), "seeds", *(part for metric in metrics for part in (metric_label(metric), "diff"))]
+    head = [
+        *(factors or ["arm"]),
+        "seeds",
+        *(part for metric in metrics for part in (metric_label(metric), "diff")),
+    ]
     rows = []
     for arm in comparison.arms:
-        cells = [_td(name, "name") for name in list(arm.arm.values()) or ["baseline"]] + [_td(seeds_cell(arm))]
+        cells = [_td(name, "name") for name in list(arm.arm.values()) or ["baseline"]] + [
+            _td(seeds_cell(arm))
+        ]
         for metric in metrics:
             found = arm.differences.get(metric)
-            shown = points(found.mean, signed=True) if found else "baseline" if arm.baseline else "-"
-            kind = f"diff {found.verdict}" if found and found.verdict in ("better", "worse") else "diff"
-            cells += [_td(mean_cell(arm.metrics.get(metric))), _td(shown, "quiet" if arm.baseline else kind)]
+            shown = (
+                points(found.mean, signed=True) if found else "baseline" if arm.baseline else "-"
+            )
+            kind = (
+                f"diff {found.verdict}"
+                if found and found.verdict in ("better", "worse")
+                else "diff"
+            )
+            cells += [
+                _td(mean_cell(arm.metrics.get(metric))),
+                _td(shown, "quiet" if arm.baseline else kind),
+            ]
         rows.append(f'<tr class="{"baseline" if arm.baseline else ""}">{"".join(cells)}</tr>')
     units = "AP in percent points; diff is to the baseline arm, paired by seed; ± is half of a 95% interval."
     caption = f'<p class="quiet">{units}</p>'
@@ -124,12 +143,17 @@ def _differences(facts: Facts, comparison: Comparison) -> str:
                     f"<tr>{names}{''.join(map(_td, cells[:-1]))}{_td(cells[-1], found.verdict.replace(' ', '-'))}</tr>"
                 )
     head = ["arm", "metric", "diff", "95% interval", "p", "seeds", "verdict"]
-    note = '<p class="quiet">p: paired t test over seeds, adjusted for the number of arms (Holm).</p>'
+    note = (
+        '<p class="quiet">p: paired t test over seeds, adjusted for the number of arms (Holm).</p>'
+    )
     return f"<h2>Differences to the baseline</h2>{_table(head, rows, 2)}{note}" if rows else ""
 
 
 def _plots(facts: Facts, comparison: Comparison) -> str:
-    figures = [arms_plot(comparison.arms, metric) for metric in shown_metrics(comparison, facts.study.metrics)]
+    figures = [
+        arms_plot(comparison.arms, metric)
+        for metric in shown_metrics(comparison, facts.study.metrics)
+    ]
     drawn = "".join(f"<figure>{figure}</figure>" for figure in figures if figure)
     legend = '<p class="quiet">Dots are seeds, bars means, whiskers 95% intervals; the baseline is orange.</p>'
     return f'<h2>AP by arm</h2><div class="plots">{drawn}</div>{legend}' if drawn else ""
@@ -143,7 +167,9 @@ def _softmax(comparison: Comparison) -> str:
             cells = [mean_cell(arm.metrics.get("segm/AP")), *map(mean_cell, values)]
             rows.append(f"<tr>{_td(arm_label(arm), 'name')}{''.join(map(_td, cells))}</tr>")
     head = ["arm", "as configured", *(name.replace("_", " ") for name in SOFTMAX_INFERENCES)]
-    return f"<h2>Mask AP of the softmax arms by inference</h2>{_table(head, rows, 1)}" if rows else ""
+    return (
+        f"<h2>Mask AP of the softmax arms by inference</h2>{_table(head, rows, 1)}" if rows else ""
+    )
 
 
 def _paper(facts: Facts, comparison: Comparison) -> str:
@@ -181,7 +207,9 @@ def _notes(view: StudyView, comparison: Comparison) -> str:
 def _trials(view: StudyView) -> str:
     rows = []
     for trial in view.trials:
-        events = ", ".join(f"{event.get('kind', '')} at step {event.get('step', '?')}" for event in trial.events)
+        events = ", ".join(
+            f"{event.get('kind', '')} at step {event.get('step', '?')}" for event in trial.events
+        )
         cells = [
             trial.key,
             trial.trial,
@@ -208,5 +236,8 @@ def _td(text: str, kind: str = "") -> str:
 
 def _table(head: Sequence[str], rows: Sequence[str], left: int) -> str:
     kinds = ["name" if i < left else "" for i in range(len(head))]
-    cells = "".join(f'<th class="{kind}">{html.escape(name)}</th>' for kind, name in zip(kinds, head, strict=True))
+    cells = "".join(
+        f'<th class="{kind}">{html.escape(name)}</th>'
+        for kind, name in zip(kinds, head, strict=True)
+    )
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'

@@ -86,9 +86,13 @@ class Plan:
         ]
         table = aligned(["trial", "identity", "ranks", "hours", ""], rows, left=2)
         to_run = sum(not planned.cached for planned in self.trials)
-        lines = [f"{len(self.trials)} trials, {to_run} to run, {self.ranks_at_once} ranks if all run at once"]
+        lines = [
+            f"{len(self.trials)} trials, {to_run} to run, {self.ranks_at_once} ranks if all run at once"
+        ]
         if self.unknown:
-            lines.append(f"time: not known for {self.unknown} trials, no trial of these arms has been measured yet")
+            lines.append(
+                f"time: not known for {self.unknown} trials, no trial of these arms has been measured yet"
+            )
         elif to_run:
             whole = f", {self.whole_h:.1f} h for the study on this cluster" if self.whole_h else ""
             lines.append(
@@ -99,7 +103,10 @@ class Plan:
 
 
 def make_plan(
-    submission: Submission, finished: Mapping[str, str], speeds: Mapping[str, float] | None = None, gangs: int = 0
+    submission: Submission,
+    finished: Mapping[str, str],
+    speeds: Mapping[str, float] | None = None,
+    gangs: int = 0,
 ) -> Plan:
     """finished: identity -> trial with a result. speeds: arm of a trial's key -> images/s of its gang, if measured.
 
@@ -122,8 +129,12 @@ def make_plan(
     to_run = sum(not entry.cached for entry in planned)
     at_once = min(to_run, submission.study.max_parallel or to_run) * resources.ranks
     slots = min(gangs, submission.study.max_parallel or gangs)
-    whole = whole_hours([entry.hours for entry in planned if not entry.cached], slots) if slots else 0.0
-    return Plan(submission.study.name, tuple(planned), at_once, gpu_hours, longest, whole, unknown, disk)
+    whole = (
+        whole_hours([entry.hours for entry in planned if not entry.cached], slots) if slots else 0.0
+    )
+    return Plan(
+        submission.study.name, tuple(planned), at_once, gpu_hours, longest, whole, unknown, disk
+    )
 
 
 def gangs_at_once(study: Study, nodes: Sequence[Mapping[str, Any]]) -> int:

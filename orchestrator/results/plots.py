@@ -64,7 +64,13 @@ def arms_plot(arms: Sequence[Arm], metric: str) -> str:
         for row, arm in enumerate(reversed(shown)):
             summary, colour = arm.metrics[metric], _BASELINE if arm.baseline else _COLOURS[0]
             if not math.isnan(summary.low):
-                axes.plot([100 * summary.low, 100 * summary.high], [row, row], color=colour, lw=1.5, alpha=0.6)
+                axes.plot(
+                    [100 * summary.low, 100 * summary.high],
+                    [row, row],
+                    color=colour,
+                    lw=1.5,
+                    alpha=0.6,
+                )
             axes.plot([100 * summary.mean] * 2, [row - 0.28, row + 0.28], color=colour, lw=3)
             seeds = [100 * value for value in summary.by_seed.values()]
             axes.plot(seeds, [row] * len(seeds), "o", color=colour, ms=5, alpha=0.8)
@@ -86,11 +92,17 @@ def loss_plot(curves: Sequence[Curve]) -> str:
         figure = Figure(figsize=(6.4, 3.4))
         axes = figure.subplots()
         groups = list(dict.fromkeys(curve.group for curve in curves))
-        others = [group for group in groups if not any(c.baseline for c in curves if c.group == group)]
+        others = [
+            group for group in groups if not any(c.baseline for c in curves if c.group == group)
+        ]
         for curve in curves:
-            colour = _BASELINE if curve.baseline else _COLOURS[others.index(curve.group) % len(_COLOURS)]
+            colour = (
+                _BASELINE if curve.baseline else _COLOURS[others.index(curve.group) % len(_COLOURS)]
+            )
             steps, values = smooth(curve.steps, curve.values)
-            label = curve.group if curve is next(c for c in curves if c.group == curve.group) else None
+            label = (
+                curve.group if curve is next(c for c in curves if c.group == curve.group) else None
+            )
             axes.plot(steps, values, color=colour, lw=1.3, alpha=0.9, label=label)
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
@@ -100,12 +112,18 @@ def loss_plot(curves: Sequence[Curve]) -> str:
         return _svg(figure, "loss", "Training loss by step")
 
 
-def smooth(steps: Sequence[float], values: Sequence[float], points: int = 150) -> tuple[list[float], list[float]]:
+def smooth(
+    steps: Sequence[float], values: Sequence[float], points: int = 150
+) -> tuple[list[float], list[float]]:
     """Means of equally long stretches, at most `points` of them; values that are not finite are left out."""
-    pairs = [(s, v) for s, v in zip(steps, values, strict=True) if v is not None and math.isfinite(v)]
+    pairs = [
+        (s, v) for s, v in zip(steps, values, strict=True) if v is not None and math.isfinite(v)
+    ]
     size = max(1, math.ceil(len(pairs) / points))
     blocks = [pairs[i : i + size] for i in range(0, len(pairs), size)]
-    return [math.fsum(s for s, _ in b) / len(b) for b in blocks], [math.fsum(v for _, v in b) / len(b) for b in blocks]
+    return [math.fsum(s for s, _ in b) / len(b) for b in blocks], [
+        math.fsum(v for _, v in b) / len(b) for b in blocks
+    ]
 
 
 def _log_if_wide(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -119,7 +137,15 @@ def _svg(figure: Figure, salt: str, title: str) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": salt}):
         figure.savefig(
-            buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Title": title}
+            buffer,
+            format="svg",
+            transparent=True,
+            bbox_inches="tight",
+            metadata={"Date": None, "Title": title},
         )
     text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(_INK, "currentColor").replace("<svg ", '<svg role="img" ', 1)
+    return (
+        text[text.index("<svg") :]
+        .replace(_INK, "currentColor")
+        .replace("<svg ", '<svg role="img" ', 1)
+    )

@@ -36,7 +36,8 @@ def build_report(study: StudyView, folder: Path) -> Report:
         "report.html": html_page(study, facts, comparison),
         "table.txt": table + "\n",
         "table.csv": csv_text(comparison),
-        "report.json": json.dumps(as_json(study, facts, comparison), indent=2, allow_nan=False) + "\n",
+        "report.json": json.dumps(as_json(study, facts, comparison), indent=2, allow_nan=False)
+        + "\n",
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
@@ -56,7 +57,9 @@ def csv_text(comparison: Comparison) -> str:
                 writer.writerow([*row, "", "", ""])
             for metric, value in trial.metrics.items():
                 found = arm.differences.get(metric)
-                paired = found.by_seed.get(trial.seed, "") if found and trial.state == "done" else ""
+                paired = (
+                    found.by_seed.get(trial.seed, "") if found and trial.state == "done" else ""
+                )
                 writer.writerow([*row, _cell(metric), value, paired])
     return buffer.getvalue()
 
@@ -76,7 +79,9 @@ def as_json(study: StudyView, facts: Facts, comparison: Comparison) -> dict[str,
                 "arm": arm.arm,
                 "baseline": arm.baseline,
                 "metrics": {name: _summary(summary) for name, summary in arm.metrics.items()},
-                "differences": {name: _difference(found) for name, found in arm.differences.items()},
+                "differences": {
+                    name: _difference(found) for name, found in arm.differences.items()
+                },
                 "paper": _paper(facts, arm),
                 "trials": [
                     {
@@ -106,8 +111,16 @@ def _cell(text: str) -> str:
 
 
 def _summary(summary: Summary) -> dict[str, Any]:
-    values = {"mean": summary.mean, "deviation": summary.deviation, "low": summary.low, "high": summary.high}
-    return {**{key: _finite(value) for key, value in values.items()}, "by_seed": _by_seed(summary.by_seed)}
+    values = {
+        "mean": summary.mean,
+        "deviation": summary.deviation,
+        "low": summary.low,
+        "high": summary.high,
+    }
+    return {
+        **{key: _finite(value) for key, value in values.items()},
+        "by_seed": _by_seed(summary.by_seed),
+    }
 
 
 def _difference(found: Difference) -> dict[str, Any]:

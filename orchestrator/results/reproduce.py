@@ -50,7 +50,12 @@ class Agreement:
 
     def as_json(self) -> dict[str, Any]:
         pairs = [{**asdict(pair), "agrees": pair.agrees} for pair in self.pairs]
-        return {"agrees": self.agrees, "rule": self.rule, "same_weights": self.same_weights, "metrics": pairs}
+        return {
+            "agrees": self.agrees,
+            "rule": self.rule,
+            "same_weights": self.same_weights,
+            "metrics": pairs,
+        }
 
 
 def reproduction(trial: TrialView, original: Submission, fresh: bool) -> Submission:
@@ -59,7 +64,9 @@ def reproduction(trial: TrialView, original: Submission, fresh: bool) -> Submiss
     Raises ValueError if the trial has no result to compare with.
     """
     if trial.state != "done":
-        raise ValueError(f"trial {trial.trial} is {trial.state}: only a finished trial can be reproduced")
+        raise ValueError(
+            f"trial {trial.trial} is {trial.state}: only a finished trial can be reproduced"
+        )
     plan = next(plan for plan in original.trials if plan.key == trial.key)
     changes = {
         "name": f"again-{original.study.name}"[:80],
@@ -86,7 +93,12 @@ def agreement(trial: TrialView, again: TrialView, study: StudyView) -> Agreement
     names = sorted({name for one in (trial, again) for name in one.metrics if "/" in name})
     spread = {} if exact else _spreads(trial, study.trials, names)
     pairs = tuple(
-        Pair(name, trial.metrics.get(name), again.metrics.get(name), 0.0 if exact else spread.get(name))
+        Pair(
+            name,
+            trial.metrics.get(name),
+            again.metrics.get(name),
+            0.0 if exact else spread.get(name),
+        )
         for name in names
     )
     same = None
@@ -95,7 +107,12 @@ def agreement(trial: TrialView, again: TrialView, study: StudyView) -> Agreement
         same = before == after if before and after else None
     seeds = len({other.seed for other in _of_the_arm(trial, study.trials)})
     rule = "to the bit, on the CPU" if exact else f"within what {seeds} seeds of the arm differ by"
-    return Agreement(rule, pairs, same, _all([pair.agrees for pair in pairs] + ([same] if same is not None else [])))
+    return Agreement(
+        rule,
+        pairs,
+        same,
+        _all([pair.agrees for pair in pairs] + ([same] if same is not None else [])),
+    )
 
 
 def _all(found: Sequence[bool | None]) -> bool | None:
@@ -104,14 +121,20 @@ def _all(found: Sequence[bool | None]) -> bool | None:
     return None if not found or None in found else True
 
 
-def _spreads(trial: TrialView, trials: Sequence[TrialView], names: Sequence[str]) -> Mapping[str, float]:
+def _spreads(
+    trial: TrialView, trials: Sequence[TrialView], names: Sequence[str]
+) -> Mapping[str, float]:
     """The difference that 95% of pairs of seeds stay within, for metrics that at least two seeds have."""
     arm, found = _of_the_arm(trial, trials), {}
     for name in names:
-        by_seed = {other.seed: other.metrics[name] for other in arm if other.metrics.get(name, -1.0) >= 0}
+        by_seed = {
+            other.seed: other.metrics[name] for other in arm if other.metrics.get(name, -1.0) >= 0
+        }
         if len(by_seed) > 1:
             deviation = summarise(by_seed).deviation
-            found[name] = t_quantile((1 + CONFIDENCE) / 2, len(by_seed) - 1) * deviation * math.sqrt(2)
+            found[name] = (
+                t_quantile((1 + CONFIDENCE) / 2, len(by_seed) - 1) * deviation * math.sqrt(2)
+            )
     return found
 
 

@@ -70,7 +70,9 @@ class Comparison:
     machinery_only: str
 
 
-def compare(trials: Sequence[TrialView], metrics: Sequence[str], machinery_only: str = "") -> Comparison:
+def compare(
+    trials: Sequence[TrialView], metrics: Sequence[str], machinery_only: str = ""
+) -> Comparison:
     """Groups trials into arms and compares each with the baseline arm. `machinery_only` withholds every verdict."""
     groups: dict[tuple[tuple[str, str], ...], list[TrialView]] = {}
     for trial in trials:
@@ -80,7 +82,10 @@ def compare(trials: Sequence[TrialView], metrics: Sequence[str], machinery_only:
     reference = next((arm for arm in arms if arm.baseline), None)
     if reference is None:
         return Comparison(tuple(arms), machinery_only)
-    compared = [arm if arm.baseline else replace(arm, differences=_differences(arm, reference)) for arm in arms]
+    compared = [
+        arm if arm.baseline else replace(arm, differences=_differences(arm, reference))
+        for arm in arms
+    ]
     if not machinery_only:
         compared = _with_verdicts(compared, reference, names)
     return Comparison(tuple(compared), machinery_only)
@@ -158,7 +163,10 @@ def sign_flip_p(values: Sequence[float]) -> float:
         return math.nan
     observed = abs(math.fsum(values)) * (1 - 1e-12)
     signs = itertools.product((-1, 1), repeat=len(values))
-    extreme = sum(abs(math.fsum(s * v for s, v in zip(pattern, values, strict=True))) >= observed for pattern in signs)
+    extreme = sum(
+        abs(math.fsum(s * v for s, v in zip(pattern, values, strict=True))) >= observed
+        for pattern in signs
+    )
     return float(extreme / 2 ** len(values))
 
 
@@ -184,7 +192,9 @@ def t_quantile(probability: float, df: int) -> float:
         high *= 2
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_two_sided(middle, df) / 2 > 1 - probability else (low, middle)
+        low, high = (
+            (middle, high) if t_two_sided(middle, df) / 2 > 1 - probability else (low, middle)
+        )
     return (low + high) / 2
 
 
@@ -192,7 +202,9 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
     """Regularised, by Lentz's continued fraction (Numerical Recipes, 6.4)."""
     if x <= 0 or x >= 1:
         return min(max(x, 0.0), 1.0)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
+    front = math.exp(
+        math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
+    )
     if x > (a + 1) / (a + b + 2):
         return 1 - front * _beta_fraction(b, a, 1 - x) / b
     return front * _beta_fraction(a, b, x) / a
@@ -240,7 +252,9 @@ def _with_verdicts(arms: Sequence[Arm], reference: Arm, metrics: Sequence[str]) 
             whole = _complete(results[i]) and _complete(reference)
             verdict = _verdict(found, p) if whole and len(found.by_seed) >= MIN_PAIRS else ""
             changed = replace(found, p_adjusted=p, verdict=verdict)
-            results[i] = replace(results[i], differences={**results[i].differences, metric: changed})
+            results[i] = replace(
+                results[i], differences={**results[i].differences, metric: changed}
+            )
     return results
 
 

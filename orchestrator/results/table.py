@@ -7,7 +7,14 @@ from collections.abc import Sequence
 
 from contract.answers import StudyView
 from orchestrator.results.facts import Facts
-from orchestrator.results.statistics import CONFIDENCE, MIN_PAIRS, Arm, Comparison, Difference, Summary
+from orchestrator.results.statistics import (
+    CONFIDENCE,
+    MIN_PAIRS,
+    Arm,
+    Comparison,
+    Difference,
+    Summary,
+)
 
 SIGNS = {"better": "+", "worse": "-", "not shown": "0", "": ""}
 _GROUPS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
@@ -41,12 +48,18 @@ def notes_of(view: StudyView, comparison: Comparison) -> list[str]:
     reference = baseline_of(comparison)
     if reference is None or not reference.metrics:
         notes.append("the baseline arm has no finished trial, so there are no differences")
-    notes += [f"{trial.key}: taken from trial {trial.cached_from}" for trial in view.trials if trial.cached_from]
+    notes += [
+        f"{trial.key}: taken from trial {trial.cached_from}"
+        for trial in view.trials
+        if trial.cached_from
+    ]
     if not comparison.machinery_only:
         withheld = [
             arm_label(arm)
             for arm in comparison.arms
-            if not arm.baseline and arm.differences and not any(d.verdict for d in arm.differences.values())
+            if not arm.baseline
+            and arm.differences
+            and not any(d.verdict for d in arm.differences.values())
         ]
         if withheld:
             rule = f"it takes {MIN_PAIRS} seeds finished in both arms and none that failed"
@@ -71,7 +84,9 @@ def metric_label(metric: str) -> str:
 
 def shown_metrics(comparison: Comparison, metrics: Sequence[str]) -> list[str]:
     """The study's columns that at least one arm has a number for, or all while there is none."""
-    present = [metric for metric in metrics if any(metric in arm.metrics for arm in comparison.arms)]
+    present = [
+        metric for metric in metrics if any(metric in arm.metrics for arm in comparison.arms)
+    ]
     return present or list(metrics)
 
 
@@ -133,7 +148,13 @@ def softmax_table(comparison: Comparison) -> str:
     for arm in comparison.arms:
         values = [arm.metrics.get(f"segm-{name}/AP") for name in SOFTMAX_INFERENCES]
         if any(values):
-            rows.append([arm_label(arm), mean_cell(arm.metrics.get("segm/AP")), *(mean_cell(v) for v in values)])
+            rows.append(
+                [
+                    arm_label(arm),
+                    mean_cell(arm.metrics.get("segm/AP")),
+                    *(mean_cell(v) for v in values),
+                ]
+            )
     if not rows:
         return ""
     names = [name.replace("_", " ") for name in SOFTMAX_INFERENCES]
@@ -158,12 +179,19 @@ def paper_cells(facts: Facts, comparison: Comparison) -> list[list[str]]:
             continue
         gains = dict(paper.gains)
         if base and not arm.baseline:
-            gains |= {m: paper.metrics[m] - base.metrics[m] for m in paper.metrics if m in base.metrics}
+            gains |= {
+                m: paper.metrics[m] - base.metrics[m] for m in paper.metrics if m in base.metrics
+            }
         for metric in dict.fromkeys([*paper.metrics, *paper.gains]):
             if metric in arm.metrics:
                 published = points(paper.metrics.get(metric, math.nan))
                 theirs = "" if arm.baseline else points(gains.get(metric, math.nan), signed=True)
-                cells = [mean_cell(arm.metrics[metric]), published, difference_cell(arm, metric), theirs]
+                cells = [
+                    mean_cell(arm.metrics[metric]),
+                    published,
+                    difference_cell(arm, metric),
+                    theirs,
+                ]
                 rows.append([arm_label(arm), metric_label(metric), *cells])
     return rows
 
@@ -191,8 +219,14 @@ def difference_cell(arm: Arm, metric: str) -> str:
 
 def difference_cells(found: Difference) -> list[str]:
     """Difference, interval, p, pairs, verdict."""
-    interval = "-" if math.isnan(found.low) else f"{points(found.low, True)} to {points(found.high, True)}"
-    p = "-" if math.isnan(found.p_adjusted) else ("<0.001" if found.p_adjusted < 0.001 else f"{found.p_adjusted:.3f}")
+    interval = (
+        "-" if math.isnan(found.low) else f"{points(found.low, True)} to {points(found.high, True)}"
+    )
+    p = (
+        "-"
+        if math.isnan(found.p_adjusted)
+        else ("<0.001" if found.p_adjusted < 0.001 else f"{found.p_adjusted:.3f}")
+    )
     return [points(found.mean, True), interval, p, str(len(found.by_seed)), found.verdict or "none"]
 
 
@@ -202,7 +236,10 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> st
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     rule = ["-" * width for width in widths]
     padded = [
-        "  ".join(c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        "  ".join(
+            c.ljust(w) if i < left else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
         for line in [lines[0], rule, *lines[1:]]
     ]
     return "\n".join(line.rstrip() for line in padded)

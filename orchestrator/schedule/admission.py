@@ -76,7 +76,9 @@ class Admission:
         for decision in decisions:
             match decision:
                 case Start():
-                    number = ledger.start_attempt(self.engine, decision.trial, now, decision.why, decision.avoid)
+                    number = ledger.start_attempt(
+                        self.engine, decision.trial, now, decision.why, decision.avoid
+                    )
                     if number:
                         self.submit(cluster, decision.trial, number, tracking_uri)
                 case Stop():
@@ -96,7 +98,9 @@ class Admission:
     ) -> None:
         """Sends a request when it differs from the last one; a service that was started anew sends it again."""
         gangs = [self._gang(row) for row in attempts]
-        bundles = wanted(gangs, self._gang(head) if head is not None else None, self.settings.node_shapes)
+        bundles = wanted(
+            gangs, self._gang(head) if head is not None else None, self.settings.node_shapes
+        )
         if bundles == self._asked or (not bundles and self._asked is None):
             return
         entry = f"exec {shlex.join(request_entry(bundles, self.settings.entry[0]))}"
@@ -110,11 +114,15 @@ class Admission:
             row = ledger.trial_row(connection, trial)
             study = ledger.study_row(connection, row["study"]) if row is not None else None
             avoid = connection.execute(
-                select(ATTEMPTS.c.avoid).where(ATTEMPTS.c.trial == trial, ATTEMPTS.c.number == number)
+                select(ATTEMPTS.c.avoid).where(
+                    ATTEMPTS.c.trial == trial, ATTEMPTS.c.number == number
+                )
             ).scalar()
         if row is None or study is None:
             return
-        spec = run_spec(row, study, number, (avoid or "").split(), tracking_uri, self.settings.grace_s)
+        spec = run_spec(
+            row, study, number, (avoid or "").split(), tracking_uri, self.settings.grace_s
+        )
         path = storage.join(row["folder"], SPEC_FILE.format(attempt=number))
         storage.write_bytes(path, json.dumps(spec, indent=1).encode())
         package = ""
@@ -128,7 +136,9 @@ class Admission:
         }
         entry = f"exec {shlex.join([*self.settings.entry, '--spec', path])}"
         submission = f"{trial}-{number}"
-        cluster.submit(submission, entry, environment, package, {"maskray": self.mark, "trial": trial})
+        cluster.submit(
+            submission, entry, environment, package, {"maskray": self.mark, "trial": trial}
+        )
         with self.engine.begin() as connection:
             connection.execute(
                 update(ATTEMPTS)
@@ -163,7 +173,8 @@ class Admission:
         Ray does not say over HTTP where, so it is put where that much is in use.
         """
         used = {
-            node.id: {name: node.total[name] - node.free.get(name, 0.0) for name in node.total} for node in self._nodes
+            node.id: {name: node.total[name] - node.free.get(name, 0.0) for name in node.total}
+            for node in self._nodes
         }
         found = []
         for row in attempts:
@@ -173,7 +184,9 @@ class Admission:
             placement = (fit(gang, used) or {ELSEWHERE: gang.ranks}) if seated else {}
             take(used, gang, placement)
             seconds = UNKNOWN if left is None else float(left)
-            found.append(Running(row["trial"], row["study"], row["owner"], gang, placement, seconds))
+            found.append(
+                Running(row["trial"], row["study"], row["owner"], gang, placement, seconds)
+            )
         return found
 
     def _hold_back(
@@ -188,17 +201,34 @@ class Admission:
             if problem := self._unsound(row):
                 self._give_up(row["id"], "person", problem, now)
             elif row["code"] and not self._has_code(row["code"]):
-                held.append(Wait(row["id"], 0, "its code package is missing: submit the study's code again"))
+                held.append(
+                    Wait(row["id"], 0, "its code package is missing: submit the study's code again")
+                )
             elif self.settings.ray == "local" and not self._holdable(row):
                 self._give_up(
-                    row["id"], "person", f"needs {needs(gang_of(row['spec']))}: more than this machine has", now
+                    row["id"],
+                    "person",
+                    f"needs {needs(gang_of(row['spec']))}: more than this machine has",
+                    now,
                 )
             elif self._awaits_parent(row, now):
                 held.append(Wait(row["id"], 0, "waits for the MLflow server"))
             elif not row["fresh"] and row["identity"] in under_way:
-                held.append(Wait(row["id"], 0, f"is the same run as trial {under_way[row['identity']]}, under way"))
+                held.append(
+                    Wait(
+                        row["id"],
+                        0,
+                        f"is the same run as trial {under_way[row['identity']]}, under way",
+                    )
+                )
             elif not row["fresh"] and row["identity"] in first:
-                held.append(Wait(row["id"], 0, f"is the same run as trial {first[row['identity']]}, which waits first"))
+                held.append(
+                    Wait(
+                        row["id"],
+                        0,
+                        f"is the same run as trial {first[row['identity']]}, which waits first",
+                    )
+                )
             else:
                 free.append(row)
                 if not row["fresh"]:
@@ -214,7 +244,9 @@ class Admission:
                 self._problems[row["study"]] = ""
             except ValidationError as error:
                 found = error.errors(include_url=False)[0]
-                self._problems[row["study"]] = f"resources.{'.'.join(map(str, found['loc']))}: {found['msg']}"
+                self._problems[row["study"]] = (
+                    f"resources.{'.'.join(map(str, found['loc']))}: {found['msg']}"
+                )
         return self._problems[row["study"]]
 
     def _has_code(self, sha256: str) -> bool:
@@ -232,7 +264,10 @@ class Admission:
         return data
 
     def _holdable(self, row: ledger.Row) -> bool:
-        return not self._nodes or fit(self._gang(row), {node.id: node.total for node in self._nodes}) is not None
+        return (
+            not self._nodes
+            or fit(self._gang(row), {node.id: node.total for node in self._nodes}) is not None
+        )
 
     def _awaits_parent(self, row: ledger.Row, now: float) -> bool:
         wanted = self.settings.mlflow != "" and not row["mlflow_run_id"]
@@ -270,5 +305,7 @@ def ask_to_stop(engine: Engine, trial: str, wish: str, why: str, now: float) -> 
     with engine.begin() as connection:
         row = ledger.trial_row(connection, trial)
         values = {"state": "stopping", "wish": wish}
-        if row is not None and ledger.move_trial(connection, trial, ["starting", "running"], values):
+        if row is not None and ledger.move_trial(
+            connection, trial, ["starting", "running"], values
+        ):
             ledger.record(connection, "stopping", why, study=row["study"], trial=trial, at=now)

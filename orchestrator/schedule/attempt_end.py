@@ -73,16 +73,28 @@ def judge(ended: Ended, limits: Limits) -> Verdict:
     if ended.wish == "cancel":
         return Verdict("cancelled", "stopped", "cancelled by a person", failures=ended.failures)
     if ended.wish == "budget":
-        return Verdict("cancelled", "stopped", "the study's budget is used up", failures=ended.failures)
+        return Verdict(
+            "cancelled", "stopped", "the study's budget is used up", failures=ended.failures
+        )
     error_class, error = _class_of(ended)
     if ended.wish == "pause" and error_class in ("none", "node"):
         return Verdict("queued", "stopped", "paused", failures=ended.failures)
     if ended.wish == "stall" and error_class in ("none", "node", "unknown"):
-        error_class, error = "collective", f"its step stood still for {limits.stall_s:.0f} s: a rank hangs"
+        error_class, error = (
+            "collective",
+            f"its step stood still for {limits.stall_s:.0f} s: a rank hangs",
+        )
     match error_class:
         case "person" | "out_of_memory" | "diverged":
             error = error if ended.outcome else f"{error}; {_REMEDY[error_class]}"
-            return Verdict("failed", "failed", "an error that a retry repeats", error, error_class, ended.failures + 1)
+            return Verdict(
+                "failed",
+                "failed",
+                "an error that a retry repeats",
+                error,
+                error_class,
+                ended.failures + 1,
+            )
         case "node" | "none":
             return _after_loss(ended, error, limits)
         case _:
@@ -109,13 +121,17 @@ def _after_loss(ended: Ended, error: str, limits: Limits) -> Verdict:
         text = f"{error}; lost {lost} times in a row without a step gained"
         return Verdict("failed", "lost", "gives up", text, "node", ended.failures, lost)
     delay = limits.backoff_s * 2 ** (lost - 2) if lost > 1 else 0.0
-    return Verdict("queued", "lost", f"{error}; starts again", error, "node", ended.failures, lost, delay)
+    return Verdict(
+        "queued", "lost", f"{error}; starts again", error, "node", ended.failures, lost, delay
+    )
 
 
 def _after_failure(ended: Ended, error_class: ErrorClass, error: str, limits: Limits) -> Verdict:
     failures = ended.failures + 1
     if error_class == "unknown" and error == ended.last_error:
-        return Verdict("failed", "failed", "failed the same way twice", error, error_class, failures)
+        return Verdict(
+            "failed", "failed", "failed the same way twice", error, error_class, failures
+        )
     if failures >= ended.max_attempts:
         return Verdict("failed", "failed", f"failed {failures} times", error, error_class, failures)
     delay = limits.backoff_s * 2 ** (failures - 1)
@@ -129,7 +145,9 @@ def _class_of(ended: Ended) -> tuple[ErrorClass, str]:
     if outcome is not None and outcome.state in ("failed", "preempted"):
         preempted = outcome.state == "preempted"
         error_class: ErrorClass = "node" if preempted else outcome.error_class
-        text = outcome.error or ("its node was taken away" if preempted else "failed without a reason")
+        text = outcome.error or (
+            "its node was taken away" if preempted else "failed without a reason"
+        )
         return ("unknown" if error_class == "none" else error_class), text
     if outcome is not None and outcome.state == "stopped":
         return "none", "it was stopped from outside"

@@ -18,7 +18,9 @@ _PROGRAM = (
 )
 
 
-def wanted(running: Sequence[Gang], head: Gang | None, shapes: Sequence[NodeShape] = ()) -> list[Bundle]:
+def wanted(
+    running: Sequence[Gang], head: Gang | None, shapes: Sequence[NodeShape] = ()
+) -> list[Bundle]:
     """What the cluster should hold in all: what runs, and the head. Nothing if nobody lacks resources."""
     if head is None:
         return []

@@ -33,7 +33,9 @@ class Waiting:
     age_s: float = 0.0
     backoff_s: float = 0.0  # still to wait after a failed attempt
     seconds: float = UNKNOWN
-    suspects: tuple[str, ...] = ()  # nodes of an attempt that hung or was preempted, most suspicious first
+    suspects: tuple[
+        str, ...
+    ] = ()  # nodes of an attempt that hung or was preempted, most suspicious first
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ class _Round:
         self.by_owner: dict[str, int] = defaultdict(int)
         self.share: dict[str, float] = defaultdict(float)
         self.running = 0
-        self.ends: list[tuple[float, str, Gang, Mapping[str, int]]] = []  # seconds until a gang frees its place
+        self.ends: list[
+            tuple[float, str, Gang, Mapping[str, int]]
+        ] = []  # seconds until a gang frees its place
         for run in situation.running:
             placement = run.placement or fit(run.gang, self.free) or {}
             if not run.placement:
@@ -129,10 +133,14 @@ class _Round:
         self.head_after = ""
         self.later: dict[str, dict[str, float]] = {}  # free at that time
         self.holdable: dict[object, bool] = {}  # shape -> whether the empty cluster holds it
-        self.too_big: set[object] = set()  # shapes that do not fit any more in this round: what is free only shrinks
+        self.too_big: set[object] = (
+            set()
+        )  # shapes that do not fit any more in this round: what is free only shrinks
         self.harmful: set[object] = set()  # shapes that would delay the head for the same reason
         self.position = 0
-        self.words: dict[object, str] = {}  # what a shape needs and what is free of it, until an admission changes that
+        self.words: dict[
+            object, str
+        ] = {}  # what a shape needs and what is free of it, until an admission changes that
 
     def decisions(self) -> list[Decision]:
         found: list[Decision] = list(self._over_budget())
@@ -149,7 +157,9 @@ class _Round:
         for queue in queues.values():
             queue.reverse()  # equal trials pop in the given order: sorting is stable
             queue.sort(key=self._score)
-        heads = [(self.share[owner] - self._score(queue[-1]), owner) for owner, queue in queues.items()]
+        heads = [
+            (self.share[owner] - self._score(queue[-1]), owner) for owner, queue in queues.items()
+        ]
         heapq.heapify(heads)
         while heads:
             _, owner = heapq.heappop(heads)
@@ -196,7 +206,11 @@ class _Round:
         self._count(trial.study, trial.owner, trial.gang)
         self.words.clear()
         self.ends.append((max(0.0, trial.seconds), trial.trial, trial.gang, placement))
-        passed = f", passing trial {self.head.trial} without delaying it" if self.head is not None else ""
+        passed = (
+            f", passing trial {self.head.trial} without delaying it"
+            if self.head is not None
+            else ""
+        )
         away = f", not on {', '.join(avoid)}, where it was lost" if avoid else ""
         return Start(trial.trial, placement, f"{needs(trial.gang)} are free{passed}{away}", avoid)
 
@@ -218,15 +232,24 @@ class _Round:
         study = self.situation.studies.get(trial.study, StudyLimits())
         if study.gpu_hours and study.gpu_hours_used >= study.gpu_hours:
             return GiveUp(
-                trial.trial, f"the study used {study.gpu_hours_used:.2f} of its {study.gpu_hours:g} GPU-hours"
+                trial.trial,
+                f"the study used {study.gpu_hours_used:.2f} of its {study.gpu_hours:g} GPU-hours",
             )
         if trial.backoff_s > 0:
-            return Wait(trial.trial, 0, f"tries again in {duration(trial.backoff_s)} after a failed attempt")
+            return Wait(
+                trial.trial, 0, f"tries again in {duration(trial.backoff_s)} after a failed attempt"
+            )
         if study.max_parallel and self.by_study[trial.study] >= study.max_parallel:
-            return Wait(trial.trial, 0, f"its study runs at most {study.max_parallel} trials at once (max_parallel)")
+            return Wait(
+                trial.trial,
+                0,
+                f"its study runs at most {study.max_parallel} trials at once (max_parallel)",
+            )
         cap = self.limits.running_per_user
         if cap and self.by_owner[trial.owner] >= cap:
-            return Wait(trial.trial, 0, f"user {trial.owner} runs {cap} trials, the most a user may")
+            return Wait(
+                trial.trial, 0, f"user {trial.owner} runs {cap} trials, the most a user may"
+            )
         if self.limits.running and self.running >= self.limits.running:
             return Wait(trial.trial, 0, f"{self.running} trials run, the most this service may")
         return None
@@ -243,7 +266,12 @@ class _Round:
         self.head, self.head_avoids = trial, avoid
         self._reserve(trial.gang)
         when = f", in about {duration(self.head_start_s)}" if self.head_start_s > 0 else ""
-        return Wait(trial.trial, self.position, f"{why}; next, after trial {self.head_after} ends{when}", True)
+        return Wait(
+            trial.trial,
+            self.position,
+            f"{why}; next, after trial {self.head_after} ends{when}",
+            True,
+        )
 
     # --- the head's reservation ---
 
@@ -280,23 +308,36 @@ class _Round:
         for run in self.situation.running:
             study = self.situation.studies.get(run.study, StudyLimits())
             if study.gpu_hours and study.gpu_hours_used >= study.gpu_hours:
-                yield Stop(run.trial, f"the study used {study.gpu_hours_used:.2f} of its {study.gpu_hours:g} GPU-hours")
+                yield Stop(
+                    run.trial,
+                    f"the study used {study.gpu_hours_used:.2f} of its {study.gpu_hours:g} GPU-hours",
+                )
 
     def _free(self, gang: Gang) -> str:
         free = _sum(self.free.values())
-        parts = [f"{max(0.0, free.get(name, 0.0)):g} {unit(name, 0)}" for name in sorted(gang.per_rank, reverse=True)]
+        parts = [
+            f"{max(0.0, free.get(name, 0.0)):g} {unit(name, 0)}"
+            for name in sorted(gang.per_rank, reverse=True)
+        ]
         many = len(self.free) > 1
         return f"{' and '.join(parts)} are free" + (f" over {len(self.free)} nodes" if many else "")
 
     def _whole(self, gang: Gang) -> str:
-        parts = [f"{self.capacity.get(name, 0.0):g} {unit(name, 0)}" for name in sorted(gang.per_rank, reverse=True)]
-        return f"{' and '.join(parts)} on {len(self.total)} node" + ("s" if len(self.total) != 1 else "")
+        parts = [
+            f"{self.capacity.get(name, 0.0):g} {unit(name, 0)}"
+            for name in sorted(gang.per_rank, reverse=True)
+        ]
+        return f"{' and '.join(parts)} on {len(self.total)} node" + (
+            "s" if len(self.total) != 1 else ""
+        )
 
 
 # --- packing --------------------------------------------------------------------------------------------------------
 
 
-def _without(free: Mapping[str, dict[str, float]], avoid: tuple[str, ...]) -> Mapping[str, Mapping[str, float]]:
+def _without(
+    free: Mapping[str, dict[str, float]], avoid: tuple[str, ...]
+) -> Mapping[str, Mapping[str, float]]:
     return {node: amounts for node, amounts in free.items() if node not in avoid} if avoid else free
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-EPSILON = 1e-6  # Ray counts in fixed point of 1e-4; sums of halves and thirds must not miss by rounding
+EPSILON = (
+    1e-6  # Ray counts in fixed point of 1e-4; sums of halves and thirds must not miss by rounding
+)
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,15 @@ def fit(gang: Gang, free: Mapping[str, Mapping[str, float]]) -> dict[str, int] |
 
 def _ranks(gang: Gang, amounts: Mapping[str, float]) -> int:
     """How many ranks of the gang's kind these amounts hold."""
-    return min(math.floor((amounts.get(name, 0.0) + EPSILON) / need) for name, need in gang.per_rank.items())
+    return min(
+        math.floor((amounts.get(name, 0.0) + EPSILON) / need)
+        for name, need in gang.per_rank.items()
+    )
 
 
-def take(free: dict[str, dict[str, float]], gang: Gang, placement: Mapping[str, int], sign: int = 1) -> None:
+def take(
+    free: dict[str, dict[str, float]], gang: Gang, placement: Mapping[str, int], sign: int = 1
+) -> None:
     """Takes a placed gang out of `free` in place; puts it back with `sign` -1."""
     for node, ranks in placement.items():
         if node in free:
@@ -57,9 +64,16 @@ def take(free: dict[str, dict[str, float]], gang: Gang, placement: Mapping[str, 
 
 def needs(gang: Gang) -> str:
     """ "2 ranks x 1 GPU and 4 CPUs on at most 1 node" """
-    parts = [f"{amount:g} {unit(name, amount)}" for name, amount in sorted(gang.per_rank.items(), reverse=True)]
+    parts = [
+        f"{amount:g} {unit(name, amount)}"
+        for name, amount in sorted(gang.per_rank.items(), reverse=True)
+    ]
     ranks = "1 rank" if gang.ranks == 1 else f"{gang.ranks} ranks"
-    nodes = f" on at most {gang.max_nodes} node{'s' if gang.max_nodes != 1 else ''}" if gang.max_nodes else ""
+    nodes = (
+        f" on at most {gang.max_nodes} node{'s' if gang.max_nodes != 1 else ''}"
+        if gang.max_nodes
+        else ""
+    )
     return f"{ranks} x {' and '.join(parts)}{nodes}"
 
 

@@ -13,7 +13,15 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, select, update
 
-from contract.attempt import NODES_FILE, OUTCOME_FILE, PROGRESS_FILE, RESULT_FILE, Outcome, Progress, Result
+from contract.attempt import (
+    NODES_FILE,
+    OUTCOME_FILE,
+    PROGRESS_FILE,
+    RESULT_FILE,
+    Outcome,
+    Progress,
+    Result,
+)
 from orchestrator import storage
 from orchestrator.cluster.jobs import ENDED, Cluster, Job
 from orchestrator.cluster.nodes import Node
@@ -53,8 +61,13 @@ class Reconciler:
         for row in attempts:
             try:
                 self._follow(cluster, row, jobs.get(row["submission_id"]), now)
-            except (OSError, ValueError) as error:  # of one trial's storage or files: it must not hold up the others
-                LOG.warning("trial %s: %s; looked at again", row["trial"], " ".join(str(error).split()))
+            except (
+                OSError,
+                ValueError,
+            ) as error:  # of one trial's storage or files: it must not hold up the others
+                LOG.warning(
+                    "trial %s: %s; looked at again", row["trial"], " ".join(str(error).split())
+                )
         self._end_orphans(cluster, jobs, {row["submission_id"] for row in attempts})
         self.nodes = nodes
         self.cluster_words = "ready"
@@ -71,7 +84,9 @@ class Reconciler:
         else:
             if job.state == "RUNNING":
                 self._note_progress(row, now)
-            if row["study_state"] == "paused" and not row["wish"]:  # it was being started when the pause came
+            if (
+                row["study_state"] == "paused" and not row["wish"]
+            ):  # it was being started when the pause came
                 ask_to_stop(self.engine, row["trial"], "pause", "its study is paused", now)
             self._stop_if_wished(cluster, row, now)
 
@@ -99,7 +114,13 @@ class Reconciler:
             if attempt_values:
                 self._set_attempt(connection, row, attempt_values)
             if values:
-                ledger.move_trial(connection, row["trial"], ["starting", "running", "stopping"], values, row["number"])
+                ledger.move_trial(
+                    connection,
+                    row["trial"],
+                    ["starting", "running", "stopping"],
+                    values,
+                    row["number"],
+                )
             if row["state"] != "running" and ledger.move_trial(
                 connection, row["trial"], ["starting"], {"state": "running"}, row["number"]
             ):
@@ -111,8 +132,16 @@ class Reconciler:
             return
         with self.engine.begin() as connection:
             values = {"state": "stopping", "wish": "stall"}
-            if ledger.move_trial(connection, row["trial"], ["starting", "running"], values, row["number"]):
-                self._record(connection, row, "stalled", f"no step for {duration(still)}: it is started again", now)
+            if ledger.move_trial(
+                connection, row["trial"], ["starting", "running"], values, row["number"]
+            ):
+                self._record(
+                    connection,
+                    row,
+                    "stalled",
+                    f"no step for {duration(still)}: it is started again",
+                    now,
+                )
 
     def _stop_if_wished(self, cluster: Cluster, row: ledger.Row, now: float) -> None:
         if row["trial_state"] != "stopping":
@@ -141,13 +170,17 @@ class Reconciler:
                 with self.engine.begin() as connection:
                     trial = job.metadata.get("trial", "")
                     text = f"job {submission} runs, the ledger says it is over: ended"
-                    ledger.record(connection, "orphan", text, study=trial.rpartition("-")[0], trial=trial)
+                    ledger.record(
+                        connection, "orphan", text, study=trial.rpartition("-")[0], trial=trial
+                    )
 
     # --- the end of an attempt ---
 
     def _conclude(self, cluster: Cluster, row: ledger.Row, job: Job | None, now: float) -> None:
         folder, number = row["folder"], row["number"]
-        outcome = _record(Outcome, storage.read_json(storage.join(folder, OUTCOME_FILE.format(attempt=number))))
+        outcome = _record(
+            Outcome, storage.read_json(storage.join(folder, OUTCOME_FILE.format(attempt=number)))
+        )
         result = _record(Result, storage.read_json(storage.join(folder, RESULT_FILE)))
         if result is not None and result.attempt != number:
             result = None
@@ -156,7 +189,10 @@ class Reconciler:
             trial = ledger.trial_row(connection, row["trial"])
         if trial is None:
             return
-        step = max(outcome.step if outcome else 0, trial["progress"].get("step", 0) if _of(trial, number) else 0)
+        step = max(
+            outcome.step if outcome else 0,
+            trial["progress"].get("step", 0) if _of(trial, number) else 0,
+        )
         verdict = judge(
             Ended(
                 outcome=outcome,
@@ -176,7 +212,10 @@ class Reconciler:
         if job is not None:
             self._keep_log(cluster, row)
         # a wish that came meanwhile was not judged: the next tick does
-        if self._write_verdict(row, verdict, result, outcome, step, now, trial["wish"]) and job is not None:
+        if (
+            self._write_verdict(row, verdict, result, outcome, step, now, trial["wish"])
+            and job is not None
+        ):
             cluster.forget(row["submission_id"])
 
     def _write_verdict(
@@ -206,10 +245,14 @@ class Reconciler:
         }
         if result is not None:
             values |= {
-                "metrics": {name: value for name, value in result.metrics.items() if value is not None},
+                "metrics": {
+                    name: value for name, value in result.metrics.items() if value is not None
+                },
                 "mlflow_run_id": result.mlflow_run_id,
             }
-        marks = result.events if result is not None else outcome.events if outcome is not None else []
+        marks = (
+            result.events if result is not None else outcome.events if outcome is not None else []
+        )
         if marks:
             values["marks"] = [mark.model_dump() for mark in marks]
         with self.engine.begin() as connection:
@@ -217,18 +260,30 @@ class Reconciler:
             if not ledger.move_trial(connection, row["trial"], states, values, row["number"], wish):
                 return False
             self._set_attempt(
-                connection, row, {"state": verdict.attempt, "cause": verdict.cause, "ended_at": now, "step": step}
+                connection,
+                row,
+                {"state": verdict.attempt, "cause": verdict.cause, "ended_at": now, "step": step},
             )
-            kind = "retry" if verdict.state == "queued" and verdict.attempt != "stopped" else verdict.state
-            cause = f"{verdict.cause}: {verdict.error}" if verdict.state == "failed" else verdict.cause
+            kind = (
+                "retry"
+                if verdict.state == "queued" and verdict.attempt != "stopped"
+                else verdict.state
+            )
+            cause = (
+                f"{verdict.cause}: {verdict.error}" if verdict.state == "failed" else verdict.cause
+            )
             self._record(connection, row, kind, cause, now)
             ledger.end_study_if_over(connection, row["study"], now)
-        LOG.info("trial %s attempt %d: %s, %s", row["trial"], row["number"], verdict.state, verdict.cause)
+        LOG.info(
+            "trial %s attempt %d: %s, %s", row["trial"], row["number"], verdict.state, verdict.cause
+        )
         return True
 
     def _nodes_of(self, row: ledger.Row) -> list[str]:
         """The nodes of an attempt's ranks, as its rank 0 wrote them down; nothing if it did not come to that."""
-        data = storage.read_bytes(storage.join(row["folder"], NODES_FILE.format(attempt=row["number"])))
+        data = storage.read_bytes(
+            storage.join(row["folder"], NODES_FILE.format(attempt=row["number"]))
+        )
         try:
             found = json.loads(data or b"[]")
         except ValueError:
@@ -246,21 +301,39 @@ class Reconciler:
         """Ends waiting trials whose run has been done meanwhile, by another study or in another place of this one."""
         with ledger.reading(self.engine) as connection:
             waiting = ledger.waiting_for_nothing(connection)
-            found = ledger.finished_by_identity(connection, sorted({row["identity"] for row in waiting}))
+            found = ledger.finished_by_identity(
+                connection, sorted({row["identity"] for row in waiting})
+            )
         for row in waiting:
             source = found[row["identity"]]
             with self.engine.begin() as connection:
-                if ledger.move_trial(connection, row["id"], ["queued"], ledger.cached_values(source)):
+                if ledger.move_trial(
+                    connection, row["id"], ["queued"], ledger.cached_values(source)
+                ):
                     text = f"taken from trial {source['id']}"
-                    ledger.record(connection, "cached", text, study=row["study"], trial=row["id"], at=now)
+                    ledger.record(
+                        connection, "cached", text, study=row["study"], trial=row["id"], at=now
+                    )
                     ledger.end_study_if_over(connection, row["study"], now)
 
-    def _set_attempt(self, connection: Connection, row: ledger.Row, values: Mapping[str, Any]) -> None:
+    def _set_attempt(
+        self, connection: Connection, row: ledger.Row, values: Mapping[str, Any]
+    ) -> None:
         where = (ATTEMPTS.c.trial == row["trial"], ATTEMPTS.c.number == row["number"])
         connection.execute(update(ATTEMPTS).where(*where).values(**values))
 
-    def _record(self, connection: Connection, row: ledger.Row, kind: str, cause: str, now: float) -> None:
-        ledger.record(connection, kind, cause, study=row["study"], trial=row["trial"], attempt=row["number"], at=now)
+    def _record(
+        self, connection: Connection, row: ledger.Row, kind: str, cause: str, now: float
+    ) -> None:
+        ledger.record(
+            connection,
+            kind,
+            cause,
+            study=row["study"],
+            trial=row["trial"],
+            attempt=row["number"],
+            at=now,
+        )
 
 
 def _of(trial: ledger.Row, number: int) -> bool:

@@ -14,7 +14,12 @@ from orchestrator.schedule.gang import Gang
 
 
 def run_spec(
-    trial: ledger.Row, study: ledger.Row, number: int, avoid: Sequence[str], tracking_uri: str, grace_s: float
+    trial: ledger.Row,
+    study: ledger.Row,
+    number: int,
+    avoid: Sequence[str],
+    tracking_uri: str,
+    grace_s: float,
 ) -> dict[str, Any]:
     """A contract.attempt.RunSpec as data: the study's own code validates it. `tracking_uri` is empty without MLflow."""
     resources = study["spec"]["resources"]
@@ -55,27 +60,39 @@ def gang_of(study: Mapping[str, Any]) -> Gang:
         **resources["custom_per_rank"],
     }
     return Gang(
-        resources["ranks"], {name: amount for name, amount in per_rank.items() if amount}, resources["max_nodes"]
+        resources["ranks"],
+        {name: amount for name, amount in per_rank.items() if amount},
+        resources["max_nodes"],
     )
 
 
-def study_limits(connection: Connection, attempts: Sequence[ledger.Row], now: float) -> dict[str, StudyLimits]:
+def study_limits(
+    connection: Connection, attempts: Sequence[ledger.Row], now: float
+) -> dict[str, StudyLimits]:
     """Of every study that is not over, with what its budget has paid for so far."""
     query = select(STUDIES.c.id, STUDIES.c.spec).where(STUDIES.c.state.in_(("active", "paused")))
     limits: dict[str, StudyLimits] = {}
     for study, data in connection.execute(query).all():
         used = 0.0
         if data["gpu_hours"]:
-            used = gpu_hours(connection, study, data, [row for row in attempts if row["study"] == study], now)
+            used = gpu_hours(
+                connection, study, data, [row for row in attempts if row["study"] == study], now
+            )
         limits[study] = StudyLimits(data["max_parallel"], data["gpu_hours"], used)
     return limits
 
 
 def gpu_hours(
-    connection: Connection, study: str, spec: Mapping[str, Any], attempts: Sequence[ledger.Row], now: float
+    connection: Connection,
+    study: str,
+    spec: Mapping[str, Any],
+    attempts: Sequence[ledger.Row],
+    now: float,
 ) -> float:
     """GPU-hours of a study so far, its running attempts included."""
-    ended = connection.execute(select(TRIALS.c.rank_seconds).where(TRIALS.c.study == study)).scalars()
+    ended = connection.execute(
+        select(TRIALS.c.rank_seconds).where(TRIALS.c.study == study)
+    ).scalars()
     ranks = spec["resources"]["ranks"]
     live = sum(now - row["running_at"] for row in attempts if row["running_at"])
     return float(spec["resources"]["gpus_per_rank"] * (sum(ended) + ranks * live) / 3600)

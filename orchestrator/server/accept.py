@@ -33,13 +33,27 @@ def check(submission: Submission, settings: ServiceSettings, nodes: Sequence[Nod
             f"gpu_hours: a budget of {study.gpu_hours:g} has no effect, resources.gpus_per_rank is 0; remove one"
         )
     if submission.code and not storage.exists(code_uri(settings, submission.code)):
-        raise ValueError(f"code: package {submission.code[:12]} was not uploaded; PUT it to /v1/code first")
+        raise ValueError(
+            f"code: package {submission.code[:12]} was not uploaded; PUT it to /v1/code first"
+        )
     gang = gang_of(study.model_dump())
-    if nodes and not settings.autoscale and fit(gang, {node.id: node.total for node in nodes}) is None:
-        raise ValueError(f"resources: a trial needs {needs(gang)}; {_shape(nodes, gang)}; ask for less")
-    if settings.autoscale and settings.node_shapes and fit(gang, largest(settings.node_shapes)) is None:
+    if (
+        nodes
+        and not settings.autoscale
+        and fit(gang, {node.id: node.total for node in nodes}) is None
+    ):
+        raise ValueError(
+            f"resources: a trial needs {needs(gang)}; {_shape(nodes, gang)}; ask for less"
+        )
+    if (
+        settings.autoscale
+        and settings.node_shapes
+        and fit(gang, largest(settings.node_shapes)) is None
+    ):
         grown = [Node(name, total, total) for name, total in largest(settings.node_shapes).items()]
-        raise ValueError(f"resources: a trial needs {needs(gang)}; {_shape(grown, gang)} at its largest; ask for less")
+        raise ValueError(
+            f"resources: a trial needs {needs(gang)}; {_shape(grown, gang)} at its largest; ask for less"
+        )
     _check_paths(submission, settings)
 
 
@@ -54,7 +68,9 @@ def _shape(nodes: Sequence[Node], gang: Gang) -> str:
 def _check_paths(submission: Submission, settings: ServiceSettings) -> None:
     named = [("storage", submission.storage)] if submission.storage else []
     for trial in submission.trials:
-        named += [(f"trial {trial.key}, {path}", value) for path, value in _strings(trial.run, "run")]
+        named += [
+            (f"trial {trial.key}, {path}", value) for path, value in _strings(trial.run, "run")
+        ]
     check_uris(named, settings)
 
 
@@ -71,7 +87,9 @@ def check_uris(named: Iterable[tuple[str, str]], settings: ServiceSettings) -> N
             )
         outside = "://" in value or value.startswith(("/", "~", "\\")) or ".." in Path(value).parts
         if settings.roots and outside and not any(_within(value, root) for root in settings.roots):
-            raise ValueError(f"{where}: {value!r} is outside the service's roots ({', '.join(settings.roots)})")
+            raise ValueError(
+                f"{where}: {value!r} is outside the service's roots ({', '.join(settings.roots)})"
+            )
 
 
 def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -94,7 +112,11 @@ def _within(value: str, root: str) -> bool:
         path = os.path.normpath("/" + theirs.path.lstrip("/"))
         base = os.path.normpath("/" + ours.path.lstrip("/"))
         # the query too: it can name another endpoint, which would be sent the service's credentials
-        same_place = (ours.scheme, ours.netloc, ours.query) == (theirs.scheme, theirs.netloc, theirs.query)
+        same_place = (ours.scheme, ours.netloc, ours.query) == (
+            theirs.scheme,
+            theirs.netloc,
+            theirs.query,
+        )
         return same_place and "%" not in theirs.path and _below(path, base)
     if value.startswith("~"):
         return False
@@ -122,10 +144,18 @@ def accept(
         if "://" not in base:
             base = str(Path(base).absolute())
         _insert(connection, study, base, submission, owner, now)
-        ledger.record(connection, "submitted", f"{len(submission.trials)} trials, by {owner}", study=study, at=now)
+        ledger.record(
+            connection,
+            "submitted",
+            f"{len(submission.trials)} trials, by {owner}",
+            study=study,
+            at=now,
+        )
         finished = {}
         if not submission.fresh:
-            finished = ledger.finished_by_identity(connection, [trial.identity for trial in submission.trials])
+            finished = ledger.finished_by_identity(
+                connection, [trial.identity for trial in submission.trials]
+            )
         rows = []
         for position, plan in enumerate(submission.trials):
             trial = f"{study}-{position:03d}"
@@ -156,7 +186,9 @@ def accept(
     return study, True
 
 
-def _insert(connection: Connection, study: str, base: str, submission: Submission, owner: str, now: float) -> None:
+def _insert(
+    connection: Connection, study: str, base: str, submission: Submission, owner: str, now: float
+) -> None:
     connection.execute(
         insert(STUDIES).values(
             id=study,
@@ -180,7 +212,9 @@ def _check_same(connection: Connection, known: str, submission: Submission) -> N
     query = select(TRIALS.c.key, TRIALS.c.identity).where(TRIALS.c.study == known)
     before = {row.key: row.identity for row in connection.execute(query)}
     now = {trial.key: trial.identity for trial in submission.trials}
-    spec, fresh = connection.execute(select(STUDIES.c.spec, STUDIES.c.fresh).where(STUDIES.c.id == known)).one()
+    spec, fresh = connection.execute(
+        select(STUDIES.c.spec, STUDIES.c.fresh).where(STUDIES.c.id == known)
+    ).one()
     fields = submission.study.model_dump(mode="json")
     differs = [name for name, value in fields.items() if spec.get(name) != value]
     differs += ["fresh"] if fresh != submission.fresh else []

@@ -21,7 +21,16 @@ from pydantic import BaseModel, Field, ValidationError
 from sqlalchemy import Connection, Engine
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from contract.answers import ActedView, Check, EventPage, Info, LogPage, QueueView, Staging, StudyView
+from contract.answers import (
+    ActedView,
+    Check,
+    EventPage,
+    Info,
+    LogPage,
+    QueueView,
+    Staging,
+    StudyView,
+)
 from contract.study import Submission
 from orchestrator import storage
 from orchestrator.cluster.jobs import UnreachableError
@@ -78,9 +87,9 @@ class Retention(BaseModel):
 
 
 class StageRequest(BaseModel):
-    uris: tuple[Annotated[str, Field(max_length=2000, pattern=r"^(s3|gs|gcs)://[^\x00]+$")], ...] = Field(
-        min_length=1, max_length=100
-    )
+    uris: tuple[
+        Annotated[str, Field(max_length=2000, pattern=r"^(s3|gs|gcs)://[^\x00]+$")], ...
+    ] = Field(min_length=1, max_length=100)
     cache_gib: float = Field(20.0, ge=0.001, le=1e6)
 
 
@@ -121,7 +130,9 @@ READ, SUBMIT, ADMIN = ([Depends(who)] for who in (reader, submitter, admin))
 
 
 def build_app(hub: Hub, version: str) -> FastAPI:
-    app = FastAPI(title="maskray", version=version, description="Studies of Mask R-CNN on a Ray cluster.")
+    app = FastAPI(
+        title="maskray", version=version, description="Studies of Mask R-CNN on a Ray cluster."
+    )
     app.state.hub = hub
     _add_errors(app)
 
@@ -133,7 +144,14 @@ def build_app(hub: Hub, version: str) -> FastAPI:
     def info(who: Reader) -> Info:
         uri = hub.settings.mlflow_public or hub.tracking_uri()
         root = storage_root(hub.settings)
-        return Info(version=version, mlflow_uri=uri, storage=root, cluster=hub.cluster(), user=who.name, role=who.role)
+        return Info(
+            version=version,
+            mlflow_uri=uri,
+            storage=root,
+            cluster=hub.cluster(),
+            user=who.name,
+            role=who.role,
+        )
 
     # --- studies ---
 
@@ -194,7 +212,9 @@ def build_app(hub: Hub, version: str) -> FastAPI:
     # --- trials, queue, events ---
 
     @app.post("/v1/trials/{trial}/{action}")
-    def act_on_trial(trial: StudyPath, action: Literal["cancel", "retry"], who: Submitter) -> dict[str, Any]:
+    def act_on_trial(
+        trial: StudyPath, action: Literal["cancel", "retry"], who: Submitter
+    ) -> dict[str, Any]:
         with hub.engine.begin() as connection:
             row = ledger.trial_row(connection, trial)
             if row is None:
@@ -234,7 +254,9 @@ def build_app(hub: Hub, version: str) -> FastAPI:
             await asyncio.sleep(0.25)
 
     @app.get("/v1/finished", dependencies=READ)
-    def finished(identity: Annotated[list[str], Query(max_length=1000)]) -> dict[str, dict[str, str]]:
+    def finished(
+        identity: Annotated[list[str], Query(max_length=1000)],
+    ) -> dict[str, dict[str, str]]:
         with ledger.reading(hub.engine) as connection:
             found = ledger.finished_by_identity(connection, identity)
         return {"finished": {key: row["id"] for key, row in found.items()}}
@@ -243,7 +265,9 @@ def build_app(hub: Hub, version: str) -> FastAPI:
 
     @app.head("/v1/code/{sha256}", dependencies=READ)
     def has_code(sha256: str) -> Response:
-        return Response(status_code=200 if storage.exists(code_uri(hub.settings, _sha256(sha256))) else 404)
+        return Response(
+            status_code=200 if storage.exists(code_uri(hub.settings, _sha256(sha256))) else 404
+        )
 
     @app.put("/v1/code/{sha256}", dependencies=SUBMIT)
     async def put_code(sha256: str, request: Request) -> dict[str, Any]:
@@ -259,7 +283,9 @@ def build_app(hub: Hub, version: str) -> FastAPI:
 
     @app.put("/v1/users/{name}")
     def set_user(
-        name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._@-]{0,79}$")], body: NewUser, who: Admin
+        name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._@-]{0,79}$")],
+        body: NewUser,
+        who: Admin,
     ) -> dict[str, str]:
         if name == who.name:
             raise HTTPException(400, f"user {name}: is you; another administrator may change you")
@@ -283,8 +309,14 @@ def build_app(hub: Hub, version: str) -> FastAPI:
         now = time.time()
         with ledger.reading(hub.engine) as connection:
             removals = plan_retention(connection, now, body.checkpoints_days)
-        freed = apply_retention(hub.engine, removals, now, body.checkpoints_days) if body.apply else 0
-        return {"removals": [asdict(removal) for removal in removals], "applied": body.apply, "freed_bytes": freed}
+        freed = (
+            apply_retention(hub.engine, removals, now, body.checkpoints_days) if body.apply else 0
+        )
+        return {
+            "removals": [asdict(removal) for removal in removals],
+            "applied": body.apply,
+            "freed_bytes": freed,
+        }
 
     @app.post("/v1/doctor", dependencies=SUBMIT)
     def examine() -> dict[str, list[Check]]:
@@ -294,14 +326,19 @@ def build_app(hub: Hub, version: str) -> FastAPI:
     @app.post("/v1/staging", dependencies=SUBMIT)
     def stage(body: StageRequest) -> Staging:
         """Starts a job on every node that fetches datasets into its cache."""
-        accept.check_uris([(f"uris.{number}", uri) for number, uri in enumerate(body.uris)], hub.settings)
+        accept.check_uris(
+            [(f"uris.{number}", uri) for number, uri in enumerate(body.uris)], hub.settings
+        )
         return hub.stage(body.uris, body.cache_gib)
 
     @app.get("/v1/staging/{name}", dependencies=READ)
     def staging(name: Annotated[str, Path(pattern=r"^stage-[0-9a-f]{16}$")]) -> Staging:
         found = hub.staging(name)
         if not found.nodes:
-            raise HTTPException(404, f"staging {name!r}: there is none, or Ray's head was restarted since: stage again")
+            raise HTTPException(
+                404,
+                f"staging {name!r}: there is none, or Ray's head was restarted since: stage again",
+            )
         return found
 
     @app.post("/v1/shutdown", dependencies=ADMIN)
@@ -318,7 +355,9 @@ def build_app(hub: Hub, version: str) -> FastAPI:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def refused(_: Request, error: StarletteHTTPException) -> JSONResponse:
-        return JSONResponse({"detail": views.in_words(error.detail)}, error.status_code, error.headers)
+        return JSONResponse(
+            {"detail": views.in_words(error.detail)}, error.status_code, error.headers
+        )
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -359,13 +398,18 @@ def _own_study(connection: Connection, study: str, who: User) -> ledger.Row:
     if row is None:
         raise HTTPException(404, f"study {study!r}: there is none")
     if row["owner"] != who.name and not who.may("admin"):
-        raise HTTPException(403, f"study {study} is {row['owner']}'s: only its owner or an administrator may do this")
+        raise HTTPException(
+            403,
+            f"study {study} is {row['owner']}'s: only its owner or an administrator may do this",
+        )
     return row
 
 
 def _sha256(text: str) -> str:
     if not _SHA256.match(text):
-        raise HTTPException(400, "code: the name is the SHA-256 of the package, 64 hexadecimal digits")
+        raise HTTPException(
+            400, "code: the name is the SHA-256 of the package, 64 hexadecimal digits"
+        )
     return text
 
 
@@ -402,7 +446,9 @@ def _refuse_what_sql_cannot_hold(submission: Submission) -> None:
         raise HTTPException(400, "submission: a text holds a NUL character")
     for trial in submission.trials:
         if not -(2**31) <= trial.seed < 2**31:
-            raise HTTPException(400, f"trial {trial.key}: its seed {trial.seed} is larger than 2147483647")
+            raise HTTPException(
+                400, f"trial {trial.key}: its seed {trial.seed} is larger than 2147483647"
+            )
 
 
 def _floats(value: Any) -> Iterator[float]:
@@ -429,7 +475,10 @@ def _events(engine: Engine, after: int, study: str) -> list[Any]:
 def _keep_code(settings: ServiceSettings, sha256: str, data: bytes) -> dict[str, Any]:
     actual = hashlib.sha256(data).hexdigest()
     if actual != sha256:
-        raise HTTPException(400, f"code: sha256 of the bytes is {actual[:12]}..., not {sha256[:12]}...; send it again")
+        raise HTTPException(
+            400,
+            f"code: sha256 of the bytes is {actual[:12]}..., not {sha256[:12]}...; send it again",
+        )
     total = 0
     for entry in _entries(data, "code"):
         total += entry.file_size

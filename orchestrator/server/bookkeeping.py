@@ -36,7 +36,9 @@ _STATUS = {"done": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 def make_parents(engine: Engine, mlflow: MLflow) -> None:
     """An experiment and a parent run for each study that has none; looked up by tag, since a POST may be repeated."""
     with ledger.reading(engine) as connection:
-        query = select(STUDIES).where(STUDIES.c.mlflow_run_id == "", STUDIES.c.state.in_(("active", "paused")))
+        query = select(STUDIES).where(
+            STUDIES.c.mlflow_run_id == "", STUDIES.c.state.in_(("active", "paused"))
+        )
         studies = list(connection.execute(query).mappings())
     for study in studies:
         with _apart(f"study {study['id']}"):
@@ -54,29 +56,48 @@ def _apart(what: str) -> Iterator[None]:
 
 def _make_parent(engine: Engine, mlflow: MLflow, study: ledger.Row) -> None:
     tags = {"maskray.study": study["id"], "maskray.owner": study["owner"]}
-    experiment = mlflow.experiment(study["id"], {**tags, "mlflow.note.content": study["spec"]["question"]})
+    experiment = mlflow.experiment(
+        study["id"], {**tags, "mlflow.note.content": study["spec"]["question"]}
+    )
     found = mlflow.run_by_tag(experiment, "maskray.parent", study["id"])
     if found is not None:
         run = str(found["info"]["run_id"])
     else:
-        run = mlflow.create_run(experiment, study["name"], {**tags, "maskray.parent": study["id"]}, study["created_at"])
+        run = mlflow.create_run(
+            experiment, study["name"], {**tags, "maskray.parent": study["id"]}, study["created_at"]
+        )
         mlflow.put_artifact(run, "study.yaml", study["study_yaml"].encode())
     with engine.begin() as connection:
         connection.execute(
-            update(STUDIES).where(STUDIES.c.id == study["id"]).values(mlflow_experiment=study["id"], mlflow_run_id=run)
+            update(STUDIES)
+            .where(STUDIES.c.id == study["id"])
+            .values(mlflow_experiment=study["id"], mlflow_run_id=run)
         )
 
 
-def close_runs(engine: Engine, mlflow: MLflow, now: float, ship: Callable[[str], None] | None = None) -> int:
+def close_runs(
+    engine: Engine, mlflow: MLflow, now: float, ship: Callable[[str], None] | None = None
+) -> int:
     """Ends the MLflow runs of trials and studies that are over, as a kill leaves them RUNNING. How many it ended.
 
     ship: sends what a trial could not send while it ran, given its folder; by default as `maskray sync` does.
     """
     ended = 0
     with ledger.reading(engine) as connection:
-        columns = (TRIALS.c.id, TRIALS.c.state, TRIALS.c.error, TRIALS.c.cached_from, TRIALS.c.folder)
+        columns = (
+            TRIALS.c.id,
+            TRIALS.c.state,
+            TRIALS.c.error,
+            TRIALS.c.cached_from,
+            TRIALS.c.folder,
+        )
         query = (
-            select(*columns, TRIALS.c.study, STUDIES.c.mlflow_experiment, STUDIES.c.mlflow_run_id.label("parent"))
+            select(
+                *columns,
+                TRIALS.c.study,
+                STUDIES.c.mlflow_experiment,
+                STUDIES.c.mlflow_run_id.label("parent"),
+            )
             .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
             .where(TRIALS.c.mlflow_closed.is_(False), TRIALS.c.state.in_(FINAL_STATES))
         )
@@ -87,7 +108,9 @@ def close_runs(engine: Engine, mlflow: MLflow, now: float, ship: Callable[[str],
     return ended + _close_parents(engine, mlflow, now)
 
 
-def _close_trial(engine: Engine, mlflow: MLflow, trial: ledger.Row, now: float, ship: Callable[[str], None]) -> int:
+def _close_trial(
+    engine: Engine, mlflow: MLflow, trial: ledger.Row, now: float, ship: Callable[[str], None]
+) -> int:
     ended, run_id = 0, ""
     if trial["mlflow_experiment"] and not trial["cached_from"]:
         if _unsent(trial["folder"]):
@@ -109,7 +132,9 @@ def _unsent(folder: str) -> bool:
     """
     try:
         whole = storage.size(storage.join(folder, *SPOOL_RECORDS.split("/")))
-        cursor = storage.read_json(storage.join(folder, *SPOOL_CURSOR.split("/"))) if whole else None
+        cursor = (
+            storage.read_json(storage.join(folder, *SPOOL_CURSOR.split("/"))) if whole else None
+        )
     except OSError:
         return True
     return whole > int((cursor or {}).get("bytes", 0))
@@ -119,11 +144,15 @@ def _ship(folder: str) -> None:
     command = [sys.executable, "-m", "workers.sync", folder]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SHIP_S, check=False)
-        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done.returncode else ""
+        why = (
+            (done.stderr.strip().splitlines() or ["no reason given"])[-1] if done.returncode else ""
+        )
     except subprocess.TimeoutExpired:
         why = f"not done after {_SHIP_S:.0f} s"
     if why:
-        LOG.warning("%s: what MLflow was not told stays there (%s); send it with maskray sync", folder, why)
+        LOG.warning(
+            "%s: what MLflow was not told stays there (%s); send it with maskray sync", folder, why
+        )
 
 
 def _close(mlflow: MLflow, run: dict[str, object], trial: ledger.Row, now: float) -> int:
@@ -148,8 +177,12 @@ def _tags(run: dict[str, object]) -> list[dict[str, str]]:
 
 def _close_parents(engine: Engine, mlflow: MLflow, now: float) -> int:
     with ledger.reading(engine) as connection:
-        query = select(STUDIES.c.id, STUDIES.c.state, STUDIES.c.ended_at, STUDIES.c.mlflow_run_id).where(
-            STUDIES.c.mlflow_closed.is_(False), STUDIES.c.mlflow_run_id != "", STUDIES.c.state.in_(_ENDED_STUDY)
+        query = select(
+            STUDIES.c.id, STUDIES.c.state, STUDIES.c.ended_at, STUDIES.c.mlflow_run_id
+        ).where(
+            STUDIES.c.mlflow_closed.is_(False),
+            STUDIES.c.mlflow_run_id != "",
+            STUDIES.c.state.in_(_ENDED_STUDY),
         )
         studies = list(connection.execute(query).mappings())
     for study in studies:
@@ -160,7 +193,9 @@ def _close_parents(engine: Engine, mlflow: MLflow, now: float) -> int:
             mlflow.log_metrics(study["mlflow_run_id"], study_metrics(view), at)
             mlflow.end_run(study["mlflow_run_id"], _STATUS[study["state"]], at)
             with engine.begin() as connection:
-                connection.execute(update(STUDIES).where(STUDIES.c.id == study["id"]).values(mlflow_closed=True))
+                connection.execute(
+                    update(STUDIES).where(STUDIES.c.id == study["id"]).values(mlflow_closed=True)
+                )
     return len(studies)
 
 
@@ -171,19 +206,25 @@ def study_metrics(view: StudyView) -> dict[str, float]:
         label = ".".join(f"{factor}-{level}" for factor, level in arm.arm.items()) or "baseline"
         for metric, summary in arm.metrics.items():
             name = f"{label}/{metric}"
-            found |= {f"{name}/mean": summary.mean, f"{name}/low": summary.low, f"{name}/high": summary.high}
+            found |= {
+                f"{name}/mean": summary.mean,
+                f"{name}/low": summary.low,
+                f"{name}/high": summary.high,
+            }
         for metric, pair in arm.differences.items():
             name = f"{label}/{metric}/difference"
             found |= {name: pair.mean, f"{name}/low": pair.low, f"{name}/high": pair.high}
-    return {_NAME.sub("_", name)[:250]: value for name, value in found.items() if math.isfinite(value)}
+    return {
+        _NAME.sub("_", name)[:250]: value for name, value in found.items() if math.isfinite(value)
+    }
 
 
 def send_webhooks(engine: Engine, url: str) -> None:
     """Tells `url` of each study that is over, until it answers with success."""
     with ledger.reading(engine) as connection:
-        query = select(STUDIES.c.id, STUDIES.c.name, STUDIES.c.owner, STUDIES.c.state, STUDIES.c.ended_at).where(
-            STUDIES.c.webhook_sent.is_(False), STUDIES.c.state.in_(_ENDED_STUDY)
-        )
+        query = select(
+            STUDIES.c.id, STUDIES.c.name, STUDIES.c.owner, STUDIES.c.state, STUDIES.c.ended_at
+        ).where(STUDIES.c.webhook_sent.is_(False), STUDIES.c.state.in_(_ENDED_STUDY))
         studies = list(connection.execute(query).mappings())
     for study in studies:
         body = {**study, "study": study["id"]}
@@ -191,10 +232,18 @@ def send_webhooks(engine: Engine, url: str) -> None:
             response = httpx.post(url, json=body, timeout=10.0, trust_env=False)
             response.raise_for_status()
         except httpx.HTTPStatusError as error:
-            LOG.warning("webhook of study %s: status %d; tried again later", study["id"], error.response.status_code)
+            LOG.warning(
+                "webhook of study %s: status %d; tried again later",
+                study["id"],
+                error.response.status_code,
+            )
             continue
         except httpx.HTTPError as error:
-            LOG.warning("webhook of study %s: %s; tried again later", study["id"], type(error).__name__)
+            LOG.warning(
+                "webhook of study %s: %s; tried again later", study["id"], type(error).__name__
+            )
             return  # nobody is there
         with engine.begin() as connection:
-            connection.execute(update(STUDIES).where(STUDIES.c.id == study["id"]).values(webhook_sent=True))
+            connection.execute(
+                update(STUDIES).where(STUDIES.c.id == study["id"]).values(webhook_sent=True)
+            )

@@ -18,7 +18,12 @@ _PAGE_BYTES = 256 << 10
 
 
 def read_log(
-    engine: Engine, driver_log: Callable[[str], str], trial: str, attempt: int, rank: int, offset: int
+    engine: Engine,
+    driver_log: Callable[[str], str],
+    trial: str,
+    attempt: int,
+    rank: int,
+    offset: int,
 ) -> LogPage:
     """At most 256 KiB from `offset` on. `driver_log(submission id)` is what Ray has of a driver that still runs."""
     with ledger.reading(engine) as connection:
@@ -32,19 +37,35 @@ def read_log(
         tried = connection.execute(query).mappings().first()
     if tried is None:
         if attempt:
-            raise HTTPException(404, f"trial {trial}: attempt {attempt} was never started, {row['attempts']} were")
-        return LogPage(text="", next=offset, done=row["state"] not in ("queued",), attempt=0, rank=rank)
+            raise HTTPException(
+                404, f"trial {trial}: attempt {attempt} was never started, {row['attempts']} were"
+            )
+        return LogPage(
+            text="", next=offset, done=row["state"] not in ("queued",), attempt=0, rank=rank
+        )
     ranks = study["spec"]["resources"]["ranks"]
     if rank >= ranks:
-        raise HTTPException(404, f"trial {trial}: there is no rank {rank}, it has {ranks}, counted from 0")
-    name = DRIVER_LOG.format(attempt=number) if rank < 0 else LOG_FILE.format(attempt=number, rank=rank)
+        raise HTTPException(
+            404, f"trial {trial}: there is no rank {rank}, it has {ranks}, counted from 0"
+        )
+    name = (
+        DRIVER_LOG.format(attempt=number)
+        if rank < 0
+        else LOG_FILE.format(attempt=number, rank=rank)
+    )
     ended = tried["ended_at"] > 0
     data = storage.read_bytes(storage.join(row["folder"], name), offset, _PAGE_BYTES)
     if data is None and rank < 0 and not ended:
         data = driver_log(tried["submission_id"]).encode()[offset : offset + _PAGE_BYTES]
     whole = _whole_characters(data or b"")
     done = ended and len(data or b"") < _PAGE_BYTES
-    return LogPage(text=whole.decode(errors="replace"), next=offset + len(whole), done=done, attempt=number, rank=rank)
+    return LogPage(
+        text=whole.decode(errors="replace"),
+        next=offset + len(whole),
+        done=done,
+        attempt=number,
+        rank=rank,
+    )
 
 
 def _whole_characters(data: bytes) -> bytes:

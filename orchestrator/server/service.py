@@ -64,7 +64,9 @@ class SeldomTwice(logging.Filter):
         text = f"{record.getMessage()} {record.exc_info[1] if record.exc_info else ''}"
         if record.created - self._said.get(text, 0.0) < _SAME_WARNING_S:
             return False
-        self._said = {said: at for said, at in self._said.items() if record.created - at < _SAME_WARNING_S}
+        self._said = {
+            said: at for said, at in self._said.items() if record.created - at < _SAME_WARNING_S
+        }
         self._said[text] = record.created
         return True
 
@@ -72,7 +74,9 @@ class SeldomTwice(logging.Filter):
 class Service:
     """One service's threads: HTTP (uvicorn), the loop (the main thread), books (MLflow, webhooks) and the lease."""
 
-    def __init__(self, settings: ServiceSettings, engine: Engine, holder: str, ray_token: str) -> None:
+    def __init__(
+        self, settings: ServiceSettings, engine: Engine, holder: str, ray_token: str
+    ) -> None:
         self.settings = settings
         self._ray_token = ray_token  # of a cluster that is not local
         self.engine = engine
@@ -102,7 +106,10 @@ class Service:
         return [Node("local", total, total)]
 
     def cluster(self) -> dict[str, Any]:
-        nodes = [{"id": node.id, "total": dict(node.total), "free": dict(node.free)} for node in self.loop.nodes]
+        nodes = [
+            {"id": node.id, "total": dict(node.total), "free": dict(node.free)}
+            for node in self.loop.nodes
+        ]
         return {"state": self.loop.cluster_words, "nodes": nodes}
 
     def tracking_uri(self) -> str:
@@ -130,9 +137,20 @@ class Service:
         """One examination at a time, once the cluster of this service answers."""
         with self._examining:
             try:
-                return examine(self._ready_cluster(), self.settings, self.loop.tracking_uri or self._tracking_uri)
+                return examine(
+                    self._ready_cluster(),
+                    self.settings,
+                    self.loop.tracking_uri or self._tracking_uri,
+                )
             except UnreachableError as error:
-                return [Check(name="ray", ok=False, found=str(error), remedy="start the head, or correct `ray`")]
+                return [
+                    Check(
+                        name="ray",
+                        ok=False,
+                        found=str(error),
+                        remedy="start the head, or correct `ray`",
+                    )
+                ]
 
     def stage(self, uris: Sequence[str], cache_gib: float) -> Staging:
         return staging.begin(self._ready_cluster(), self.settings, uris, cache_gib, time.time())
@@ -146,7 +164,9 @@ class Service:
         while (self._cluster is None or not self.loop.nodes) and time.monotonic() < deadline:
             self._ending.wait(0.2)
         if self._cluster is None:
-            raise UnreachableError(f"the cluster is not there: {self.loop.cluster_words}; see the service's log")
+            raise UnreachableError(
+                f"the cluster is not there: {self.loop.cluster_words}; see the service's log"
+            )
         return self._cluster
 
     def touch(self) -> None:
@@ -163,7 +183,9 @@ class Service:
 
     def run(self, server: uvicorn.Server, listener: socket.socket) -> None:
         """Returns once the service was asked to end, is idle, or lost its ledger."""
-        http = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
+        http = threading.Thread(
+            target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True
+        )
         books = threading.Thread(target=self._keep_books, name="books", daemon=True)
         lease = threading.Thread(target=self._keep_lease, name="lease", daemon=True)
         for thread in (http, books, lease):
@@ -206,7 +228,9 @@ class Service:
         local = stack.ensure_ray(self.settings)
         if local.started:
             LOG.info(
-                "started a Ray head, dashboard %s%s", local.child.url, ", its predecessor is dead" * local.found_dead
+                "started a Ray head, dashboard %s%s",
+                local.child.url,
+                ", its predecessor is dead" * local.found_dead,
             )
             self._patience.answered()
             self.loop.cluster_words = "the cluster is starting"
@@ -295,7 +319,9 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
     home = Path(settings.home).absolute()
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     settings = settings.model_copy(update={"home": str(home)})
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
     LOG.addFilter(SeldomTwice())
     for noisy in ("httpx", "alembic", "uvicorn.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -310,7 +336,10 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
         service = Service(settings, engine, holder, ray_token)
         server = uvicorn.Server(
             uvicorn.Config(
-                build_app(service, _version()), log_config=None, access_log=False, timeout_graceful_shutdown=3
+                build_app(service, _version()),
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=3,
             )
         )
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -356,7 +385,9 @@ def _listen(settings: ServiceSettings, has_token: bool) -> socket.socket:
         listener.bind((settings.host, settings.port))
     except OSError as error:
         listener.close()
-        raise RuntimeError(f"port {settings.port} on {settings.host}: {error.strerror}; choose another one") from error
+        raise RuntimeError(
+            f"port {settings.port} on {settings.host}: {error.strerror}; choose another one"
+        ) from error
     listener.listen(128)
     return listener
 

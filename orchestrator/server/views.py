@@ -31,13 +31,19 @@ def study_views(
         query = query.where(STUDIES.c.id == study)
         trials = trials.where(TRIALS.c.study == study)
         attempts = _attempts(connection, study)
-    counting = select(TRIALS.c.study, TRIALS.c.state, func.count()).group_by(TRIALS.c.study, TRIALS.c.state)
+    counting = select(TRIALS.c.study, TRIALS.c.state, func.count()).group_by(
+        TRIALS.c.study, TRIALS.c.state
+    )
     counts: dict[str, dict[str, int]] = {}
-    for of, state, count in connection.execute(counting.where(TRIALS.c.study == study) if study else counting):
+    for of, state, count in connection.execute(
+        counting.where(TRIALS.c.study == study) if study else counting
+    ):
         counts.setdefault(of, {})[state] = count
     by_study: dict[str, list[TrialView]] = {}
     for row in connection.execute(trials).mappings() if with_trials else ():
-        by_study.setdefault(row["study"], []).append(_trial_view(row, waits, attempts.get(row["id"], [])))
+        by_study.setdefault(row["study"], []).append(
+            _trial_view(row, waits, attempts.get(row["id"], []))
+        )
     return [
         StudyView(
             study=row["id"],
@@ -63,7 +69,9 @@ def _with_pause(state: str, trials: list[TrialView]) -> list[TrialView]:
     return [t.model_copy(update={"why": _PAUSED}) if t.state == "queued" else t for t in trials]
 
 
-def _trial_view(row: ledger.Row, waits: Mapping[str, Wait], attempts: list[AttemptView]) -> TrialView:
+def _trial_view(
+    row: ledger.Row, waits: Mapping[str, Wait], attempts: list[AttemptView]
+) -> TrialView:
     wait = waits.get(row["id"])
     live = row["state"] in ("starting", "running", "stopping")
     return TrialView(
@@ -83,7 +91,9 @@ def _trial_view(row: ledger.Row, waits: Mapping[str, Wait], attempts: list[Attem
         identity=row["identity"],
         storage=row["folder"],
         mlflow_run_id=row["mlflow_run_id"],
-        progress=row["progress"] if not live or row["progress"].get("attempt") == row["attempts"] else {},
+        progress=row["progress"]
+        if not live or row["progress"].get("attempt") == row["attempts"]
+        else {},
         events=row["marks"],
         attempt_list=attempts,
     )
@@ -92,9 +102,11 @@ def _trial_view(row: ledger.Row, waits: Mapping[str, Wait], attempts: list[Attem
 def _why(row: ledger.Row, wait: Wait | None) -> str:
     if row["state"] == "queued":
         return wait.why if wait is not None else "waits for the cluster"
-    return {"cancel": "is being cancelled", "pause": "is being paused", "stall": "hangs, is being stopped"}.get(
-        row["wish"], ""
-    )
+    return {
+        "cancel": "is being cancelled",
+        "pause": "is being paused",
+        "stall": "hangs, is being stopped",
+    }.get(row["wish"], "")
 
 
 def _attempts(connection: Connection, study: str) -> dict[str, list[AttemptView]]:
@@ -121,7 +133,10 @@ def submission_of(connection: Connection, study: str) -> Submission | None:
         {
             "study": row["spec"],
             "study_yaml": row["study_yaml"],
-            "trials": [{name: trial[name] for name in names} for trial in connection.execute(query).mappings()],
+            "trials": [
+                {name: trial[name] for name in names}
+                for trial in connection.execute(query).mappings()
+            ],
             "code": row["code"],
             "storage": row["storage"],
             "warnings": row["warnings"],
@@ -133,21 +148,32 @@ def submission_of(connection: Connection, study: str) -> Submission | None:
 
 def queue(connection: Connection, waits: Mapping[str, Wait]) -> dict[str, Sequence[QueueEntry]]:
     """What runs, and what waits in the order in which it would start."""
-    columns = (STUDIES.c.id, STUDIES.c.owner, STUDIES.c.name, STUDIES.c.priority, STUDIES.c.spec, STUDIES.c.state)
+    columns = (
+        STUDIES.c.id,
+        STUDIES.c.owner,
+        STUDIES.c.name,
+        STUDIES.c.priority,
+        STUDIES.c.spec,
+        STUDIES.c.state,
+    )
     live = select(*columns).where(STUDIES.c.state.in_(("active", "paused")))
     ordered = live.order_by(STUDIES.c.created_at, STUDIES.c.id)
-    studies = {row["id"]: (index, row) for index, row in enumerate(connection.execute(ordered).mappings())}
+    studies = {
+        row["id"]: (index, row) for index, row in enumerate(connection.execute(ordered).mappings())
+    }
     wants = {study: needs(gang_of(row["spec"])) for study, (_, row) in studies.items()}
-    query = select(TRIALS.c.id, TRIALS.c.key, TRIALS.c.study, TRIALS.c.state, TRIALS.c.wish, TRIALS.c.position).where(
-        TRIALS.c.state.in_(("queued", "starting", "running", "stopping"))
-    )
+    query = select(
+        TRIALS.c.id, TRIALS.c.key, TRIALS.c.study, TRIALS.c.state, TRIALS.c.wish, TRIALS.c.position
+    ).where(TRIALS.c.state.in_(("queued", "starting", "running", "stopping")))
     rows = [row for row in connection.execute(query).mappings() if row["study"] in studies]
     rows.sort(key=lambda row: (studies[row["study"]][0], row["position"]))
     entries = [_entry(row, studies[row["study"]][1], wants[row["study"]], waits) for row in rows]
     waiting = [entry for entry in entries if entry.state == "queued"]
     return {
         "running": [entry for entry in entries if entry.state != "queued"],
-        "queue": sorted(waiting, key=lambda entry: (entry.position == 0, entry.position, -entry.priority)),
+        "queue": sorted(
+            waiting, key=lambda entry: (entry.position == 0, entry.position, -entry.priority)
+        ),
     }
 
 

@@ -17,9 +17,35 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 PACKAGES = ("contract", "model", "pipelines", "workers", "orchestrator")
-SOURCES_OF_A_RUN = ("contract", "model", "pipelines", "workers")  # what a trial's numbers can depend on
-LEFT_OUT = ("tests", "docs", "benchmarks", "studies", ".ci", ".github")  # top-level folders that no run imports
-UNTRACKED_KINDS = (".py", ".pyi", ".json", ".yaml", ".yml", ".toml", ".mako", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h")
+SOURCES_OF_A_RUN = (
+    "contract",
+    "model",
+    "pipelines",
+    "workers",
+)  # what a trial's numbers can depend on
+LEFT_OUT = (
+    "tests",
+    "docs",
+    "benchmarks",
+    "studies",
+    ".ci",
+    ".github",
+)  # top-level folders that no run imports
+UNTRACKED_KINDS = (
+    ".py",
+    ".pyi",
+    ".json",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".mako",
+    ".c",
+    ".cc",
+    ".cpp",
+    ".cu",
+    ".cuh",
+    ".h",
+)
 PROJECT = "maskray"  # the name in pyproject.toml by which a tree is recognised
 # What the service and `maskray submit` start in the package. An older tree has other packages, and these too.
 ENTRY_POINTS = ("workers/ray_entry.py", "orchestrator/travel.py")
@@ -49,7 +75,9 @@ def package(root: Path, ref: str = "") -> CodePackage:
     tree = _tree_around(root)
     if tree is None:
         if ref:
-            raise ValueError(f"--code {ref}: {root} is in no git tree of maskray, so it has no commits")
+            raise ValueError(
+                f"--code {ref}: {root} is in no git tree of maskray, so it has no commits"
+            )
         return _pack(_installed(), "installed sources", "")
     if ref:
         commit = _commit(tree, ref)
@@ -112,7 +140,9 @@ def _tree_around(root: Path) -> Path | None:
 def _project_name(tree: Path) -> str:
     """The name in the tree's `pyproject.toml`; empty if it has none that can be read."""
     try:
-        project = tomllib.loads((tree / "pyproject.toml").read_text(encoding="utf-8")).get("project", {})
+        project = tomllib.loads((tree / "pyproject.toml").read_text(encoding="utf-8")).get(
+            "project", {}
+        )
     except (OSError, ValueError):
         return ""
     return str(project.get("name", "")) if isinstance(project, dict) else ""
@@ -136,7 +166,9 @@ def _files_of_tree(tree: Path) -> dict[str, bytes]:
     for name in filter(_travels, wanted):
         path = tree / name
         if path.is_symlink() and not path.resolve().is_relative_to(tree.resolve()):
-            raise ValueError(f"{path}: a link that leaves the tree cannot travel with a study; copy its target")
+            raise ValueError(
+                f"{path}: a link that leaves the tree cannot travel with a study; copy its target"
+            )
         if path.is_file():  # a tracked file may be deleted, or be a submodule's folder
             found[name] = path.read_bytes()
     return found
@@ -163,9 +195,15 @@ def _names(listing: bytes) -> list[str]:
 
 def _commit(tree: Path, ref: str) -> str:
     try:
-        return _git(tree, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}").decode().strip()
+        return (
+            _git(tree, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
+            .decode()
+            .strip()
+        )
     except RuntimeError:
-        raise ValueError(f"--code {ref}: {tree} has no such commit; see 'git log' and 'git branch'") from None
+        raise ValueError(
+            f"--code {ref}: {tree} has no such commit; see 'git log' and 'git branch'"
+        ) from None
 
 
 def _head(tree: Path) -> str:
@@ -179,5 +217,7 @@ def _git(where: Path, *arguments: str) -> bytes:
     command = ["git", "-C", str(where), *arguments]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"git {arguments[0]}: {done.stderr.decode(errors='replace').strip() or done.returncode}")
+        raise RuntimeError(
+            f"git {arguments[0]}: {done.stderr.decode(errors='replace').strip() or done.returncode}"
+        )
     return done.stdout

@@ -48,7 +48,9 @@ def read_manifest(uri: str, field: str) -> Manifest:
             f"{field}: {uri} is inside a packed dataset; give --data the folder that holds 'train' and 'val'"
         )
     if raw is None:
-        raise ValueError(f"{field}: {uri} has no {MANIFEST_NAME}; pack the data with 'maskray data pack'")
+        raise ValueError(
+            f"{field}: {uri} has no {MANIFEST_NAME}; pack the data with 'maskray data pack'"
+        )
     try:
         header = ManifestHeader.parse(raw)
     except ValueError as error:
@@ -86,7 +88,9 @@ def check_fit(run: RunConfig, train: Manifest, val: Manifest) -> None:
 def _check_targets(run: RunConfig, manifests: tuple[tuple[str, Manifest], ...]) -> None:
     for field, manifest in manifests:
         if isinstance(run.model.mask, MaskBranch) and not manifest.header.has_masks:
-            raise ValueError(f"model.mask: {field} ({manifest.uri}) has no masks; set 'model.mask.kind: none'")
+            raise ValueError(
+                f"model.mask: {field} ({manifest.uri}) has no masks; set 'model.mask.kind: none'"
+            )
         if not isinstance(run.model.keypoints, KeypointBranch):
             continue
         if not manifest.header.has_keypoints:

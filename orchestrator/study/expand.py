@@ -15,7 +15,13 @@ from contract.study import Study, TrialPlan
 from orchestrator.storage import join
 from orchestrator.study.code_package import CodePackage
 from orchestrator.study.datasets import Manifest, absolute, check_fit, read_manifest
-from orchestrator.study.identity import canonical, identity, proposals_identity, weights_identity, weights_recipe
+from orchestrator.study.identity import (
+    canonical,
+    identity,
+    proposals_identity,
+    weights_identity,
+    weights_recipe,
+)
 from orchestrator.study.read import baseline_run, check_paths, check_study, complete
 
 MAX_TRIALS = 10_000
@@ -46,12 +52,16 @@ def expand(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Ex
     check_study(study)
     base = baseline_run(study, root)
     if data:
-        base = apply_overrides(base, {"data.train": join(data, "train"), "data.val": join(data, "val")})
+        base = apply_overrides(
+            base, {"data.train": join(data, "train"), "data.val": join(data, "val")}
+        )
     _refuse_inert(base, study.baseline.set, "baseline.set")
     references = {factor: _reference(study, factor, base) for factor in study.factors}
     arms = _arms(study, references)
     if len(arms) * len(study.seeds) > MAX_TRIALS:
-        raise ValueError(f"{len(arms)} arms x {len(study.seeds)} seeds are more than {MAX_TRIALS:,} trials")
+        raise ValueError(
+            f"{len(arms)} arms x {len(study.seeds)} seeds are more than {MAX_TRIALS:,} trials"
+        )
     runs = [_run_of(study, arm, base, root) for arm in arms]
     _refuse_twins(arms, runs)
     manifest = cache(read_manifest)
@@ -81,7 +91,9 @@ def arm_name(arm: Mapping[str, str]) -> str:
 def _arms(study: Study, references: Arm) -> list[Arm]:
     levels = {factor: list(study.factors[factor]) for factor in study.factors}
     if study.design == "grid":
-        return [dict(zip(levels, chosen, strict=True)) for chosen in itertools.product(*levels.values())]
+        return [
+            dict(zip(levels, chosen, strict=True)) for chosen in itertools.product(*levels.values())
+        ]
     arms = [dict(references)]
     for factor, names in levels.items():
         arms += [{**references, factor: name} for name in names if name != references[factor]]
@@ -128,14 +140,18 @@ def _run_of(study: Study, arm: Arm, base: Nested, root: Path) -> RunConfig:
         places["model.weights.path"] = run["model"]["weights"]["path"]
     if run["model"]["proposals"]["kind"] == "fixed":
         places["model.proposals.uri"] = run["model"]["proposals"]["uri"]
-    return parse_run(apply_overrides(run, {path: absolute(uri, root) for path, uri in places.items()}), where)
+    return parse_run(
+        apply_overrides(run, {path: absolute(uri, root) for path, uri in places.items()}), where
+    )
 
 
 def _refuse_inert(run: Nested, overrides: Mapping[str, Any], where: str) -> None:
     for path in overrides:
         other, value = CONDITIONAL.get(path, ("", None))
         if other and _at(run, other) != value:
-            raise ValueError(f"{where}: {path}: has no effect while {other} is {_at(run, other)!r}, not {value!r}")
+            raise ValueError(
+                f"{where}: {path}: has no effect while {other} is {_at(run, other)!r}, not {value!r}"
+            )
 
 
 def _at(run: Nested, path: str) -> Any:
@@ -170,7 +186,13 @@ def _refuse_same_identity(trials: Sequence[TrialPlan]) -> None:
 
 
 def _trials(
-    study: Study, arm: Arm, is_baseline: bool, run: RunConfig, train: Manifest, val: Manifest, code: CodePackage
+    study: Study,
+    arm: Arm,
+    is_baseline: bool,
+    run: RunConfig,
+    train: Manifest,
+    val: Manifest,
+    code: CodePackage,
 ) -> list[TrialPlan]:
     weights, proposals = weights_identity(run.model), proposals_identity(run.model)
     tags = {
@@ -216,9 +238,14 @@ def _warnings(arms: Sequence[Arm], runs: Sequence[RunConfig]) -> list[str]:
         recipes.setdefault(weights_recipe(run.model), []).append(arm_name(arm))
     if len(recipes) > 1:
         parts = "; ".join(f"{recipe}: {', '.join(names)}" for recipe, names in recipes.items())
-        found.append(f"the arms start from weights of different recipes, which moves AP by itself ({parts})")
+        found.append(
+            f"the arms start from weights of different recipes, which moves AP by itself ({parts})"
+        )
     if any(
-        not isinstance(run.model.backbone, VGG16) and isinstance(run.model.backbone.norm, BatchNorm) for run in runs
+        not isinstance(run.model.backbone, VGG16) and isinstance(run.model.backbone.norm, BatchNorm)
+        for run in runs
     ):
-        found.append("trained batch-norm takes its statistics per rank: these numbers depend on the number of ranks")
+        found.append(
+            "trained batch-norm takes its statistics per rank: these numbers depend on the number of ranks"
+        )
     return found

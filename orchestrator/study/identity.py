@@ -90,7 +90,13 @@ def proposals_identity(model: ModelConfig) -> str:
 
 
 def identity(
-    run: RunConfig, *, manifests: tuple[str, str], weights: str, proposals: str, source_hash: str, ranks: int
+    run: RunConfig,
+    *,
+    manifests: tuple[str, str],
+    weights: str,
+    proposals: str,
+    source_hash: str,
+    ranks: int,
 ) -> str:
     """SHA-256 of the run and of all bytes that it depends on, as 64 hex digits.
 
@@ -103,20 +109,29 @@ def identity(
     record["model"]["proposals"] = proposals
     backbone = run.model.backbone
     per_rank = not isinstance(backbone, VGG16) and isinstance(backbone.norm, BatchNorm)
-    everything = {"run": record, "manifests": manifests, "sources": source_hash, "ranks": ranks if per_rank else 0}
+    everything = {
+        "run": record,
+        "manifests": manifests,
+        "sources": source_hash,
+        "ranks": ranks if per_rank else 0,
+    }
     return hashlib.sha256(canonical(everything).encode()).hexdigest()
 
 
 def canonical(data: Any) -> str:
     """JSON with one spelling: sorted keys, no spaces, no NaN."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return json.dumps(
+        data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
 
 
 def _checkpoint(model: ModelConfig, name: str) -> tuple[str, str]:
     backbone = backbone_name(model)
     if (backbone, name) not in TORCHVISION_CHECKPOINTS:
         known = [n for b, n in TORCHVISION_CHECKPOINTS if b == backbone]
-        raise ValueError(f"model.weights.name: torchvision has no {name} weights of {backbone}; {nearest(name, known)}")
+        raise ValueError(
+            f"model.weights.name: torchvision has no {name} weights of {backbone}; {nearest(name, known)}"
+        )
     return TORCHVISION_CHECKPOINTS[backbone, name]
 
 

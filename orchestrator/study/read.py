@@ -16,7 +16,9 @@ from contract.record import nearest, parse_record
 from contract.study import Study
 from contract.yaml import read_yaml
 
-_NAME = re.compile(r"[^=,/\x00-\x1f]{1,60}")  # factors and levels are joined as "factor=level,factor=level/seed-0"
+_NAME = re.compile(
+    r"[^=,/\x00-\x1f]{1,60}"
+)  # factors and levels are joined as "factor=level,factor=level/seed-0"
 
 
 def read_study(path: Path) -> tuple[Study, str]:
@@ -46,14 +48,18 @@ def check_study(study: Study) -> None:
         check_metric(metric)
     tables = paper_tables()
     if study.paper_table and study.paper_table not in tables:
-        raise ValueError(f"paper_table: no table {study.paper_table!r}; {nearest(study.paper_table, tables)}")
+        raise ValueError(
+            f"paper_table: no table {study.paper_table!r}; {nearest(study.paper_table, tables)}"
+        )
     if study.paper_rows and not study.paper_table:
         raise ValueError("paper_rows: has no effect without paper_table")
     for arm, row in study.paper_rows.items():
         parse_arm(arm, study)
         rows = tables[study.paper_table]["rows"]
         if row not in rows:
-            raise ValueError(f"paper_rows.{arm}: table {study.paper_table} has no row {row!r}; {nearest(row, rows)}")
+            raise ValueError(
+                f"paper_rows.{arm}: table {study.paper_table} has no row {row!r}; {nearest(row, rows)}"
+            )
 
 
 def parse_arm(text: str, study: Study) -> dict[str, str]:
@@ -62,9 +68,13 @@ def parse_arm(text: str, study: Study) -> dict[str, str]:
     for part in filter(None, text.split(",")):
         factor, separator, level = (piece.strip() for piece in part.partition("="))
         if not separator or factor not in study.factors:
-            raise ValueError(f"paper_rows: {part!r} is not 'factor=level'; {nearest(factor, study.factors)}")
+            raise ValueError(
+                f"paper_rows: {part!r} is not 'factor=level'; {nearest(factor, study.factors)}"
+            )
         if level not in study.factors[factor]:
-            raise ValueError(f"paper_rows: {factor} has no level {level!r}; {nearest(level, study.factors[factor])}")
+            raise ValueError(
+                f"paper_rows: {factor} has no level {level!r}; {nearest(level, study.factors[factor])}"
+            )
         arm[factor] = level
     return arm
 
@@ -93,7 +103,9 @@ def baseline_run(study: Study, root: Path) -> dict[str, Any]:
             raise ValueError(f"baseline.preset: {error}") from None
     else:
         run = read_run(root / study.baseline.file)
-    return complete(apply_overrides(run, check_paths(study.baseline.set, "baseline.set")), "baseline.set")
+    return complete(
+        apply_overrides(run, check_paths(study.baseline.set, "baseline.set")), "baseline.set"
+    )
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -110,7 +122,11 @@ def read_run(path: Path) -> dict[str, Any]:
 
 def complete(run: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`run` with every default written out, as JSON data. Raises ValueError for what does not validate."""
-    data = {**run, "data": {"train": UNSET, "val": UNSET, **run.get("data", {})}} if _is_open(run) else run
+    data = (
+        {**run, "data": {"train": UNSET, "val": UNSET, **run.get("data", {})}}
+        if _is_open(run)
+        else run
+    )
     return parse_run(data, where).model_dump(mode="json")
 
 
@@ -132,5 +148,7 @@ def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for key, value in data.items():
         path = f"{prefix}{key}"
-        found += _leaves(value, f"{path}.") if isinstance(value, Mapping) and value else [(path, value)]
+        found += (
+            _leaves(value, f"{path}.") if isinstance(value, Mapping) and value else [(path, value)]
+        )
     return found

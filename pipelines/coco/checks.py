@@ -15,7 +15,11 @@ _FAR = 10.0  # image sides that a polygon may reach beyond the edge
 
 
 def _is_int(value: Any, bits: int = 64) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -(2 ** (bits - 1)) <= value < 2 ** (bits - 1)
+    return (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and -(2 ** (bits - 1)) <= value < 2 ** (bits - 1)
+    )
 
 
 def _are_numbers(values: Any) -> bool:
@@ -24,7 +28,9 @@ def _are_numbers(values: Any) -> bool:
 
 def _are_finite(values: Collection[Any]) -> bool:
     """Of numbers. Integers may be too large for a float, so they are compared first; a NaN shows in the sum."""
-    return not values or (min(values) >= -_LARGEST and max(values) <= _LARGEST and not isnan(sum(values)))
+    return not values or (
+        min(values) >= -_LARGEST and max(values) <= _LARGEST and not isnan(sum(values))
+    )
 
 
 def shortened(value: Any) -> str:
@@ -61,10 +67,16 @@ def check_image(record: Any) -> Finding | None:
     if not isinstance(name, str) or not name:
         return "has no file_name", "name the image's file relative to --images"
     if not _is_path_below(name):
-        return f"file_name {shortened(name)} is no path below --images", "name the image's file relative to --images"
+        return (
+            f"file_name {shortened(name)} is no path below --images",
+            "name the image's file relative to --images",
+        )
     for side in ("width", "height"):
         if not _is_int(record.get(side), 32) or record[side] <= 0:
-            return f"{side} is {shortened(record.get(side))}", "write the size of the image file in pixels"
+            return (
+                f"{side} is {shortened(record.get(side))}",
+                "write the size of the image file in pixels",
+            )
     return None
 
 
@@ -73,7 +85,10 @@ def check_annotation_ids(record: Any) -> Finding | None:
     if not isinstance(record, dict) or not _is_int(record.get("id")):
         return "has no integer id of 64 bits", "give every annotation a whole number from 1 as id"
     if record["id"] < 1:
-        return f"id {record['id']} is below 1", "number annotations from 1: pycocotools takes id 0 for 'unmatched'"
+        return (
+            f"id {record['id']} is below 1",
+            "number annotations from 1: pycocotools takes id 0 for 'unmatched'",
+        )
     for name in ("image_id", "category_id"):
         if not _is_int(record.get(name)):
             return (
@@ -91,11 +106,16 @@ def check_category_record(record: Any) -> Finding | None:
         return f"name is {shortened(record.get('name'))}", "write its name as text"
     points = record.get("keypoints", [])
     if not isinstance(points, list) or not all(isinstance(name, str) for name in points):
-        return f"keypoints is {shortened(points)}", "write the names of its keypoints, or leave them out"
+        return (
+            f"keypoints is {shortened(points)}",
+            "write the names of its keypoints, or leave them out",
+        )
     return None
 
 
-def check_annotation(record: dict[str, Any], width: int, height: int, keypoints: int) -> Finding | None:
+def check_annotation(
+    record: dict[str, Any], width: int, height: int, keypoints: int
+) -> Finding | None:
     """Box, area, segmentation and keypoints of an annotation of a (width, height) image.
 
     keypoints: how many keypoint types its category has. A box of zero width or height is COCO's own (train2017 has
@@ -112,26 +132,41 @@ def check_annotation(record: dict[str, Any], width: int, height: int, keypoints:
 def check_category(category_id: int, known: Collection[int]) -> Finding | None:
     if category_id in known:
         return None
-    return f"category_id {category_id} is not among the categories", "add the category or drop the annotation"
+    return (
+        f"category_id {category_id} is not among the categories",
+        "add the category or drop the annotation",
+    )
 
 
 def _check_box(box: Any, width: int, height: int) -> Finding | None:
     if not _are_numbers(box) or len(box) != 4:
         return f"bbox is {shortened(box)}", "write it as [x, y, width, height]"
     if not _are_finite(box):
-        return f"bbox {shortened(box)} is not finite", "compute it anew from the segmentation or drop the annotation"
+        return (
+            f"bbox {shortened(box)} is not finite",
+            "compute it anew from the segmentation or drop the annotation",
+        )
     x, y, w, h = box
     if w < 0 or h < 0:
-        return f"bbox {box} is inverted (negative side)", "write it as [x, y, width, height], not as two corners"
+        return (
+            f"bbox {box} is inverted (negative side)",
+            "write it as [x, y, width, height], not as two corners",
+        )
     if x >= width or y >= height or x + w < 0 or x + w <= 0 < w or y + h < 0 or y + h <= 0 < h:
-        return f"bbox {box} lies off its {width} x {height} image", "mend the box or drop the annotation"
+        return (
+            f"bbox {box} lies off its {width} x {height} image",
+            "mend the box or drop the annotation",
+        )
     return None
 
 
 def _check_area(record: dict[str, Any]) -> Finding | None:
     area: Any = record.get("area")
     if not _are_numbers([area]) or not _are_finite([area]) or area < 0:
-        return f"area is {shortened(area)}", "write the object's area in pixels; evaluation sorts objects by it"
+        return (
+            f"area is {shortened(area)}",
+            "write the object's area in pixels; evaluation sorts objects by it",
+        )
     if record.get("iscrowd", 0) not in (0, 1):
         return f"iscrowd is {shortened(record['iscrowd'])}", "write 0 or 1"
     return None
@@ -142,8 +177,15 @@ def _check_segmentation(segmentation: Any, width: int, height: int) -> Finding |
         return None
     if isinstance(segmentation, list):
         return _check_polygons(segmentation, width, height)
-    if not isinstance(segmentation, dict) or "counts" not in segmentation or "size" not in segmentation:
-        return "segmentation is neither polygons nor an RLE", "write [[x, y, ...], ...] or {'size', 'counts'}"
+    if (
+        not isinstance(segmentation, dict)
+        or "counts" not in segmentation
+        or "size" not in segmentation
+    ):
+        return (
+            "segmentation is neither polygons nor an RLE",
+            "write [[x, y, ...], ...] or {'size', 'counts'}",
+        )
     size, counts = segmentation["size"], segmentation["counts"]
     if size != [height, width] or not all(_is_int(side) for side in size):
         return (
@@ -152,11 +194,20 @@ def _check_segmentation(segmentation: Any, width: int, height: int) -> Finding |
         )
     if not counts:
         return "RLE is empty", "drop the annotation or encode its mask"
-    runs = counts if isinstance(counts, list) else rle_runs(counts) if isinstance(counts, str) else None
+    runs = (
+        counts
+        if isinstance(counts, list)
+        else rle_runs(counts)
+        if isinstance(counts, str)
+        else None
+    )
     if runs is None:
         return "RLE counts cannot be read", "encode the mask anew with pycocotools"
     if not all(_is_int(v) and v >= 0 for v in runs) or sum(runs) != width * height:
-        return f"RLE counts do not add up to {width * height} pixels", "encode the mask anew with pycocotools"
+        return (
+            f"RLE counts do not add up to {width * height} pixels",
+            "encode the mask anew with pycocotools",
+        )
     if not any(runs[1::2]):
         return "RLE is empty (no pixel set)", "drop the annotation or encode its mask"
     return None
@@ -190,9 +241,15 @@ def _check_polygons(polygons: list[Any], width: int, height: int) -> Finding | N
         if not _are_numbers(polygon):
             return "polygon is not a list of numbers", "write each polygon as [x, y, x, y, ...]"
         if len(polygon) < 6:
-            return f"polygon has {len(polygon) // 2} points, fewer than 3", "give it 3 or more points or drop it"
+            return (
+                f"polygon has {len(polygon) // 2} points, fewer than 3",
+                "give it 3 or more points or drop it",
+            )
         if len(polygon) % 2:
-            return f"polygon has {len(polygon)} numbers, an odd count", "write each polygon as [x, y, x, y, ...]"
+            return (
+                f"polygon has {len(polygon)} numbers, an odd count",
+                "write each polygon as [x, y, x, y, ...]",
+            )
         if finding := check_reach(polygon, width, height):
             return finding
         xs, ys = polygon[::2], polygon[1::2]
@@ -208,13 +265,19 @@ def check_reach(polygon: list[Any], width: int, height: int) -> Finding | None:
     xs, ys = polygon[::2], polygon[1::2]
     reach = max(max(-min(xs), max(xs) - width) / width, max(-min(ys), max(ys) - height) / height)
     if reach > _FAR:
-        return f"polygon reaches {reach:.0f} image sides beyond the edge", "mend or drop the polygon"
+        return (
+            f"polygon reaches {reach:.0f} image sides beyond the edge",
+            "mend or drop the polygon",
+        )
     return None
 
 
 def _check_keypoints(record: dict[str, Any], keypoints: int) -> Finding | None:
     if not _is_int(record.get("num_keypoints", 0), 32) or record.get("num_keypoints", 0) < 0:
-        return f"num_keypoints is {shortened(record['num_keypoints'])}", "write how many keypoints are labelled"
+        return (
+            f"num_keypoints is {shortened(record['num_keypoints'])}",
+            "write how many keypoints are labelled",
+        )
     values = record.get("keypoints")
     if values is None:
         return None

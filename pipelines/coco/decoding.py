@@ -13,7 +13,9 @@ from PIL import Image, UnidentifiedImageError
 _EXIF_ORIENTATION = 0x0112
 _JPEG = b"\xff\xd8"
 MAX_MEGAPIXELS = 180
-Image.MAX_IMAGE_PIXELS = None  # Pillow warns at 89 and refuses at 179 megapixels; the bound here is told and one
+Image.MAX_IMAGE_PIXELS = (
+    None  # Pillow warns at 89 and refuses at 179 megapixels; the bound here is told and one
+)
 
 
 class TooLargeError(RuntimeError):
@@ -52,7 +54,9 @@ def _any_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_MEGAPIXELS * 1_000_000:
-        raise TooLargeError(f"{width} x {height} pixels, more than the {MAX_MEGAPIXELS} megapixels allowed")
+        raise TooLargeError(
+            f"{width} x {height} pixels, more than the {MAX_MEGAPIXELS} megapixels allowed"
+        )
 
 
 def stored_orientation(content: bytes, width: int, height: int) -> tuple[int, tuple[int, int]]:
@@ -81,6 +85,14 @@ def _exif_orientation(image: Image.Image) -> int:
     """1 where there is none, or where the EXIF block is damaged: the pixels may still be whole."""
     try:
         orientation = int(image.getexif().get(_EXIF_ORIENTATION, 1))
-    except (ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error):
+    except (
+        ArithmeticError,
+        LookupError,
+        OSError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+        struct.error,
+    ):
         return 1
     return orientation if 1 <= orientation <= 8 else 1

@@ -26,10 +26,14 @@ def read_coco(path: Path) -> Iterator[tuple[str, Any, str]]:
                 seen.add(key.removeprefix("end of "))
                 yield key, value, text
         except (ValueError, RecursionError, _NotCocoError) as error:
-            raise ValueError(f"{path}: not COCO JSON ({error}); is it the right file, and whole?") from None
+            raise ValueError(
+                f"{path}: not COCO JSON ({error}); is it the right file, and whole?"
+            ) from None
     for key in ("images", "annotations", "categories"):
         if key not in seen:
-            raise ValueError(f"{path}: not COCO JSON (no list {key!r}); results files and captions are not packed")
+            raise ValueError(
+                f"{path}: not COCO JSON (no list {key!r}); results files and captions are not packed"
+            )
 
 
 class _NotCocoError(Exception):
@@ -76,7 +80,9 @@ class _Window:
                 if not self.grow():
                     raise
                 continue
-            ended = isinstance(value, dict | list | str) or self.text[end : end + 1] in tuple(",]}" + _SPACE)
+            ended = isinstance(value, dict | list | str) or self.text[end : end + 1] in tuple(
+                ",]}" + _SPACE
+            )
             if not ended and self.grow():
                 continue  # a number may go on in the next piece
             text = self.text[self.position : end]

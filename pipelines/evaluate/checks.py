@@ -16,7 +16,9 @@ from pipelines.shards.schema import coco_rle
 
 COCO_KEYPOINTS = 17
 _LARGEST = 1e300
-_LONGEST_SIDE = 1 << 20  # px; pycocotools takes memory by a polygon's length, which the image's sides bound
+_LONGEST_SIDE = (
+    1 << 20
+)  # px; pycocotools takes memory by a polygon's length, which the image's sides bound
 _MOST_PIXELS = 1 << 32  # its run lengths have 32 bits
 _FIELDS = {
     "images": ("id",),
@@ -49,7 +51,9 @@ def check_truth(path: Path, coco: Mapping[str, Any]) -> None:
         for number, record in enumerate(records):
             missing = [key for key in keys if key not in record]
             if missing:
-                raise ValueError(f"{path}: {part}[{number}] has no {missing[0]!r}; give a COCO annotation file")
+                raise ValueError(
+                    f"{path}: {part}[{number}] has no {missing[0]!r}; give a COCO annotation file"
+                )
             for key in keys:
                 if key.endswith("id") and not _is_int(record[key]):
                     raise ValueError(
@@ -63,11 +67,17 @@ def check_truth(path: Path, coco: Mapping[str, Any]) -> None:
     for annotation in coco["annotations"]:
         where = f"{path}: annotation {annotation['id']}"
         if not _are_numbers(annotation["bbox"]) or len(annotation["bbox"]) != 4:
-            raise ValueError(f"{where}: bbox is {shortened(annotation['bbox'])}; write it as [x, y, width, height]")
+            raise ValueError(
+                f"{where}: bbox is {shortened(annotation['bbox'])}; write it as [x, y, width, height]"
+            )
         if not _is_number(annotation["area"]):
-            raise ValueError(f"{where}: area is {shortened(annotation['area'])}; write the object's area in pixels")
+            raise ValueError(
+                f"{where}: area is {shortened(annotation['area'])}; write the object's area in pixels"
+            )
         if annotation.get("iscrowd", 0) not in (0, 1):
-            raise ValueError(f"{where}: iscrowd is {shortened(annotation['iscrowd'])}; write 0 or 1")
+            raise ValueError(
+                f"{where}: iscrowd is {shortened(annotation['iscrowd'])}; write 0 or 1"
+            )
 
 
 def _check_distinct(path: Path, part: str, records: Sequence[Mapping[str, Any]]) -> None:
@@ -75,7 +85,9 @@ def _check_distinct(path: Path, part: str, records: Sequence[Mapping[str, Any]])
     seen: set[int] = set()
     for number, record in enumerate(records):
         if record["id"] in seen:
-            raise ValueError(f"{path}: {part}[{number}]: id {record['id']} is there twice; give each an id of its own")
+            raise ValueError(
+                f"{path}: {part}[{number}]: id {record['id']} is there twice; give each an id of its own"
+            )
         seen.add(record["id"])
 
 
@@ -83,7 +95,12 @@ def with_masks(coco: dict[str, Any]) -> dict[str, Any]:
     """Every mask as compressed RLE. Annotations of images that are not listed count nowhere, and are left out."""
     images = {image["id"]: image for image in coco["images"]}
     masks = [
-        a | {"segmentation": _rle(f"annotation {a['id']}", a.get("segmentation"), images[a["image_id"]])}
+        a
+        | {
+            "segmentation": _rle(
+                f"annotation {a['id']}", a.get("segmentation"), images[a["image_id"]]
+            )
+        }
         for a in coco["annotations"]
         if a["image_id"] in images
     ]
@@ -117,10 +134,14 @@ def checked_results(
     for number, result in enumerate(results):
         for key in ("image_id", "category_id", "score", NEEDED[iou_type]):
             if not isinstance(result, Mapping) or key not in result:
-                raise ValueError(f"result {number} has no {key!r}, which {iou_type} results need; mend it or --iou")
+                raise ValueError(
+                    f"result {number} has no {key!r}, which {iou_type} results need; mend it or --iou"
+                )
         _check_result(number, result, iou_type)
         if result["image_id"] not in images:
-            raise ValueError(f"result {number} is for image {result['image_id']}, which the ground truth does not have")
+            raise ValueError(
+                f"result {number} is for image {result['image_id']}, which the ground truth does not have"
+            )
         if iou_type != "keypoints" and result["category_id"] not in categories:
             raise ValueError(
                 f"result {number} is of category {result['category_id']}, which the ground truth does not have"
@@ -141,15 +162,23 @@ def checked_results(
 def _check_result(number: int, result: Mapping[str, Any], iou_type: IouType) -> None:
     for key in ("image_id", "category_id"):
         if not _is_int(result[key]):
-            raise ValueError(f"result {number}: {key} is {shortened(result[key])}; it must be a whole number")
+            raise ValueError(
+                f"result {number}: {key} is {shortened(result[key])}; it must be a whole number"
+            )
     if not _is_number(result["score"]):
-        raise ValueError(f"result {number}: score is {shortened(result['score'])}; it must be a finite number")
+        raise ValueError(
+            f"result {number}: score is {shortened(result['score'])}; it must be a finite number"
+        )
     if "bbox" in result and (not _are_numbers(result["bbox"]) or len(result["bbox"]) != 4):
-        raise ValueError(f"result {number}: bbox is {shortened(result['bbox'])}; it must be 4 finite numbers")
+        raise ValueError(
+            f"result {number}: bbox is {shortened(result['bbox'])}; it must be 4 finite numbers"
+        )
     if iou_type == "keypoints":
         points = result["keypoints"]
         if not _are_numbers(points) or len(points) != 3 * COCO_KEYPOINTS:
-            raise ValueError(f"result {number}: keypoints must be x, y, score of {COCO_KEYPOINTS} points, all finite")
+            raise ValueError(
+                f"result {number}: keypoints must be x, y, score of {COCO_KEYPOINTS} points, all finite"
+            )
 
 
 def _rle(where: str, mask: Any, image: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,27 +194,39 @@ def _rle(where: str, mask: Any, image: Mapping[str, Any]) -> dict[str, Any]:
             f"than {_MOST_PIXELS} pixels, and sides of at most {_LONGEST_SIDE} fit in memory"
         )
     if isinstance(mask, Mapping) and mask.get("size") not in (size, tuple(size)):
-        raise ValueError(f"{where}: its mask is of size {shortened(mask.get('size'))}, image {image['id']} is {size}")
+        raise ValueError(
+            f"{where}: its mask is of size {shortened(mask.get('size'))}, image {image['id']} is {size}"
+        )
     if isinstance(mask, list):
         _check_polygons(where, mask, *size)
     try:
         counts = mask["counts"] if isinstance(mask, Mapping) else ()
         text = counts.encode() if isinstance(counts, str) else counts
-        whole = min(text) >= 48 and max(text) < 112 if isinstance(text, bytes) else not text or sum(text) == prod(size)
+        whole = (
+            min(text) >= 48 and max(text) < 112
+            if isinstance(text, bytes)
+            else not text or sum(text) == prod(size)
+        )
         rle = coco_rle(mask, *size) if mask and whole else None
         if rle is not None and rle_tools.area(rle) <= size[0] * size[1]:
             return rle
     except (ValueError, TypeError, KeyError, IndexError, UnicodeError, OverflowError):
         pass  # told below, like every other mask that is none
-    raise ValueError(f"{where}: segmentation is {shortened(mask)}; give an RLE of size {size} or polygons")
+    raise ValueError(
+        f"{where}: segmentation is {shortened(mask)}; give an RLE of size {size} or polygons"
+    )
 
 
 def _check_polygons(where: str, polygons: list[Any], height: int, width: int) -> None:
     """Not whether they are on the image: pycocotools compares those that are not as empty masks."""
     for polygon in polygons:
-        numbers = isinstance(polygon, list) and all(isinstance(v, int | float) and v is not True for v in polygon)
+        numbers = isinstance(polygon, list) and all(
+            isinstance(v, int | float) and v is not True for v in polygon
+        )
         if not numbers or len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(f"{where}: segmentation is {shortened(polygons)}; give polygons of 3 or more points x, y")
+            raise ValueError(
+                f"{where}: segmentation is {shortened(polygons)}; give polygons of 3 or more points x, y"
+            )
         if finding := check_reach(polygon, width, height):
             raise ValueError(f"{where}: {finding[0]} ({shortened(polygons)}); {finding[1]}")
 

@@ -20,7 +20,11 @@ from pycocotools.cocoeval import COCOeval
 
 Engine = Literal["pycocotools", "hotcoco"]
 IouType = Literal["bbox", "segm", "keypoints"]
-NEEDED = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}  # what a record needs to be compared
+NEEDED = {
+    "bbox": "bbox",
+    "segm": "segmentation",
+    "keypoints": "keypoints",
+}  # what a record needs to be compared
 _TRUTH_FIELDS = ("area", "iscrowd", "bbox", "segmentation", "keypoints", "num_keypoints")
 
 
@@ -44,10 +48,16 @@ def default_engine(coco: Mapping[str, Any]) -> Engine:
     return "hotcoco" if find_spec("hotcoco") and not odd else "pycocotools"
 
 
-def curves(engine: Engine, coco: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType) -> Curves:
+def curves(
+    engine: Engine, coco: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType
+) -> Curves:
     """Of checked records; neither they nor their lists are changed. The order of `results` breaks ties of scores."""
     with contextlib.redirect_stdout(io.StringIO()):
-        run = _hotcoco(coco, results, iou_type) if engine == "hotcoco" else _pycocotools(coco, results, iou_type)
+        run = (
+            _hotcoco(coco, results, iou_type)
+            if engine == "hotcoco"
+            else _pycocotools(coco, results, iou_type)
+        )
         run.evaluate()
         run.accumulate()
         run.summarize()
@@ -55,13 +65,17 @@ def curves(engine: Engine, coco: dict[str, Any], results: Sequence[Mapping[str, 
     return Curves(*(np.asarray(array, np.float64) for array in arrays))
 
 
-def _pycocotools(coco: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType) -> Any:
+def _pycocotools(
+    coco: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType
+) -> Any:
     truth = COCO()
     truth.dataset = coco | {"annotations": [dict(annotation) for annotation in coco["annotations"]]}
     truth.createIndex()
     if results:
         needed = ("image_id", "category_id", "score", "bbox", NEEDED[iou_type])
-        return COCOeval(truth, truth.loadRes([_there(result, needed) for result in results]), iou_type)
+        return COCOeval(
+            truth, truth.loadRes([_there(result, needed) for result in results]), iou_type
+        )
     empty = COCO()
     empty.dataset = coco | {"annotations": []}
     empty.createIndex()
@@ -89,7 +103,10 @@ def _hotcoco(coco: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_typ
     }
     ground = hotcoco.COCO(truth)
     if iou_type == "bbox":
-        rows = ((image[r["image_id"]], *r["bbox"], r["score"], category[r["category_id"]]) for r in results)
+        rows = (
+            (image[r["image_id"]], *r["bbox"], r["score"], category[r["category_id"]])
+            for r in results
+        )
         found: Any = np.fromiter(rows, np.dtype((np.float64, 7)), len(results))
     else:
         needed = ("score", "bbox", NEEDED[iou_type])
@@ -102,7 +119,9 @@ def _numbered(ids: Any) -> dict[int, int]:
     return {key: number for number, key in enumerate(sorted(set(ids)), 1)}
 
 
-def _placed(record: Mapping[str, Any], image: dict[int, int], category: dict[int, int]) -> dict[str, int]:
+def _placed(
+    record: Mapping[str, Any], image: dict[int, int], category: dict[int, int]
+) -> dict[str, int]:
     return {"image_id": image[record["image_id"]], "category_id": category[record["category_id"]]}
 
 

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from pycocotools import mask as rle_tools
 from pycocotools.cocoeval import Params
 
-from pipelines.evaluate.checks import check_truth, checked_results, read_json, with_keypoints, with_masks
+from pipelines.evaluate.checks import (
+    check_truth,
+    checked_results,
+    read_json,
+    with_keypoints,
+    with_masks,
+)
 from pipelines.evaluate.engines import Curves, Engine, IouType, curves, default_engine
 from pipelines.shards.dataset import Dataset
 
@@ -50,7 +56,9 @@ def image_results(
     masks would then be those of boxes.
     """
     if rles is not None and keypoints is not None:
-        raise ValueError("image_results gives one kind of result; call it once for masks and once for keypoints")
+        raise ValueError(
+            "image_results gives one kind of result; call it once for masks and once for keypoints"
+        )
     results: list[dict[str, Any]] = []
     for number, (x0, y0, x1, y1) in enumerate(np.asarray(boxes_xyxy, np.float64).tolist()):
         result: dict[str, Any] = {
@@ -68,7 +76,9 @@ def image_results(
     return results
 
 
-def encode_crop(crop: NDArray[np.uint8], top: int, left: int, height: int, width: int) -> dict[str, Any]:
+def encode_crop(
+    crop: NDArray[np.uint8], top: int, left: int, height: int, width: int
+) -> dict[str, Any]:
     """COCO RLE (counts as text) of a (height, width) mask that is `crop` at (top, left) and zero elsewhere."""
     h, w = crop.shape
     if w == 0 or h == 0:
@@ -80,7 +90,9 @@ def encode_crop(crop: NDArray[np.uint8], top: int, left: int, height: int, width
         flat, start = columns.ravel(), left * height
     changes = np.flatnonzero(np.diff(flat, prepend=0, append=0)) + start
     counts = np.diff(np.concatenate([[0], changes, [height * width]]))
-    rle: dict[str, Any] = rle_tools.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    rle: dict[str, Any] = rle_tools.frPyObjects(
+        {"size": [height, width], "counts": counts.tolist()}, height, width
+    )
     return {"size": [height, width], "counts": rle["counts"].decode()}
 
 
@@ -121,7 +133,9 @@ def _ground_truth(truth: Dataset | str | Path, iou_type: IouType) -> dict[str, A
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """A COCO results file. Raises ValueError if it is something else."""
-    results: list[dict[str, Any]] = read_json(path, list, "a COCO results file, a list of detections")
+    results: list[dict[str, Any]] = read_json(
+        path, list, "a COCO results file, a list of detections"
+    )
     return results
 
 
@@ -132,7 +146,9 @@ def _canonical(result: Mapping[str, Any]) -> tuple[Any, ...]:
     return result["image_id"], result["category_id"], -result["score"], what
 
 
-def _per_class(found: Curves, coco: dict[str, Any], iou_type: IouType) -> dict[str, dict[str, float]]:
+def _per_class(
+    found: Curves, coco: dict[str, Any], iou_type: IouType
+) -> dict[str, dict[str, float]]:
     """AP of each category from the precisions at the largest number of detections."""
     params = Params(iou_type)
     precision = found.precision[..., -1]
@@ -143,7 +159,9 @@ def _per_class(found: Curves, coco: dict[str, Any], iou_type: IouType) -> dict[s
         place = int(np.argmin(abs(np.asarray(params.iouThrs) - threshold)))
         picks[name] = (slice(place, place + 1), areas["all"])
     picks |= {
-        f"AP{label[0]}": (slice(None), place) for label, place in areas.items() if label in ("small", "medium", "large")
+        f"AP{label[0]}": (slice(None), place)
+        for label, place in areas.items()
+        if label in ("small", "medium", "large")
     }
     return {
         stat: {name: _mean(precision[rows, :, k, area]) for k, name in enumerate(names)}

@@ -16,7 +16,14 @@ from pipelines.shards.dataset import Dataset
 from pipelines.shards.keyed_random import shuffled
 from pipelines.shards.schema import coco_rle
 
-_COLOURS = ((230, 60, 60), (60, 160, 240), (70, 200, 90), (240, 180, 40), (190, 90, 230), (60, 210, 200))
+_COLOURS = (
+    (230, 60, 60),
+    (60, 160, 240),
+    (70, 200, 90),
+    (240, 180, 40),
+    (190, 90, 230),
+    (60, 210, 200),
+)
 TILE_PX = 320
 
 
@@ -74,7 +81,10 @@ def annotated(
 ) -> Image.Image:
     """The picture at the size of a tile, with boxes and names, keypoints, masks if asked for; crowds are grey."""
     pixels = np.asarray(picture, np.float64).copy()
-    colours = [(128, 128, 128) if a["iscrowd"] else _COLOURS[n % len(_COLOURS)] for n, a in enumerate(annotations)]
+    colours = [
+        (128, 128, 128) if a["iscrowd"] else _COLOURS[n % len(_COLOURS)]
+        for n, a in enumerate(annotations)
+    ]
     if masks:
         for annotation, colour in zip(annotations, colours, strict=True):
             if annotation.get("segmentation"):
@@ -82,7 +92,9 @@ def annotated(
                 pixels[inside] = 0.5 * pixels[inside] + 0.5 * np.array(colour)
     scale = (TILE_PX - 4) / max(picture.size)
     size = (round(picture.width * scale), round(picture.height * scale))
-    picture = Image.fromarray(pixels.round().astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    picture = Image.fromarray(pixels.round().astype(np.uint8)).resize(
+        size, Image.Resampling.BICUBIC
+    )
     pen = ImageDraw.Draw(picture)
     for annotation, colour in zip(annotations, colours, strict=True):
         x, y, w, h = (scale * v for v in annotation["bbox"])
@@ -91,7 +103,12 @@ def annotated(
         points = annotation.get("keypoints", [])
         for px, py, visibility in zip(points[::3], points[1::3], points[2::3], strict=True):
             if visibility > 0:
-                spot = (scale * (px + 0.5) - 2, scale * (py + 0.5) - 2, scale * (px + 0.5) + 3, scale * (py + 0.5) + 3)
+                spot = (
+                    scale * (px + 0.5) - 2,
+                    scale * (py + 0.5) - 2,
+                    scale * (px + 0.5) + 3,
+                    scale * (py + 0.5) + 3,
+                )
                 pen.ellipse(spot, fill=colour if visibility == 2 else None, outline="white")
     return picture
 

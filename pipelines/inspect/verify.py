@@ -44,7 +44,9 @@ def verify(uri: str, progress: Progress = silent) -> Verdict:
     return Verdict(manifest.num_shards, manifest.num_images, tuple(errors))
 
 
-def _damages(store: Store, manifest: Manifest, folder: Path, progress: Progress) -> Iterator[Damage]:
+def _damages(
+    store: Store, manifest: Manifest, folder: Path, progress: Progress
+) -> Iterator[Damage]:
     index: Index | None = None
     entries = (manifest.index, *manifest.shards)
     for number, entry in enumerate(entries):
@@ -53,7 +55,11 @@ def _damages(store: Store, manifest: Manifest, folder: Path, progress: Progress)
         if number == 0 and error is None:
             index = Index(copy.rename(folder / "index"))
         elif error is not None:
-            rows = damaged_rows(copy, index.column(number - 1, "crc32")) if number and index and copy.exists() else []
+            rows = (
+                damaged_rows(copy, index.column(number - 1, "crc32"))
+                if number and index and copy.exists()
+                else []
+            )
             yield from (Damage(entry.name, row, error) for row in rows or [None])
         copy.unlink(missing_ok=True)
         progress(number + 1, len(entries))
@@ -74,5 +80,7 @@ def _compare(store: Store, entry: FileEntry, copy: Path) -> str | None:
     if found == entry.sha256:
         return None
     if size != entry.bytes:
-        return f"has {size} bytes, the manifest says {entry.bytes}; restore it or pack the data again"
+        return (
+            f"has {size} bytes, the manifest says {entry.bytes}; restore it or pack the data again"
+        )
     return f"sha256 {found[:12]}..., the manifest says {entry.sha256[:12]}...; restore it or pack the data again"

@@ -24,8 +24,12 @@ from torch import Tensor
 
 from model.structures import Batch
 
-ALIGNMENT = 64  # bytes; tensors start at multiples of it, the first after the byte that says "alive"
-CAPACITY_STEP = 1 << 22  # bytes; capacities are multiples of it, so that batches of like size fit into the same blocks
+ALIGNMENT = (
+    64  # bytes; tensors start at multiples of it, the first after the byte that says "alive"
+)
+CAPACITY_STEP = (
+    1 << 22
+)  # bytes; capacities are multiples of it, so that batches of like size fit into the same blocks
 
 Allocate = Callable[[int], Tensor]  # a number of bytes -> uint8 of that many, of any value
 
@@ -35,7 +39,9 @@ def private_block(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
 
-def carve(allocate: Allocate, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
+def carve(
+    allocate: Allocate, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> dict[str, Tensor]:
     """Tensors of these types and shapes in one block, of any value."""
     places: dict[str, slice] = {}
     end = 0
@@ -44,7 +50,9 @@ def carve(allocate: Allocate, shapes: Mapping[str, tuple[torch.dtype, tuple[int,
         end = start + prod(shape) * dtype.itemsize
         places[name] = slice(start, end)
     block = allocate(end)
-    return {name: block[places[name]].view(dtype).view(shape) for name, (dtype, shape) in shapes.items()}
+    return {
+        name: block[places[name]].view(dtype).view(shape) for name, (dtype, shape) in shapes.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,9 @@ class Parcel:
 
     sender: int
     contents: tuple[tuple[int, tuple[Any, ...]], ...]  # (block, layout) of each batch
-    new: tuple[tuple[int, int, Any], ...]  # blocks that the consumer does not know: (block, capacity, file descriptor)
+    new: tuple[
+        tuple[int, int, Any], ...
+    ]  # blocks that the consumer does not know: (block, capacity, file descriptor)
     gone: tuple[int, ...]  # blocks that the worker has given up
 
 
@@ -69,12 +79,16 @@ class Outbox:
 
     def allocate(self, size: int) -> Tensor:
         """Memory of the smallest free block that is large enough, or of a new one in the place of a smaller one."""
-        free = sorted((block.capacity, key) for key, block in self._blocks.items() if not block.alive)
+        free = sorted(
+            (block.capacity, key) for key, block in self._blocks.items() if not block.alive
+        )
         fitting = [key for capacity, key in free if capacity >= size + ALIGNMENT]
         key = fitting[0] if fitting else self._create(size, [key for _, key in free][:1])
         block = self._blocks[key]
         block.alive = True
-        memory = torch.frombuffer(block.map, dtype=torch.uint8, count=max(1, size), offset=ALIGNMENT)
+        memory = torch.frombuffer(
+            block.map, dtype=torch.uint8, count=max(1, size), offset=ALIGNMENT
+        )
         self._filled[memory.data_ptr()] = key
         return memory[:size]
 
@@ -89,8 +103,12 @@ class Outbox:
 
     def parcel(self, batches: Sequence[Batch]) -> Parcel:
         """What goes through the queue for batches that were allocated here."""
-        contents = tuple((self._filled[b.images.untyped_storage().data_ptr()], _layout(b)) for b in batches)
-        new = tuple((key, self._blocks[key].capacity, self._blocks[key].hand_over()) for key in self._new)
+        contents = tuple(
+            (self._filled[b.images.untyped_storage().data_ptr()], _layout(b)) for b in batches
+        )
+        new = tuple(
+            (key, self._blocks[key].capacity, self._blocks[key].hand_over()) for key in self._new
+        )
         parcel = Parcel(os.getpid(), contents, new, tuple(self._gone))
         self._filled, self._new, self._gone = {}, [], []
         return parcel
@@ -159,5 +177,8 @@ def _batch(memory: mmap.mmap, layout: tuple[Any, ...]) -> Batch:
     weakref.finalize(owner, _release, memory, os.getpid()).atexit = False
     storage = torch.from_numpy(owner).untyped_storage()
     return Batch(
-        *(torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride) for dtype, offset, shape, stride in layout)
+        *(
+            torch.empty(0, dtype=dtype).set_(storage, offset, shape, stride)
+            for dtype, offset, shape, stride in layout
+        )
     )

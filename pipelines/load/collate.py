@@ -13,7 +13,16 @@ from model.structures import Batch
 from pipelines.load.blocks import Allocate, carve, private_block
 from pipelines.load.sample import Sample
 
-OBJECT_COUNTS = (0, 4, 8, 16, 32, 64, 128, 256)  # the number of objects is padded up to one of these
+OBJECT_COUNTS = (
+    0,
+    4,
+    8,
+    16,
+    32,
+    64,
+    128,
+    256,
+)  # the number of objects is padded up to one of these
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,13 @@ def collate(
     count = len(samples)
     batch = Batch(**carve(allocate, _shapes(count, padding)))
     batch = replace(batch, images=batch.images.permute(0, 3, 1, 2))
-    for tensor in (batch.boxes_xyxy, batch.labels, batch.valid, batch.keypoints, batch.proposals_xyxy):
+    for tensor in (
+        batch.boxes_xyxy,
+        batch.labels,
+        batch.valid,
+        batch.keypoints,
+        batch.proposals_xyxy,
+    ):
         tensor.zero_()
     for place, sample in enumerate(samples):
         _put_image(batch.images[place], sample.image)
@@ -64,7 +79,9 @@ def collate(
         if padding.num_keypoints:
             batch.keypoints[place, :number] = torch.from_numpy(sample.keypoints)
         if padding.num_proposals:
-            batch.proposals_xyxy[place, : len(proposals[place])] = torch.from_numpy(proposals[place])
+            batch.proposals_xyxy[place, : len(proposals[place])] = torch.from_numpy(
+                proposals[place]
+            )
     return batch
 
 

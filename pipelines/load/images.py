@@ -58,7 +58,9 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
 
 def resize_without_antialias(image: Tensor, height: int, width: int) -> Tensor:
     """Bilinear on floats, as torchvision's detection transform has it, rounded back to uint8."""
-    resized = torch.nn.functional.interpolate(image[None].float(), (height, width), mode="bilinear")[0]
+    resized = torch.nn.functional.interpolate(
+        image[None].float(), (height, width), mode="bilinear"
+    )[0]
     return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 

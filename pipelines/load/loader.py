@@ -96,7 +96,11 @@ class _TrainSource:
                 training_sample(self.cfg, self.dataset, int(row), drawn, self.wanted)
                 for row, drawn in zip(rows[chunk], draw(self.cfg, keys[chunk]), strict=True)
             ]
-            found = [canvas_proposals(self.proposals, sample) for sample in samples] if self.proposals else []
+            found = (
+                [canvas_proposals(self.proposals, sample) for sample in samples]
+                if self.proposals
+                else []
+            )
             batches.append(collate(samples, padding, found, allocate))
         self.dataset.let_go()
         return batches
@@ -144,7 +148,9 @@ class TrainLoader:
         proposals_uri: str = "",
     ):
         if global_batch < world_size:
-            raise ValueError(f"loop.global_batch is {global_batch} for {world_size} ranks; each needs at least 1 image")
+            raise ValueError(
+                f"loop.global_batch is {global_batch} for {world_size} ranks; each needs at least 1 image"
+            )
         if masks and not dataset.manifest.has_masks:
             raise ValueError(
                 f"{dataset.store.name}: has no masks, the model trains some; set model.mask.kind to 'none'"
@@ -159,7 +165,9 @@ class TrainLoader:
             rank,
             world_size,
             max_images_per_forward,
-            Wanted(masks, num_keypoints, mirrored_keypoints(self.dataset.categories, num_keypoints)),
+            Wanted(
+                masks, num_keypoints, mirrored_keypoints(self.dataset.categories, num_keypoints)
+            ),
             ProposalTable(proposals_uri) if proposals_uri else None,
         )
         self._stream: _Stream[TrainStep] = _Stream(self._source, cfg.num_loader_workers)
@@ -207,7 +215,11 @@ class _EvalSource:
     def load(self, number: int, allocate: Allocate) -> list[Batch]:
         rows = self.order[number * self.batch_size : (number + 1) * self.batch_size]
         samples = [self._sample(int(row)) for row in rows]
-        found = [canvas_proposals(self.proposals, sample) for sample in samples] if self.proposals else []
+        found = (
+            [canvas_proposals(self.proposals, sample) for sample in samples]
+            if self.proposals
+            else []
+        )
         multiple = self.image.canvas_multiple_px
         padding = Padding(
             height=round_up(max(sample.image.shape[1] for sample in samples), multiple),
@@ -223,12 +235,18 @@ class _EvalSource:
 
     def _sample(self, row_number: int) -> Sample:
         row = self.dataset.row(row_number)
-        image, short, longest = read_image(row, self.dataset), self.image.short_side_px, self.image.max_side_px
+        image, short, longest = (
+            read_image(row, self.dataset),
+            self.image.short_side_px,
+            self.image.max_side_px,
+        )
         match self.image.resize:
             case "antialias":
                 image = resize(image, *resized_size(row.height, row.width, short, longest))
             case "torchvision-detection":
-                image = resize_without_antialias(image, *torchvision_size(row.height, row.width, short, longest))
+                image = resize_without_antialias(
+                    image, *torchvision_size(row.height, row.width, short, longest)
+                )
         return Sample(
             image=image,
             original_size=(row.height, row.width),
@@ -265,7 +283,9 @@ class EvalLoader:
         self._source = _EvalSource(cfg, self.dataset, image, batch_size, table)
         self.num_batches = -(-len(self._source.order) // batch_size)  # over all ranks
         self._mine = range(rank, self.num_batches, world_size)
-        self._stream: _Stream[Batch] = _Stream(self._source, min(cfg.num_loader_workers, len(self._mine)))
+        self._stream: _Stream[Batch] = _Stream(
+            self._source, min(cfg.num_loader_workers, len(self._mine))
+        )
 
     def __len__(self) -> int:
         """Batches of this rank."""
@@ -357,7 +377,9 @@ class _Numbers:
         return iter(self._numbers)
 
 
-def _worker_loader(source: _Source[Any], numbers: Iterable[int], num_workers: int) -> DataLoader[Any]:
+def _worker_loader(
+    source: _Source[Any], numbers: Iterable[int], num_workers: int
+) -> DataLoader[Any]:
     """Workers come from a fork server that has only imported this module: safe beside threads, S3 and CUDA."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

@@ -19,7 +19,10 @@ FARTHEST = 1e5  # samples: rasterising costs memory by length, and only a box th
 
 
 def mask_crops(
-    annotations: Annotations, chosen: Sequence[int] | NDArray[np.int64], boxes_xyxy: Floats, side: int
+    annotations: Annotations,
+    chosen: Sequence[int] | NDArray[np.int64],
+    boxes_xyxy: Floats,
+    side: int,
 ) -> Masks:
     """uint8 (N, side, side) of 0 and 1: the masks of the chosen annotations, each over its box (N, 4) in image pixels.
 
@@ -56,7 +59,9 @@ def _rasterise(polygons: list[Floats], counts: list[int], side: int) -> Masks:
 def crop_rle(rle: dict[str, Any], box_xyxy: Floats, side: int) -> Masks:
     """uint8 (side, side): the mask's value in the pixel under each sample point."""
     height, width = rle["size"]
-    compressed = rle_tools.frPyObjects(rle, height, width) if isinstance(rle["counts"], list) else rle
+    compressed = (
+        rle_tools.frPyObjects(rle, height, width) if isinstance(rle["counts"], list) else rle
+    )
     mask = rle_tools.decode(compressed)
     steps = (np.arange(side) + 0.5) / side
     x = np.clip((box_xyxy[0] + steps * (box_xyxy[2] - box_xyxy[0])).astype(np.int64), 0, width - 1)

@@ -90,7 +90,9 @@ class Order:
     def _window_rows(self, epoch: int, window: int) -> Ints:
         shards, _ = self._epoch_shards(epoch)
         chosen = shards[window * self._window : (window + 1) * self._window]
-        rows = np.concatenate([self._index.selected(int(shard), self._selection) for shard in chosen])
+        rows = np.concatenate(
+            [self._index.selected(int(shard), self._selection) for shard in chosen]
+        )
         return np.asarray(rows[shuffled(len(rows), self._seed, epoch, _WINDOW, window)])
 
     def _block_rows(self, epoch: int, block: int) -> Ints:

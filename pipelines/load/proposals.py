@@ -14,7 +14,11 @@ from pipelines.shards.mapping import view
 from pipelines.storage import Store
 
 _SCHEMA = pa.schema(
-    [("image_id", pa.int64()), ("boxes_xyxy", pa.list_(pa.list_(pa.float32(), 4))), ("scores", pa.list_(pa.float32()))],
+    [
+        ("image_id", pa.int64()),
+        ("boxes_xyxy", pa.list_(pa.list_(pa.float32(), 4))),
+        ("scores", pa.list_(pa.float32())),
+    ],
     metadata={"maskray": "proposals 1"},
 )
 _ROWS_PER_BATCH = 256
@@ -22,7 +26,9 @@ _ROWS_PER_BATCH = 256
 Boxes = NDArray[np.float32]
 
 
-def write_proposals(uri: str, rows: Iterable[tuple[int, Boxes, Boxes]], max_per_image: int = 1000) -> int:
+def write_proposals(
+    uri: str, rows: Iterable[tuple[int, Boxes, Boxes]], max_per_image: int = 1000
+) -> int:
     """Writes (image id, boxes (Q, 4) in pixels of the image file, scores (Q,)), best first; returns how many images.
 
     Images are sorted by id, so the bytes do not depend on the order in which ranks found them.
@@ -46,14 +52,18 @@ def _batch(rows: list[tuple[int, Boxes, Boxes]], most: int) -> pa.RecordBatch:
     kept = []
     for image_id, boxes, scores in rows:
         best = np.argsort(-np.asarray(scores, np.float32), kind="stable")[:most]
-        kept.append((image_id, np.asarray(boxes, np.float32)[best], np.asarray(scores, np.float32)[best]))
+        kept.append(
+            (image_id, np.asarray(boxes, np.float32)[best], np.asarray(scores, np.float32)[best])
+        )
     offsets = np.cumsum([0] + [len(scores) for _, _, scores in kept]).astype(np.int32)
     boxes = np.concatenate([b for _, b, _ in kept]).reshape(-1, 4)
     flat = pa.FixedSizeListArray.from_arrays(pa.array(boxes.ravel()), 4)
     columns = [
         pa.array([image_id for image_id, _, _ in kept], pa.int64()),
         pa.ListArray.from_arrays(pa.array(offsets), flat),
-        pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate([s for _, _, s in kept]))),
+        pa.ListArray.from_arrays(
+            pa.array(offsets), pa.array(np.concatenate([s for _, _, s in kept]))
+        ),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
@@ -70,14 +80,25 @@ class ProposalTable:
     @cached_property
     def _table(
         self,
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], list[tuple[Boxes, Boxes, NDArray[np.int32]]]]:
+    ) -> tuple[
+        NDArray[np.int64],
+        NDArray[np.int64],
+        NDArray[np.int64],
+        list[tuple[Boxes, Boxes, NDArray[np.int32]]],
+    ]:
         folder, _, name = self.uri.partition("?")[0].rpartition("/")
         query = f"?{self.uri.partition('?')[2]}" if "?" in self.uri else ""
         store = Store((folder or ".") + query)
         if store.size(name) is None:
-            raise ValueError(f'{self.uri}: no such file of proposals; write it with "maskray proposals"')
+            raise ValueError(
+                f'{self.uri}: no such file of proposals; write it with "maskray proposals"'
+            )
         try:
-            source = pa.memory_map(store.path(name)) if store.local else pa.py_buffer(store.read_bytes(name))
+            source = (
+                pa.memory_map(store.path(name))
+                if store.local
+                else pa.py_buffer(store.read_bytes(name))
+            )
             reader = pa.ipc.open_file(source)
         except pa.ArrowInvalid as error:
             raise ValueError(
@@ -97,7 +118,9 @@ class ProposalTable:
     @cached_property
     def most(self) -> int:
         """The largest number of proposals of an image."""
-        return max((int(np.diff(offsets).max(initial=0)) for _, _, offsets in self._table[3]), default=0)
+        return max(
+            (int(np.diff(offsets).max(initial=0)) for _, _, offsets in self._table[3]), default=0
+        )
 
     def check_covers(self, image_ids: NDArray[np.int64]) -> None:
         """Raises ValueError if some image has no entry."""

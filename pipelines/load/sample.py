@@ -59,11 +59,16 @@ class Drawn:
 
 
 def draw(cfg: DataConfig, keys: NDArray[np.int64]) -> list[Drawn]:
-    sides, mirrored = short_sides(cfg, keys).tolist(), (uniform(keys, _FLIP) < cfg.flip_probability).tolist()
+    sides, mirrored = (
+        short_sides(cfg, keys).tolist(),
+        (uniform(keys, _FLIP) < cfg.flip_probability).tolist(),
+    )
     return [Drawn(*one) for one in zip(keys.tolist(), sides, mirrored, strict=True)]
 
 
-def training_sample(cfg: DataConfig, dataset: Dataset, row_number: int, drawn: Drawn, wanted: Wanted) -> Sample:
+def training_sample(
+    cfg: DataConfig, dataset: Dataset, row_number: int, drawn: Drawn, wanted: Wanted
+) -> Sample:
     """A pure function of the stored row, the config and what was drawn."""
     row, key, flip = dataset.row(row_number), drawn.key, drawn.flip
     size = resized_size(row.height, row.width, drawn.short_side, cfg.max_side_px)
@@ -78,7 +83,9 @@ def training_sample(cfg: DataConfig, dataset: Dataset, row_number: int, drawn: D
         boxes = flip_boxes(boxes, size[1])
         masks = masks[:, :, ::-1]
         keypoints = flip_keypoints(keypoints, size[1], wanted.mirrored)
-    return Sample(image, (row.height, row.width), row.image_id, key, flip, boxes, labels, masks, keypoints)
+    return Sample(
+        image, (row.height, row.width), row.image_id, key, flip, boxes, labels, masks, keypoints
+    )
 
 
 def read_image(row: Row, dataset: Dataset) -> Tensor:
@@ -99,8 +106,14 @@ def objects(
     x, y, w, h = annotations.boxes_xywh[chosen].T
     boxes = np.stack([x, y, x + w, y + h], 1).reshape(-1, 4)
     boxes = np.clip(boxes, 0, [row.width, row.height, row.width, row.height])
-    labels = np.searchsorted(dataset.selection.labels, packed_labels)  # they ascend: the place is the view's label
-    masks = mask_crops(annotations, chosen, boxes, side) if wanted.masks else np.zeros((len(chosen), 0, 0), np.uint8)
+    labels = np.searchsorted(
+        dataset.selection.labels, packed_labels
+    )  # they ascend: the place is the view's label
+    masks = (
+        mask_crops(annotations, chosen, boxes, side)
+        if wanted.masks
+        else np.zeros((len(chosen), 0, 0), np.uint8)
+    )
     keypoints = np.zeros((len(chosen), wanted.num_keypoints, 3))
     for place, number in enumerate(chosen if wanted.num_keypoints else ()):
         points = annotations.keypoints(number).reshape(-1, 3)
@@ -121,7 +134,9 @@ def scale_keypoints(keypoints: Floats, scale: Floats) -> Floats:
 
 
 def flip_boxes(boxes_xyxy: Floats, width: float) -> Floats:
-    return np.stack([width - boxes_xyxy[:, 2], boxes_xyxy[:, 1], width - boxes_xyxy[:, 0], boxes_xyxy[:, 3]], 1)
+    return np.stack(
+        [width - boxes_xyxy[:, 2], boxes_xyxy[:, 1], width - boxes_xyxy[:, 0], boxes_xyxy[:, 3]], 1
+    )
 
 
 def flip_keypoints(keypoints: Floats, width: float, mirrored: tuple[int, ...]) -> Floats:
@@ -148,5 +163,6 @@ def mirrored_keypoints(categories: tuple[dict[str, Any], ...], count: int) -> tu
     swap = {"left": "right", "right": "left"}
     places = {name: k for k, name in enumerate(named[0])}
     return tuple(
-        places.get("_".join(swap.get(part, part) for part in name.split("_")), k) for name, k in places.items()
+        places.get("_".join(swap.get(part, part) for part in name.split("_")), k)
+        for name, k in places.items()
     )

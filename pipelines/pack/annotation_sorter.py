@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.coco.checks import check_annotation_ids, check_category_record, check_image, shortened
+from pipelines.coco.checks import (
+    check_annotation_ids,
+    check_category_record,
+    check_image,
+    shortened,
+)
 from pipelines.coco.reading import read_coco
 from pipelines.shards.schema import Problem
 from pipelines.storage import file_sha256
@@ -56,7 +61,11 @@ def fill(path: Path, sources: Sequence[Path], report: Report) -> Contents:
     finally:
         connection.close()
     categories = tuple(reader.categories[key] for key in sorted(reader.categories))
-    for name, value in (("info", reader.info), ("licenses", reader.licenses), ("categories", categories)):
+    for name, value in (
+        ("info", reader.info),
+        ("licenses", reader.licenses),
+        ("categories", categories),
+    ):
         _check_kept(name, value, sources)
     digest = hashlib.sha256("".join(file_sha256(source) for source in sources).encode()).hexdigest()
     return Contents(categories, reader.info, tuple(reader.licenses), count, digest)
@@ -68,7 +77,9 @@ def _check_kept(name: str, value: Any, sources: Sequence[Path]) -> None:
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except ValueError as error:
         files = ", ".join(str(source) for source in sources)
-        raise ValueError(f"{files}: {name} holds what JSON cannot keep ({error}); mend or remove it") from None
+        raise ValueError(
+            f"{files}: {name} holds what JSON cannot keep ({error}); mend or remove it"
+        ) from None
 
 
 def images(path: Path, first: int = 0, last: int = 1 << 62) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -83,7 +94,9 @@ def images(path: Path, first: int = 0, last: int = 1 << 62) -> Iterator[tuple[in
         connection.close()
 
 
-def annotations_of(connection: sqlite3.Connection, image_id: int) -> list[tuple[int, dict[str, Any]]]:
+def annotations_of(
+    connection: sqlite3.Connection, image_id: int
+) -> list[tuple[int, dict[str, Any]]]:
     """(number of the source file, merged annotation) of one image, in the order of the files."""
     rows = connection.execute(
         "SELECT source, text, id FROM annotations WHERE image_id = ? ORDER BY seq", (image_id,)
@@ -91,9 +104,15 @@ def annotations_of(connection: sqlite3.Connection, image_id: int) -> list[tuple[
     found = []
     for source, text, key in rows:
         record = json.loads(text)
-        for (more,) in connection.execute("SELECT text FROM additions WHERE id = ? ORDER BY source", (key,)):
+        for (more,) in connection.execute(
+            "SELECT text FROM additions WHERE id = ? ORDER BY source", (key,)
+        ):
             added = json.loads(more)
-            record |= {name: added[name] for name in added if name not in record or name in _MERGED_FIELDS[:2]}
+            record |= {
+                name: added[name]
+                for name in added
+                if name not in record or name in _MERGED_FIELDS[:2]
+            }
         found.append((source, record))
     return found
 
@@ -117,11 +136,15 @@ class _Reader:
                 case "categories":
                     self._category(path, value)
                     if value["id"] in seen:
-                        raise ValueError(f"{path}: category {value['id']}: its id is there twice; keep one of them")
+                        raise ValueError(
+                            f"{path}: category {value['id']}: its id is there twice; keep one of them"
+                        )
                     seen.add(value["id"])
                 case "licenses" if isinstance(value, list):
                     self.licenses += [
-                        entry for entry in value if isinstance(entry, dict) and entry not in self.licenses
+                        entry
+                        for entry in value
+                        if isinstance(entry, dict) and entry not in self.licenses
                     ]
                 case "info" if isinstance(value, dict) and not self.info:
                     self.info = value
@@ -143,7 +166,9 @@ class _Reader:
         for name in ("file_name", "width", "height"):
             if first[name] != record[name]:
                 what = f"its {name} is {first[name]!r} in another file and {record[name]!r} here"
-                raise ValueError(f"{path}: image {record['id']}: {what}; merge only files of the same images")
+                raise ValueError(
+                    f"{path}: image {record['id']}: {what}; merge only files of the same images"
+                )
 
     def _annotation(self, path: Path, source: int, record: Any, text: str) -> None:
         if finding := check_annotation_ids(record):
@@ -162,7 +187,9 @@ class _Reader:
         for name in ("image_id", "category_id", "bbox", "area", "iscrowd"):
             if name in first and name in record and first[name] != record[name]:
                 what = f"its {name} is {shortened(first[name])} in another file and {shortened(record[name])} here"
-                raise ValueError(f"{path}: annotation {record['id']}: {what}; merge only files of the same annotations")
+                raise ValueError(
+                    f"{path}: annotation {record['id']}: {what}; merge only files of the same annotations"
+                )
 
     def _category(self, path: Path, record: Any) -> None:
         if finding := check_category_record(record):
@@ -188,15 +215,29 @@ class _Reader:
     def _is_new(self, table: str, row: tuple[Any, ...]) -> bool:
         """Inserts a row unless one of its key is there."""
         marks = ", ".join("?" * len(row))
-        return bool(self.connection.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount)
+        return bool(
+            self.connection.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount
+        )
 
 
-def _report_orphans(connection: sqlite3.Connection, sources: Sequence[Path], report: Report) -> None:
+def _report_orphans(
+    connection: sqlite3.Connection, sources: Sequence[Path], report: Report
+) -> None:
     """Annotations of images that no file lists."""
     query = "FROM annotations WHERE image_id NOT IN (SELECT id FROM images)"
-    for key, image_id, source in connection.execute(f"SELECT id, image_id, source {query} ORDER BY seq"):
+    for key, image_id, source in connection.execute(
+        f"SELECT id, image_id, source {query} ORDER BY seq"
+    ):
         what = f"image_id {image_id} is not among the images"
-        report(Problem(str(sources[source]), "annotation", key, what, "add the image or drop the annotation"))
+        report(
+            Problem(
+                str(sources[source]),
+                "annotation",
+                key,
+                what,
+                "add the image or drop the annotation",
+            )
+        )
     connection.execute(f"DELETE {query}")
 
 

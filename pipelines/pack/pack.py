@@ -83,7 +83,9 @@ def pack(
     """
     images, out = Store(images_uri), Store(out_uri)
     if not images.exists():
-        raise ValueError(f"{images.name}: no such folder; give --images the folder that the file names are relative to")
+        raise ValueError(
+            f"{images.name}: no such folder; give --images the folder that the file names are relative to"
+        )
     if out.local is not None and out.local.exists() and not out.local.is_dir():
         raise ValueError(f"{out.name}: is a file; give --out a folder")
     with scratch_folder("maskray-pack-") as folder:
@@ -111,13 +113,17 @@ def pack(
             )
             for number, (first, last) in enumerate(ranges)
         ]
-        if (existing := _existing(out, source, options.num_workers)) and not _any_mended(out, tasks):
+        if (existing := _existing(out, source, options.num_workers)) and not _any_mended(
+            out, tasks
+        ):
             out.remove_folder(PROGRESS_FOLDER)
             return Packed(existing, existing.num_skipped, unchanged=True, resumed_shards=0)
         finished = {task.number: found for task in tasks if (found := _finished(task))}
         resumed = len(finished)
         progress(resumed, len(tasks))
-        for result in _run([task for task in tasks if task.number not in finished], options.num_workers):
+        for result in _run(
+            [task for task in tasks if task.number not in finished], options.num_workers
+        ):
             finished[result["number"]] = result
             progress(len(finished), len(tasks))
         parts = [finished[task.number] for task in tasks]
@@ -184,7 +190,9 @@ def _existing(out: Store, source: str, num_workers: int) -> Manifest | None:
         return None
     if (local := out.local) is not None:
         with ThreadPoolExecutor(num_workers) as threads:
-            if list(threads.map(lambda e: file_sha256(local / e.name), entries)) != [entry.sha256 for entry in entries]:
+            if list(threads.map(lambda e: file_sha256(local / e.name), entries)) != [
+                entry.sha256 for entry in entries
+            ]:
                 return None
     return manifest
 
@@ -208,10 +216,14 @@ def _any_mended(out: Store, tasks: Sequence[_Task]) -> bool:
 def _finished(task: _Task) -> dict[str, Any] | None:
     """The result of an earlier run for this shard, if shard and index part are whole and no image was left out."""
     try:
-        result: dict[str, Any] = json.loads(task.out.read_bytes(f"{task.progress}/{task.name}.json"))
+        result: dict[str, Any] = json.loads(
+            task.out.read_bytes(f"{task.progress}/{task.name}.json")
+        )
         files = {task.name: result["entry"], f"{task.progress}/{task.name}.index": result["index"]}
         whole = all(_is_whole(task.out, name, entry) for name, entry in files.items())
-        return result if whole and not any(p["kind"] == "image" for p in result["problems"]) else None
+        return (
+            result if whole and not any(p["kind"] == "image" for p in result["problems"]) else None
+        )
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None  # a note that a crash cut short is none
 
@@ -242,7 +254,9 @@ def pack_shard(task: _Task) -> dict[str, Any]:
     local = task.out.local
     if local is not None:
         (local / task.progress).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=None if local is None else local / task.progress) as folder:
+    with tempfile.TemporaryDirectory(
+        dir=None if local is None else local / task.progress
+    ) as folder:
         part = Path(folder) / task.name
         index = _write_rows(part, _rows(task, _collector(problems, task.on_error)), task)
         entry = {**_sum(part), "name": task.name, "rows": index.num_rows}
@@ -298,9 +312,15 @@ def _rows(task: _Task, report: Callable[[Problem], None]) -> Iterator[dict[str, 
         connection.close()
 
 
-def _image_row(task: _Task, record: dict[str, Any], report: Callable[[Problem], None]) -> dict[str, Any] | None:
+def _image_row(
+    task: _Task, record: dict[str, Any], report: Callable[[Problem], None]
+) -> dict[str, Any] | None:
     """The row of a readable image of the right size, without annotations; None after a report."""
-    where, width, height = task.images.describe(record["file_name"]), record["width"], record["height"]
+    where, width, height = (
+        task.images.describe(record["file_name"]),
+        record["width"],
+        record["height"],
+    )
     try:
         content = task.images.read_bytes(record["file_name"])
     except LOCAL_ERRORS as error:
@@ -317,11 +337,17 @@ def _image_row(task: _Task, record: dict[str, Any], report: Callable[[Problem], 
         return None
     except (OSError, RuntimeError) as error:
         what = f"cannot be read ({str(error).splitlines()[0].rsplit(': ', 1)[-1]})"
-        report(Problem(where, "image", record["id"], what, "replace the file by a whole JPEG or PNG"))
+        report(
+            Problem(where, "image", record["id"], what, "replace the file by a whole JPEG or PNG")
+        )
         return None
     if size != (width, height):
         what = f"the file is {size[0]} x {size[1]}, the JSON says {width} x {height}"
-        report(Problem(where, "image", record["id"], what, "mend width and height in the JSON, or the file"))
+        report(
+            Problem(
+                where, "image", record["id"], what, "mend width and height in the JSON, or the file"
+            )
+        )
         return None
     return {
         "image_id": record["id"],
@@ -355,13 +381,17 @@ def _finish(
         path = temporary / INDEX_NAME
         with pa.ipc.new_file(str(path), schema.INDEX) as writer:
             for part in parts:
-                piece = pa.ipc.open_file(pa.py_buffer(out.read_bytes(f"{folder}/{part['entry']['name']}.index")))
+                piece = pa.ipc.open_file(
+                    pa.py_buffer(out.read_bytes(f"{folder}/{part['entry']['name']}.index"))
+                )
                 writer.write_batch(piece.get_batch(0))
         rows = sum(part["entry"]["rows"] for part in parts)
         index = FileEntry(name=INDEX_NAME, rows=rows, **_sum(path))
         content = path.read_bytes()
     out.write_bytes(INDEX_NAME, content)
-    skipped = [asdict(problem) for problem in problems] + [p for part in parts for p in part["problems"]]
+    skipped = [asdict(problem) for problem in problems] + [
+        p for part in parts for p in part["problems"]
+    ]
     if skipped:
         out.write_bytes(SKIPPED_NAME, json.dumps(skipped, indent=1).encode())
     else:

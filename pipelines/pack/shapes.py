@@ -42,7 +42,12 @@ def triangle() -> Points:
     return np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
-SHAPES: dict[str, Callable[[], Points]] = {"star": star, "ellipse": ellipse, "cross": cross, "triangle": triangle}
+SHAPES: dict[str, Callable[[], Points]] = {
+    "star": star,
+    "ellipse": ellipse,
+    "cross": cross,
+    "triangle": triangle,
+}
 
 COCO_KEYPOINTS = (
     "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
@@ -87,4 +92,6 @@ def _bar(start: Points, end: Points, half_width: float) -> Points:
     along = (end - start) / np.hypot(*(end - start))
     across = half_width * np.array([-along[1], along[0]])
     over = half_width * along
-    return np.array([start - over + across, end + over + across, end + over - across, start - over - across])
+    return np.array(
+        [start - over + across, end + over + across, end + over - across, start - over - across]
+    )

@@ -26,7 +26,9 @@ from pipelines.progress import Progress, silent
 SETTINGS_NAME = "synth.json"
 VAL_PART = 5  # one image in so many is for validation
 CROWD_RATE = 0.05
-MIN_VISIBLE = 0.55  # of an object's pixels; a new object that would hide more of another one is not placed
+MIN_VISIBLE = (
+    0.55  # of an object's pixels; a new object that would hide more of another one is not placed
+)
 MAX_SIZE = 4096  # px; drawing takes about 200 bytes a pixel
 VERSION = 2
 
@@ -56,9 +58,13 @@ def synthesise(
     and whether the same dataset was there `unchanged`. Raises ValueError if `out` holds another one.
     """
     if num_images < 2:
-        raise ValueError(f"--images is {num_images}; give at least 2, one to train on and one to validate on")
+        raise ValueError(
+            f"--images is {num_images}; give at least 2, one to train on and one to validate on"
+        )
     if not 32 <= size <= MAX_SIZE:
-        raise ValueError(f"--size is {shortened(size)}; give 32 to {MAX_SIZE} px: objects need room, pixels memory")
+        raise ValueError(
+            f"--size is {shortened(size)}; give 32 to {MAX_SIZE} px: objects need room, pixels memory"
+        )
     if seed < 0:
         raise ValueError(f"--seed is {seed}; give 0 or more")
     if out.exists() and not out.is_dir():
@@ -70,7 +76,9 @@ def synthesise(
     if note.exists():
         there = note.read_text(errors="replace")
         if there != json.dumps(settings) + "\n":
-            raise ValueError(f"{out}: holds another synthetic dataset ({there[:200].strip()}); choose another OUT")
+            raise ValueError(
+                f"{out}: holds another synthetic dataset ({there[:200].strip()}); choose another OUT"
+            )
         return {**settings, "unchanged": True}
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     done = 0
@@ -84,7 +92,14 @@ def synthesise(
             pixels, objects = draw_image(np.random.default_rng([seed, number, k]), size, keypoints)
             name = f"{image_id:07d}.jpg"
             Image.fromarray(pixels).save(folder / name, quality=92)
-            images.append({"id": image_id, "file_name": name, "width": pixels.shape[1], "height": pixels.shape[0]})
+            images.append(
+                {
+                    "id": image_id,
+                    "file_name": name,
+                    "width": pixels.shape[1],
+                    "height": pixels.shape[0],
+                }
+            )
             for placed in objects:
                 record = _annotation(placed)
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, **record})
@@ -123,7 +138,9 @@ def categories(keypoints: bool) -> list[dict[str, Any]]:
     return found
 
 
-def draw_image(rng: np.random.Generator, size: int, keypoints: bool) -> tuple[NDArray[np.uint8], list[_Placed]]:
+def draw_image(
+    rng: np.random.Generator, size: int, keypoints: bool
+) -> tuple[NDArray[np.uint8], list[_Placed]]:
     """uint8 (H, W, 3), long side `size`, and its objects with the masks of what can be seen of them."""
     short = round(size * rng.choice([0.75, 0.85, 1.0]))
     height, width = (size, short) if rng.random() < 0.5 else (short, size)
@@ -139,13 +156,18 @@ def draw_image(rng: np.random.Generator, size: int, keypoints: bool) -> tuple[ND
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), objects
 
 
-def _try_object(rng: np.random.Generator, image: NDArray[np.float64], objects: list[_Placed], keypoints: bool) -> None:
+def _try_object(
+    rng: np.random.Generator, image: NDArray[np.float64], objects: list[_Placed], keypoints: bool
+) -> None:
     """Draws an object over the others unless it would hide too much of one."""
     height, width = image.shape[:2]
     category = int(rng.integers(4))
     radius = max(height, width) * math.exp(rng.uniform(math.log(0.14), math.log(0.34)))
     centre = np.array(
-        [rng.uniform(0.5 * radius, width - 0.5 * radius), rng.uniform(0.5 * radius, height - 0.5 * radius)]
+        [
+            rng.uniform(0.5 * radius, width - 0.5 * radius),
+            rng.uniform(0.5 * radius, height - 0.5 * radius),
+        ]
     )
     points: Points | None = None
     if keypoints and category == 0:
@@ -156,15 +178,22 @@ def _try_object(rng: np.random.Generator, image: NDArray[np.float64], objects: l
         outlines, turn = [list(SHAPES.values())[category]()], rng.uniform(0, 2 * math.pi)
     stretch = np.array([1.0, rng.uniform(0.75, 1.0)])
     rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
-    polygons = [_rounded(outline * stretch @ rotation * radius + centre, width, height) for outline in outlines]
+    polygons = [
+        _rounded(outline * stretch @ rotation * radius + centre, width, height)
+        for outline in outlines
+    ]
     mask = polygon_mask(polygons, height, width)
     if points is not None:
         points = points * stretch @ rotation * radius + centre
-    if mask.sum() < 24 or any((p.mask & ~mask).sum() < MIN_VISIBLE * whole(p, height, width) for p in objects):
+    if mask.sum() < 24 or any(
+        (p.mask & ~mask).sum() < MIN_VISIBLE * whole(p, height, width) for p in objects
+    ):
         return
     _paint(rng, image, mask, category, turn)
     for number, other in enumerate(objects):
-        objects[number] = _Placed(other.category, other.polygons, other.mask & ~mask, other.crowd, other.keypoints)
+        objects[number] = _Placed(
+            other.category, other.polygons, other.mask & ~mask, other.crowd, other.keypoints
+        )
     objects.append(_Placed(category, polygons, mask, crowd=False, keypoints=points))
 
 
@@ -173,7 +202,9 @@ def whole(placed: _Placed, height: int, width: int) -> int:
     return int(polygon_mask(placed.polygons, height, width).sum())
 
 
-def _try_crowd(rng: np.random.Generator, image: NDArray[np.float64], objects: list[_Placed]) -> None:
+def _try_crowd(
+    rng: np.random.Generator, image: NDArray[np.float64], objects: list[_Placed]
+) -> None:
     """Many small shapes of one category, annotated together."""
     height, width = image.shape[:2]
     category = int(rng.integers(1, 4))
@@ -239,9 +270,13 @@ _HUES = (0.02, 0.14, 0.36, 0.62)
 
 def _ground(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float64]:
     """Low-saturation noise at three scales and a gradient."""
-    ground: NDArray[np.float64] = np.full((height, width, 3), rng.uniform(0.25, 0.75)) + rng.normal(0, 0.04, 3)
+    ground: NDArray[np.float64] = np.full((height, width, 3), rng.uniform(0.25, 0.75)) + rng.normal(
+        0, 0.04, 3
+    )
     for cells, strength in ((3, 0.14), (9, 0.1), (30, 0.06)):
-        coarse = rng.normal(0, strength, (cells, cells, 1)) + rng.normal(0, strength * 0.3, (cells, cells, 3))
+        coarse = rng.normal(0, strength, (cells, cells, 1)) + rng.normal(
+            0, strength * 0.3, (cells, cells, 3)
+        )
         ground += _enlarge(coarse, height, width)
     grain: NDArray[np.float64] = rng.normal(0, 0.03, (height, width, 1))
     return np.asarray(ground + grain, np.float64)
@@ -258,12 +293,18 @@ def _enlarge(coarse: NDArray[np.float64], height: int, width: int) -> NDArray[np
 
 
 def _paint(
-    rng: np.random.Generator, image: NDArray[np.float64], mask: NDArray[np.bool_], category: int, turn: float
+    rng: np.random.Generator,
+    image: NDArray[np.float64],
+    mask: NDArray[np.bool_],
+    category: int,
+    turn: float,
 ) -> None:
     """Fills the mask with its category's hue, striped, in a brightness of its own."""
     hue = (_HUES[category] + rng.normal(0, 0.025)) % 1
     colour = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.5, 0.9), rng.uniform(0.5, 0.95)))
     y, x = np.nonzero(mask)
-    waves = np.sin((x * math.cos(turn) + y * math.sin(turn)) * rng.uniform(0.4, 1.2) + rng.uniform(0, 6))
+    waves = np.sin(
+        (x * math.cos(turn) + y * math.sin(turn)) * rng.uniform(0.4, 1.2) + rng.uniform(0, 6)
+    )
     shade = 1 + 0.12 * waves + rng.normal(0, 0.04, len(x))
     image[mask] = colour * shade[:, None]

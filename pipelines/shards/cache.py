@@ -31,7 +31,11 @@ class Cache:
         self.evicted = 0  # files that this process removed for want of room
 
     def fetch(
-        self, store: Store, entry: FileEntry, use: Callable[[Path], T], describe: Callable[[Path], str] = lambda _: ""
+        self,
+        store: Store,
+        entry: FileEntry,
+        use: Callable[[Path], T],
+        describe: Callable[[Path], str] = lambda _: "",
     ) -> T:
         """`use` of the local copy of a file of `store`, verified on arrival. It is not evicted while it is being used.
 
@@ -46,9 +50,13 @@ class Cache:
             with self._kept():
                 if _touch(path):  # by another process, meanwhile
                     return use(path)
-            part = path.with_suffix(".part")  # a crashed process leaves it; the next one writes over it
+            part = path.with_suffix(
+                ".part"
+            )  # a crashed process leaves it; the next one writes over it
             for _ in range(FETCHES):
-                found = retried(lambda: _download(store, entry.name, part), store.describe(entry.name))
+                found = retried(
+                    lambda: _download(store, entry.name, part), store.describe(entry.name)
+                )
                 if found == entry.sha256:
                     with self._kept(fcntl.LOCK_EX):
                         self._evict(entry.bytes)
@@ -76,13 +84,18 @@ class Cache:
     def _quarantine(self, part: Path, found: str) -> Path:
         target = self.folder / "quarantine" / f"{found}.arrow"
         target.parent.mkdir(exist_ok=True)
-        for older in sorted(target.parent.glob("*.arrow"), key=lambda file: file.stat().st_mtime_ns)[: 1 - QUARANTINED]:
+        for older in sorted(
+            target.parent.glob("*.arrow"), key=lambda file: file.stat().st_mtime_ns
+        )[: 1 - QUARANTINED]:
             older.unlink(missing_ok=True)
         return part.replace(target)
 
     def _evict(self, incoming: int) -> None:
         """Removes the files used longest ago until `incoming` bytes fit."""
-        files = sorted((file.stat().st_mtime_ns, file.stat().st_size, file) for file in self.folder.glob("*.arrow"))
+        files = sorted(
+            (file.stat().st_mtime_ns, file.stat().st_size, file)
+            for file in self.folder.glob("*.arrow")
+        )
         total = sum(size for _, size, _ in files) + incoming
         for _, size, file in files:
             if total <= self.cap_bytes:

@@ -57,7 +57,9 @@ class Dataset:
 
     def for_training(self, filter: Filter, masks: bool = False) -> Dataset:
         """The view that trains: filter, without the holdout."""
-        return self._view(select(self.manifest.categories, filter, "train", training=True, masks=masks))
+        return self._view(
+            select(self.manifest.categories, filter, "train", training=True, masks=masks)
+        )
 
     def for_evaluation(self, cfg: DataConfig) -> Dataset:
         """The view that is evaluated: every image, the filter's categories.
@@ -73,7 +75,11 @@ class Dataset:
 
     def rows(self) -> list[int]:
         """All rows of the view, ascending."""
-        return [int(r) for shard in range(self.index.num_shards) for r in self.index.selected(shard, self.selection)]
+        return [
+            int(r)
+            for shard in range(self.index.num_shards)
+            for r in self.index.selected(shard, self.selection)
+        ]
 
     def image_ids(self) -> Ints:
         """Of the view's rows."""
@@ -105,13 +111,19 @@ class Dataset:
         kept = set(self.category_ids)
         images, annotations = [], []
         for shard in range(self.index.num_shards):
-            rows = set((self.index.selected(shard, self.selection) - self.index.starts[shard]).tolist())
-            for number, record in enumerate(self._use(self.manifest.shards[shard], Shard).records()):
+            rows = set(
+                (self.index.selected(shard, self.selection) - self.index.starts[shard]).tolist()
+            )
+            for number, record in enumerate(
+                self._use(self.manifest.shards[shard], Shard).records()
+            ):
                 if number not in rows:
                     continue
                 images.append(image_record(record))
                 annotations += [
-                    annotation_record(a, record["image_id"]) for a in record["annotations"] if a["category_id"] in kept
+                    annotation_record(a, record["image_id"])
+                    for a in record["annotations"]
+                    if a["category_id"] in kept
                 ]
         return {
             "info": self.manifest.info,
@@ -128,7 +140,11 @@ class Dataset:
             if len(local):
                 kept = set(self.category_ids)
                 record = self.shard(shard).record(int(local[0]))
-                return [annotation_record(a, image_id) for a in record["annotations"] if a["category_id"] in kept]
+                return [
+                    annotation_record(a, image_id)
+                    for a in record["annotations"]
+                    if a["category_id"] in kept
+                ]
         raise ValueError(f"{self.store.name}: no image {image_id}")
 
     @property
@@ -145,10 +161,14 @@ class Dataset:
         """`use` of the local file of an entry."""
         folder = self.store.local
         if folder is None:
-            return self.cache.fetch(self.store, entry, use, lambda copy: self._rows_of_damage(entry, copy))
+            return self.cache.fetch(
+                self.store, entry, use, lambda copy: self._rows_of_damage(entry, copy)
+            )
         path = folder / entry.name
         if not path.exists():
-            raise RuntimeError(f'{path}: is missing; restore it or pack the data again with "maskray data pack"')
+            raise RuntimeError(
+                f'{path}: is missing; restore it or pack the data again with "maskray data pack"'
+            )
         if path.stat().st_size != entry.bytes:
             raise RuntimeError(
                 f"{path}: has {path.stat().st_size} bytes, the manifest says {entry.bytes}; restore it or pack again"
@@ -176,7 +196,9 @@ class Staged:
 
 def stage_datasets(datasets: Sequence[Dataset], progress: Progress = silent) -> Staged:
     """Fills one cache with all of them. Raises ValueError if it cannot hold them together."""
-    remote = {entry.sha256: entry.bytes for d in datasets if d.store.local is None for entry in d.files}
+    remote = {
+        entry.sha256: entry.bytes for d in datasets if d.store.local is None for entry in d.files
+    }
     size, total = sum(remote.values()), sum(len(dataset.files) for dataset in datasets)
     cache = datasets[0].cache
     if size > cache.cap_bytes:

@@ -38,10 +38,14 @@ class Selection:
     part: str = "all"
     drop_empty: bool = False
 
-    def usable(self, label: NDArray[Any], area: NDArray[Any], flags: NDArray[Any]) -> NDArray[np.bool_]:
+    def usable(
+        self, label: NDArray[Any], area: NDArray[Any], flags: NDArray[Any]
+    ) -> NDArray[np.bool_]:
         """Which annotations train: on the image, not a crowd, of a kept category, large enough."""
         needed = (
-            schema.HAS_BOX | (schema.HAS_KEYPOINTS * self.require_keypoints) | (schema.HAS_MASK * self.require_mask)
+            schema.HAS_BOX
+            | (schema.HAS_KEYPOINTS * self.require_keypoints)
+            | (schema.HAS_MASK * self.require_mask)
         )
         kept = (flags & (needed | schema.CROWD)) == needed
         chosen = np.zeros(max(int(label.max(initial=0)), *self.labels, 0) + 1, np.bool_)
@@ -52,12 +56,18 @@ class Selection:
         """Which images belong to the part, by a hash of their id: the same whatever else is in the dataset."""
         if self.part == "all" or self.holdout == 0:
             return np.full(len(image_ids), self.part != "holdout")
-        held = (chain(_HOLDOUT_SALT, image_ids.view(np.uint64)) >> np.uint64(11)) * 2.0**-53 < self.holdout
+        held = (
+            chain(_HOLDOUT_SALT, image_ids.view(np.uint64)) >> np.uint64(11)
+        ) * 2.0**-53 < self.holdout
         return np.asarray(held if self.part == "holdout" else ~held)
 
 
 def select(
-    categories: Sequence[dict[str, Any]], chosen: Filter, part: str, training: bool, masks: bool = False
+    categories: Sequence[dict[str, Any]],
+    chosen: Filter,
+    part: str,
+    training: bool,
+    masks: bool = False,
 ) -> Selection:
     """The selection that `chosen` makes of these categories. Evaluation narrows categories and images alone.
 
@@ -69,7 +79,9 @@ def select(
             raise ValueError(
                 f"data.filter.categories: no category {name!r} in the dataset; there are {', '.join(names)}"
             )
-    labels = tuple(k for k, name in enumerate(names) if not chosen.categories or name in chosen.categories)
+    labels = tuple(
+        k for k, name in enumerate(names) if not chosen.categories or name in chosen.categories
+    )
     if not training:
         return Selection(labels, holdout=chosen.holdout, part=part)
     return Selection(
@@ -89,7 +101,9 @@ class Index:
     def __init__(self, path: Path):
         self._file = MappedFile(path)
         self._shards = self._file.batches
-        self.starts: Ints = np.cumsum([0] + [batch.num_rows for batch in self._shards], dtype=np.int64)
+        self.starts: Ints = np.cumsum(
+            [0] + [batch.num_rows for batch in self._shards], dtype=np.int64
+        )
         self._usable = lru_cache(64)(self._usable)  # type: ignore[method-assign]
 
     @property
@@ -123,7 +137,9 @@ class Index:
         first, last = view(lists.offsets)[local : local + 2].tolist()
         before = self._usable(shard, selection)[first : last + 1]
         positions = np.flatnonzero(before[1:] > before[:-1])
-        return positions, _flat(self._shards[shard], "ann_label")[first + positions].astype(np.int64)
+        return positions, _flat(self._shards[shard], "ann_label")[first + positions].astype(
+            np.int64
+        )
 
     def values(self, name: str, rows: Ints) -> NDArray[np.int64]:
         """A column at any rows."""
@@ -153,7 +169,9 @@ class Index:
 
     def counts(self, selection: Selection) -> Ints:
         """How many rows of each shard are drawn."""
-        return np.array([len(self.selected(shard, selection)) for shard in range(self.num_shards)], np.int64)
+        return np.array(
+            [len(self.selected(shard, selection)) for shard in range(self.num_shards)], np.int64
+        )
 
     def _usable(self, shard: int, selection: Selection) -> Ints:
         """How many of a shard's first n annotations train, for each n from 0; 8 bytes an annotation."""

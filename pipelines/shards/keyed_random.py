@@ -14,7 +14,9 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 def mix(values: UInts) -> UInts:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014), element by element."""
-    z = np.atleast_1d(np.asarray(values, np.uint64)) + _GOLDEN  # arrays wrap around, scalars would warn
+    z = (
+        np.atleast_1d(np.asarray(values, np.uint64)) + _GOLDEN
+    )  # arrays wrap around, scalars would warn
     z = (z ^ (z >> np.uint64(30))) * _MIX_1
     z = (z ^ (z >> np.uint64(27))) * _MIX_2
     return np.asarray(z ^ (z >> np.uint64(31)), np.uint64)
@@ -25,7 +27,10 @@ def chain(*parts: int | UInts) -> UInts:
     state = np.zeros(1, np.uint64)
     for part in parts:
         value = np.asarray(part)
-        state = mix(state ^ mix(value.astype(np.int64).view(np.uint64) if value.dtype != np.uint64 else value))
+        state = mix(
+            state
+            ^ mix(value.astype(np.int64).view(np.uint64) if value.dtype != np.uint64 else value)
+        )
     return state
 
 

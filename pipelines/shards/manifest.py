@@ -54,7 +54,11 @@ class Manifest(ManifestHeader):
     @property
     def num_keypoints(self) -> int:
         """Keypoint types of the category that has most, 0 without keypoints."""
-        return max((len(c.get("keypoints", ())) for c in self.categories), default=0) if self.has_keypoints else 0
+        return (
+            max((len(c.get("keypoints", ())) for c in self.categories), default=0)
+            if self.has_keypoints
+            else 0
+        )
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:
@@ -65,9 +69,13 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     except OtherSchemaError as error:
         raise ValueError(f"{where}: {error}") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise RuntimeError(f"{where}: not a readable manifest; restore it or pack the data again") from error
+        raise RuntimeError(
+            f"{where}: not a readable manifest; restore it or pack the data again"
+        ) from error
     if manifest.dump() != text:
-        raise RuntimeError(f"{where}: was changed after packing (its checksum differs); restore it or pack again")
+        raise RuntimeError(
+            f"{where}: was changed after packing (its checksum differs); restore it or pack again"
+        )
     return manifest
 
 
@@ -83,7 +91,9 @@ def read_manifest(store: Store) -> Manifest:
             f'{store.name}: no {MANIFEST_NAME} there; pack the data first with "maskray data pack --out {store.name}"'
         ) from None
     except IsADirectoryError:
-        raise RuntimeError(f"{where}: is a folder; restore the file or pack the data again") from None
+        raise RuntimeError(
+            f"{where}: is a folder; restore the file or pack the data again"
+        ) from None
     return parse_manifest(text, where)
 
 

@@ -28,7 +28,11 @@ class MappedFile:
             self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         except (FileNotFoundError, PermissionError):
             raise
-        except (pa.ArrowException, OSError, ValueError) as error:  # Arrow fails on damaged bytes in many ways
+        except (
+            pa.ArrowException,
+            OSError,
+            ValueError,
+        ) as error:  # Arrow fails on damaged bytes in many ways
             reason = "is a folder" if path.is_dir() else f"is damaged ({error})"
             raise RuntimeError(f"{path}: {reason}; restore it or pack the data again") from error
 

@@ -22,7 +22,10 @@ ANNOTATION = pa.struct(
     [
         ("id", pa.int64()),
         ("category_id", pa.int64()),
-        ("bbox", pa.list_(pa.float64(), 4)),  # x, y, width, height in pixels of the image, as in COCO
+        (
+            "bbox",
+            pa.list_(pa.float64(), 4),
+        ),  # x, y, width, height in pixels of the image, as in COCO
         ("area", pa.float64()),
         ("iscrowd", pa.int8()),
         ("kind", pa.int8()),
@@ -42,7 +45,10 @@ SHARD = pa.schema(
         ("file_name", pa.string()),
         ("width", pa.int32()),  # after `orientation`
         ("height", pa.int32()),
-        ("orientation", pa.int8()),  # the EXIF orientation to apply, 1 leaves the pixels as they are
+        (
+            "orientation",
+            pa.int8(),
+        ),  # the EXIF orientation to apply, 1 leaves the pixels as they are
         ("extra", pa.string()),  # JSON of the image record's other fields
         ("image", pa.large_binary()),  # the file's bytes
         ("annotations", pa.large_list(ANNOTATION)),
@@ -63,7 +69,17 @@ INDEX = pa.schema(
     metadata={"maskray": "1"},
 )
 
-_KNOWN = {"id", "image_id", "category_id", "bbox", "area", "iscrowd", "segmentation", "keypoints", "num_keypoints"}
+_KNOWN = {
+    "id",
+    "image_id",
+    "category_id",
+    "bbox",
+    "area",
+    "iscrowd",
+    "segmentation",
+    "keypoints",
+    "num_keypoints",
+}
 _IMAGE_KNOWN = {"id", "file_name", "width", "height"}
 
 
@@ -103,7 +119,9 @@ def annotation_row(record: dict[str, Any]) -> dict[str, Any]:
     if isinstance(segmentation, dict):
         text = isinstance(segmentation["counts"], str)
         row["kind"] = RLE_TEXT if text else RLE_COUNTS
-        row["rle_text" if text else "rle_counts"] = segmentation["counts"].encode() if text else segmentation["counts"]
+        row["rle_text" if text else "rle_counts"] = (
+            segmentation["counts"].encode() if text else segmentation["counts"]
+        )
         row["rle_size"] = segmentation["size"]
     elif segmentation:
         row["kind"] = POLYGONS
@@ -116,7 +134,11 @@ def annotation_row(record: dict[str, Any]) -> dict[str, Any]:
 
 def annotation_record(row: dict[str, Any], image_id: int) -> dict[str, Any]:
     """The COCO annotation of a value of ANNOTATION: the inverse of `annotation_row`."""
-    record: dict[str, Any] = {"id": row["id"], "image_id": image_id, "category_id": row["category_id"]}
+    record: dict[str, Any] = {
+        "id": row["id"],
+        "image_id": image_id,
+        "category_id": row["category_id"],
+    }
     match row["kind"]:
         case 1:
             record["segmentation"] = row["polygons"]
@@ -139,7 +161,12 @@ def image_extra(record: dict[str, Any]) -> str:
 
 def image_record(row: dict[str, Any]) -> dict[str, Any]:
     """The COCO image record of a shard's row."""
-    record = {"id": row["image_id"], "file_name": row["file_name"], "width": row["width"], "height": row["height"]}
+    record = {
+        "id": row["image_id"],
+        "file_name": row["file_name"],
+        "width": row["width"],
+        "height": row["height"],
+    }
     return record | (json.loads(row["extra"]) if row["extra"] else {})
 
 

@@ -15,7 +15,9 @@ CROP_SIDE = 56
 def random_boxes(shape: tuple[int, ...], seed: int = 0, side: float = 100.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     start = torch.rand(*shape, 2, generator=generator) * side
-    return torch.cat([start, start + 1 + torch.rand(*shape, 2, generator=generator) * side / 2], dim=-1)
+    return torch.cat(
+        [start, start + 1 + torch.rand(*shape, 2, generator=generator) * side / 2], dim=-1
+    )
 
 
 def shape_batch(
@@ -58,7 +60,9 @@ def shape_batch(
         noise_keys=torch.randint(0, 1 << 60, (images,), generator=generator),
         boxes_xyxy=boxes,
         labels=labels,
-        valid=torch.ones(images, slots, dtype=torch.bool) if objects else torch.zeros(images, slots, dtype=torch.bool),
+        valid=torch.ones(images, slots, dtype=torch.bool)
+        if objects
+        else torch.zeros(images, slots, dtype=torch.bool),
         mask_crops=crops,
         keypoints=torch.cat([points, torch.full((images, slots, num_keypoints, 1), 2.0)], dim=-1),
         proposals_xyxy=torch.zeros(images, 0, 4),
@@ -82,7 +86,9 @@ def covered(box: Tensor, label: int, side: int) -> Tensor:
     """bool (side, side): the pixels whose centres are inside the object."""
     x0, y0, x1, y1 = box.tolist()
     centres = torch.arange(side) + 0.5
-    y, x = torch.meshgrid((centres - y0) / (y1 - y0) * 2 - 1, (centres - x0) / (x1 - x0) * 2 - 1, indexing="ij")
+    y, x = torch.meshgrid(
+        (centres - y0) / (y1 - y0) * 2 - 1, (centres - x0) / (x1 - x0) * 2 - 1, indexing="ij"
+    )
     return x * x + y * y < 1 if label % 2 == 0 else x.abs() + y.abs() < 1
 
 

@@ -22,7 +22,13 @@ GN = {"kind": "gn", "groups": 8}
 LITTLE: dict[str, Any] = {
     "num_classes": 3,
     "weights": {"kind": "none"},
-    "rpn": {"batch_per_image": 16, "pre_nms_train": 50, "pre_nms_test": 20, "post_nms_train": 20, "post_nms_test": 8},
+    "rpn": {
+        "batch_per_image": 16,
+        "pre_nms_train": 50,
+        "pre_nms_test": 20,
+        "post_nms_train": 20,
+        "post_nms_test": 8,
+    },
     "sampling": {"rois_per_image": 8},
     "inference": {"detections_per_image": 3, "score_threshold": 0.0},
 }
@@ -38,7 +44,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "box_head": {"kind": "res5"},
         "mask": {"kind": "mask", "head": {"kind": "fcn", "convs": 0, "width": 16}},
     },
-    "c5": {"backbone": RESNET, "layout": {"kind": "c5", "channels": 32}, "anchors": ONE_LEVEL, "mask": SMALL_FCN},
+    "c5": {
+        "backbone": RESNET,
+        "layout": {"kind": "c5", "channels": 32},
+        "anchors": ONE_LEVEL,
+        "mask": SMALL_FCN,
+    },
     "fpn": {"backbone": RESNET, "layout": {"kind": "fpn", "channels": 32}, "mask": SMALL_FCN},
 }
 HEAD = {"kind": "fc", "width": 32}
@@ -82,8 +93,14 @@ BOUNDED = (
 )
 GROUPED = {"norm": GroupNorm(groups=64), "frozen_stages": 0}
 RESIDUAL = [
-    *(ResNet(depth=depth, **GROUPED) for depth in get_args(ResNet.model_fields["depth"].annotation)),
-    *(ResNeXt(variant=variant, **GROUPED) for variant in get_args(ResNeXt.model_fields["variant"].annotation)),
+    *(
+        ResNet(depth=depth, **GROUPED)
+        for depth in get_args(ResNet.model_fields["depth"].annotation)
+    ),
+    *(
+        ResNeXt(variant=variant, **GROUPED)
+        for variant in get_args(ResNeXt.model_fields["variant"].annotation)
+    ),
 ]
 
 
@@ -96,31 +113,42 @@ def config(layout: str, **changes: Any) -> ModelConfig:
 
 def train_and_predict(cfg: ModelConfig, side: int = 64) -> None:
     detector = build_detector(cfg)
-    batch = shape_batch(images=1, objects=2, side=side, num_classes=cfg.num_classes, num_keypoints=2)
+    batch = shape_batch(
+        images=1, objects=2, side=side, num_classes=cfg.num_classes, num_keypoints=2
+    )
     total(detector.losses(batch)).backward()
     trained = [(name, p.grad) for name, p in detector.named_parameters() if p.requires_grad]
     assert all(grad is not None and grad.isfinite().all() for _, grad in trained)
     assert [name for name, grad in trained if grad is not None and grad.any()]
     found = detector.predict(batch)
     assert found.valid.any()
-    assert all(values.isfinite().all() for values in (found.boxes_xyxy, found.keypoints, *found.masks.values()))
+    assert all(
+        values.isfinite().all()
+        for values in (found.boxes_xyxy, found.keypoints, *found.masks.values())
+    )
 
 
 @pytest.mark.parametrize(
-    ("layout", "roi"), list(product(LAYOUTS, ROIS)), ids=lambda v: v if isinstance(v, str) else str(v)
+    ("layout", "roi"),
+    list(product(LAYOUTS, ROIS)),
+    ids=lambda v: v if isinstance(v, str) else str(v),
 )
 def test_every_layout_with_every_roi_operation(layout, roi):
     train_and_predict(config(layout, roi=roi))
 
 
 @pytest.mark.parametrize(
-    ("layout", "mask"), list(product(LAYOUTS, MASKS)), ids=lambda v: v if isinstance(v, str) else str(v)
+    ("layout", "mask"),
+    list(product(LAYOUTS, MASKS)),
+    ids=lambda v: v if isinstance(v, str) else str(v),
 )
 def test_every_layout_with_every_mask_branch(layout, mask):
     train_and_predict(config(layout, mask={**LAYOUTS[layout]["mask"], **mask}))
 
 
-@pytest.mark.parametrize("backbone", [*BACKBONES, *(pytest.param(b, marks=pytest.mark.slow) for b in LARGE)], ids=str)
+@pytest.mark.parametrize(
+    "backbone", [*BACKBONES, *(pytest.param(b, marks=pytest.mark.slow) for b in LARGE)], ids=str
+)
 def test_every_kind_of_backbone(backbone):
     train_and_predict(config("fpn", backbone=backbone))
 
@@ -132,7 +160,11 @@ def test_boxes_alone_and_keypoints_with_and_without_masks(layout, with_mask):
     mask = LAYOUTS[layout]["mask"] if with_mask else {"kind": "none"}
     train_and_predict(config(layout, mask=mask, keypoints=keypoints, class_agnostic_boxes=True))
     if not with_mask:
-        train_and_predict(config(layout, mask=mask, box_loss={"kind": "smooth_l1", "beta": 0.1}, background="first"))
+        train_and_predict(
+            config(
+                layout, mask=mask, box_loss={"kind": "smooth_l1", "beta": 0.1}, background="first"
+            )
+        )
 
 
 def test_vgg_with_its_fc_layers():
@@ -151,7 +183,13 @@ def test_vgg_with_its_fc_layers():
 
 
 def test_vgg_with_small_fc_layers_and_masks():
-    cfg = {**LITTLE, "backbone": VGG, "layout": {"kind": "conv5"}, "anchors": ONE_LEVEL, "box_head": HEAD}
+    cfg = {
+        **LITTLE,
+        "backbone": VGG,
+        "layout": {"kind": "conv5"},
+        "anchors": ONE_LEVEL,
+        "box_head": HEAD,
+    }
     train_and_predict(ModelConfig.model_validate({**cfg, "mask": SMALL_FCN}))
 
 
@@ -174,9 +212,15 @@ def test_every_preset_builds_as_its_name_says(name):
     ("changes", "reason"),
     [
         ({"weights": {"kind": "none"}}, "frozen batch-norm needs pretrained weights"),
-        ({"weights": {"kind": "none"}, "backbone": {**RESNET, "frozen_stages": 1}}, "frozen_stages = 1 needs"),
+        (
+            {"weights": {"kind": "none"}, "backbone": {**RESNET, "frozen_stages": 1}},
+            "frozen_stages = 1 needs",
+        ),
         ({"backbone": RESNET}, "belong to batch-norm, backbone.norm.kind is 'gn'"),
-        ({"roi": {"kind": "align", "reduce": "max", "samples": 0}}, "works with reduce 'mean' only"),
+        (
+            {"roi": {"kind": "align", "reduce": "max", "samples": 0}},
+            "works with reduce 'mean' only",
+        ),
         ({"layout": {"kind": "c4"}}, "one RPN level"),
         ({"layout": {"kind": "c4"}, "anchors": ONE_LEVEL}, "'res5' is C4's"),
         ({"box_head": {"kind": "res5"}}, "'res5' is C4's"),
@@ -209,22 +253,41 @@ def test_a_pyramid_is_made_of_neighbours():
     ("path", "value", "reason"),
     [
         ("anchors.ratios", [], "at least 1 item"),
-        *(("anchors.ratios", [ratio], "greater than or equal to 0.001") for ratio in (0, -1, 1e-50)),
+        *(
+            ("anchors.ratios", [ratio], "greater than or equal to 0.001")
+            for ratio in (0, -1, 1e-50)
+        ),
         *(("anchors.ratios", [ratio], "finite number") for ratio in (NAN, INF)),
         ("anchors.ratios", [1e9], "less than or equal to 1000"),
         ("anchors.sizes_px", [[]] * 5, "at least 1 item"),
         *(("anchors.sizes_px", [[size]] * 5, "greater than or equal to 1") for size in (0, -16)),
         ("anchors.sizes_px", [[32]] * 9, "at most 8 items"),
-        ("anchors", {"sizes_px": [[1]] * 5, "rounded": True}, "anchor of 1 px in sizes_px has no area"),
+        (
+            "anchors",
+            {"sizes_px": [[1]] * 5, "rounded": True},
+            "anchor of 1 px in sizes_px has no area",
+        ),
         ("image.std", [0, 1, 1], "greater than or equal to 0.001"),
         ("image.std", [1, 1, -1], "greater than or equal to 0.001"),
         ("image.mean", [NAN, 1, 1], "finite number"),
         ("rpn.min_side_px", INF, "finite number"),
         ("box_loss", {"kind": "smooth_l1", "beta": 1e-40}, "greater than or equal to 0.000001"),
         ("mask.loss_weight", NAN, "finite number"),
-        ("image", {"short_side_px": 800, "max_side_px": 512}, "max_side_px = 512 is below short_side_px = 800"),
-        ("sampling.rois_per_image", 1, "rois_per_image = 1 with positive_fraction = 0.25 leaves room for no positive"),
-        ("sampling.positive_fraction", 0.001, "rois_per_image = 512 with positive_fraction = 0.001"),
+        (
+            "image",
+            {"short_side_px": 800, "max_side_px": 512},
+            "max_side_px = 512 is below short_side_px = 800",
+        ),
+        (
+            "sampling.rois_per_image",
+            1,
+            "rois_per_image = 1 with positive_fraction = 0.25 leaves room for no positive",
+        ),
+        (
+            "sampling.positive_fraction",
+            0.001,
+            "rois_per_image = 512 with positive_fraction = 0.001",
+        ),
         ("rpn.batch_per_image", 1, "batch_per_image = 1 with positive_fraction = 0.5 leaves room"),
         ("rpn.positive_iou", 0.2, "positive_iou = 0.2 is below negative_iou = 0.3"),
         *((path, 10**9, "less than or equal to") for path in BOUNDED),
@@ -250,11 +313,15 @@ def test_group_norms_check_knows_the_narrowest_width(backbone):
     """`GroupNorm.groups` is checked against 64 alone: every normed width is a multiple, and the stem has 64."""
     with torch.device("meta"):
         network, _ = build_backbone(backbone, 4)
-    widths = {norm.num_channels for norm in network.modules() if isinstance(norm, torch.nn.GroupNorm)}
+    widths = {
+        norm.num_channels for norm in network.modules() if isinstance(norm, torch.nn.GroupNorm)
+    }
     assert math.gcd(*widths) == min(widths) == 64
 
 
-@pytest.mark.parametrize(("name", "hint"), [("r50-fnp", "did you mean 'r50-fpn'"), ("x", "there are r101-c4,")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("r50-fnp", "did you mean 'r50-fpn'"), ("x", "there are r101-c4,")]
+)
 def test_an_unknown_preset_names_the_nearest_or_the_known_ones(name, hint):
     with pytest.raises(ValueError, match=hint):
         preset(name)

@@ -32,7 +32,9 @@ def test_decoding_an_encoding_gives_the_box_back():
 
 
 def test_growth_is_clamped_at_a_thousand_over_sixteen():
-    box = decode(torch.tensor([[0.0, 0.0, 16.0, 16.0]]), torch.tensor([[0.0, 0.0, 99.0, 99.0]]), (1.0, 1.0))
+    box = decode(
+        torch.tensor([[0.0, 0.0, 16.0, 16.0]]), torch.tensor([[0.0, 0.0, 99.0, 99.0]]), (1.0, 1.0)
+    )
     torch.testing.assert_close(box[0, 2] - box[0, 0], torch.tensor(1000.0))
     assert math.isclose(math.exp(math.log(1000 / 16)) * 16, 1000)
 
@@ -67,8 +69,12 @@ def test_rounded_anchors_are_torchvisions():
 
 
 def test_every_object_keeps_its_best_anchor():
-    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 6.0], [100.0, 100.0, 120.0, 120.0]])
-    objects = torch.tensor([[[0.0, 0.0, 10.0, 10.0], [100.0, 100.0, 104.0, 104.0], [0.0, 0.0, 10.0, 6.0]]])
+    boxes = torch.tensor(
+        [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 6.0], [100.0, 100.0, 120.0, 120.0]]
+    )
+    objects = torch.tensor(
+        [[[0.0, 0.0, 10.0, 10.0], [100.0, 100.0, 104.0, 104.0], [0.0, 0.0, 10.0, 6.0]]]
+    )
     found = match(boxes[None], objects, torch.tensor([[True, True, False]]))
     assert found.object_BN.tolist() == [[0, 0, 1]]
     torch.testing.assert_close(found.iou_BN, torch.tensor([[1.0, 0.6, 0.04]]))
@@ -79,7 +85,9 @@ def test_matching_many_objects_in_chunks_equals_one_matrix():
     boxes, objects = random_boxes((1, 200)), random_boxes((2, 19), seed=3)
     valid = torch.rand(2, 19, generator=torch.Generator().manual_seed(0)) < 0.7
     found = match(boxes, objects, valid)
-    overlap = torch.stack([torchvision.ops.box_iou(o, boxes[0]) for o in objects]) * valid[:, :, None]
+    overlap = (
+        torch.stack([torchvision.ops.box_iou(o, boxes[0]) for o in objects]) * valid[:, :, None]
+    )
     best, index = overlap.max(dim=1)
     torch.testing.assert_close(found.iou_BN, best)
     assert torch.equal(found.object_BN[best > 0], index[best > 0])
@@ -97,7 +105,9 @@ def test_sampling_takes_positives_first_and_fills_with_negatives():
     assert chosen.positive[0].tolist() == [True, True, False, False]
     assert chosen.index[1].tolist() == [3, 2, 1, 0]
     assert chosen.valid.all()
-    few = sample(positive[1:], negative[1:] & (luck[1:] > 3), luck[1:], size=4, positive_fraction=0.5)
+    few = sample(
+        positive[1:], negative[1:] & (luck[1:] > 3), luck[1:], size=4, positive_fraction=0.5
+    )
     assert few.valid.tolist() == [[True, False, False, False]]
 
 
@@ -130,7 +140,9 @@ def test_noise_is_splitmix_of_unsigned_numbers(stream):
 def test_fixed_shape_suppression_is_exactly_torchvisions(seed, boxes, threshold):
     lists = random_boxes((3, boxes), seed, side=40)
     valid = torch.rand(3, boxes, generator=torch.Generator().manual_seed(seed)) < 0.9
-    assert torch.equal(nms_fixed_shape(lists, valid, threshold), nms_listwise(lists, valid, threshold))
+    assert torch.equal(
+        nms_fixed_shape(lists, valid, threshold), nms_listwise(lists, valid, threshold)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,7 +154,9 @@ def test_fixed_shape_suppression_is_exactly_torchvisions(seed, boxes, threshold)
 )
 def test_suppression_on_the_cpu_is_exactly_torchvisions(seed, boxes, threshold, whole):
     lists = random_boxes((3, boxes), seed, side=40)
-    lists = lists.round() if whole else lists  # many overlaps that equal the threshold, and empty boxes
+    lists = (
+        lists.round() if whole else lists
+    )  # many overlaps that equal the threshold, and empty boxes
     valid = torch.rand(3, boxes, generator=torch.Generator().manual_seed(seed)) < 0.9
     assert torch.equal(nms(lists, valid, threshold), nms_listwise(lists, valid, threshold))
 

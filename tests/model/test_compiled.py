@@ -49,7 +49,9 @@ def test_the_static_part_compiles_whole_on_the_cpu():
     compiled = torch.compile(plain, fullgraph=True)
     (maps, outputs), (expected_maps, expected) = compiled(pixels), plain(pixels)
     for ours, theirs in zip(
-        [*maps.rpn, *outputs[0], *outputs[1]], [*expected_maps.rpn, *expected[0], *expected[1]], strict=True
+        [*maps.rpn, *outputs[0], *outputs[1]],
+        [*expected_maps.rpn, *expected[0], *expected[1]],
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     torch.stack([m.square().mean() for m in maps.rpn]).sum().backward()
@@ -57,7 +59,9 @@ def test_the_static_part_compiles_whole_on_the_cpu():
     detector.zero_grad()
     torch.stack([m.square().mean() for m in plain(pixels)[0].rpn]).sum().backward()
     expected_gradient = detector.backbone.conv1.weight.grad
-    error = (gradient - expected_gradient).norm() / expected_gradient.norm()  # a ReLU near 0 may fall either way
+    error = (
+        gradient - expected_gradient
+    ).norm() / expected_gradient.norm()  # a ReLU near 0 may fall either way
     assert error < 1e-2
 
 
@@ -68,7 +72,9 @@ def test_the_static_part_compiles_whole_on_the_cpu():
 def test_steps_on_a_gpu_never_wait_for_the_host(arm, bf16):
     detector = tiny(arm).cuda()
     optimiser = torch.optim.AdamW(detector.parameters(), lr=1e-4, fused=True)
-    batches = [with_padding(shape_batch(seed=seed, num_keypoints=3), 2).to("cuda") for seed in range(3)]
+    batches = [
+        with_padding(shape_batch(seed=seed, num_keypoints=3), 2).to("cuda") for seed in range(3)
+    ]
 
     def step(batch: Any) -> Tensor:
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
@@ -96,9 +102,13 @@ def test_a_gpu_gives_the_cpus_losses_and_counts(arm):
     found = detector.cuda().losses(batch.to("cuda"))
     assert found.keys() == expected.keys()
     for name, term in found.items():
-        assert abs(float(term.count) - float(expected[name].count)) <= 0.05 * float(expected[name].count), name
+        assert abs(float(term.count) - float(expected[name].count)) <= 0.05 * float(
+            expected[name].count
+        ), name
         mean = float(term.sum.detach()) / float(term.count)
-        assert mean == pytest.approx(float(expected[name].sum.detach()) / float(expected[name].count), rel=0.1), name
+        assert mean == pytest.approx(
+            float(expected[name].sum.detach()) / float(expected[name].count), rel=0.1
+        ), name
 
 
 @pytest.mark.gpu

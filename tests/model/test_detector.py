@@ -46,7 +46,10 @@ def tiny(tasks: bool = False) -> Detector:
 
 def losses(detector: Detector, batch: Batch) -> dict[str, tuple[float, float]]:
     with torch.no_grad():
-        return {name: (float(term.sum), float(term.count)) for name, term in detector.losses(batch).items()}
+        return {
+            name: (float(term.sum), float(term.count))
+            for name, term in detector.losses(batch).items()
+        }
 
 
 def assert_same(one: dict[str, tuple[float, float]], other: dict[str, tuple[float, float]]) -> None:
@@ -84,7 +87,9 @@ def gradients(detector: Detector, batch: Batch) -> dict[str, Tensor]:
 
 
 def total(terms: dict[str, LossTerm]) -> Tensor:
-    return torch.stack([term.weight * term.sum / term.count.clamp(min=1) for term in terms.values()]).sum()
+    return torch.stack(
+        [term.weight * term.sum / term.count.clamp(min=1) for term in terms.values()]
+    ).sum()
 
 
 def test_the_order_of_images_changes_nothing():
@@ -95,13 +100,19 @@ def test_the_order_of_images_changes_nothing():
 def test_a_batch_cut_in_two_adds_up_to_the_whole():
     batch = shape_batch(images=4, num_keypoints=3)
     parts = [losses(tiny(True), rows(batch, index)) for index in ([0, 1], [2, 3])]
-    added = {name: (parts[0][name][0] + parts[1][name][0], parts[0][name][1] + parts[1][name][1]) for name in parts[0]}
+    added = {
+        name: (parts[0][name][0] + parts[1][name][0], parts[0][name][1] + parts[1][name][1])
+        for name in parts[0]
+    }
     assert_same(losses(tiny(True), batch), added)
 
 
 def test_noise_keys_decide_what_is_sampled():
     batch = shape_batch()
-    one, other = losses(tiny(), batch), losses(tiny(), replace(batch, noise_keys=batch.noise_keys + 1))
+    one, other = (
+        losses(tiny(), batch),
+        losses(tiny(), replace(batch, noise_keys=batch.noise_keys + 1)),
+    )
     assert one["rpn_objectness"][0] != other["rpn_objectness"][0]
 
 
@@ -185,7 +196,9 @@ def test_predictions_are_padded_sorted_and_in_the_files_pixels():
     [(1, 40, 50), (4, 40, 50), (40, 50), (40, 50, 3), (1, 3, 40, 50), (3, 0, 50), (3, 40, 0), ()],
 )
 def test_an_image_of_another_shape_is_refused(shape):
-    with pytest.raises(ValueError, match=re.escape(f"(3, H, W) in 0 to 255; this is uint8 {shape}")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"(3, H, W) in 0 to 255; this is uint8 {shape}")
+    ):
         tiny().predict_image(torch.zeros(shape, dtype=torch.uint8))
 
 
@@ -229,7 +242,9 @@ def test_fixed_proposals_take_the_place_of_the_rpn():
 def test_arms_share_every_parameter_that_both_have():
     """Pairs differ where their configs do: initialisation belongs to (seed, name)."""
     one = build_detector(preset("tiny"), seed=5).state_dict()
-    other = build_detector(preset("tiny").model_copy(update={"roi": RoIWarp(), **MANY_TASKS}), seed=5).state_dict()
+    other = build_detector(
+        preset("tiny").model_copy(update={"roi": RoIWarp(), **MANY_TASKS}), seed=5
+    ).state_dict()
     same = [name for name in one if name in other and one[name].shape == other[name].shape]
     assert len(same) > 60
     assert all(torch.equal(one[name], other[name]) for name in same)
@@ -291,7 +306,12 @@ def test_bfloat16_leaves_boxes_and_losses_in_float32():
     exact = losses(detector, batch)
     for name, term in terms.items():
         assert term.sum.dtype == torch.float32, name
-        mean, expected = float(term.sum.detach()) / float(term.count), exact[name][0] / exact[name][1]
-        assert math.isclose(mean, expected, rel_tol=0.2), name  # sampling may change with the proposals
+        mean, expected = (
+            float(term.sum.detach()) / float(term.count),
+            exact[name][0] / exact[name][1],
+        )
+        assert math.isclose(mean, expected, rel_tol=0.2), (
+            name
+        )  # sampling may change with the proposals
     total(terms).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in detector.parameters())

@@ -31,7 +31,13 @@ COMMON: dict[str, Any] = {
     "num_classes": CLASSES,
     "backbone": RESNET,
     "weights": {"kind": "none"},
-    "rpn": {"batch_per_image": 32, "pre_nms_train": 100, "pre_nms_test": 50, "post_nms_train": 50, "post_nms_test": 30},
+    "rpn": {
+        "batch_per_image": 32,
+        "pre_nms_train": 100,
+        "pre_nms_test": 50,
+        "post_nms_train": 50,
+        "post_nms_test": 30,
+    },
     "sampling": {"rois_per_image": 24},
     "box_head": {"kind": "fc", "width": 128},
 }
@@ -44,7 +50,11 @@ FPN: dict[str, Any] = {
 ONE_LEVEL: dict[str, Any] = {
     "anchors": {"sizes_px": [[18, 32]]},
     "mask": {"kind": "mask", "head": SMALL_FCN},
-    "rpn": {**COMMON["rpn"], "post_nms_train": 8, "post_nms_test": 8},  # few, so that a few RoIs teach all that is met
+    "rpn": {
+        **COMMON["rpn"],
+        "post_nms_train": 8,
+        "post_nms_test": 8,
+    },  # few, so that a few RoIs teach all that is met
 }
 C4 = {
     **ONE_LEVEL,
@@ -57,7 +67,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fpn": FPN,
     "c4": C4,
     "c4-14": {**C4, "layout": {"kind": "c4", "roi_side": 14}},
-    "c5": {**ONE_LEVEL, "layout": {"kind": "c5", "channels": 64}, "anchors": {"sizes_px": [[48, 72]]}},
+    "c5": {
+        **ONE_LEVEL,
+        "layout": {"kind": "c5", "channels": 64},
+        "anchors": {"sizes_px": [[48, 72]]},
+    },
     "conv5": {
         **ONE_LEVEL,
         "layout": {"kind": "conv5"},
@@ -93,7 +107,10 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # name: layout and what differs
     "fpn-masks-keypoints": ("fpn", {"keypoints": KEYPOINTS}),
     "r34-bn": ("fpn", {"backbone": {**RESNET, "depth": 34, "norm": {"kind": "bn"}}}),
     "r50-1x1": ("fpn", {"backbone": {**RESNET, "depth": 50, "stride_in_1x1": True}}),
-    "x50": ("fpn", {"backbone": {"kind": "resnext", "variant": "50-32x4d", "norm": GN, "frozen_stages": 0}}),
+    "x50": (
+        "fpn",
+        {"backbone": {"kind": "resnext", "variant": "50-32x4d", "norm": GN, "frozen_stages": 0}},
+    ),
 }
 SAMPLE = ("fpn",)  # of the arms, in the normal suite
 
@@ -109,7 +126,11 @@ def arm(name: str) -> ModelConfig:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow, id=name) for name in ARMS]
+    "name",
+    [
+        pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow, id=name)
+        for name in ARMS
+    ],
 )
 def test_every_arm_learns_eight_images_by_heart(name, tmp_path):
     layout, _ = ARMS[name]
@@ -120,7 +141,10 @@ def test_every_arm_learns_eight_images_by_heart(name, tmp_path):
     results = coco_results(cfg, detector.predict(batch), list(range(1, CLASSES + 1)))
     truth = tmp_path / "truth.json"
     truth.write_text(json.dumps(as_coco(batch)))
-    found = {kind: evaluate(truth, r, "segm" if kind.startswith("segm") else kind) for kind, r in results.items()}
+    found = {
+        kind: evaluate(truth, r, "segm" if kind.startswith("segm") else kind)
+        for kind, r in results.items()
+    }
     scores = {kind: evaluation.stats["AP50"] for kind, evaluation in found.items()}
     assert all(score > 0.9 for score in scores.values()), scores
 
@@ -158,7 +182,9 @@ def with_points(batch: Batch) -> Batch:
 def as_coco(batch: Batch) -> dict[str, Any]:
     side = batch.images.shape[-1]
     annotations = [
-        annotation(batch, image, slot, side) for image in range(len(batch)) for slot in range(batch.valid.shape[1])
+        annotation(batch, image, slot, side)
+        for image in range(len(batch))
+        for slot in range(batch.valid.shape[1])
     ]
     return {
         "images": [{"id": image, "height": side, "width": side} for image in range(len(batch))],

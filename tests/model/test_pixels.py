@@ -14,13 +14,16 @@ SIDES = [*range(1, 1000, 7), 1333, 2048, 5000]
 
 
 @pytest.mark.parametrize("resize", LOADERS)
-@pytest.mark.parametrize(("short", "longest"), [(800, 1333), (600, 1000), (128, 128), (64, 96), (50, 999)])
+@pytest.mark.parametrize(
+    ("short", "longest"), [(800, 1333), (600, 1000), (128, 128), (64, 96), (50, 999)]
+)
 def test_an_image_has_the_same_size_as_in_the_evaluation_loader(resize, short, longest):
     other = {
         (height, width)
         for height in SIDES
         for width in SIDES
-        if pixels.test_size(height, width, short, longest, resize) != LOADERS[resize](height, width, short, longest)
+        if pixels.test_size(height, width, short, longest, resize)
+        != LOADERS[resize](height, width, short, longest)
     }
     assert not other
 

@@ -56,7 +56,9 @@ def theirs(make: Callable[..., nn.Module]) -> Any:
 def small(name: str) -> ModelConfig:
     cfg = preset(name)
     image = cfg.image.model_copy(update={"short_side_px": SHORT_SIDE, "max_side_px": LONG_SIDE})
-    inference = cfg.inference.model_copy(update={"score_threshold": 0.0, "detections_per_image": DETECTIONS})
+    inference = cfg.inference.model_copy(
+        update={"score_threshold": 0.0, "detections_per_image": DETECTIONS}
+    )
     return cfg.model_copy(update={"image": image, "inference": inference})
 
 
@@ -64,7 +66,9 @@ def drawn() -> list[Tensor]:
     """Noise of three sizes."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, 200, 300), (3, 333, 250), (3, 100, 260))
-    return [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in shapes]
+    return [
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator) for shape in shapes
+    ]
 
 
 def photographs() -> list[Tensor]:
@@ -81,8 +85,12 @@ def photographs() -> list[Tensor]:
     [
         (maskrcnn_resnet50_fpn, "r50-fpn-torchvision", drawn),
         pytest.param(maskrcnn_resnet50_fpn, "r50-fpn-torchvision", photographs, marks=needs_coco),
-        pytest.param(keypointrcnn_resnet50_fpn, "r50-fpn-keypoint-torchvision", drawn, marks=pytest.mark.slow),
-        pytest.param(keypointrcnn_resnet50_fpn, "r50-fpn-keypoint-torchvision", photographs, marks=needs_coco),
+        pytest.param(
+            keypointrcnn_resnet50_fpn, "r50-fpn-keypoint-torchvision", drawn, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            keypointrcnn_resnet50_fpn, "r50-fpn-keypoint-torchvision", photographs, marks=needs_coco
+        ),
     ],
 )
 def test_predictions_equal_torchvisions(make, name, pictures):
@@ -101,7 +109,9 @@ def test_predictions_equal_torchvisions(make, name, pictures):
             torch.testing.assert_close(found["masks"], expected["masks"][:, 0], rtol=0, atol=1e-4)
         else:
             torch.testing.assert_close(found["keypoints"], expected["keypoints"], rtol=0, atol=1e-2)
-            torch.testing.assert_close(found["keypoints_scores"], expected["keypoints_scores"], rtol=0, atol=1e-3)
+            torch.testing.assert_close(
+                found["keypoints_scores"], expected["keypoints_scores"], rtol=0, atol=1e-3
+            )
     assert detector.training, "predicting leaves the mode as it was"
 
 
@@ -118,10 +128,16 @@ def test_losses_equal_torchvisions_on_the_same_samples(monkeypatch):
     step = detector._prepare(batch)
     monkeypatch.setattr(their_roi_heads, "project_masks_on_boxes", lambda *_: next(targets))
     monkeypatch.setattr(their_model.rpn, "fg_bg_sampler", lambda _: our_anchors(step))
-    monkeypatch.setattr(their_model.roi_heads, "select_training_samples", lambda *_: our_rois(their_model, step))
+    monkeypatch.setattr(
+        their_model.roi_heads, "select_training_samples", lambda *_: our_rois(their_model, step)
+    )
     targets = iter(our_mask_targets(step))
     objects = [
-        {"boxes": boxes, "labels": labels + 1, "masks": torch.zeros(len(labels), 128, 128, dtype=torch.uint8)}
+        {
+            "boxes": boxes,
+            "labels": labels + 1,
+            "masks": torch.zeros(len(labels), 128, 128, dtype=torch.uint8),
+        }
         for boxes, labels in zip(batch.boxes_xyxy, batch.labels, strict=True)
     ]
     images = ImageList(detector.normalise(batch.images), [(128, 128)] * 2)
@@ -149,7 +165,9 @@ def our_anchors(step: Any) -> tuple[list[Tensor], list[Tensor]]:
     return list(positive), list(negative)
 
 
-def our_rois(their_model: Any, step: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+def our_rois(
+    their_model: Any, step: Any
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     s, batch = step.samples, step.batch
     kept = [s.valid[i] for i in range(2)]
     rois = [s.rois_xyxy[i, kept[i]] for i in range(2)]
@@ -161,7 +179,10 @@ def our_rois(their_model: Any, step: Any) -> tuple[list[Tensor], list[Tensor], l
 
 def our_mask_targets(step: Any) -> list[Tensor]:
     rois, batch = step.positives, step.batch
-    boxes, crops = batch.boxes_xyxy[rois.image, rois.objects], batch.mask_crops[rois.image, rois.objects]
+    boxes, crops = (
+        batch.boxes_xyxy[rois.image, rois.objects],
+        batch.mask_crops[rois.image, rois.objects],
+    )
     inside = sample_crops(crops, boxes, rois.boxes_xyxy, 28).float()
     return [inside[rois.image == image] for image in range(2)]
 
@@ -190,7 +211,9 @@ def test_the_released_files_older_names_load_too():
     state = theirs(maskrcnn_resnet50_fpn).state_dict()
     old = {}
     for name, value in state.items():
-        name = name.replace("inner_blocks.0.0", "inner_blocks.0").replace("rpn.head.conv.0.0", "rpn.head.conv")
+        name = name.replace("inner_blocks.0.0", "inner_blocks.0").replace(
+            "rpn.head.conv.0.0", "rpn.head.conv"
+        )
         for i in range(4):
             name = name.replace(f"blocks.{i}.0.", f"blocks.{i}.")
             name = name.replace(f"mask_head.{i}.0.", f"mask_head.mask_fcn{i + 1}.")

@@ -62,7 +62,9 @@ def test_every_backbone_takes_its_classifier_without_the_classes(name, norm):
     load_initial(detector, state, "backbone")
     load_initial(detector, {n: v for n, v in state.items() if "num_batches" not in n}, "backbone")
     with pytest.raises(ValueError, match=r"lacks 'backbone.layer1.0.conv1.weight'"):
-        load_initial(detector, {n: v for n, v in state.items() if n != "layer1.0.conv1.weight"}, "backbone")
+        load_initial(
+            detector, {n: v for n, v in state.items() if n != "layer1.0.conv1.weight"}, "backbone"
+        )
 
 
 def test_vgg_takes_its_classifier_with_fc6_and_fc7():
@@ -71,7 +73,9 @@ def test_vgg_takes_its_classifier_with_fc6_and_fc7():
         detector = _assemble(VGG)
     load_initial(detector, state, "backbone")
     with pytest.raises(ValueError, match=r"lacks 'box.trunk.fc.1.bias'"):
-        load_initial(detector, {n: v for n, v in state.items() if n != "classifier.3.bias"}, "backbone")
+        load_initial(
+            detector, {n: v for n, v in state.items() if n != "classifier.3.bias"}, "backbone"
+        )
 
 
 @torch.no_grad()
@@ -121,10 +125,18 @@ def test_a_file_that_does_not_fit_gives_one_clear_line():
         (deeper, "backbone", r"has 'layer1.2.bn1.bias', which the model has not \(and \d+ more\)"),
         (vgg, "backbone", "lacks 'backbone.conv1"),
         ({}, "backbone", "lacks 'backbone.conv1"),
-        ({**right, "layer5.0.conv1.weight": torch.zeros(1)}, "backbone", "has 'layer5.0.conv1.weight', which"),
+        (
+            {**right, "layer5.0.conv1.weight": torch.zeros(1)},
+            "backbone",
+            "has 'layer5.0.conv1.weight', which",
+        ),
         (narrow, "backbone", r"'bn1.weight' has shape \(32,\), the model \(64,\)"),
         (whole, "backbone", "'layer4.0.bn1.bias' is torch.int64, the model's is torch.float32"),
-        (without, "maskray", "weights in layout 'maskray': the file lacks 'box.class_logits.bias'; check"),
+        (
+            without,
+            "maskray",
+            "weights in layout 'maskray': the file lacks 'box.class_logits.bias'; check",
+        ),
         (right, "maskray", "the file has 'conv1.weight'; use layout: backbone"),
         (right, "torchvision", "the file has 'conv1.weight'; use layout: backbone"),
         (vgg, "detectron2", "the file has 'features.0.weight'; use layout: backbone"),
@@ -156,8 +168,12 @@ def test_stages_that_a_short_pyramid_does_not_build_stay_in_the_file(strides):
     load_initial(detector, state, "backbone")
     loaded = detector.state_dict()
     for stage in ("layer1", "layer2", "layer3", "layer4")[: 4 if strides[-1] == 32 else 3]:
-        assert torch.equal(loaded[f"backbone.{stage}.1.conv2.weight"], state[f"{stage}.1.conv2.weight"])
-        assert torch.equal(loaded[f"backbone.{stage}.1.conv2.running_var"], state[f"{stage}.1.bn2.running_var"])
+        assert torch.equal(
+            loaded[f"backbone.{stage}.1.conv2.weight"], state[f"{stage}.1.conv2.weight"]
+        )
+        assert torch.equal(
+            loaded[f"backbone.{stage}.1.conv2.running_var"], state[f"{stage}.1.bn2.running_var"]
+        )
     assert ("backbone.layer4.0.conv1.weight" in loaded) == (strides[-1] == 32)
     with pytest.raises(ValueError, match=r"has 'layer3.2.conv1.weight', which the model has not"):
         load_initial(detector, {**state, "layer3.2.conv1.weight": torch.zeros(1)}, "backbone")
@@ -167,8 +183,16 @@ def test_stages_that_a_short_pyramid_does_not_build_stay_in_the_file(strides):
     ("name", "changes", "reason"),
     [
         ("r50-fpn-torchvision", {"background": "last"}, "needs background 'first', not 'last'"),
-        ("r50-fpn-torchvision", {"image": {"channels": "bgr"}}, "needs image.channels 'rgb', not 'bgr'"),
-        ("r50-fpn-torchvision", {"backbone": {**RESNET50, "stride_in_1x1": True}}, "stride_in_1x1 False, not True"),
+        (
+            "r50-fpn-torchvision",
+            {"image": {"channels": "bgr"}},
+            "needs image.channels 'rgb', not 'bgr'",
+        ),
+        (
+            "r50-fpn-torchvision",
+            {"backbone": {**RESNET50, "stride_in_1x1": True}},
+            "stride_in_1x1 False, not True",
+        ),
         ("r50-fpn-keypoint-torchvision", {"background": "last"}, "background 'first', not 'last'"),
         ("r50-fpn-detectron2", {"background": "first"}, "needs background 'last', not 'first'"),
         ("r50-fpn-detectron2", {"backbone": RESNET50}, "backbone.stride_in_1x1 True, not False"),
@@ -180,7 +204,9 @@ def test_stages_that_a_short_pyramid_does_not_build_stay_in_the_file(strides):
         ),
     ],
 )
-def test_conventions_under_which_a_detectors_weights_mean_nothing_are_refused(name, changes, reason):
+def test_conventions_under_which_a_detectors_weights_mean_nothing_are_refused(
+    name, changes, reason
+):
     layout = name.rpartition("-")[2]
     weights = {"kind": "file", "path": "weights.pth", "layout": layout}
     right = {**dict(preset(name)), "weights": weights}
@@ -191,10 +217,17 @@ def test_conventions_under_which_a_detectors_weights_mean_nothing_are_refused(na
 
 
 def test_fine_tuning_may_change_anchors_alignment_and_resizing():
-    changes = {"anchors": {}, "roi": {"kind": "align"}, "image": {}, "weights": {"kind": "torchvision"}}
+    changes = {
+        "anchors": {},
+        "roi": {"kind": "align"},
+        "image": {},
+        "weights": {"kind": "torchvision"},
+    }
     cfg = ModelConfig.model_validate({**dict(preset("r50-fpn-torchvision")), **changes})
     with torch.device("meta"):
-        state = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
+        state = torchvision.models.detection.maskrcnn_resnet50_fpn(
+            weights=None, weights_backbone=None
+        ).state_dict()
         load_initial(_assemble(cfg), state, "torchvision")
 
 
@@ -210,14 +243,29 @@ class Zoo:
         self.random = np.random.default_rng(0)
         self.state: dict[str, Any] = {}
 
-    def add(self, name: str, shape: tuple[int, ...], norm: bool = False, bias: bool = True, gain: float = 2.0) -> None:
+    def add(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        norm: bool = False,
+        bias: bool = True,
+        gain: float = 2.0,
+    ) -> None:
         fan_in = shape[0] if "deconv" in name or "lowres" in name else int(np.prod(shape[1:]))
         self.state[f"{name}.weight"] = self.normal(shape, (gain / fan_in) ** 0.5)
         channels = shape[1] if "deconv" in name or "lowres" in name else shape[0]
         if norm:
-            for part, low, high in (("weight", 0.7, 1.0), ("bias", -0.1, 0.1), ("running_mean", -0.1, 0.1)):
-                self.state[f"{name}.norm.{part}"] = self.random.uniform(low, high, channels).astype(np.float32)
-            self.state[f"{name}.norm.running_var"] = self.random.uniform(0.8, 1.5, channels).astype(np.float32)
+            for part, low, high in (
+                ("weight", 0.7, 1.0),
+                ("bias", -0.1, 0.1),
+                ("running_mean", -0.1, 0.1),
+            ):
+                self.state[f"{name}.norm.{part}"] = self.random.uniform(low, high, channels).astype(
+                    np.float32
+                )
+            self.state[f"{name}.norm.running_var"] = self.random.uniform(0.8, 1.5, channels).astype(
+                np.float32
+            )
         elif bias:
             self.state[f"{name}.bias"] = self.normal((channels,), 0.1)
 
@@ -243,10 +291,14 @@ class Zoo:
             entering = 4 * middle
 
     def add_rpn(self, channels: int, per_cell: int) -> None:
-        self.state["proposal_generator.anchor_generator.cell_anchors.0"] = np.zeros((per_cell, 4), np.float32)
+        self.state["proposal_generator.anchor_generator.cell_anchors.0"] = np.zeros(
+            (per_cell, 4), np.float32
+        )
         self.add("proposal_generator.rpn_head.conv", (channels, channels, 3, 3))
         self.add("proposal_generator.rpn_head.objectness_logits", (per_cell, channels, 1, 1))
-        self.add("proposal_generator.rpn_head.anchor_deltas", (4 * per_cell, channels, 1, 1), gain=0.02)
+        self.add(
+            "proposal_generator.rpn_head.anchor_deltas", (4 * per_cell, channels, 1, 1), gain=0.02
+        )
 
     def add_box_predictor(self, width: int, classes: int) -> None:
         self.add("roi_heads.box_predictor.cls_score", (classes + 1, width))
@@ -262,10 +314,17 @@ class Zoo:
         self.add("roi_heads.box_head.fc2", (1024, 1024))
 
     def conv(self, name: str, x: Tensor, stride: int = 1, padding: int = 0) -> Tensor:
-        s = {part: torch.from_numpy(value) for part, value in self.state.items() if part.startswith(f"{name}.")}
+        s = {
+            part: torch.from_numpy(value)
+            for part, value in self.state.items()
+            if part.startswith(f"{name}.")
+        }
         x = F.conv2d(x, s[f"{name}.weight"], s.get(f"{name}.bias"), stride, padding)
         if f"{name}.norm.weight" in s:
-            norm = (s[f"{name}.norm.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+            norm = (
+                s[f"{name}.norm.{part}"]
+                for part in ("running_mean", "running_var", "weight", "bias")
+            )
             x = F.batch_norm(x, *norm, training=False, eps=1e-5)
         return x
 
@@ -302,15 +361,25 @@ class Zoo:
     def rpn(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (1, N) and offsets (1, N, 4) of a map, anchors of a cell side by side."""
         hidden = F.relu(self.conv("proposal_generator.rpn_head.conv", features, padding=1))
-        logits = self.conv("proposal_generator.rpn_head.objectness_logits", hidden).permute(0, 2, 3, 1).flatten(1)
+        logits = (
+            self.conv("proposal_generator.rpn_head.objectness_logits", hidden)
+            .permute(0, 2, 3, 1)
+            .flatten(1)
+        )
         offsets = self.conv("proposal_generator.rpn_head.anchor_deltas", hidden)
-        return logits, offsets.view(1, -1, 4, *offsets.shape[2:]).permute(0, 3, 4, 1, 2).reshape(1, -1, 4)
+        return logits, offsets.view(1, -1, 4, *offsets.shape[2:]).permute(0, 3, 4, 1, 2).reshape(
+            1, -1, 4
+        )
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, *(torch.from_numpy(self.state[f"{name}.{part}"]) for part in ("weight", "bias")))
+        return F.linear(
+            x, *(torch.from_numpy(self.state[f"{name}.{part}"]) for part in ("weight", "bias"))
+        )
 
     def up(self, name: str, x: Tensor, padding: int = 0) -> Tensor:
-        weight, bias = (torch.from_numpy(self.state[f"{name}.{part}"]) for part in ("weight", "bias"))
+        weight, bias = (
+            torch.from_numpy(self.state[f"{name}.{part}"]) for part in ("weight", "bias")
+        )
         return F.conv_transpose2d(x, weight, bias, stride=2, padding=padding)
 
 
@@ -345,10 +414,15 @@ def test_the_model_zoos_mask_rcnn_with_fpn_loads_with_its_conventions():
         close(outputs.offsets[level], offsets)
     crops = torch.randn(3, 256, 7, 7)
     hidden = F.relu(
-        zoo.linear("roi_heads.box_head.fc2", F.relu(zoo.linear("roi_heads.box_head.fc1", crops.flatten(1))))
+        zoo.linear(
+            "roi_heads.box_head.fc2", F.relu(zoo.linear("roi_heads.box_head.fc1", crops.flatten(1)))
+        )
     )
     logits, offsets = detector.box(crops, torch.zeros(3, dtype=torch.int64))
-    close(detector.box.scores(logits), zoo.linear("roi_heads.box_predictor.cls_score", hidden).softmax(1)[:, :80])
+    close(
+        detector.box.scores(logits),
+        zoo.linear("roi_heads.box_predictor.cls_score", hidden).softmax(1)[:, :80],
+    )
     close(offsets, zoo.linear("roi_heads.box_predictor.bbox_pred", hidden).view(3, 80, 4))
     x = features = torch.randn(2, 256, 14, 14)
     for i in range(1, 5):
@@ -371,7 +445,10 @@ def test_the_model_zoos_keypoint_rcnn_loads():
     for i in range(1, 9):
         x = F.relu(zoo.conv(f"roi_heads.keypoint_head.conv_fcn{i}", x, padding=1))
     x = zoo.up("roi_heads.keypoint_head.score_lowres", x, padding=1)
-    close(detector.keypoints(features), F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))
+    close(
+        detector.keypoints(features),
+        F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False),
+    )
 
 
 @torch.no_grad()
@@ -393,9 +470,14 @@ def test_the_model_zoos_c4_crops_14_x_14_and_lets_res5_halve_it():
     features = zoo.stage("roi_heads.res5", crops, 2)
     assert features.shape == (2, 2048, 7, 7)
     close(detector.crops.for_boxes(maps.roi, rois), features)
-    masks = zoo.conv("roi_heads.mask_head.predictor", F.relu(zoo.up("roi_heads.mask_head.deconv", features)))
+    masks = zoo.conv(
+        "roi_heads.mask_head.predictor", F.relu(zoo.up("roi_heads.mask_head.deconv", features))
+    )
     assert masks.shape == (2, 80, 14, 14)
-    close(detector.mask.probabilities(features, torch.tensor([3, 7]))["sigmoid"], masks[[0, 1], [3, 7]].sigmoid())
+    close(
+        detector.mask.probabilities(features, torch.tensor([3, 7]))["sigmoid"],
+        masks[[0, 1], [3, 7]].sigmoid(),
+    )
     paper = build_detector(preset("r50-c4")).eval()
     assert paper.crops.crop.side == 7, "the paper's arm is another one, by its own preset"
     assert paper.crops.res5[0].downsample[0].stride == (1, 1)
@@ -405,7 +487,9 @@ def test_a_zoo_file_of_another_layout_gives_one_clear_line():
     zoo = Zoo()
     zoo.add_resnet("backbone.", ("res2", "res3", "res4"), head="roi_heads.")
     detector = build_detector(preset("r50-fpn-detectron2"))
-    with pytest.raises(ValueError, match=r"^weights in layout .*lacks 'backbone\.layer4.*check that backbone"):
+    with pytest.raises(
+        ValueError, match=r"^weights in layout .*lacks 'backbone\.layer4.*check that backbone"
+    ):
         load_initial(detector, zoo.state, "detectron2")
     with pytest.raises(ValueError, match=re.escape("unknown tensor 'conv1_w'")):
         from_detectron2({"conv1_w": np.zeros(1)})

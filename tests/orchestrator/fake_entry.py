@@ -39,11 +39,19 @@ def main(path: str) -> int:
         return code
 
     for step in range(first, steps):
-        progress = Progress(attempt=attempt, step=step, steps=steps, phase="training", updated_at=time.time())
+        progress = Progress(
+            attempt=attempt, step=step, steps=steps, phase="training", updated_at=time.time()
+        )
         _write(folder / "progress.json", progress.model_dump_json())
         checkpoint.write_text(str(step))
         if faulty and plan.get("fail") is not None and step >= plan.get("fail_at", 0):
-            return end("failed", plan.get("exit", EXIT_FAILED), step, plan.get("class", "unknown"), plan["fail"])
+            return end(
+                "failed",
+                plan.get("exit", EXIT_FAILED),
+                step,
+                plan.get("class", "unknown"),
+                plan["fail"],
+            )
         if faulty and step == plan.get("crash_at"):
             os.kill(os.getpid(), signal.SIGKILL)
         gate = plan.get("gate")
@@ -54,12 +62,22 @@ def main(path: str) -> int:
         time.sleep(plan.get("step_s", 0.0))
         if asked:
             return end("stopped", EXIT_STOPPED, step)
-    metrics = {"segm/AP": 0.25 + spec["run"].get("seed", 0) / 100, "bbox/AP": 0.3, "images_per_s": time.time()}
+    metrics = {
+        "segm/AP": 0.25 + spec["run"].get("seed", 0) / 100,
+        "bbox/AP": 0.3,
+        "images_per_s": time.time(),
+    }
     if "drift" in plan:
         with Path(plan["drift"]).open("a") as file:
             file.write("x")
         metrics["bbox/AP"] += Path(plan["drift"]).stat().st_size / 1000
-    result = Result(metrics=metrics, step=steps, attempt=attempt, world_size=spec["ranks"], weights_sha256="0" * 64)
+    result = Result(
+        metrics=metrics,
+        step=steps,
+        attempt=attempt,
+        world_size=spec["ranks"],
+        weights_sha256="0" * 64,
+    )
     _write(folder / "result.json", result.model_dump_json())
     return end("done", EXIT_DONE, steps)
 

@@ -21,7 +21,15 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from contract.attempt import EXIT_DONE, EXIT_FAILED, EXIT_PREEMPTED, EXIT_STOPPED, Outcome, Progress, Result
+from contract.attempt import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    EXIT_STOPPED,
+    Outcome,
+    Progress,
+    Result,
+)
 
 
 class Rank:
@@ -41,7 +49,9 @@ def main(path: str) -> int:
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="warning")
     folder, attempt, plan = Path(spec["storage"]), spec["attempt"], spec["run"]["fake"]
     needs = {"CPU": spec["cpus_per_rank"], "GPU": spec["gpus_per_rank"], **spec["rank_resources"]}
-    avoid = {"ray.io/node-id": f"!in({','.join(spec['avoid_nodes'])})"} if spec["avoid_nodes"] else None
+    avoid = (
+        {"ray.io/node-id": f"!in({','.join(spec['avoid_nodes'])})"} if spec["avoid_nodes"] else None
+    )
     group = placement_group(
         [needs] * spec["ranks"],
         strategy="STRICT_PACK" if spec["max_nodes"] == 1 else "PACK",
@@ -53,7 +63,9 @@ def main(path: str) -> int:
         actor.options(
             num_cpus=needs["CPU"],
             num_gpus=needs["GPU"],
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=index
+            ),
         ).remote()
         for index in range(spec["ranks"])
     ]
@@ -74,7 +86,9 @@ def main(path: str) -> int:
             ray.get([rank.step.remote() for rank in ranks], timeout=60)
         except RayError as error:
             return end("failed", EXIT_FAILED, "node", f"Ray: {type(error).__name__}")
-        progress = Progress(attempt=attempt, step=step, steps=steps, phase="training", updated_at=time.time())
+        progress = Progress(
+            attempt=attempt, step=step, steps=steps, phase="training", updated_at=time.time()
+        )
         _write(folder / "progress.json", progress.model_dump_json())
         if attempt == 1 and step == plan.get("crash_at"):
             return end("failed", EXIT_FAILED, "collective", "rank 1: connection closed by peer")
@@ -88,7 +102,11 @@ def main(path: str) -> int:
         step += 1
         checkpoint.write_text(str(step))
     result = Result(
-        metrics={"segm/AP": 0.5}, step=step, attempt=attempt, world_size=len(ranks), weights_sha256="0" * 64
+        metrics={"segm/AP": 0.5},
+        step=step,
+        attempt=attempt,
+        world_size=len(ranks),
+        weights_sha256="0" * 64,
     )
     _write(folder / "result.json", result.model_dump_json())
     return end("done", EXIT_DONE)

@@ -35,16 +35,26 @@ def main() -> None:
 def _serve(cluster: Cluster, nodes: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
     if "add" in request:
         head = cluster.head_node is None
-        extra = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0} if head else {}
+        extra = (
+            {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": 0}
+            if head
+            else {}
+        )
         node = cluster.add_node(**COMMON, **extra, **request["add"])
         nodes[node.node_id] = node
-        return {"node": node.node_id, "dashboard": f"http://{cluster.webui_url}", "address": cluster.address}
+        return {
+            "node": node.node_id,
+            "dashboard": f"http://{cluster.webui_url}",
+            "address": cluster.address,
+        }
     if "kill" in request:
         cluster.remove_node(nodes.pop(request["kill"]), allow_graceful=False)
         return {}
     deadline_ms = int((time.time() + request["seconds"]) * 1000)
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, why = GcsClient(address=cluster.address).drain_node(request["drain"], reason, "a test", deadline_ms)
+    accepted, why = GcsClient(address=cluster.address).drain_node(
+        request["drain"], reason, "a test", deadline_ms
+    )
     return {"accepted": accepted, "why": why}
 
 

@@ -16,7 +16,9 @@ from tests.orchestrator.waiting import wait_until
 ROOT = Path(__file__).parents[2]
 
 
-def start_service(settings: Mapping[str, Any], environment: Mapping[str, str], log: TextIO) -> subprocess.Popen[bytes]:
+def start_service(
+    settings: Mapping[str, Any], environment: Mapping[str, str], log: TextIO
+) -> subprocess.Popen[bytes]:
     file = Path(settings["home"]).parent / "settings.json"
     file.write_text(json.dumps(settings))
     command = [sys.executable, "-m", "orchestrator.server.service", str(file)]

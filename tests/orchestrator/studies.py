@@ -19,7 +19,12 @@ PERSON_KEYPOINTS = [f"point-{i}" for i in range(17)]
 
 
 def write_manifest(
-    folder: Path, names: Sequence[str] = SHAPES, *, images: int = 10, masks: bool = True, keypoints: bool = False
+    folder: Path,
+    names: Sequence[str] = SHAPES,
+    *,
+    images: int = 10,
+    masks: bool = True,
+    keypoints: bool = False,
 ) -> Path:
     """A folder with the manifest of a packed dataset and no shards."""
     categories: list[dict[str, Any]] = [{"id": i + 1, "name": name} for i, name in enumerate(names)]

@@ -66,7 +66,11 @@ class House:
         own_token(token)
         gcs, dashboard, client = free_ports(3)
         environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MASKRAY_"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("RAY_", "MASKRAY_"))
+            },
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "HOME": str(root),
             "TMPDIR": str(root),
@@ -129,7 +133,9 @@ def house() -> Iterator[House]:
 
 def test_the_cluster_grows_for_the_head_of_the_queue_and_shrinks_again(house):
     resources = Resources(ranks=4, cpus_per_rank=0.5, gpus_per_rank=1)
-    study = house.client.submit(submission(plan("g", identity("grow")), resources=resources))["study"]
+    study = house.client.submit(submission(plan("g", identity("grow")), resources=resources))[
+        "study"
+    ]
     house.until("growth", lambda: len(house.nodes()) == 3)
     house.until("its end", lambda: house.client.study(study).state not in ("active", "paused"))
     trial = house.client.study(study).trials[0]

@@ -48,7 +48,11 @@ class House:
         token = root / "ray-token"
         own_token(token)
         environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MASKRAY_"))},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("RAY_", "MASKRAY_"))
+            },
             "HOME": str(root),
             "TMPDIR": str(root),
             "PYTHONPATH": str(HERE.parents[1]),
@@ -101,7 +105,9 @@ class House:
         return dict(json.loads(answer))
 
     def add(self) -> str:
-        return str(self.ask(add={"num_cpus": 2, "num_gpus": GPUS, "resources": {"whole": 1}})["node"])
+        return str(
+            self.ask(add={"num_cpus": 2, "num_gpus": GPUS, "resources": {"whole": 1}})["node"]
+        )
 
     def replace(self, node: str) -> None:
         """Takes a node away, if it is still there, and adds another."""
@@ -109,14 +115,18 @@ class House:
         self.two.append(self.add())
 
     def submit(self, *plans: Any, ranks: int, **fields: Any) -> str:
-        resources = Resources(ranks=ranks, cpus_per_rank=0.5, gpus_per_rank=1, max_nodes=fields.pop("max_nodes", 0))
+        resources = Resources(
+            ranks=ranks, cpus_per_rank=0.5, gpus_per_rank=1, max_nodes=fields.pop("max_nodes", 0)
+        )
         return str(self.client.submit(submission(*plans, resources=resources, **fields))["study"])
 
     def until(self, what: str, condition: Callable[[], Any]) -> Any:
         return wait_until(what, condition, self.root / "nodes.log")
 
     def ended(self, study: str) -> StudyView:
-        self.until(f"end of {study}", lambda: self.client.study(study).state not in ("active", "paused"))
+        self.until(
+            f"end of {study}", lambda: self.client.study(study).state not in ("active", "paused")
+        )
         return self.client.study(study)
 
     def sits(self, study: str, attempt: int = 1) -> list[str]:
@@ -124,10 +134,17 @@ class House:
         trial = self.until(
             f"attempt {attempt} of {study}",
             lambda: next(
-                (t for t in self.client.study(study).trials[:1] if t.progress.get("attempt") == attempt), None
+                (
+                    t
+                    for t in self.client.study(study).trials[:1]
+                    if t.progress.get("attempt") == attempt
+                ),
+                None,
             ),
         )
-        return list(json.loads((Path(trial.storage) / f"attempts/{attempt}/nodes.json").read_text()))
+        return list(
+            json.loads((Path(trial.storage) / f"attempts/{attempt}/nodes.json").read_text())
+        )
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +174,9 @@ def test_a_dataset_is_staged_on_every_node(house, monkeypatch, capsys):
         monkeypatch.setenv("MASKRAY_TOKEN", house.client.connection.token)
         assert run_app(app, ["data", "stage", uri, "--json"], "maskray") == 0
         told = json.loads(capsys.readouterr().out)
-        assert run_app(app, ["data", "stage", uri.replace("train", "gone"), "--json"], "maskray") == 1
+        assert (
+            run_app(app, ["data", "stage", uri.replace("train", "gone"), "--json"], "maskray") == 1
+        )
         refused = json.loads(capsys.readouterr().out)
     finally:
         server.stop()
@@ -165,7 +184,11 @@ def test_a_dataset_is_staged_on_every_node(house, monkeypatch, capsys):
     assert {node["node"] for node in told["nodes"]} == {node["id"] for node in nodes}
     assert {node["state"] for node in told["nodes"]} == {"done"}
     cache = {node["cache"] for node in told["nodes"]}.pop()
-    assert sum(path.stat().st_size for path in Path(cache).glob("*.arrow")) == told["nodes"][0]["bytes"] > 0
+    assert (
+        sum(path.stat().st_size for path in Path(cache).glob("*.arrow"))
+        == told["nodes"][0]["bytes"]
+        > 0
+    )
     assert len(refused["nodes"]) == len(nodes)
     assert all("gone" in node["error"] for node in refused["nodes"])
 
@@ -174,8 +197,17 @@ def _in_a_bucket(folder: Path, endpoint: str) -> str:
     """The URI of a small packed dataset behind a new S3 endpoint."""
     synthesise(folder / "drawn", num_images=20, size=32, seed=1)
     annotations = [folder / "drawn/annotations/instances_train.json"]
-    pack(annotations, str(folder / "drawn/images/train"), str(folder / "train"), PackOptions(shard_mib=0.01))
-    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test", "region_name": "us-east-1"}
+    pack(
+        annotations,
+        str(folder / "drawn/images/train"),
+        str(folder / "train"),
+        PackOptions(shard_mib=0.01),
+    )
+    keys = {
+        "aws_access_key_id": "test",
+        "aws_secret_access_key": "test",
+        "region_name": "us-east-1",
+    }
     client = boto3.client("s3", endpoint_url=f"http://{endpoint}", **keys)
     client.create_bucket(Bucket="data")
     for path in (folder / "train").iterdir():
@@ -191,7 +223,9 @@ def test_a_gang_spreads_over_two_nodes_or_stays_on_one(house):
     narrow = house.submit(plan("n", identity("narrow")), ranks=2, max_nodes=1)
     assert len(set(house.sits(narrow))) == 1
     assert house.ended(narrow).state == "done"
-    with pytest.raises(ValueError, match=r"3 ranks x 1 GPU .* on at most 1 node; the whole cluster holds"):
+    with pytest.raises(
+        ValueError, match=r"3 ranks x 1 GPU .* on at most 1 node; the whole cluster holds"
+    ):
         house.submit(plan("x"), ranks=3, max_nodes=1)
 
 
@@ -202,7 +236,10 @@ def test_a_lost_node_ends_the_gang_which_goes_on_once_another_is_added(house):
     lost = house.two[1]
     house.ask(kill=lost)
     house.until("the loss", lambda: house.client.study(study).trials[0].state == "queued")
-    house.until("the reason", lambda: "the whole cluster holds 2 GPUs" in house.client.study(study).trials[0].why)
+    house.until(
+        "the reason",
+        lambda: "the whole cluster holds 2 GPUs" in house.client.study(study).trials[0].why,
+    )
     house.replace(lost)
     assert sorted(house.sits(study, attempt=2)) == sorted(house.two * 2)
     gate.touch()
@@ -231,7 +268,8 @@ def test_after_a_broken_collective_the_next_attempt_sits_elsewhere(house):
     study = house.submit(plan("c", identity("collective"), crash_at=0), ranks=2, max_nodes=1)
     trial = house.ended(study).trials[0]
     first, second = (
-        set(json.loads((Path(trial.storage) / f"attempts/{attempt}/nodes.json").read_text())) for attempt in (1, 2)
+        set(json.loads((Path(trial.storage) / f"attempts/{attempt}/nodes.json").read_text()))
+        for attempt in (1, 2)
     )
     assert (trial.state, trial.attempts) == ("done", 2)
     assert first.isdisjoint(second)
@@ -239,16 +277,24 @@ def test_after_a_broken_collective_the_next_attempt_sits_elsewhere(house):
 
 def test_two_studies_share_the_cluster_by_their_priority(house):
     gate = house.root / "share"
-    low = house.submit(*(plan(f"l{i}", identity(f"l{i}"), gate=str(gate)) for i in range(2)), ranks=4, name="low")
+    low = house.submit(
+        *(plan(f"l{i}", identity(f"l{i}"), gate=str(gate)) for i in range(2)), ranks=4, name="low"
+    )
     house.sits(low)
     high = house.submit(plan("h", identity("h")), ranks=4, name="high", priority=5)
-    waiting = house.until("queue", lambda: len(house.client.queue().queue) == 2 and house.client.queue().queue)
+    waiting = house.until(
+        "queue", lambda: len(house.client.queue().queue) == 2 and house.client.queue().queue
+    )
     assert [entry.study_name for entry in waiting] == ["high", "low"]
     assert waiting[0].why.startswith("needs 4 ranks x 1 GPU and 0.5 CPUs; ")
     gate.touch()
     assert [house.ended(study).state for study in (high, low)] == ["done", "done"]
     starts = [event.trial for event in house.client.events().events if event.kind == "starting"]
-    assert [name for name in starts if name.startswith(("low", "high"))] == [f"{low}-000", f"{high}-000", f"{low}-001"]
+    assert [name for name in starts if name.startswith(("low", "high"))] == [
+        f"{low}-000",
+        f"{high}-000",
+        f"{low}-001",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +311,9 @@ def training(house) -> Callable[[str], str]:
     run = apply_overrides(run_preset("tiny"), overrides)
     made = plan("real", identity("real")).model_copy(update={"run": run})
     resources = Resources(ranks=2, cpus_per_rank=1, custom_per_rank={"whole": 1})
-    return lambda name: str(house.client.submit(submission(made, resources=resources, name=name, fresh=True))["study"])
+    return lambda name: str(
+        house.client.submit(submission(made, resources=resources, name=name, fresh=True))["study"]
+    )
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,9 @@ class House:
         """What the command prints with --json, and its exit status."""
         command = [sys.executable, "-m", "orchestrator", *words, "--json"]
         environment = {**os.environ, "PYTHONPATH": str(FAKE.parents[2])}
-        done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=self.root, env=environment, capture_output=True, text=True, check=False
+        )
         return json.loads(done.stdout), done.returncode
 
     def gate(self, name: str) -> Path:
@@ -75,14 +77,17 @@ class House:
 
     def ended(self, client: Client, study: str) -> StudyView:
         return self.until(
-            f"end of {study}", lambda: _if(client.study(study), lambda v: v.state not in ("active", "paused"))
+            f"end of {study}",
+            lambda: _if(client.study(study), lambda v: v.state not in ("active", "paused")),
         )
 
     def stepping(self, client: Client, study: str, attempt: int = 1) -> TrialView:
         """The study's first trial, once this attempt of it has said something."""
         return self.until(
             f"progress of {study}",
-            lambda: _if(client.study(study).trials[0], lambda t: t.progress.get("attempt") == attempt),
+            lambda: _if(
+                client.study(study).trials[0], lambda t: t.progress.get("attempt") == attempt
+            ),
         )
 
     def pid(self, trial: TrialView, attempt: int = 1) -> int:
@@ -136,7 +141,12 @@ def test_a_study_runs_its_errors_are_classed_and_mlflow_and_logs_keep_it(house, 
     client.upload_code(sha256, data)
     plans = (
         plan("good", identity("good"), seed=1),
-        plan("wrong", identity("wrong"), fail="loop.steps: must be at least 1", **{"class": "person", "exit": 2}),
+        plan(
+            "wrong",
+            identity("wrong"),
+            fail="loop.steps: must be at least 1",
+            **{"class": "person", "exit": 2},
+        ),
     )
     made = client.submit(submission(*plans, code=sha256, name="first", idempotency_key="once"))
     assert client.submit(submission(*plans, code=sha256, name="first", idempotency_key="once")) == {
@@ -148,7 +158,11 @@ def test_a_study_runs_its_errors_are_classed_and_mlflow_and_logs_keep_it(house, 
     good, wrong = view.trials
     assert (view.state, good.state, wrong.state) == ("failed", "done", "failed")
     assert (good.metrics["segm/AP"], good.attempts) == (0.26, 1)
-    assert (wrong.error_class, wrong.error, wrong.attempts) == ("person", "loop.steps: must be at least 1", 1)
+    assert (wrong.error_class, wrong.error, wrong.attempts) == (
+        "person",
+        "loop.steps: must be at least 1",
+        1,
+    )
     assert kinds(client, view.study).count("done") == 1
     assert kinds(client, view.study)[-1] == "study-failed"
     assert client.logs(good.trial).text == "rank 0 of attempt 1: grüße\n"
@@ -172,8 +186,12 @@ def test_a_study_runs_its_errors_are_classed_and_mlflow_and_logs_keep_it(house, 
     experiment = mlflow.experiment(view.study, {})
     parents = mlflow.runs(experiment, f"tags.`maskray.parent` = '{view.study}'")
     assert len(parents) == 1
-    (parent,) = house.until("closed parent run", lambda: mlflow.runs(experiment, "attributes.status = 'FAILED'"))
-    assert {"key": "a-good/segm/AP/mean", "value": 0.26}.items() <= parent["data"]["metrics"][-1].items()
+    (parent,) = house.until(
+        "closed parent run", lambda: mlflow.runs(experiment, "attributes.status = 'FAILED'")
+    )
+    assert {"key": "a-good/segm/AP/mean", "value": 0.26}.items() <= parent["data"]["metrics"][
+        -1
+    ].items()
     mlflow.close()
 
 
@@ -186,13 +204,24 @@ def test_a_trial_is_reproduced_once_and_a_difference_is_told(house, client):
     same, drifts = study.trials
 
     found, status = house.maskray("reproduce", same.trial)
-    assert (status, found["agrees"], found["same_weights"], found["rule"]) == (0, True, True, "to the bit, on the CPU")
+    assert (status, found["agrees"], found["same_weights"], found["rule"]) == (
+        0,
+        True,
+        True,
+        "to the bit, on the CPU",
+    )
     assert [pair["metric"] for pair in found["metrics"]] == ["bbox/AP", "segm/AP"]
     again = client.study(found["study"])
-    assert (again.name, again.trials[0].cached_from, again.trials[0].attempts) == ("again-first", "", 1)
+    assert (again.name, again.trials[0].cached_from, again.trials[0].attempts) == (
+        "again-first",
+        "",
+        1,
+    )
     spec = json.loads((Path(again.trials[0].storage) / "attempts/1/spec.json").read_text())
     assert (spec["run"]["fake"], spec["tags"]["maskray.reproduces"]) == ({}, same.trial)
-    assert house.maskray("reproduce", f"{study.study}:same")[0]["study"] == found["study"], "asked twice, run once"
+    assert house.maskray("reproduce", f"{study.study}:same")[0]["study"] == found["study"], (
+        "asked twice, run once"
+    )
 
     differs, status = house.maskray("reproduce", drifts.trial)
     assert (status, differs["agrees"]) == (1, False)
@@ -210,17 +239,26 @@ def test_the_doctor_finds_the_local_head_well(house):
 
 
 def test_a_trial_no_machine_holds_is_refused_at_submit(client):
-    with pytest.raises(ValueError, match="needs 99 ranks x 1 CPU; the whole cluster holds 2 CPUs on 1 node"):
+    with pytest.raises(
+        ValueError, match="needs 99 ranks x 1 CPU; the whole cluster holds 2 CPUs on 1 node"
+    ):
         client.submit(submission(resources=Resources(ranks=99)))
 
 
-def test_ray_demands_its_token_and_no_secret_is_in_a_command_line_a_log_or_a_database(house, client):
-    ended = house.ended(client, client.submit(submission(plan("quiet", identity("quiet")), name="quiet"))["study"])
+def test_ray_demands_its_token_and_no_secret_is_in_a_command_line_a_log_or_a_database(
+    house, client
+):
+    ended = house.ended(
+        client, client.submit(submission(plan("quiet", identity("quiet")), name="quiet"))["study"]
+    )
     assert ended.state == "done"
     url = recorded_child("ray", house.home).url
     for path in ("/api/jobs/", "/api/cluster_status"):
         assert httpx.get(url + path).status_code == 401
-        assert httpx.get(url + path, headers={"Authorization": "Bearer wrong"}).status_code in (401, 403)
+        assert httpx.get(url + path, headers={"Authorization": "Bearer wrong"}).status_code in (
+            401,
+            403,
+        )
     files = [house.home / "token", house.home / "ray-token"]
     secrets = [file.read_bytes().strip() for file in files]
     for process in psutil.process_iter():
@@ -238,7 +276,9 @@ def test_ray_demands_its_token_and_no_secret_is_in_a_command_line_a_log_or_a_dat
 
 def test_a_study_is_paused_resumed_and_cancelled_at_a_checkpoint(house, client):
     gate = house.gate("pause")
-    study = client.submit(submission(plan("p", identity("p"), gate=str(gate)), name="pause"))["study"]
+    study = client.submit(submission(plan("p", identity("p"), gate=str(gate)), name="pause"))[
+        "study"
+    ]
     house.stepping(client, study)
     assert client.act_on_study(study, "pause").state == "paused"
     house.until("pause", lambda: client.study(study).trials[0].state == "queued")
@@ -247,7 +287,11 @@ def test_a_study_is_paused_resumed_and_cancelled_at_a_checkpoint(house, client):
     house.stepping(client, study, attempt=2)
     client.act_on_study(study, "cancel")
     view = house.ended(client, study)
-    assert (view.state, view.trials[0].state, view.trials[0].attempts) == ("cancelled", "cancelled", 2)
+    assert (view.state, view.trials[0].state, view.trials[0].attempts) == (
+        "cancelled",
+        "cancelled",
+        2,
+    )
     assert [attempt.state for attempt in view.trials[0].attempt_list] == ["stopped", "stopped"]
 
 
@@ -269,7 +313,9 @@ def test_a_killed_service_takes_up_what_ran_and_a_cancel_given_meanwhile(house, 
         assert [t.state for t in view.trials] == ["done", "cancelled", "done"]
         assert [t.attempts for t in view.trials] == [1, 0, 1]
         assert recorded_child("ray", house.home) == ray, "the head is found again, not started anew"
-        assert [event.trial for event in successor.events(study).events if event.kind == "done"] == [
+        assert [
+            event.trial for event in successor.events(study).events if event.kind == "done"
+        ] == [
             f"{study}-000",
             f"{study}-002",
         ]
@@ -277,16 +323,22 @@ def test_a_killed_service_takes_up_what_ran_and_a_cancel_given_meanwhile(house, 
 
 def test_a_killed_driver_and_a_killed_head_cost_an_attempt_each_and_no_more(house, client):
     gate = house.gate("head")
-    study = client.submit(submission(plan("h", identity("h"), gate=str(gate), steps=4), name="head"))["study"]
+    study = client.submit(
+        submission(plan("h", identity("h"), gate=str(gate), steps=4), name="head")
+    )["study"]
     os.kill(house.pid(house.stepping(client, study)), signal.SIGKILL)
     trial = house.stepping(client, study, attempt=2)
     head = recorded_child("ray", house.home)
-    gcs = next(p for p in psutil.Process(head.pid).children(recursive=True) if p.name() == "gcs_server")
+    gcs = next(
+        p for p in psutil.Process(head.pid).children(recursive=True) if p.name() == "gcs_server"
+    )
     gcs.kill()
     house.until("death of the head", lambda: not head.alive())
     orphan = house.pid(trial, 2)
     house.stepping(client, study, attempt=3)
-    assert not psutil.pid_exists(orphan), "ranks of the old head are ended before the new one starts"
+    assert not psutil.pid_exists(orphan), (
+        "ranks of the old head are ended before the new one starts"
+    )
     gate.touch()
     view = house.ended(client, study)
     done = view.trials[0]
@@ -297,7 +349,9 @@ def test_a_killed_driver_and_a_killed_head_cost_an_attempt_each_and_no_more(hous
 
 def test_down_leaves_no_process_and_the_next_service_goes_on(house, client):
     gate = house.gate("down")
-    study = client.submit(submission(plan("d", identity("d"), gate=str(gate)), name="down"))["study"]
+    study = client.submit(submission(plan("d", identity("d"), gate=str(gate)), name="down"))[
+        "study"
+    ]
     trial = house.stepping(client, study)
     url = client.connection.url
     assert local.shut_down(house.root)

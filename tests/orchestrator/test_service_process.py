@@ -31,7 +31,14 @@ ROOT = Path(__file__).parent.parent.parent
 def settings_file(home: Path, **fields: Any) -> Path:
     """A service whose Ray is nowhere: it queues, and answers."""
     home.mkdir(exist_ok=True)
-    given = {"home": str(home), "port": 0, "ray": "http://127.0.0.1:1", "mlflow": "", "poll_s": 0.1, **fields}
+    given = {
+        "home": str(home),
+        "port": 0,
+        "ray": "http://127.0.0.1:1",
+        "mlflow": "",
+        "poll_s": 0.1,
+        **fields,
+    }
     path = home / "given.json"
     path.write_text(json.dumps(given))
     return path
@@ -46,7 +53,9 @@ def processes() -> Iterator[list[subprocess.Popen[str]]]:
         process.communicate()
 
 
-def start(processes: list[subprocess.Popen[str]], file: Path, **environment: str) -> subprocess.Popen[str]:
+def start(
+    processes: list[subprocess.Popen[str]], file: Path, **environment: str
+) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator.server.service", str(file)],
         cwd=ROOT,
@@ -167,7 +176,9 @@ def test_webhooks_are_sent_once_and_until_they_are_taken(tmp_path):
     from orchestrator.settings import ServiceSettings
 
     with ledger_of(tmp_path) as engine:
-        study, _ = accept.accept(engine, ServiceSettings(home=str(tmp_path)), submission(plan("a")), "ann", 1.0)
+        study, _ = accept.accept(
+            engine, ServiceSettings(home=str(tmp_path)), submission(plan("a")), "ann", 1.0
+        )
         send_webhooks(engine, f"http://127.0.0.1:{server.server_port}")
         assert seen == [], "it still waits"
         with engine.begin() as connection:

@@ -18,4 +18,6 @@ def wait_until(what: str, condition: Callable[[], Any], log: Path) -> Any:
         if found:
             return found
         time.sleep(0.1)
-    raise AssertionError(f"no {what} in {PATIENCE_S} s; {log.name} ends:\n{log.read_text()[-3000:]}")
+    raise AssertionError(
+        f"no {what} in {PATIENCE_S} s; {log.name} ends:\n{log.read_text()[-3000:]}"
+    )

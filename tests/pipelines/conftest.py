@@ -23,13 +23,20 @@ def shapes(tmp_path_factory) -> Path:
     synthesise(folder, num_images=50, size=64, seed=3, keypoints=True)
     for split, shard_mib in (("train", 0.008), ("val", 64)):
         annotations = [folder / "annotations" / f"instances_{split}.json"]
-        pack(annotations, str(folder / "images" / split), str(folder / split), PackOptions(shard_mib=shard_mib))
+        pack(
+            annotations,
+            str(folder / "images" / split),
+            str(folder / split),
+            PackOptions(shard_mib=shard_mib),
+        )
     return folder
 
 
 @pytest.fixture(scope="session")
 def coco_mini() -> Path:
-    folder = Path(os.environ.get("MASKRAY_COCO_MINI", ROOT.parent / "shared" / "data" / "coco-mini"))
+    folder = Path(
+        os.environ.get("MASKRAY_COCO_MINI", ROOT.parent / "shared" / "data" / "coco-mini")
+    )
     if not (folder / "annotations").is_dir():
         pytest.skip(f"no real COCO images: {folder} does not exist; set MASKRAY_COCO_MINI")
     return folder

@@ -30,19 +30,29 @@ def call(capsys):
 
 def test_from_drawing_to_a_score(call, tmp_path):
     folder = tmp_path / "d"
-    status, out, _ = call("data", "synth", folder, "--images", 10, "--size", 48, "--seed", 2, "--pack", "--json")
+    status, out, _ = call(
+        "data", "synth", folder, "--images", 10, "--size", 48, "--seed", 2, "--pack", "--json"
+    )
     assert (status, out.count("\n")) == (0, 1)
     made = json.loads(out)
     assert (made["train"], made["val"], made["unchanged"]) == (8, 2, False)
-    assert json.loads(call("data", "synth", folder, "--images", 10, "--size", 48, "--seed", 2, "--json")[1])[
-        "unchanged"
-    ]
+    assert json.loads(
+        call("data", "synth", folder, "--images", 10, "--size", 48, "--seed", 2, "--json")[1]
+    )["unchanged"]
 
     status, out, _ = call("data", "verify", folder / "train", "--json")
     assert (status, json.loads(out)) == (0, {"ok": True, "shards": 1, "samples": 8, "errors": []})
 
     status, out, _ = call(
-        "data", "show", folder / "train", "--out", tmp_path / "p.png", "--masks", "--samples", 4, "--json"
+        "data",
+        "show",
+        folder / "train",
+        "--out",
+        tmp_path / "p.png",
+        "--masks",
+        "--samples",
+        4,
+        "--json",
     )
     shown = json.loads(out)
     assert (status, shown["images"], len(shown["drawn"]), len(shown["categories"])) == (0, 8, 4, 4)
@@ -54,14 +64,31 @@ def test_from_drawing_to_a_score(call, tmp_path):
     assert (status, json.loads(out)["images"]) == (0, 2)
 
     truth = folder / "annotations" / "instances_val.json"
-    (tmp_path / "r.json").write_text(json.dumps(noisy_results(json.loads(truth.read_text()), "segm")))
+    (tmp_path / "r.json").write_text(
+        json.dumps(noisy_results(json.loads(truth.read_text()), "segm"))
+    )
     scores = []
     for gt in (truth, tmp_path / "e.json", folder / "val"):
-        status, out, _ = call("eval", "--gt", gt, "--dt", tmp_path / "r.json", "--iou", "segm", "--json")
+        status, out, _ = call(
+            "eval", "--gt", gt, "--dt", tmp_path / "r.json", "--iou", "segm", "--json"
+        )
         assert status == 0
         scores.append(json.loads(out))
     assert scores[0] == scores[1] == scores[2]
-    assert list(scores[0]) == ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+    assert list(scores[0]) == [
+        "AP",
+        "AP50",
+        "AP75",
+        "APs",
+        "APm",
+        "APl",
+        "AR1",
+        "AR10",
+        "AR100",
+        "ARs",
+        "ARm",
+        "ARl",
+    ]
     assert call("data", "stage", folder / "val", "--json")[0] == 0
 
 
@@ -82,9 +109,29 @@ def test_verify_names_damage_and_fails(call, shapes, tmp_path):
     "words",
     [
         ("data", "verify", "/nowhere/at/all"),
-        ("data", "pack", "--annotations", "/nowhere.json", "--images", ".", "--out", "/nowhere/out"),
+        (
+            "data",
+            "pack",
+            "--annotations",
+            "/nowhere.json",
+            "--images",
+            ".",
+            "--out",
+            "/nowhere/out",
+        ),
         ("data", "pack", "--images", "."),
-        ("data", "pack", "--annotations", "a", "--images", ".", "--out", "o", "--on-error", "maybe"),
+        (
+            "data",
+            "pack",
+            "--annotations",
+            "a",
+            "--images",
+            ".",
+            "--out",
+            "o",
+            "--on-error",
+            "maybe",
+        ),
         ("data", "synth", "/nowhere/out", "--images", "1"),
         ("eval", "--gt", "/nowhere.json", "--dt", "/nowhere.json"),
         ("eval", "--gt", "a", "--dt", "b", "--iou", "mask"),
@@ -102,7 +149,14 @@ def test_a_persons_error_is_one_line_and_exit_2(call, words):
 
 def test_skipped_inputs_are_counted_and_listed(call, tmp_path):
     write_coco(tmp_path, [box_annotation(1), box_annotation(2, bbox=[1, 1, -5, 5])])
-    words = ("data", "pack", "--annotations", tmp_path / "instances.json", "--images", tmp_path / "images")
+    words = (
+        "data",
+        "pack",
+        "--annotations",
+        tmp_path / "instances.json",
+        "--images",
+        tmp_path / "images",
+    )
     assert call(*words, "--out", tmp_path / "out")[0] == 2
     status, out, _ = call(*words, "--out", tmp_path / "out", "--on-error", "skip", "--json")
     assert (status, json.loads(out)["skipped"], json.loads(out)["annotations"]) == (0, 1, 1)
@@ -111,7 +165,17 @@ def test_skipped_inputs_are_counted_and_listed(call, tmp_path):
 
 def test_the_module_runs_and_imports_no_torch_to_pack(tmp_path):
     write_coco(tmp_path, [box_annotation(1)])
-    words = ["data", "pack", "--annotations", "instances.json", "--images", "images", "--out", "out", "--json"]
+    words = [
+        "data",
+        "pack",
+        "--annotations",
+        "instances.json",
+        "--images",
+        "images",
+        "--out",
+        "out",
+        "--json",
+    ]
     program = (
         "import sys; from pipelines.__main__ import app; from contract.command import run_app; "
         f"status = run_app(app, {words!r}, 'maskray'); assert 'torch' not in sys.modules; sys.exit(status)"

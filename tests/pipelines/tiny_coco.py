@@ -19,7 +19,14 @@ CATEGORIES = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
 def box_annotation(id: int, image_id: int = 1, **fields: Any) -> dict[str, Any]:
     """A square of 10 x 10 px at (5, 5)."""
     square = [5, 5, 15, 5, 15, 15, 5, 15]
-    record = {"id": id, "image_id": image_id, "category_id": 3, "bbox": [5, 5, 10, 10], "area": 100, "iscrowd": 0}
+    record = {
+        "id": id,
+        "image_id": image_id,
+        "category_id": 3,
+        "bbox": [5, 5, 10, 10],
+        "area": 100,
+        "iscrowd": 0,
+    }
     return record | {"segmentation": [square]} | fields
 
 
@@ -42,7 +49,9 @@ def write_coco(
     records = list(images) if images is not None else []
     for number in range(0 if images is not None else num_images):
         noise_image(seed=number).save(folder / "images" / f"{number + 1}.jpg")
-        records.append({"id": number + 1, "file_name": f"{number + 1}.jpg", "width": 40, "height": 30})
+        records.append(
+            {"id": number + 1, "file_name": f"{number + 1}.jpg", "width": 40, "height": 30}
+        )
     path = folder / name
     coco = {"images": records, "annotations": list(annotations), "categories": list(categories)}
     path.write_text(json.dumps(coco))

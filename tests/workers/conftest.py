@@ -72,8 +72,8 @@ def s3_uri(s3_server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixt
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     os.environ.pop("AWS_PROFILE", None)
-    boto3.client("s3", endpoint_url=s3_server, region_name="us-east-1").create_bucket(Bucket="trials")
-    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
-    return (
-        f"s3://trials/{name}?region=us-east-1&scheme=http&endpoint_override={quote(s3_server.removeprefix('http://'))}"
+    boto3.client("s3", endpoint_url=s3_server, region_name="us-east-1").create_bucket(
+        Bucket="trials"
     )
+    name = "".join(c if c.isalnum() else "-" for c in request.node.name)
+    return f"s3://trials/{name}?region=us-east-1&scheme=http&endpoint_override={quote(s3_server.removeprefix('http://'))}"

@@ -33,7 +33,13 @@ from workers.trial.storage import Storage
 
 def small_run(**loop: Any) -> RunConfig:
     """A dozen steps of six images with momentum, clipping and a checkpoint every four."""
-    settings = {"steps": 12, "global_batch": 6, "checkpoint_every_steps": 4, "log_every_steps": 2, **loop}
+    settings = {
+        "steps": 12,
+        "global_batch": 6,
+        "checkpoint_every_steps": 4,
+        "log_every_steps": 2,
+        **loop,
+    }
     return tiny_run({f"loop.{name}": value for name, value in settings.items()})
 
 
@@ -59,7 +65,11 @@ class FakeLoader:
     """Global batch s is drawn from s alone. `visit` sees every step before it is handed out."""
 
     def __init__(
-        self, run: RunConfig, world: World, start: int, visit: Callable[[int], None] = lambda step: None
+        self,
+        run: RunConfig,
+        world: World,
+        start: int,
+        visit: Callable[[int], None] = lambda step: None,
     ) -> None:
         self._run, self._world, self._start, self._visit = run, world, start, visit
 
@@ -108,7 +118,10 @@ class FakeDetector(nn.Module):
         }
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        return {"common": torch.tensor(float(len(batch))), "rare": (batch.sample_ids % 3 == 0).float().sum()}
+        return {
+            "common": torch.tensor(float(len(batch))),
+            "rare": (batch.sample_ids % 3 == 0).float().sum(),
+        }
 
 
 class PatientWriter(BackgroundWriter):
@@ -160,7 +173,9 @@ def fake_trial(
     if world.is_first:
         store.claim()
         spool = Spool(folder / "spool")
-        journal = TrialJournal(spool, storage, attempt, run.loop.steps, run.loop.global_batch, 2, lambda p: None)
+        journal = TrialJournal(
+            spool, storage, attempt, run.loop.steps, run.loop.global_batch, 2, lambda p: None
+        )
     name = world.from_first(store.newest() if world.is_first else "")
     if name:
         snapshot = store.load(name)

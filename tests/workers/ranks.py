@@ -30,7 +30,10 @@ def run_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[
     context.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        processes = [context.Process(target=_rank, args=(function, r, size, folder, arguments)) for r in range(size)]
+        processes = [
+            context.Process(target=_rank, args=(function, r, size, folder, arguments))
+            for r in range(size)
+        ]
         for process in processes:
             process.start()
         try:
@@ -48,7 +51,9 @@ def _rank(function: Any, rank: int, size: int, folder: Path, arguments: Any) -> 
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     meeting = f"file://{folder / 'meeting'}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=120))
+    dist.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=size, timeout=timedelta(seconds=120)
+    )
     world: World = join_world()
     try:
         result = function(world, *arguments)

@@ -17,7 +17,10 @@ from workers.training.step import LossSums, accumulate_gradients, apply_gradient
 from workers.training.world import World
 from workers.trial.stop import FlagReader, StopRequest
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -32,7 +35,9 @@ def test_ten_steps_never_wait_for_the_host(packed, precision):
         for step in range(12):
             chunks = [batch.to(world.device, non_blocking=True) for batch in next(batches).batches]
             torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")
-            gradients = accumulate_gradients(sums, chunks, run.loop, world, state.scaler, (0.0, 0.0))
+            gradients = accumulate_gradients(
+                sums, chunks, run.loop, world, state.scaler, (0.0, 0.0)
+            )
             norm = apply_gradients(state.trained, state.optimiser, state.scaler, 1e-4, 10.0)
             state.update_average()
             meter.add(step, gradients, norm, {})
@@ -52,7 +57,9 @@ def test_two_runs_of_one_seed_take_the_same_first_step(tmp_path, packed):
 
 def losses_of(folder: Path, packed: tuple[str, str]) -> list[float]:
     world = World(0, 1, torch.device("cuda", 0))
-    outcome = run_trial(spec_of(folder, run_of(packed)), world, StopRequest(), lambda progress: None)
+    outcome = run_trial(
+        spec_of(folder, run_of(packed)), world, StopRequest(), lambda progress: None
+    )
     assert outcome.state == "done", outcome.error
     losses: list[float] = pq.read_table(folder / "artifacts/series.parquet")["loss"].to_pylist()
     return losses

@@ -47,9 +47,13 @@ class Training:
         )
 
     def start(self) -> subprocess.Popen[bytes]:
-        command = train_command(str(self._run), "--out", str(self.out), "--mlflow", self._tracker, ranks=self._ranks)
+        command = train_command(
+            str(self._run), "--out", str(self.out), "--mlflow", self._tracker, ranks=self._ranks
+        )
         with self._log.open("ab") as log:
-            return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+            return subprocess.Popen(
+                command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
+            )
 
     def finish(self) -> dict[str, Any]:
         """To the end; the run's result."""
@@ -109,7 +113,9 @@ def end(process: subprocess.Popen[bytes], victim: str, chance: random.Random) ->
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, packed: tuple[str, str]) -> Callable[[int], Training]:
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, packed: tuple[str, str]
+) -> Callable[[int], Training]:
     """The run that is never killed, by its number of ranks."""
     found: dict[int, Training] = {}
 
@@ -129,7 +135,9 @@ def points_of(uri: str) -> dict[str, list[tuple[int, float]]]:
     client = MlflowClient(uri)
     [run] = client.search_runs([e.experiment_id for e in client.search_experiments()])
     return {
-        name: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
+        name: sorted(
+            (point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)
+        )
         for name in run.data.metrics
     }
 
@@ -141,16 +149,26 @@ def test_six_kills_change_no_bit_and_no_point(tmp_path, packed, whole, empty_sto
     chance, ranks = random.Random(group), RANKS[group]
     store = f"sqlite:///{shutil.copy(empty_store, tmp_path)}"
     killed = Training(tmp_path, packed, ranks, store if group % 2 else DEAD_SERVER)
-    moments = ["start", *chance.sample(["start", "training", "checkpoint", "evaluating"], k=4), "finishing"]
-    victims = [chance.choice(["launcher", "rank", "all"] if ranks > 1 else ["all"]) for _ in moments]
-    hits = [killed.kill(moment, victim, chance) for moment, victim in zip(moments, victims, strict=True)]
+    moments = [
+        "start",
+        *chance.sample(["start", "training", "checkpoint", "evaluating"], k=4),
+        "finishing",
+    ]
+    victims = [
+        chance.choice(["launcher", "rank", "all"] if ranks > 1 else ["all"]) for _ in moments
+    ]
+    hits = [
+        killed.kill(moment, victim, chance) for moment, victim in zip(moments, victims, strict=True)
+    ]
     print(f"{ranks} rank(s): {list(zip(moments, victims, hits, strict=True))}")
     assert all(hits)
     result, reference = killed.finish(), json.loads((whole(ranks).out / "result.json").read_text())
     assert result["weights_sha256"] == reference["weights_sha256"]
     assert result["metrics"]["bbox/AP"] == reference["metrics"]["bbox/AP"]
 
-    series, wanted = (pq.read_table(run.out / "artifacts/series.parquet") for run in (killed, whole(ranks)))
+    series, wanted = (
+        pq.read_table(run.out / "artifacts/series.parquet") for run in (killed, whole(ranks))
+    )
     assert series["step"].to_pylist() == list(range(1, STEPS + 1))
     for name in ("loss", "loss/mask", "grad_norm", "lr"):
         assert series[name].to_pylist() == wanted[name].to_pylist()
@@ -158,10 +176,14 @@ def test_six_kills_change_no_bit_and_no_point(tmp_path, packed, whole, empty_sto
     if group % 2 == 0:
         target = killed.out / "spool" / TARGET_FILE
         dead = SpoolTarget.model_validate_json(target.read_text())
-        alive = dead.model_copy(update={"tracking": dead.tracking.model_copy(update={"uri": store})})
+        alive = dead.model_copy(
+            update={"tracking": dead.tracking.model_copy(update={"uri": store})}
+        )
         target.write_text(alive.model_dump_json())
         assert sync(str(killed.out)) > 0
     points = points_of(store)
     assert [step for step, _ in points["loss"]] == [50, STEPS]
     assert [step for step, _ in points["bbox/AP"]] == list(range(EVALUATED, STEPS + 1, EVALUATED))
-    assert [step for step, _ in points["system/rank-0/memory_gib"]] == list(range(LOGGED, STEPS + 1, LOGGED))
+    assert [step for step, _ in points["system/rank-0/memory_gib"]] == list(
+        range(LOGGED, STEPS + 1, LOGGED)
+    )

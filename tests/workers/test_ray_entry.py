@@ -27,7 +27,9 @@ class Head:
     """A Ray of its own with nodes of the given numbers of cores; all of its processes end with it."""
 
     def __init__(self, folder: Path, *cores: int) -> None:
-        self._temporary = tempfile.mkdtemp(prefix="mr-", dir="/tmp")  # short: Ray's sockets lie below it
+        self._temporary = tempfile.mkdtemp(
+            prefix="mr-", dir="/tmp"
+        )  # short: Ray's sockets lie below it
         self._log = folder / "head.log"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
@@ -42,7 +44,12 @@ class Head:
         command = [sys.executable, str(Path(__file__).parents[1] / "orchestrator/ray_nodes.py")]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+                command,
+                env=self.environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
             )
         try:
             nodes = [self.ask(add={"num_cpus": count}) for count in cores]
@@ -64,8 +71,15 @@ class Head:
         assert self.ask(drain=self._last, seconds=120)["accepted"]
 
     def end(self) -> None:
-        mine = [*psutil.Process(self._process.pid).children(recursive=True), psutil.Process(self._process.pid)]
-        mine += [p for p in psutil.process_iter(["cmdline"]) if self._temporary in " ".join(p.info["cmdline"] or ())]
+        mine = [
+            *psutil.Process(self._process.pid).children(recursive=True),
+            psutil.Process(self._process.pid),
+        ]
+        mine += [
+            p
+            for p in psutil.process_iter(["cmdline"])
+            if self._temporary in " ".join(p.info["cmdline"] or ())
+        ]
         for process in mine:
             try:
                 process.kill()
@@ -186,7 +200,10 @@ def test_what_a_rank_prints_is_a_file_on_the_remote_storage(s3_uri):
 def test_the_driver_tells_what_the_most_telling_rank_said(tmp_path, packed, capsys):
     spec = spec_of(tmp_path, run_of(packed), ranks=2)
     storage = Storage(str(tmp_path))
-    for rank, error_class, error in ((0, "collective", "peer lost"), (1, "out_of_memory", "lower the batch")):
+    for rank, error_class, error in (
+        (0, "collective", "peer lost"),
+        (1, "out_of_memory", "lower the batch"),
+    ):
         cause = {"rank": rank, "error_class": error_class, "error": error}
         storage.write_json(f"attempts/1/rank-{rank}.cause.json", cause)
     assert conclude(spec, storage, ["rank 0: RayActorError"]) == 78

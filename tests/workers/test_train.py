@@ -36,7 +36,11 @@ def run_file(folder: Path, packed: tuple[str, str], **overrides: Any) -> Path:
 
 
 def train_command(*arguments: str, ranks: int = 1) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
     return [sys.executable, *torchrun, "-m", "workers.train", *arguments, "--cpus-per-rank", "1"]
 
 
@@ -50,7 +54,10 @@ def test_a_run_file_may_start_from_a_preset(tmp_path):
 
 def test_merging_replaces_a_record_of_another_kind():
     base = {"roi": {"kind": "align", "samples": 2}, "n": {"a": 1, "b": 2}}
-    assert merged(base, {"roi": {"kind": "pool"}, "n": {"b": 3}}) == {"roi": {"kind": "pool"}, "n": {"a": 1, "b": 3}}
+    assert merged(base, {"roi": {"kind": "pool"}, "n": {"b": 3}}) == {
+        "roi": {"kind": "pool"},
+        "n": {"a": 1, "b": 3},
+    }
 
 
 @pytest.mark.parametrize(
@@ -58,7 +65,11 @@ def test_merging_replaces_a_record_of_another_kind():
     [
         ("preset: tinny\n", [], "run.yaml: preset: no model preset 'tinny'; did you mean 'tiny'?"),
         ("preset: tiny\ndata: {train: [a, val: b}\n", [], "run.yaml: not YAML: "),
-        ("preset: tiny\n", ["--set", "model.roi.kind=["], "--set model.roi.kind=[: the value is not YAML"),
+        (
+            "preset: tiny\n",
+            ["--set", "model.roi.kind=["],
+            "--set model.roi.kind=[: the value is not YAML",
+        ),
         (
             "preset: tiny\n",
             ["--set", "model.mask.loss_weight=.nan"],
@@ -78,14 +89,20 @@ def test_merging_replaces_a_record_of_another_kind():
         ("preset: tiny\n", [], "data.train: is required"),
         ("preset: tiny\n", ["--set", "loop.steps"], "has no '='"),
         ("- 1\n", [], "a run is a mapping"),
-        ("preset: tiny\n", ["--set", "loop.steps=[1"], "--set loop.steps=[1: the value is not YAML"),
+        (
+            "preset: tiny\n",
+            ["--set", "loop.steps=[1"],
+            "--set loop.steps=[1: the value is not YAML",
+        ),
         ("preset: [a]\n", [], "run.yaml: preset: ['a'] is no name"),
         ("preset: tiny\n", ["--cpus-per-rank", "-3"], "--cpus-per-rank -3: give 1 or more"),
         ("preset: tiny\n", ["--grace-s", "0"], "--grace-s 0: give more than 0"),
         ("preset: tiny\n", ["--grace-s", "nan"], "--grace-s nan: give more than 0"),
     ],
 )
-def test_mistakes_in_a_run_file_are_one_line_and_status_2(tmp_path, capsys, text, arguments, message):
+def test_mistakes_in_a_run_file_are_one_line_and_status_2(
+    tmp_path, capsys, text, arguments, message
+):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     assert main([str(path), *arguments]) == 2
@@ -94,7 +111,9 @@ def test_mistakes_in_a_run_file_are_one_line_and_status_2(tmp_path, capsys, text
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("text", "overrides"), [("a: [b\nc: d\n", []), ("preset: tiny\n", ["model.roi.kind=["])])
+@pytest.mark.parametrize(
+    ("text", "overrides"), [("a: [b\nc: d\n", []), ("preset: tiny\n", ["model.roi.kind=["])]
+)
 def test_what_is_wrong_with_the_yaml_is_told_in_one_line(tmp_path, text, overrides):
     path = tmp_path / "run.yaml"
     path.write_text(text)
@@ -105,7 +124,10 @@ def test_what_is_wrong_with_the_yaml_is_told_in_one_line(tmp_path, text, overrid
 
 def test_a_run_file_that_is_a_folder_or_no_text_is_named(tmp_path, capsys):
     (tmp_path / "run.yaml").write_bytes(b"preset: \xff\n")
-    for path, message in ((tmp_path, "is a folder"), (tmp_path / "run.yaml", "not UTF-8 at byte 8")):
+    for path, message in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "run.yaml", "not UTF-8 at byte 8"),
+    ):
         assert main([str(path)]) == 2
         error = capsys.readouterr().err
         assert f"{path}: {message}" in error
@@ -124,13 +146,27 @@ def test_a_run_file_that_is_a_folder_or_no_text_is_named(tmp_path, capsys):
     ],
 )
 def test_presets_have_the_papers_recipe(name, recipe):
-    run = parse_run({**run_preset(name), "data": {**run_preset(name)["data"], "train": "a", "val": "b"}}, name)
-    assert (run.loop.steps, run.loop.global_batch, run.optimiser.lr, run.schedule.drop_steps) == recipe
+    run = parse_run(
+        {**run_preset(name), "data": {**run_preset(name)["data"], "train": "a", "val": "b"}}, name
+    )
+    assert (
+        run.loop.steps,
+        run.loop.global_batch,
+        run.optimiser.lr,
+        run.schedule.drop_steps,
+    ) == recipe
 
 
 def test_progress_is_one_line():
     progress = Progress(
-        attempt=1, step=5, steps=10, phase="training", loss=1.25, images_per_s=9.5, seconds_left=65, updated_at=0
+        attempt=1,
+        step=5,
+        steps=10,
+        phase="training",
+        loss=1.25,
+        images_per_s=9.5,
+        seconds_left=65,
+        updated_at=0,
     )
     assert progress_text(progress) == "training step 5/10  loss 1.2500  9.5 images/s  1:05 left"
 
@@ -157,7 +193,9 @@ def test_a_stop_that_is_asked_for_while_a_run_starts_is_kept(tmp_path, packed):
     asking = threading.Thread(target=ask)
     asking.start()
     path = run_file(tmp_path, packed, loop__steps=100_000)
-    assert main([str(path), "--out", str(out), "--cpus-per-rank", "1"]) == exit_status(Outcome(state="stopped"))
+    assert main([str(path), "--out", str(out), "--cpus-per-rank", "1"]) == exit_status(
+        Outcome(state="stopped")
+    )
     asking.join()
 
 

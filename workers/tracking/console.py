@@ -28,12 +28,16 @@ def progress_shower(stream: TextIO | None = None) -> Callable[[Progress], None]:
     """What to call with each Progress; by default it writes to standard output as that is at the time of the call."""
     to = stream or sys.stdout
     if not to.isatty():
-        return lambda progress: print(progress_text(progress), file=stream or sys.stdout, flush=True)
+        return lambda progress: print(
+            progress_text(progress), file=stream or sys.stdout, flush=True
+        )
 
     def show(progress: Progress) -> None:
         filled = round(_BAR_CHARS * progress.step / progress.steps)
         end = "\n" if progress.phase == "finishing" else ""
-        to.write(f"\r\x1b[K[{'#' * filled}{'.' * (_BAR_CHARS - filled)}] {progress_text(progress)}{end}")
+        to.write(
+            f"\r\x1b[K[{'#' * filled}{'.' * (_BAR_CHARS - filled)}] {progress_text(progress)}{end}"
+        )
         to.flush()
 
     return show

@@ -79,7 +79,9 @@ class TrialJournal:
         self._window: list[Row] = []
         self._told: set[tuple[str, int]] = set()  # points that an earlier attempt spooled
         self._show = show
-        self._progress_file = LatestFile(storage, PROGRESS_FILE, lambda: check_claim(storage, attempt), self.warn)
+        self._progress_file = LatestFile(
+            storage, PROGRESS_FILE, lambda: check_claim(storage, attempt), self.warn
+        )
         self._rates: list[float] = []
         self.events: list[Event] = []
 
@@ -104,7 +106,9 @@ class TrialJournal:
         event = Event(at=time.time(), kind=kind, step=step, text=text)
         self.events.append(event)
         count = sum(e.kind == kind for e in self.events)
-        self._spool.append({"kind": "tags", "values": {f"maskray.event.{kind}.{count}": f"step {step}: {text}"}})
+        self._spool.append(
+            {"kind": "tags", "values": {f"maskray.event.{kind}.{count}": f"step {step}: {text}"}}
+        )
         print(f"{kind} at step {step}: {text}", flush=True)
 
     def rewind(self, step: int) -> None:
@@ -164,7 +168,9 @@ class TrialJournal:
         written = {_identity(record) for record in known if record["kind"] != "metrics"}
         for record in state["tail"]:
             if record["kind"] == "metrics":
-                missing = {n: v for n, v in record["values"].items() if (n, record["step"]) not in points}
+                missing = {
+                    n: v for n, v in record["values"].items() if (n, record["step"]) not in points
+                }
                 if missing:
                     self._spool.append({**record, "values": missing})
             elif _identity(record) not in written:
@@ -186,7 +192,9 @@ class TrialJournal:
 class LatestFile:
     """Writes the latest value put into it on a thread, so that a slow disk holds up nobody. check: raises if fenced."""
 
-    def __init__(self, storage: Storage, path: str, check: Callable[[], None], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, storage: Storage, path: str, check: Callable[[], None], warn: Callable[[str], None]
+    ) -> None:
         self._storage, self._path, self._check, self._warn = storage, path, check, warn
         self._value: bytes | None = None
         self._changed = threading.Condition()

@@ -55,7 +55,9 @@ class MLflowTarget:
 
             client = MlflowClient(tracking_uri=self._cfg.uri)
             experiment = experiment_id(client, self._cfg.experiment)
-            found = client.search_runs([experiment], f"tags.`{TRIAL_TAG}` = '{self._trial}'", max_results=1)
+            found = client.search_runs(
+                [experiment], f"tags.`{TRIAL_TAG}` = '{self._trial}'", max_results=1
+            )
             if found:
                 self.run_id = found[0].info.run_id
                 self._had = {
@@ -67,7 +69,9 @@ class MLflowTarget:
                 tags = {TRIAL_TAG: self._trial}
                 if self._cfg.parent_run_id:
                     tags["mlflow.parentRunId"] = self._cfg.parent_run_id
-                self.run_id = client.create_run(experiment, tags=tags, run_name=self._run_name).info.run_id
+                self.run_id = client.create_run(
+                    experiment, tags=tags, run_name=self._run_name
+                ).info.run_id
             self._client = client
         return self._client
 
@@ -87,7 +91,10 @@ class MLflowTarget:
                 case "params":
                     params += [Param(name, value) for name, value in record["values"].items()]
                 case "tags":
-                    tags += [RunTag(name, value[:_MAX_TAG_CHARS]) for name, value in record["values"].items()]
+                    tags += [
+                        RunTag(name, value[:_MAX_TAG_CHARS])
+                        for name, value in record["values"].items()
+                    ]
                 case "artifact":
                     self._send_artifact(client, record)
                 case "status":
@@ -98,11 +105,15 @@ class MLflowTarget:
                         client.set_terminated(self.run_id, record["status"], record["at"])
                     else:
                         client.update_run(self.run_id, status=record["status"])
-                case "rewind":  # of the spool's own book-keeping: the points that follow replace none
+                case (
+                    "rewind"
+                ):  # of the spool's own book-keeping: the points that follow replace none
                     self._had = {point for point in self._had if point[1] <= record["step"]}
         self._flush(client, metrics, params, tags)
 
-    def _flush(self, client: MlflowClient, metrics: list[Any], params: list[Any], tags: list[Any]) -> None:
+    def _flush(
+        self, client: MlflowClient, metrics: list[Any], params: list[Any], tags: list[Any]
+    ) -> None:
         for start in range(0, len(params), _MAX_PARAMS):
             client.log_batch(self.run_id, params=params[start : start + _MAX_PARAMS])
         for start in range(0, len(tags), _MAX_TAGS):

@@ -10,7 +10,15 @@ from typing import assert_never
 
 import yaml
 
-from contract.attempt import ARTIFACT_FOLDER, MLflowTracking, NoTracking, Outcome, Progress, RunSpec, Tracking
+from contract.attempt import (
+    ARTIFACT_FOLDER,
+    MLflowTracking,
+    NoTracking,
+    Outcome,
+    Progress,
+    RunSpec,
+    Tracking,
+)
 from contract.record import Record as ConfigRecord
 from workers.tracking.journal import TrialJournal
 from workers.tracking.mlflow_target import TRIAL_TAG, MLflowTarget, flattened
@@ -59,7 +67,9 @@ def open_spool(spec: RunSpec, storage: Storage) -> tuple[Spool, SpoolTarget]:
     """
     spool = Spool(spool_folder(spec, storage))
     files = Storage(str(spool.folder))
-    tracking = spec.tracking if isinstance(spec.tracking, MLflowTracking) else _tracking_before(files)
+    tracking = (
+        spec.tracking if isinstance(spec.tracking, MLflowTracking) else _tracking_before(files)
+    )
     target = SpoolTarget(tracking=tracking, trial=spec.trial, name=spec.name, storage=spec.storage)
     files.write(TARGET_FILE, target.model_dump_json(indent=1).encode())
     return spool, target
@@ -78,7 +88,9 @@ class Scribe:
     def __init__(self, spec: RunSpec, storage: Storage, show: Callable[[Progress], None]) -> None:
         self._spec, self._storage = spec, storage
         self._spool, target = open_spool(spec, storage)
-        window = spec.tracking.step_metrics_every if isinstance(spec.tracking, MLflowTracking) else 50
+        window = (
+            spec.tracking.step_metrics_every if isinstance(spec.tracking, MLflowTracking) else 50
+        )
         loop = spec.run.loop
         self._target = build_target(spec.tracking, target, storage)
         self.journal = TrialJournal(
@@ -91,8 +103,12 @@ class Scribe:
             show,
             shipped=self._target is not None,
         )
-        self._shipper = Shipper(self._spool, self._target, self.journal.warn) if self._target else None
-        self._owing = isinstance(target.tracking, MLflowTracking)  # to this attempt's tracker, or to one before
+        self._shipper = (
+            Shipper(self._spool, self._target, self.journal.warn) if self._target else None
+        )
+        self._owing = isinstance(
+            target.tracking, MLflowTracking
+        )  # to this attempt's tracker, or to one before
         self._tell_start()
 
     def _tell_start(self) -> None:
@@ -108,7 +124,9 @@ class Scribe:
             **spec.tags,
         }
         self._spool.append({"kind": "tags", "values": tags})
-        self._spool.append({"kind": "params", "values": flattened(spec.run.model_dump(mode="json"))})
+        self._spool.append(
+            {"kind": "params", "values": flattened(spec.run.model_dump(mode="json"))}
+        )
         texts = {"config.yaml": yaml.safe_dump(spec.run.model_dump(mode="json"), sort_keys=False)}
         if spec.study_yaml:
             texts["study.yaml"] = spec.study_yaml
@@ -131,7 +149,11 @@ class Scribe:
         try:
             for record in ending_records(outcome):
                 self._spool.append(record)
-            arrived = self._shipper.close(_LAST_SHIPMENT_S[outcome.state]) if self._shipper else not self._owing
+            arrived = (
+                self._shipper.close(_LAST_SHIPMENT_S[outcome.state])
+                if self._shipper
+                else not self._owing
+            )
             if not arrived:
                 self.journal.warn(
                     f'some records could not be shipped; send them later with "maskray sync {self._spool.folder}"'

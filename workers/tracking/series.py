@@ -55,7 +55,9 @@ class SeriesParts:
     def join(self, path: str) -> None:
         """All parts as the one file `path`."""
         names = [name for name in self._storage.names(_FOLDER) if _NAME.match(name)]
-        tables = [pq.read_table(io.BytesIO(self._storage.read(f"{_FOLDER}/{name}"))) for name in names]
+        tables = [
+            pq.read_table(io.BytesIO(self._storage.read(f"{_FOLDER}/{name}"))) for name in names
+        ]
         if tables:
             self._storage.write(path, _parquet(pa.concat_tables(tables, promote_options="default")))
 
@@ -63,7 +65,9 @@ class SeriesParts:
 def _table(rows: Sequence[Row]) -> pa.Table:
     names = sorted({name for row in rows for name in row.values})
     columns = {"step": pa.array([row.step for row in rows], pa.int64())}
-    return pa.table(columns | {n: pa.array([row.values.get(n) for row in rows], pa.float64()) for n in names})
+    return pa.table(
+        columns | {n: pa.array([row.values.get(n) for row in rows], pa.float64()) for n in names}
+    )
 
 
 def _parquet(table: pa.Table) -> bytes:

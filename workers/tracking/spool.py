@@ -53,17 +53,23 @@ class Spool:
     to a file that nobody sees. Otherwise it is read and shipped beside the process that writes it.
     """
 
-    def __init__(self, folder: Path, take: bool = True, warn: Callable[[str], None] = print_warning) -> None:
+    def __init__(
+        self, folder: Path, take: bool = True, warn: Callable[[str], None] = print_warning
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._path, self._cursor_path = folder / "records.jsonl", folder / "cursor.json"
         self._rejected_path = folder / "rejected.jsonl"
         self._path.touch()
         with self._path.open("rb") as file:
-            damaged = [repr(line) for line in file if line.endswith(b"\n") and _parsed(line) is None]
+            damaged = [
+                repr(line) for line in file if line.endswith(b"\n") and _parsed(line) is None
+            ]
         if damaged:
             self.reject(damaged, "damaged")
-            warn(f"{self._path}: {len(damaged)} damaged line(s) of a crash, kept in {self._rejected_path}")
+            warn(
+                f"{self._path}: {len(damaged)} damaged line(s) of a crash, kept in {self._rejected_path}"
+            )
         if take:
             self._take(bool(damaged))
         self._file = self._path.open("ab")
@@ -75,7 +81,9 @@ class Spool:
         files = Storage(str(self.folder))
         if damaged:
             data = b"".join(line for line in io.BytesIO(data) if _parsed(line) is not None)
-            files.write_json(self._cursor_path.name, {"bytes": 0})  # first: it counts bytes of the old file
+            files.write_json(
+                self._cursor_path.name, {"bytes": 0}
+            )  # first: it counts bytes of the old file
         files.write(self._path.name, data)
         if self.cursor > len(data):  # a machine that crashed lost the end of the file
             files.write_json(self._cursor_path.name, {"bytes": 0})
@@ -132,7 +140,9 @@ class Spool:
     def reject(self, records: Iterable[Record | str], reason: str) -> None:
         """records: as they were told, or the text of a line that is none."""
         with self._rejected_path.open("a") as file:
-            file.writelines(json.dumps({"reason": reason, "record": record}) + "\n" for record in records)
+            file.writelines(
+                json.dumps({"reason": reason, "record": record}) + "\n" for record in records
+            )
 
     def close(self) -> None:
         self._file.close()
@@ -173,7 +183,9 @@ def ship_once(spool: Spool, target: Target, warn: Callable[[str], None]) -> bool
                 target.send([record])
             except RejectedError as error:
                 spool.reject([record], str(error))
-                warn(f"tracking refused a record of kind {record['kind']}: {error}; kept in {spool.folder}")
+                warn(
+                    f"tracking refused a record of kind {record['kind']}: {error}; kept in {spool.folder}"
+                )
     spool.advance(batch[-1][0])
     return True
 
@@ -181,7 +193,9 @@ def ship_once(spool: Spool, target: Target, warn: Callable[[str], None]) -> bool
 class Shipper:
     """A thread that ships a spool until it is closed; failures wait and try again, and reach nobody but the log."""
 
-    def __init__(self, spool: Spool, target: Target, warn: Callable[[str], None], idle_s: float = 2.0) -> None:
+    def __init__(
+        self, spool: Spool, target: Target, warn: Callable[[str], None], idle_s: float = 2.0
+    ) -> None:
         self._spool, self._target, self._warn, self._idle_s = spool, target, warn, idle_s
         self._closing = threading.Event()
         self._nudged = threading.Event()  # to look at once, not after the wait
@@ -197,7 +211,12 @@ class Shipper:
         """
         self._nudged.set()
         end = time.monotonic() + timeout_s
-        while self._thread.is_alive() and not self._failures and time.monotonic() < end and self._spool.unsent(1):
+        while (
+            self._thread.is_alive()
+            and not self._failures
+            and time.monotonic() < end
+            and self._spool.unsent(1)
+        ):
             time.sleep(0.02)
 
     def close(self, timeout_s: float) -> bool:
@@ -220,7 +239,9 @@ class Shipper:
             except Exception as error:  # noqa: BLE001 - any failure of the network or the server: keep, try again
                 self._failures += 1
                 if self._failures == 1:
-                    self._warn(f"tracking is unreachable, records wait in {self._spool.folder}: {error}")
+                    self._warn(
+                        f"tracking is unreachable, records wait in {self._spool.folder}: {error}"
+                    )
                 if closing:
                     last_tries -= 1
                     if not last_tries:

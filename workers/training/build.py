@@ -19,7 +19,9 @@ from workers.training.world import World
 
 def open_datasets(run: RunConfig, cache: str) -> tuple[Dataset, Dataset]:
     """Training and validation data, checked against the model. Raises ValueError with one line."""
-    train, val = (open_dataset(uri, cache, run.data.cache_gib) for uri in (run.data.train, run.data.val))
+    train, val = (
+        open_dataset(uri, cache, run.data.cache_gib) for uri in (run.data.train, run.data.val)
+    )
     trained = train.for_training(run.data.filter, masks=isinstance(run.model.mask, MaskBranch))
     evaluated = val.for_evaluation(run.data)
     check_data(run, trained, run.data.train)
@@ -40,14 +42,19 @@ def check_data(run: RunConfig, dataset: Dataset, uri: str) -> None:
             f"model.num_classes is {model.num_classes}, {uri} has {found} categories ({names}{', ...' * (found > 5)}); "
             f"set model.num_classes={found}, or choose categories with data.filter.categories"
         )
-    if isinstance(model.keypoints, KeypointBranch) and dataset.manifest.num_keypoints != model.keypoints.num_keypoints:
+    if (
+        isinstance(model.keypoints, KeypointBranch)
+        and dataset.manifest.num_keypoints != model.keypoints.num_keypoints
+    ):
         raise ValueError(
             f"model.keypoints.num_keypoints is {model.keypoints.num_keypoints}, {uri} has "
             f"{dataset.manifest.num_keypoints} per object; "
             "pack keypoint annotations or set model.keypoints.kind to 'none'"
         )
     if isinstance(model.mask, MaskBranch) and not dataset.manifest.has_masks:
-        raise ValueError(f"{uri} has no masks; set model.mask.kind to 'none', or pack annotations with masks")
+        raise ValueError(
+            f"{uri} has no masks; set model.mask.kind to 'none', or pack annotations with masks"
+        )
 
 
 def initial_detector(run: RunConfig) -> nn.Module:
@@ -62,7 +69,9 @@ def initial_detector(run: RunConfig) -> nn.Module:
     return detector
 
 
-def train_loader_opener(run: RunConfig, dataset: Dataset, world: World) -> Callable[[int], TrainLoader]:
+def train_loader_opener(
+    run: RunConfig, dataset: Dataset, world: World
+) -> Callable[[int], TrainLoader]:
     """Opens the stream of this rank's share of the global batches from a given one on."""
 
     def open_loader(start_step: int) -> TrainLoader:

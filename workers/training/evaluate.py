@@ -14,7 +14,13 @@ from contract.model import MaskBranch, ModelConfig, NoKeypoints, SoftmaxMask
 from contract.recipe import LoopConfig, RunConfig
 from model.branches.paste import paste_mask
 from model.structures import Batch, Detections
-from pipelines.evaluate.evaluation import BOX_STATS, KEYPOINT_STATS, encode_crop, evaluate, image_results
+from pipelines.evaluate.evaluation import (
+    BOX_STATS,
+    KEYPOINT_STATS,
+    encode_crop,
+    evaluate,
+    image_results,
+)
 from pipelines.shards.dataset import Dataset
 from workers.training.world import World
 from workers.trial.causes import FEWER_EVALUATED, memory_explained
@@ -63,14 +69,18 @@ def evaluate_detector(
                 batch = next(stream).to(world.device)
                 with memory_explained([batch.images], world.device, FEWER_EVALUATED):
                     found = detector.predict(batch)  # type: ignore[operator]
-                for kind, results in coco_results(model, found, batches.dataset.category_ids).items():
+                for kind, results in coco_results(
+                    model, found, batches.dataset.category_ids
+                ).items():
                     mine[kind] += results
     finally:
         detector.train(was_training)
     gathered = world.gather(mine)
     if not gathered:
         return Scores({}, {}, {})
-    return score(batches.dataset, {kind: [r for part in gathered for r in part[kind]] for kind in mine})
+    return score(
+        batches.dataset, {kind: [r for part in gathered for r in part[kind]] for kind in mine}
+    )
 
 
 def result_kinds(model: ModelConfig) -> tuple[str, ...]:
@@ -87,7 +97,9 @@ def result_kinds(model: ModelConfig) -> tuple[str, ...]:
 
 def metric_names(model: ModelConfig) -> list[str]:
     """The names of all that `score` finds for a model."""
-    stats = {kind: KEYPOINT_STATS if kind == "keypoints" else BOX_STATS for kind in result_kinds(model)}
+    stats = {
+        kind: KEYPOINT_STATS if kind == "keypoints" else BOX_STATS for kind in result_kinds(model)
+    }
     return [f"{kind}/{name}" for kind, names in stats.items() for name in names]
 
 
@@ -99,24 +111,38 @@ def best_metric(run: RunConfig) -> str:
     if wanted == LoopConfig().best_metric:  # the default serves models without masks too
         return "bbox/AP"
     [near] = difflib.get_close_matches(wanted, names, n=1, cutoff=0.0)
-    raise ValueError(f"loop.best_metric: this model has no metric {wanted!r}; did you mean {near!r}?")
+    raise ValueError(
+        f"loop.best_metric: this model has no metric {wanted!r}; did you mean {near!r}?"
+    )
 
 
-def coco_results(model: ModelConfig, found: Detections, category_ids: Sequence[int]) -> ImageResults:
+def coco_results(
+    model: ModelConfig, found: Detections, category_ids: Sequence[int]
+) -> ImageResults:
     """The detections of a batch as COCO results of every kind that the model is scored on."""
     found = _on_host(found)
     results: ImageResults = {kind: [] for kind in result_kinds(model)}
     for index in range(len(found.sample_ids)):
         kept = found.valid[index]
         boxes, image_id = found.boxes_xyxy[index, kept], int(found.sample_ids[index])
-        arguments = (image_id, boxes.numpy(), found.scores[index, kept].numpy(), found.labels[index, kept].numpy())
+        arguments = (
+            image_id,
+            boxes.numpy(),
+            found.scores[index, kept].numpy(),
+            found.labels[index, kept].numpy(),
+        )
         results["bbox"] += image_results(*arguments, category_ids)
         height, width = found.image_sizes[index].tolist()
         for number, (name, masks_BDMM) in enumerate(found.masks.items()):
-            kinds = [kind for kind in (f"segm-{name}", *(["segm"] if number == 0 else [])) if kind in results]
+            kinds = [
+                kind
+                for kind in (f"segm-{name}", *(["segm"] if number == 0 else []))
+                if kind in results
+            ]
             if kinds:
                 rles = [
-                    _encoded(mask, box, height, width) for mask, box in zip(masks_BDMM[index, kept], boxes, strict=True)
+                    _encoded(mask, box, height, width)
+                    for mask, box in zip(masks_BDMM[index, kept], boxes, strict=True)
                 ]
                 for kind in kinds:
                     results[kind] += image_results(*arguments, category_ids, rles=rles)
@@ -126,14 +152,20 @@ def coco_results(model: ModelConfig, found: Detections, category_ids: Sequence[i
     return results
 
 
-def _encoded(mask_MM: torch.Tensor, box_xyxy: torch.Tensor, height: int, width: int) -> dict[str, Any]:
+def _encoded(
+    mask_MM: torch.Tensor, box_xyxy: torch.Tensor, height: int, width: int
+) -> dict[str, Any]:
     crop, top, left = paste_mask(mask_MM, box_xyxy, height, width)
     return encode_crop(crop.numpy(), top, left, height, width)
 
 
 def _on_host(found: Detections) -> Detections:
-    tensors = {name: value.cpu() for name, value in vars(found).items() if isinstance(value, torch.Tensor)}
-    return replace(found, masks={name: masks.float().cpu() for name, masks in found.masks.items()}, **tensors)
+    tensors = {
+        name: value.cpu() for name, value in vars(found).items() if isinstance(value, torch.Tensor)
+    }
+    return replace(
+        found, masks={name: masks.float().cpu() for name, masks in found.masks.items()}, **tensors
+    )
 
 
 def score(dataset: Dataset, results: Mapping[str, list[dict[str, Any]]]) -> Scores:

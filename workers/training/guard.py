@@ -40,9 +40,17 @@ def judge(cfg: Guard, state: GuardState, losses: Sequence[float]) -> tuple[Guard
     return replace(state, mean=mean, seen=seen), None
 
 
-def rolled_back(cfg: Guard, at_checkpoint: GuardState, now: GuardState, step: int, reached: int) -> GuardState:
+def rolled_back(
+    cfg: Guard, at_checkpoint: GuardState, now: GuardState, step: int, reached: int
+) -> GuardState:
     """The state to go on with from the checkpoint of `step`, when a step up to `reached` was bad."""
-    state = replace(at_checkpoint, rollbacks=now.rollbacks + 1, rate=now.rate, skipped=now.skipped, returned_to=step)
+    state = replace(
+        at_checkpoint,
+        rollbacks=now.rollbacks + 1,
+        rate=now.rate,
+        skipped=now.skipped,
+        returned_to=step,
+    )
     if cfg.action == "skip_window":
         return replace(state, skipped=state.skipped + reached - step)
     return replace(state, rate=state.rate * cfg.rate_factor)

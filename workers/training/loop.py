@@ -90,7 +90,9 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
     loader = parts.open_loader(state.data_step)
     batches = iter(loader)
     try:
-        if state.step and due(loop, state.step).evaluation:  # a stop or a kill came before this one was finished
+        if (
+            state.step and due(loop, state.step).evaluation
+        ):  # a stop or a kill came before this one was finished
             scores = parts.evaluate(state, lambda: bool(parts.stop.reason))
             if scores is None:
                 return Ending(_common_reason(parts.stop, world), None)
@@ -104,12 +106,19 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
             rate = full_rate * rate_factor(run.schedule, state.step, loop.steps) * state.guard.rate
             torch.manual_seed(_step_seed(run.seed, state.data_step, world.rank))
             with memory_explained([chunk.images for chunk in chunks], world.device):
-                gradients = accumulate_gradients(module, chunks, loop, world, state.scaler, parts.stop.flags)
-                norm = apply_gradients(state.trained, state.optimiser, state.scaler, rate, loop.clip_grad_norm)
+                gradients = accumulate_gradients(
+                    module, chunks, loop, world, state.scaler, parts.stop.flags
+                )
+                norm = apply_gradients(
+                    state.trained, state.optimiser, state.scaler, rate, loop.clip_grad_norm
+                )
             state.update_average()
             state.step += 1
             step_s, last_end = time.perf_counter() - last_end, time.perf_counter()
-            state.train_seconds, state.wait_seconds = state.train_seconds + step_s, state.wait_seconds + wait_s
+            state.train_seconds, state.wait_seconds = (
+                state.train_seconds + step_s,
+                state.wait_seconds + wait_s,
+            )
             meter.add(state.step, gradients, norm, {"lr": rate, "step_s": step_s, "wait_s": wait_s})
             asked = flags.read(gradients.flags)
             now = due(loop, state.step, asked)
@@ -152,7 +161,9 @@ def due(loop: LoopConfig, step: int, asked: Reason = "") -> _Due:
     evaluation = last or bool(loop.eval_every_steps and step % loop.eval_every_steps == 0)
     checkpoint = evaluation or bool(asked) or step % loop.checkpoint_every_steps == 0
     log = last or step % loop.log_every_steps == 0
-    return _Due(log or checkpoint or step % loop.guard.check_every_steps == 0, log, checkpoint, evaluation)
+    return _Due(
+        log or checkpoint or step % loop.guard.check_every_steps == 0, log, checkpoint, evaluation
+    )
 
 
 def _save(parts: Parts, writer: BackgroundWriter, world: World, wait: bool) -> None:
@@ -162,7 +173,9 @@ def _save(parts: Parts, writer: BackgroundWriter, world: World, wait: bool) -> N
         return
     writer.check()
     if writer.busy and not wait and state.step != state.run.loop.steps:
-        journal.warn(f"step {state.step}: the checkpoint before is still being written, this one is passed over")
+        journal.warn(
+            f"step {state.step}: the checkpoint before is still being written, this one is passed over"
+        )
         return
     snapshot, journal_state = state.snapshot(), journal.state()
 
@@ -184,11 +197,17 @@ def _judged(row: Row, loop: LoopConfig) -> float:
     return math.nan if broken else row.values["loss"]
 
 
-def _roll_back(run: RunConfig, world: World, parts: Parts, writer: BackgroundWriter, bad: Row, loader: Loader) -> None:
+def _roll_back(
+    run: RunConfig, world: World, parts: Parts, writer: BackgroundWriter, bad: Row, loader: Loader
+) -> None:
     """Puts the state back to the last good checkpoint, on all ranks, with the guard's decision in it."""
     state, guard = parts.state, run.loop.guard
     reached, before = state.step, state.guard
-    losses = {name.removeprefix("loss/"): value for name, value in bad.values.items() if name.startswith("loss")}
+    losses = {
+        name.removeprefix("loss/"): value
+        for name, value in bad.values.items()
+        if name.startswith("loss")
+    }
     shown = {**losses, "gradient norm": bad.values["grad_norm"]}
     what = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
     sample_ids = loader.sample_ids(bad.step - 1 + before.skipped)
@@ -204,11 +223,15 @@ def _roll_back(run: RunConfig, world: World, parts: Parts, writer: BackgroundWri
         state.restore(parts.checkpoints.load(name))
     else:
         parts.start_again(state)
-    state.best = max(best, state.best)  # its weights are kept already: a worse evaluation must not replace them
+    state.best = max(
+        best, state.best
+    )  # its weights are kept already: a worse evaluation must not replace them
     state.guard = rolled_back(guard, state.guard, before, state.step, reached)
     parts.journal.rewind(state.step)
     parts.journal.event(
-        "rollback", bad.step, f"{what}; sample ids {sample_ids}; back to step {state.step}, {guard.action}"
+        "rollback",
+        bad.step,
+        f"{what}; sample ids {sample_ids}; back to step {state.step}, {guard.action}",
     )
 
 
@@ -224,7 +247,11 @@ def _log_system(step: int, system: SystemSampler, world: World, journal: Journal
     samples = world.gather(system.sample())
     journal.metrics(
         step,
-        {f"system/rank-{rank}/{name}": value for rank, sample in enumerate(samples) for name, value in sample.items()},
+        {
+            f"system/rank-{rank}/{name}": value
+            for rank, sample in enumerate(samples)
+            for name, value in sample.items()
+        },
     )
 
 

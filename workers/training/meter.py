@@ -19,7 +19,9 @@ class Meter:
         self._norms: list[Tensor] = []
         self._host: list[tuple[int, dict[str, float]]] = []
 
-    def add(self, step: int, gradients: Gradients, norm: Tensor, host_values: dict[str, float]) -> None:
+    def add(
+        self, step: int, gradients: Gradients, norm: Tensor, host_values: dict[str, float]
+    ) -> None:
         self._names = gradients.names
         self._losses.append(gradients.losses_T)
         self._norms.append(norm.detach())
@@ -32,7 +34,9 @@ class Meter:
         losses_NT = world.sum(torch.stack(self._losses)).cpu()
         norms_N = torch.stack(self._norms).cpu().tolist()
         rows = []
-        for losses_T, norm, (step, values) in zip(losses_NT.tolist(), norms_N, self._host, strict=True):
+        for losses_T, norm, (step, values) in zip(
+            losses_NT.tolist(), norms_N, self._host, strict=True
+        ):
             terms = {f"loss/{name}": loss for name, loss in zip(self._names, losses_T, strict=True)}
             rows.append(Row(step, {"loss": sum(losses_T), **terms, "grad_norm": norm, **values}))
         self.clear()

@@ -15,11 +15,16 @@ _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.SyncBatchNorm)
 
 def build_optimiser(cfg: Optimiser, module: nn.Module) -> torch.optim.Optimizer:
     """An optimiser over the trained parameters, normalisation layers with a decay of their own."""
-    norm_ids = {id(p) for layer in module.modules() if isinstance(layer, _NORMS) for p in layer.parameters()}
+    norm_ids = {
+        id(p) for layer in module.modules() if isinstance(layer, _NORMS) for p in layer.parameters()
+    }
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if id(p) not in norm_ids], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trained if id(p) in norm_ids], "weight_decay": cfg.norm_weight_decay},
+        {
+            "params": [p for p in trained if id(p) in norm_ids],
+            "weight_decay": cfg.norm_weight_decay,
+        },
     ]
     groups = [group for group in groups if group["params"]]
     match cfg:
@@ -49,7 +54,9 @@ def rate_factor(cfg: Schedule, step: int, steps: int) -> float:
             top = cfg.rise * steps
             if step < top:
                 return 1 - (1 - cfg.start_factor) * _falling(step / top)
-            return cfg.final_factor + (1 - cfg.final_factor) * _falling((step - top) / max(steps - top, 1))
+            return cfg.final_factor + (1 - cfg.final_factor) * _falling(
+                (step - top) / max(steps - top, 1)
+            )
         case _:
             assert_never(cfg)
 

@@ -39,20 +39,30 @@ def comparison(dataset: Dataset, results: Mapping[str, Sequence[Mapping[str, Any
     for number in dataset.rows()[:NUM_IMAGES]:
         row = dataset.row(number)
         pixels = read_image(row, dataset).permute(1, 2, 0).numpy()
-        predicted = [r for r in results[kind] if r["image_id"] == row.image_id and r["score"] >= _MIN_SCORE]
+        predicted = [
+            r for r in results[kind] if r["image_id"] == row.image_id and r["score"] >= _MIN_SCORE
+        ]
         truth = [a for a in dataset.annotations(row.image_id) if not a.get("iscrowd")]
-        sides = [_drawn(pixels, truth, names), _drawn(pixels, sorted(predicted, key=lambda r: r["score"]), names)]
+        sides = [
+            _drawn(pixels, truth, names),
+            _drawn(pixels, sorted(predicted, key=lambda r: r["score"]), names),
+        ]
         rows.append(np.concatenate([sides[0], _gap(sides[0].shape[0], _GAP_PX), sides[1]], axis=1))
     if not rows:
         rows = [_gap(16, 16)]
     width = max(row.shape[1] for row in rows)
-    padded = [np.pad(row, ((0, _GAP_PX), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    padded = [
+        np.pad(row, ((0, _GAP_PX), (0, width - row.shape[1]), (0, 0)), constant_values=255)
+        for row in rows
+    ]
     sink = io.BytesIO()
     Image.fromarray(np.concatenate(padded, axis=0)).save(sink, "png")
     return sink.getvalue()
 
 
-def _drawn(pixels: Pixels, objects: Iterable[Mapping[str, Any]], names: Mapping[int, str]) -> Pixels:
+def _drawn(
+    pixels: Pixels, objects: Iterable[Mapping[str, Any]], names: Mapping[int, str]
+) -> Pixels:
     """`pixels` (H, W, 3), at most `_MAX_SIDE_PX` on its long side, with the objects' masks, boxes or keypoints."""
     height, width = pixels.shape[:2]
     canvas = pixels.astype(np.float32)
@@ -72,10 +82,14 @@ def _drawn(pixels: Pixels, objects: Iterable[Mapping[str, Any]], names: Mapping[
         x, y, w, h = (value * scale for value in _box(thing))
         draw.rectangle((x, y, x + w, y + h), outline=colour)
         score = f" {thing['score']:.2f}" if "score" in thing else ""
-        draw.text((x + 2, y + 1), f"{names.get(int(thing['category_id']), '?')}{score}", fill=colour)
+        draw.text(
+            (x + 2, y + 1), f"{names.get(int(thing['category_id']), '?')}{score}", fill=colour
+        )
         for px, py, seen in np.asarray(thing.get("keypoints", ()), np.float64).reshape(-1, 3):
             if seen > 0:
-                draw.ellipse((px * scale - 2, py * scale - 2, px * scale + 2, py * scale + 2), fill=colour)
+                draw.ellipse(
+                    (px * scale - 2, py * scale - 2, px * scale + 2, py * scale + 2), fill=colour
+                )
     return np.asarray(image)
 
 

@@ -26,7 +26,14 @@ from workers.training.pictures import comparison
 from workers.training.state import TrainState, check_same_training, weights_of
 from workers.training.step import check_precision, slow_precision
 from workers.training.world import World, host_name
-from workers.trial.causes import Cause, DivergedError, cause_of, common_cause, record_cause, write_outcome
+from workers.trial.causes import (
+    Cause,
+    DivergedError,
+    cause_of,
+    common_cause,
+    record_cause,
+    write_outcome,
+)
 from workers.trial.checkpoints import CheckpointStore, FencedError
 from workers.trial.stop import StopRequest
 from workers.trial.storage import Storage
@@ -50,13 +57,17 @@ def run_trial(
         return Outcome(state="failed", error_class="person", error=str(error))
     scribe: Scribe | None = None
     try:
-        store = CheckpointStore(storage, spec.attempt, spec.run.loop.keep_checkpoints, print_warning)
+        store = CheckpointStore(
+            storage, spec.attempt, spec.run.loop.keep_checkpoints, print_warning
+        )
         if world.is_first:
             store.check_claim()
         check_shared(storage, spec.attempt, world)
         with refused_together(world):
             given = _open(spec, world, store)
-        if world.is_first:  # from here on the folder is ours: an attempt that still trains in it ends
+        if (
+            world.is_first
+        ):  # from here on the folder is ours: an attempt that still trains in it ends
             store.claim()
             claimed()
             scribe = Scribe(spec, storage, show)
@@ -66,7 +77,9 @@ def run_trial(
         if scribe is not None:
             outcome.events = scribe.journal.events
     if scribe is not None:
-        write_outcome(storage, spec.attempt, outcome)  # before the tracker: it may be slow, and others wait to read it
+        write_outcome(
+            storage, spec.attempt, outcome
+        )  # before the tracker: it may be slow, and others wait to read it
         scribe.finish(outcome)
     return outcome
 
@@ -78,7 +91,9 @@ def _failed(spec: RunSpec, world: World, storage: Storage, error: Exception) -> 
     try:
         record_cause(storage, spec.attempt, own)
         cause = common_cause(storage, spec.attempt, own)
-        outcome = Outcome(state="failed", error_class=cause.error_class, error=_by_rank(cause, world))
+        outcome = Outcome(
+            state="failed", error_class=cause.error_class, error=_by_rank(cause, world)
+        )
         write_outcome(storage, spec.attempt, outcome)
     except (OSError, RuntimeError) as unwritten:  # the storage itself may be what failed
         print_warning(f"the reason could not be written to {storage.uri}: {unwritten}")
@@ -87,7 +102,11 @@ def _failed(spec: RunSpec, world: World, storage: Storage, error: Exception) -> 
 
 
 def _by_rank(cause: Cause, world: World) -> str:
-    return f"rank {cause.rank}: {cause.error}" if world.size > 1 and cause.error_class != "person" else cause.error
+    return (
+        f"rank {cause.rank}: {cause.error}"
+        if world.size > 1 and cause.error_class != "person"
+        else cause.error
+    )
 
 
 @contextmanager
@@ -126,7 +145,9 @@ def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Given:
         print_warning(slow)
     best_metric(run)
     if run.loop.global_batch < world.size:
-        raise ValueError(f"loop.global_batch is {run.loop.global_batch} for {world.size} ranks; each needs an image")
+        raise ValueError(
+            f"loop.global_batch is {run.loop.global_batch} for {world.size} ranks; each needs an image"
+        )
     given = _Given(*open_datasets(run, spec.cache), initial_detector(run))
     name = store.newest() if world.is_first else ""
     if name:
@@ -147,7 +168,9 @@ def _run(
     journal: Journal = scribe.journal if scribe is not None else SilentJournal()
     journal.progress("starting", 0, None)
     if scribe is not None:
-        scribe.begin({f"maskray.manifest.{name}": digest for name, digest in given.manifests.items()})
+        scribe.begin(
+            {f"maskray.manifest.{name}": digest for name, digest in given.manifests.items()}
+        )
     state = TrainState(run, given.detector.to(world.device), given.manifests)
     name = world.from_first(store.newest() if world.is_first else "")
     if name:
@@ -155,7 +178,9 @@ def _run(
         state.restore(snapshot)
         if scribe is not None:
             scribe.journal.restore(snapshot.plain["journal"], state.step)
-            scribe.journal.event("resume", state.step, f"attempt {spec.attempt} on {world.size} rank(s)")
+            scribe.journal.event(
+                "resume", state.step, f"attempt {spec.attempt} on {world.size} rank(s)"
+            )
         del snapshot
     elif scribe is not None:
         scribe.journal.restore(NOTHING, 0)
@@ -175,7 +200,13 @@ def _run(
             now.begin()
 
         parts = Parts(
-            state, train_loader_opener(run, given.train_data, world), evaluate, store, journal, stop, start_again
+            state,
+            train_loader_opener(run, given.train_data, world),
+            evaluate,
+            store,
+            journal,
+            stop,
+            start_again,
         )
         ending = train(run, world, parts)
     outcome = Outcome(state=ending.state, step=state.step)
@@ -228,7 +259,9 @@ def _finish(
 
 
 def _artifact_paths(scores: Scores, storage: Storage) -> dict[str, str]:
-    paths = {f"detections/{kind}": f"{ARTIFACT_FOLDER}/detections/{kind}.json" for kind in scores.results}
+    paths = {
+        f"detections/{kind}": f"{ARTIFACT_FOLDER}/detections/{kind}.json" for kind in scores.results
+    }
     pictures = storage.names(f"{ARTIFACT_FOLDER}/pictures")
     if pictures:
         paths["picture/last"] = f"{ARTIFACT_FOLDER}/pictures/{pictures[-1]}"
@@ -244,7 +277,12 @@ class _Reporter:
     """Rank 0's account of each evaluation: metrics, a picture, the best weights, at the end the detections."""
 
     def __init__(
-        self, spec: RunSpec, storage: Storage, store: CheckpointStore, journal: Journal, dataset: Dataset
+        self,
+        spec: RunSpec,
+        storage: Storage,
+        store: CheckpointStore,
+        journal: Journal,
+        dataset: Dataset,
     ) -> None:
         self._loop, self._storage, self._store = spec.run.loop, storage, store
         self._best_metric = best_metric(spec.run)
@@ -255,7 +293,9 @@ class _Reporter:
         self._journal.metrics(state.step, scores.metrics)
         for kind in ("bbox/AP", "segm/AP", "keypoints/AP"):
             per_class = scores.per_class.get(kind, {})
-            self._journal.metrics(state.step, {f"{kind}/{_metric_name(c)}": v for c, v in per_class.items()})
+            self._journal.metrics(
+                state.step, {f"{kind}/{_metric_name(c)}": v for c, v in per_class.items()}
+            )
         picture = f"{ARTIFACT_FOLDER}/pictures/step-{state.step:08d}.png"
         self._storage.write(picture, comparison(self._dataset, scores.results))
         self._journal.artifact(picture, "pictures")

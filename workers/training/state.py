@@ -34,7 +34,9 @@ class TrainState:
     manifests: hashes of the data's manifests, by "train" and "val".
     """
 
-    def __init__(self, run: RunConfig, detector: nn.Module, manifests: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, run: RunConfig, detector: nn.Module, manifests: Mapping[str, str] | None = None
+    ) -> None:
         self.run = run
         self.detector = detector
         self.manifests = dict(manifests or {})
@@ -44,7 +46,9 @@ class TrainState:
     def begin(self) -> None:
         """Everything but the weights as it is before the first step."""
         self.optimiser = build_optimiser(self.run.optimiser, self.detector)
-        self.scaler = torch.amp.GradScaler(_device_type(self.detector), enabled=self.run.loop.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(
+            _device_type(self.detector), enabled=self.run.loop.precision == "fp16"
+        )
         self.average = [p.detach().clone() for p in self.trained] if self.run.loop.ema_decay else []
         self.guard = GuardState()
         self.step = 0
@@ -114,7 +118,9 @@ class TrainState:
         self.step = snapshot.step
 
 
-def check_same_training(plain: Mapping[str, Any], run: RunConfig, manifests: Mapping[str, str]) -> None:
+def check_same_training(
+    plain: Mapping[str, Any], run: RunConfig, manifests: Mapping[str, str]
+) -> None:
     """Raises ValueError if a checkpoint's plain data is of another configuration, or of other data at the same path."""
     check_same_run(plain["run"], run.model_dump(mode="json"))
     for name, before in plain.get("manifests", {}).items():  # which older checkpoints do not have
@@ -136,7 +142,9 @@ def check_same_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
             )
 
 
-def _differences(a: Any, b: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], tuple[Any, Any]]]:
+def _differences(
+    a: Any, b: Any, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], tuple[Any, Any]]]:
     if isinstance(a, dict) and isinstance(b, dict):
         for key in sorted(a.keys() | b.keys()):
             yield from _differences(a.get(key), b.get(key), (*path, key))
@@ -146,7 +154,9 @@ def _differences(a: Any, b: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[
 
 def weights_of(detector: nn.Module) -> dict[str, Tensor]:
     """The detector's state on the host, contiguous, as safetensors wants it."""
-    return {name: value.detach().cpu().contiguous() for name, value in detector.state_dict().items()}
+    return {
+        name: value.detach().cpu().contiguous() for name, value in detector.state_dict().items()
+    }
 
 
 def _device_type(module: nn.Module) -> str:

@@ -36,7 +36,9 @@ class LossSums(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         terms = self.detector(batch)
-        return {n: t.sum * t.weight for n, t in terms.items()}, {n: t.count for n, t in terms.items()}
+        return {n: t.sum * t.weight for n, t in terms.items()}, {
+            n: t.count for n, t in terms.items()
+        }
 
 
 CAN_PIN = all(
@@ -60,7 +62,10 @@ def distributed(sums: LossSums, world: World, can_pin: bool = CAN_PIN) -> nn.Mod
             "ignore", "`broadcast_buffers` is deprecated", FutureWarning
         )  # older versions know no other
         module = DistributedDataParallel(
-            sums, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=not can_pin
+            sums,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=not can_pin,
         )
     # of 1 x 1 convolutions in channels-last order, whose strides are ambiguous; costs nothing
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
@@ -98,7 +103,9 @@ def accumulate_gradients(
         else:
             counts = _counts_of(sums.detector, batches)
     names = tuple(sorted(counts))
-    filled = [torch.full((), flag, dtype=torch.float64, device=world.device) for flag in flags]  # no copy, no sync
+    filled = [
+        torch.full((), flag, dtype=torch.float64, device=world.device) for flag in flags
+    ]  # no copy, no sync
     told = torch.stack([*(counts[n].double() for n in names), *filled])
     world.sum(told)
     total_T = told[: len(names)].clamp(min=1).float()
@@ -119,7 +126,9 @@ def accumulate_gradients(
 
 def _counts_of(detector: Any, batches: Sequence[Batch]) -> dict[str, Tensor]:
     per_chunk = [detector.counts(batch) for batch in batches]
-    return {name: torch.stack([counts[name] for counts in per_chunk]).sum() for name in per_chunk[0]}
+    return {
+        name: torch.stack([counts[name] for counts in per_chunk]).sum() for name in per_chunk[0]
+    }
 
 
 def _without_sync(module: nn.Module, last: bool) -> AbstractContextManager[None]:
@@ -137,7 +146,9 @@ def _autocast(loop: LoopConfig, world: World) -> Any:
 def check_precision(loop: LoopConfig, device: torch.device) -> None:
     """Raises ValueError if the device cannot compute in the configured precision."""
     if loop.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError("loop.precision: this GPU has no bf16; choose 'fp16' (with loss scaling) or 'fp32'")
+        raise ValueError(
+            "loop.precision: this GPU has no bf16; choose 'fp16' (with loss scaling) or 'fp32'"
+        )
 
 
 def slow_precision(loop: LoopConfig, device: torch.device) -> str:

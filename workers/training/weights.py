@@ -9,12 +9,23 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from contract.model import VGG16, Backbone, FileWeights, NoWeights, ResNet, ResNeXt, TorchvisionWeights, Weights
+from contract.model import (
+    VGG16,
+    Backbone,
+    FileWeights,
+    NoWeights,
+    ResNet,
+    ResNeXt,
+    TorchvisionWeights,
+    Weights,
+)
 from pipelines.storage import file_sha256
 from workers.training.zoo import read_zoo_pickle
 
 
-def initial_weights(weights: Weights, backbone: Backbone) -> tuple[Mapping[str, Tensor], str] | None:
+def initial_weights(
+    weights: Weights, backbone: Backbone
+) -> tuple[Mapping[str, Tensor], str] | None:
     """The state dict and its layout for `model.weights.load_initial`; None where parameters start at random.
 
     Raises ValueError if a file is missing, damaged or no state dict, RuntimeError if a download fails.
@@ -58,7 +69,9 @@ def torchvision_url(name: str, backbone: Backbone) -> str:
             assert_never(backbone)
     known = models.get_model_weights(model)
     if name not in known.__members__:
-        raise ValueError(f"weights.name: torchvision has no {name!r} of {model}; it has {', '.join(known.__members__)}")
+        raise ValueError(
+            f"weights.name: torchvision has no {name!r} of {model}; it has {', '.join(known.__members__)}"
+        )
     return str(known[name].url)
 
 
@@ -72,7 +85,9 @@ def torchvision_file(name: str, backbone: Backbone) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_prefix(url), progress=False)
+            torch.hub.download_url_to_file(
+                url, str(path), hash_prefix=_hash_prefix(url), progress=False
+            )
         except OSError as error:
             raise RuntimeError(
                 f"{url} cannot be downloaded ({error}); fetch it elsewhere and put it at {path}"
@@ -99,7 +114,9 @@ def _hash_prefix(url: str) -> str:
 def _local(path: str) -> Path:
     """Raises ValueError if no local file is there."""
     if "://" in path:
-        raise ValueError(f"model.weights.path {path}: only local files are read; fetch it and give the file's path")
+        raise ValueError(
+            f"model.weights.path {path}: only local files are read; fetch it and give the file's path"
+        )
     file = Path(path).expanduser()
     if file.is_dir():
         raise ValueError(f"model.weights.path {path}: is a folder; give the file in it")
@@ -117,7 +134,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         state = _read_torch(path)
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{path}: {name!r} holds values that are not finite; give weights from before it diverged")
+            raise ValueError(
+                f"{path}: {name!r} holds values that are not finite; give weights from before it diverged"
+            )
     return state
 
 
@@ -128,7 +147,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}); copy or save it again") from error
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({error}); copy or save it again"
+        ) from error
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -144,8 +165,14 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         if isinstance(state, dict) and isinstance(state.get(entry), dict):
             state = state[entry]
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds {type(state).__name__}, not a state dict; names to tensors are expected")
-    strange = [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+        raise ValueError(
+            f"{path} holds {type(state).__name__}, not a state dict; names to tensors are expected"
+        )
+    strange = [
+        name
+        for name, value in state.items()
+        if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
     if strange:
         raise ValueError(
             f"{path} is not a state dict: its entry {strange[0]!r} is not a name with a tensor; "

@@ -79,7 +79,12 @@ def join_world() -> World:
     if dist.get_backend() != "gloo":
         host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return World(rank, size, _device(local_rank) if dist.get_backend() != "gloo" else torch.device("cpu"), host_group)
+    return World(
+        rank,
+        size,
+        _device(local_rank) if dist.get_backend() != "gloo" else torch.device("cpu"),
+        host_group,
+    )
 
 
 def _device(local_rank: int) -> torch.device:
@@ -100,7 +105,9 @@ def end_with_launcher() -> None:
 @contextmanager
 def launched_world(environment: Mapping[str, str]) -> Iterator[World]:
     """The world that torchrun's variables describe; without them, this process alone."""
-    if "TORCHELASTIC_RUN_ID" in environment:  # its main thread starts the ranks, and the kernel sees its end
+    if (
+        "TORCHELASTIC_RUN_ID" in environment
+    ):  # its main thread starts the ranks, and the kernel sees its end
         end_with_launcher()
     if "RANK" not in environment or int(environment.get("WORLD_SIZE", "1")) == 1:
         yield join_world()

@@ -30,7 +30,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 class _Arrays(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, and only plain arrays are read")
+            raise pickle.UnpicklingError(
+                f"it names {module}.{name}, and only plain arrays are read"
+            )
         return _ALLOWED[module, name]
 
 
@@ -39,9 +41,20 @@ def read_zoo_pickle(path: Path) -> dict[str, Tensor]:
     try:
         with path.open("rb") as file:
             data = _Arrays(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, TypeError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        TypeError,
+    ) as error:
         raise ValueError(f"{path} is no model-zoo file of plain arrays ({error})") from error
     state = data.get("model") if isinstance(data, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, np.ndarray) for value in state.values()):
-        raise ValueError(f"{path} is no model-zoo file: a dict with names to arrays under 'model' is expected")
+    if not isinstance(state, dict) or not all(
+        isinstance(value, np.ndarray) for value in state.values()
+    ):
+        raise ValueError(
+            f"{path} is no model-zoo file: a dict with names to arrays under 'model' is expected"
+        )
     return {name: torch.from_numpy(np.array(value)) for name, value in state.items()}

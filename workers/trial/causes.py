@@ -32,7 +32,15 @@ from workers.trial.storage import Storage
 ErrorClass = Literal["none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"]
 CAUSE_FILE = "attempts/{attempt}/rank-{rank}.cause.json"
 # A rank whose peer died says so itself; the peer's own cause, where it left one, says more.
-_TELLING: tuple[ErrorClass, ...] = ("person", "out_of_memory", "diverged", "unknown", "node", "collective", "none")
+_TELLING: tuple[ErrorClass, ...] = (
+    "person",
+    "out_of_memory",
+    "diverged",
+    "unknown",
+    "node",
+    "collective",
+    "none",
+)
 _PEER_LOST = (
     "connection closed by peer",
     "connection reset",
@@ -59,7 +67,9 @@ class Cause(BaseModel):
 
 def cause_of(error: BaseException, rank: int) -> Cause:
     details = "".join(traceback.format_exception(error))
-    return Cause(rank=rank, error_class=classify(error), error=f"{one_line(error)}"[:2000], details=details)
+    return Cause(
+        rank=rank, error_class=classify(error), error=f"{one_line(error)}"[:2000], details=details
+    )
 
 
 def classify(error: BaseException) -> ErrorClass:
@@ -102,7 +112,11 @@ def explain_out_of_memory(
 ) -> OutOfMemoryError:
     """images: shapes (B, 3, H, W) of this rank's chunks of the step. remedy: what holds fewer of them at once."""
     shapes = ", ".join("x".join(str(side) for side in shape) for shape in images)
-    total = torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0
+    total = (
+        torch.cuda.get_device_properties(device).total_memory / 2**30
+        if device.type == "cuda"
+        else 0
+    )
     size = f" ({total:.0f} GiB)" if total else ""
     return OutOfMemoryError(
         f"out of memory on {device}{size} with images of {shapes}; "
@@ -111,14 +125,18 @@ def explain_out_of_memory(
 
 
 @contextmanager
-def memory_explained(images: Sequence[Tensor], device: torch.device, remedy: str = FEWER_IMAGES) -> Iterator[None]:
+def memory_explained(
+    images: Sequence[Tensor], device: torch.device, remedy: str = FEWER_IMAGES
+) -> Iterator[None]:
     """Within the block running out of memory is told with the shapes of `images` and what to change."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         on_cpu = "can't allocate memory" in str(error)  # a plain RuntimeError of torch's allocator
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:
-            raise explain_out_of_memory([tuple(chunk.shape) for chunk in images], device, remedy) from error
+            raise explain_out_of_memory(
+                [tuple(chunk.shape) for chunk in images], device, remedy
+            ) from error
         raise
 
 
@@ -128,7 +146,10 @@ def most_telling(causes: Sequence[Cause]) -> Cause:
 
 
 def record_cause(storage: Storage, attempt: int, cause: Cause) -> None:
-    storage.write(CAUSE_FILE.format(attempt=attempt, rank=cause.rank), cause.model_dump_json(indent=1).encode())
+    storage.write(
+        CAUSE_FILE.format(attempt=attempt, rank=cause.rank),
+        cause.model_dump_json(indent=1).encode(),
+    )
 
 
 def recorded_causes(storage: Storage, attempt: int) -> list[Cause]:

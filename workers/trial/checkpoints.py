@@ -56,15 +56,21 @@ def check_claim(storage: Storage, attempt: int, token: str = "") -> None:
         return
     holder = int(claim["attempt"])
     if holder > attempt:
-        raise FencedError(f"attempt {holder} has taken over {storage.uri}; attempt {attempt} ends here")
+        raise FencedError(
+            f"attempt {holder} has taken over {storage.uri}; attempt {attempt} ends here"
+        )
     if holder == attempt and token and claim.get("token") != token:
-        raise FencedError(f"attempt {attempt} was started twice; the other start has taken over {storage.uri}")
+        raise FencedError(
+            f"attempt {attempt} was started twice; the other start has taken over {storage.uri}"
+        )
 
 
 class CheckpointStore:
     """The checkpoints of one trial, as one attempt sees them."""
 
-    def __init__(self, storage: Storage, attempt: int, keep: int, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, storage: Storage, attempt: int, keep: int, warn: Callable[[str], None]
+    ) -> None:
         self._storage, self._attempt, self._keep, self._warn = storage, attempt, keep, warn
         self._token = ""
 
@@ -90,7 +96,9 @@ class CheckpointStore:
         ):
             with self._storage.replacing(f"{folder}/{name}") as raw:
                 sink = HashingSink(raw)
-                with sink.telling():  # torch's zip writer turns an OSError into a RuntimeError of its own
+                with (
+                    sink.telling()
+                ):  # torch's zip writer turns an OSError into a RuntimeError of its own
                     dump(sink)
             files[name] = {"sha256": sink.hexdigest(), "bytes": sink.size}
         self.check_claim()
@@ -119,7 +127,9 @@ class CheckpointStore:
         try:
             return self._load(folder)
         except _DamagedError as error:
-            raise RuntimeError(f"checkpoint {folder} was damaged while it was read ({error}); start again") from None
+            raise RuntimeError(
+                f"checkpoint {folder} was damaged while it was read ({error}); start again"
+            ) from None
 
     def plain(self, folder: str) -> dict[str, Any]:
         """The plain data alone of a folder that `newest` has just named."""
@@ -139,7 +149,9 @@ class CheckpointStore:
             for name, data in files.items():
                 found, said = hashlib.sha256(data).hexdigest(), marker["files"][name]["sha256"]
                 if found != said:
-                    raise _DamagedError(f"{name}: sha256 {found[:12]}..., marker says {said[:12]}...")
+                    raise _DamagedError(
+                        f"{name}: sha256 {found[:12]}..., marker says {said[:12]}..."
+                    )
         except FileNotFoundError as error:
             raise _DamagedError(f"incomplete: {error}") from None
         except (ValueError, KeyError, TypeError) as error:
@@ -148,16 +160,26 @@ class CheckpointStore:
 
     def _folders(self) -> list[str]:
         """Newest first, complete or not."""
-        found = [(int(m[1]), int(m[2]), m[0]) for m in map(_NAME.match, self._storage.names(CHECKPOINT_FOLDER)) if m]
+        found = [
+            (int(m[1]), int(m[2]), m[0])
+            for m in map(_NAME.match, self._storage.names(CHECKPOINT_FOLDER))
+            if m
+        ]
         return [name for _, _, name in sorted(found, reverse=True)]
 
     def _prune(self) -> None:
-        complete = [n for n in self._folders() if self._storage.exists(f"{CHECKPOINT_FOLDER}/{n}/{_MARKER}")]
+        complete = [
+            n for n in self._folders() if self._storage.exists(f"{CHECKPOINT_FOLDER}/{n}/{_MARKER}")
+        ]
         for name in complete[self._keep :]:
-            self._storage.delete(f"{CHECKPOINT_FOLDER}/{name}/{_MARKER}")  # first, so that no half remains valid
+            self._storage.delete(
+                f"{CHECKPOINT_FOLDER}/{name}/{_MARKER}"
+            )  # first, so that no half remains valid
             self._storage.delete(f"{CHECKPOINT_FOLDER}/{name}")
         kept = set(complete[: self._keep])
-        for name in self._storage.names(CHECKPOINT_FOLDER):  # what a kill in the middle of a write left behind
+        for name in self._storage.names(
+            CHECKPOINT_FOLDER
+        ):  # what a kill in the middle of a write left behind
             if (match := _NAME.match(name)) and name not in kept and int(match[1]) <= self._attempt:
                 self._storage.delete(f"{CHECKPOINT_FOLDER}/{name}")
 

@@ -80,7 +80,9 @@ def signals_asking(request: StopRequest) -> Iterator[None]:
 
 
 @contextmanager
-def grace_enforced(request: StopRequest, grace_s: float, leave: Callable[[Reason], None]) -> Iterator[None]:
+def grace_enforced(
+    request: StopRequest, grace_s: float, leave: Callable[[Reason], None]
+) -> Iterator[None]:
     """Within the block `leave`, which ends the process, is called `grace_s` seconds after a stop was asked for."""
     ended = threading.Event()
 
@@ -110,7 +112,11 @@ def late_outcome(reason: Reason, grace_s: float) -> Outcome:
 
 @contextmanager
 def files_asking(
-    request: StopRequest, storage: Storage, attempt: int, notice: Callable[[], bool], warn: Callable[[str], None]
+    request: StopRequest,
+    storage: Storage,
+    attempt: int,
+    notice: Callable[[], bool],
+    warn: Callable[[str], None],
 ) -> Iterator[None]:
     """Within the block the trial's stop file, the attempt's own requests and `notice` are looked at now and then."""
     ended = threading.Event()
@@ -120,7 +126,9 @@ def files_asking(
         failing = False
         while not ended.wait(period_s) and not request.reason:
             try:
-                if storage.exists(STOP_FILE) or storage.exists(ATTEMPT_STOP_FILE.format(attempt=attempt)):
+                if storage.exists(STOP_FILE) or storage.exists(
+                    ATTEMPT_STOP_FILE.format(attempt=attempt)
+                ):
                     request.ask("stopped")
                 elif storage.exists(PREEMPT_FILE.format(attempt=attempt)) or notice():
                     request.ask("preempted")

@@ -123,7 +123,9 @@ class Storage:
         """Deletes a file or a folder with all below it; nothing happens if there is none."""
         kind = self._fs.get_file_info(self._full(path)).type
         if kind == pafs.FileType.Directory:
-            with suppress(FileNotFoundError):  # GCS misses a marker of the folder, after all in it is gone
+            with suppress(
+                FileNotFoundError
+            ):  # GCS misses a marker of the folder, after all in it is gone
                 self._fs.delete_dir(self._full(path))
         elif kind == pafs.FileType.File:
             self._fs.delete_file(self._full(path))

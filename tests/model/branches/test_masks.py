@@ -32,15 +32,23 @@ ROOT = Path(__file__).resolve().parents[3]
 COCO = Path(os.environ.get("MASKRAY_COCO_MINI", ROOT.parent / "shared" / "data" / "coco-mini"))
 TRAIN = COCO / "annotations" / "instances_train2017.json"
 CROP_SIDE, SIDE = 112, 28
-needs_coco = pytest.mark.skipif(not TRAIN.exists(), reason=f"no COCO sample at {COCO}; set MASKRAY_COCO_MINI")
+needs_coco = pytest.mark.skipif(
+    not TRAIN.exists(), reason=f"no COCO sample at {COCO}; set MASKRAY_COCO_MINI"
+)
 
 
 def polygons() -> list[list[Any]]:
     found = json.loads(TRAIN.read_text())["annotations"]
-    return [a["segmentation"] for a in found if isinstance(a["segmentation"], list) and min(a["bbox"][2:]) >= 1]
+    return [
+        a["segmentation"]
+        for a in found
+        if isinstance(a["segmentation"], list) and min(a["bbox"][2:]) >= 1
+    ]
 
 
-def rasterised(parts: list[list[float]], box: tuple[float, float, float, float], side: int) -> np.ndarray:
+def rasterised(
+    parts: list[list[float]], box: tuple[float, float, float, float], side: int
+) -> np.ndarray:
     """The polygon scaled so that `box` becomes side x side pixels, by pycocotools."""
     x0, y0, x1, y1 = box
     scale = np.array([side / (x1 - x0), side / (y1 - y0)])
@@ -80,7 +88,9 @@ def test_targets_agree_with_polygons_cropped_by_pycocotools():
 
 @needs_coco
 def test_cropping_and_pasting_gives_the_object_back():
-    image_sizes = {i["id"]: (i["height"], i["width"]) for i in json.loads(TRAIN.read_text())["images"]}
+    image_sizes = {
+        i["id"]: (i["height"], i["width"]) for i in json.loads(TRAIN.read_text())["images"]
+    }
     found = json.loads(TRAIN.read_text())["annotations"]
     results = []
     for annotation in found[::3]:
@@ -88,7 +98,9 @@ def test_cropping_and_pasting_gives_the_object_back():
         if not isinstance(parts, list) or min(annotation["bbox"][2:]) < 1:
             continue
         height, width = image_sizes[annotation["image_id"]]
-        whole = rle_tools.decode(rle_tools.merge(rle_tools.frPyObjects(parts, height, width))).astype(bool)
+        whole = rle_tools.decode(
+            rle_tools.merge(rle_tools.frPyObjects(parts, height, width))
+        ).astype(bool)
         box = bounds(parts)
         soft = torch.from_numpy(rasterised(parts, box, SIDE).astype(np.float32))
         crop, top, left = paste_mask(soft, torch.tensor(box), height, width)
@@ -112,7 +124,9 @@ def test_a_target_is_sampled_at_the_centres_of_the_rois_cells():
 def test_an_untrained_head_costs_ln_2_and_ln_81():
     weight = torch.ones(3)
     sigmoid = sigmoid_mask_loss(torch.zeros(3, 28, 28), torch.rand(3, 28, 28).round(), weight) / 3
-    softmax = softmax_mask_loss(torch.zeros(3, 81, 28, 28), torch.randint(0, 81, (3, 28, 28)), weight) / 3
+    softmax = (
+        softmax_mask_loss(torch.zeros(3, 81, 28, 28), torch.randint(0, 81, (3, 28, 28)), weight) / 3
+    )
     torch.testing.assert_close(sigmoid, torch.tensor(math.log(2)))
     torch.testing.assert_close(softmax, torch.tensor(math.log(81)))
 
@@ -142,7 +156,9 @@ def two_objects() -> tuple[FlatRoIs, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("others_own_class", "right"), [(False, 5), (True, 3)])
 def test_other_objects_are_background_or_their_own_class(others_own_class, right):
     rois, boxes, crops, labels = two_objects()
-    target = SoftmaxMasks(others_own_class, "argmax").targets(torch.Size((1, 6, 4, 4)), rois, boxes, crops, labels)
+    target = SoftmaxMasks(others_own_class, "argmax").targets(
+        torch.Size((1, 6, 4, 4)), rois, boxes, crops, labels
+    )
     assert target[0].tolist() == [[1, 1, right, right]] * 4
 
 
@@ -159,14 +175,20 @@ def test_softmax_inferences_decide_as_their_names_say(first):
     torch.testing.assert_close(maps["versus_background"], own / (own + p[:, 4]))
 
 
-@pytest.mark.parametrize("head", [FCNHead(6, 1, 8, 4), MLPHead(6 * 49, 2, 8, 4, 14)], ids=["fcn", "mlp"])
+@pytest.mark.parametrize(
+    "head", [FCNHead(6, 1, 8, 4), MLPHead(6 * 49, 2, 8, 4, 14)], ids=["fcn", "mlp"]
+)
 def test_sigmoid_masks_compute_the_own_class_or_the_only_one(head):
     features, labels = torch.randn(3, 6, 7, 7), torch.tensor([2, 0, 3])
     every = head(features)
     assert every.shape == (3, 4, 14, 14)
-    own = MaskBranch(head, SigmoidMasks(4, False), 14, 1.0).probabilities(features, labels)["sigmoid"]
+    own = MaskBranch(head, SigmoidMasks(4, False), 14, 1.0).probabilities(features, labels)[
+        "sigmoid"
+    ]
     torch.testing.assert_close(own, every[torch.arange(3), labels].sigmoid())
-    only = MaskBranch(head, SigmoidMasks(4, True), 14, 1.0).probabilities(features, labels)["sigmoid"]
+    only = MaskBranch(head, SigmoidMasks(4, True), 14, 1.0).probabilities(features, labels)[
+        "sigmoid"
+    ]
     torch.testing.assert_close(only, every[:, 0].sigmoid())
 
 
@@ -180,8 +202,14 @@ def test_pasting_equals_sampling_the_map_at_pixel_centres():
     mask, box = torch.rand(14, 14), torch.tensor([3.2, 5.7, 40.1, 30.3])
     pasted = paste_all(mask[None], box[None], 50, 60)[0]
     y, x = torch.meshgrid(torch.arange(50) + 0.5, torch.arange(60) + 0.5, indexing="ij")
-    grid = torch.stack([(x - box[0]) / (box[2] - box[0]), (y - box[1]) / (box[3] - box[1])], dim=-1) * 2 - 1
-    sampled = F.grid_sample(mask[None, None], grid[None], padding_mode="border", align_corners=False)[0, 0]
+    grid = (
+        torch.stack([(x - box[0]) / (box[2] - box[0]), (y - box[1]) / (box[3] - box[1])], dim=-1)
+        * 2
+        - 1
+    )
+    sampled = F.grid_sample(
+        mask[None, None], grid[None], padding_mode="border", align_corners=False
+    )[0, 0]
     inside = (grid.abs() < 1).all(dim=-1)
     torch.testing.assert_close(pasted, sampled * inside, rtol=1e-4, atol=1e-4)
 

@@ -35,7 +35,9 @@ SHAPES = [  # images, channels, outputs, height, width
     (2, 80, 144, 7, 7),  # one band of 36 tiles, and channels that are no multiple of a chunk
 ]
 
-needs_kernels = pytest.mark.skipif(not native.available(), reason="model/cpu/native.c was not compiled")
+needs_kernels = pytest.mark.skipif(
+    not native.available(), reason="model/cpu/native.c was not compiled"
+)
 
 
 def drawn(*shape: int) -> Tensor:
@@ -53,13 +55,16 @@ def doubles(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def assert_rounds_to(found: Tensor, exact: Tensor, share: float = 1e-5) -> None:
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, exact.float(), rtol=0, atol=share * float(exact.detach().abs().max()))
+    torch.testing.assert_close(
+        found, exact.float(), rtol=0, atol=share * float(exact.detach().abs().max())
+    )
 
 
 def test_the_kernels_know_the_file_that_they_are_of():
     """Change the line `native_source` of native.c when this fails, and install again."""
     written = re.search(
-        r"native_source\(void\) { return (0x[0-9a-f]+)u", Path(native.__file__).with_suffix(".c").read_text()
+        r"native_source\(void\) { return (0x[0-9a-f]+)u",
+        Path(native.__file__).with_suffix(".c").read_text(),
     )
     assert written
     assert written[1] == f"{native.source():#010x}"
@@ -76,7 +81,9 @@ def test_winograd_is_the_convolution(monkeypatch, band, images, channels, output
     ours, exact = winograd.convolve(x, weight), F.conv2d(*exact_inputs, padding=1)
     assert ours.is_contiguous(memory_format=CHANNELS_LAST)
     assert_rounds_to(ours, exact)
-    for found, wanted in zip(gradients(ours, (x, weight)), gradients(exact, exact_inputs), strict=True):
+    for found, wanted in zip(
+        gradients(ours, (x, weight)), gradients(exact, exact_inputs), strict=True
+    ):
         assert_rounds_to(found, wanted)
 
 
@@ -96,7 +103,14 @@ def test_a_single_band_gives_the_same_bits_as_several(monkeypatch):
 @pytest.mark.parametrize("size", [(1, 16, 16), (3, 5, 7)])
 @pytest.mark.parametrize(
     ("channels", "outputs", "kernel", "stride", "padding"),
-    [(3, 64, 7, 2, 3), (16, 32, 3, 2, 1), (48, 16, 1, 2, 0), (16, 48, 3, 1, 0), (32, 16, 5, 3, 4), (16, 16, 2, 2, 0)],
+    [
+        (3, 64, 7, 2, 3),
+        (16, 32, 3, 2, 1),
+        (48, 16, 1, 2, 0),
+        (16, 48, 3, 1, 0),
+        (32, 16, 5, 3, 4),
+        (16, 16, 2, 2, 0),
+    ],
 )
 def test_windows_are_the_convolution(size, channels, outputs, kernel, stride, padding):
     images, height, width = size
@@ -129,15 +143,28 @@ def test_a_deconvolution_is_the_gradient_of_a_convolution(kernel, stride):
 @needs_kernels
 def test_threads_change_no_bit():
     x, weight = drawn(3, 32, 30, 29), drawn(48, 32, 3, 3)
-    norm, rois = GroupNorm(8, 32), torch.tensor([[0.0, 3, 5, 40, 50], [2, 0, 0, 100, 90], [2, 9, 9, 9, 9]])
+    norm, rois = (
+        GroupNorm(8, 32),
+        torch.tensor([[0.0, 3, 5, 40, 50], [2, 0, 0, 100, 90], [2, 9, 9, 9, 9]]),
+    )
     few_boxes = torch.rand(4, 50, 2, generator=torch.Generator().manual_seed(0)) * 50
-    lists, valid = torch.cat([few_boxes, few_boxes + 20], dim=2), torch.ones(4, 50, dtype=torch.bool)
+    lists, valid = (
+        torch.cat([few_boxes, few_boxes + 20], dim=2),
+        torch.ones(4, 50, dtype=torch.bool),
+    )
 
     def everything() -> list[Tensor]:
         ys = [winograd.convolve(x, weight), windows.convolve(x, weight, 2, 1), norm(x)]
         ys.append(align_by_bins(x, rois, 0.25, 7, 2, True))
-        found = [gradients(y, inputs) for y, inputs in zip(ys, [(x, weight), (x, weight), (x,), (x,)], strict=True)]
-        return [*ys, *(gradient for several in found for gradient in several), nms(lists, valid, 0.5)]
+        found = [
+            gradients(y, inputs)
+            for y, inputs in zip(ys, [(x, weight), (x, weight), (x,), (x,)], strict=True)
+        ]
+        return [
+            *ys,
+            *(gradient for several in found for gradient in several),
+            nms(lists, valid, 0.5),
+        ]
 
     before = torch.get_num_threads()
     try:
@@ -154,7 +181,8 @@ def test_winograd_rounds_no_worse_than_twice_the_library():
     x, weight = drawn(2, 128, 40, 33).detach(), drawn(128, 128, 3, 3).detach()
     exact = F.conv2d(x.double(), weight.double(), padding=1)
     ours, library = (
-        (y - exact).square().mean().sqrt() for y in (winograd.convolve(x, weight), F.conv2d(x, weight, padding=1))
+        (y - exact).square().mean().sqrt()
+        for y in (winograd.convolve(x, weight), F.conv2d(x, weight, padding=1))
     )
     assert ours < 2 * library
 
@@ -165,7 +193,10 @@ def test_only_what_is_wanted_is_differentiated():
     for convolve in (winograd.convolve, lambda x, weight: windows.convolve(x, weight, 1, 1)):
         for fixed, wanted in ((x, weight), (weight, x)):
             y = convolve(*(t.detach() if t is fixed else t for t in (x, weight)))
-            (found,), (exact,) = gradients(y, (wanted,)), gradients(F.conv2d(x, weight, padding=1), (wanted,))
+            (found,), (exact,) = (
+                gradients(y, (wanted,)),
+                gradients(F.conv2d(x, weight, padding=1), (wanted,)),
+            )
             assert_rounds_to(found, exact)
 
 
@@ -239,7 +270,9 @@ def test_a_layer_gives_what_it_gave(how, bias):
     after = layer(x)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     for found, wanted in zip(gradients(after, (x, *layer.parameters())), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.detach().abs().max()))
+        torch.testing.assert_close(
+            found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.detach().abs().max())
+        )
     layer(x).mul_(2)  # as a residual block, in place
 
 
@@ -274,7 +307,11 @@ def test_a_copy_and_a_pickle_of_a_detector_compute_the_same():
 
 @needs_kernels
 def test_evaluation_takes_the_library_for_all_that_chooses_boxes(monkeypatch):
-    detector, batch, taken = build_detector(preset("r50-fpn-torchvision")), shape_batch(images=1, side=128), []
+    detector, batch, taken = (
+        build_detector(preset("r50-fpn-torchvision")),
+        shape_batch(images=1, side=128),
+        [],
+    )
     convolve = winograd.convolve
     monkeypatch.setattr(winograd, "convolve", lambda *a: taken.append(a[1].shape) or convolve(*a))
     detector.settings = replace(detector.settings, score_threshold=0.0, nms_iou=0.9)

@@ -46,7 +46,9 @@ def half_away(value: float) -> int:
     return math.floor(value + 0.5) if value >= 0 else math.ceil(value - 0.5)
 
 
-def reference(cfg: config.RoIOp, feature: torch.Tensor, box: list[float], side: int, scale: float) -> torch.Tensor:
+def reference(
+    cfg: config.RoIOp, feature: torch.Tensor, box: list[float], side: int, scale: float
+) -> torch.Tensor:
     """One map (H, W), one box, cell by cell and sample by sample."""
     result = torch.zeros(side, side)
     x0, y0, x1, y1 = (value * scale for value in box)
@@ -76,12 +78,17 @@ def reference(cfg: config.RoIOp, feature: torch.Tensor, box: list[float], side: 
     return result
 
 
-def pooled_bin(feature: torch.Tensor, cells: tuple[int, int, int, int], i: int, j: int, side: int) -> float:
+def pooled_bin(
+    feature: torch.Tensor, cells: tuple[int, int, int, int], i: int, j: int, side: int
+) -> float:
     x0, y0, x1, y1 = cells
     height, width = feature.shape
     top, bottom = y0 + math.floor(i * (y1 - y0) / side), y0 + math.ceil((i + 1) * (y1 - y0) / side)
     left, right = x0 + math.floor(j * (x1 - x0) / side), x0 + math.ceil((j + 1) * (x1 - x0) / side)
-    part = feature[min(max(top, 0), height) : min(max(bottom, 0), height), min(max(left, 0), width) : max(right, 0)]
+    part = feature[
+        min(max(top, 0), height) : min(max(bottom, 0), height),
+        min(max(left, 0), width) : max(right, 0),
+    ]
     return float(part.max()) if part.numel() else 0.0
 
 
@@ -94,11 +101,15 @@ BOXES = [
 ]
 
 
-@pytest.mark.parametrize("cfg", KINDS, ids=lambda c: "-".join(str(v) for v in c.model_dump().values()))
+@pytest.mark.parametrize(
+    "cfg", KINDS, ids=lambda c: "-".join(str(v) for v in c.model_dump().values())
+)
 @pytest.mark.parametrize("cells", [(12, 15), (30, 40)], ids=["small", "large"])
 @pytest.mark.parametrize("training", [True, False])
 def test_every_operation_equals_its_pure_python_reference(cfg, cells, training):
-    feature = torch.randn(1, 2, *cells, generator=torch.Generator().manual_seed(0), requires_grad=training)
+    feature = torch.randn(
+        1, 2, *cells, generator=torch.Generator().manual_seed(0), requires_grad=training
+    )
     rois = torch.cat([torch.zeros(len(BOXES), 1), torch.tensor(BOXES)], dim=1)
     crops = build_roi_op(cfg, 3, (4,))([feature], rois).detach()
     feature = feature.detach()
@@ -108,17 +119,25 @@ def test_every_operation_equals_its_pure_python_reference(cfg, cells, training):
             torch.testing.assert_close(crop[channel], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cfg", KINDS, ids=lambda c: "-".join(str(v) for v in c.model_dump().values()))
+@pytest.mark.parametrize(
+    "cfg", KINDS, ids=lambda c: "-".join(str(v) for v in c.model_dump().values())
+)
 def test_constant_features_crop_to_the_constant(cfg):
     crops = build_roi_op(cfg, 7, (4,))([torch.full((1, 8, 32, 32), 3.0)], one_box())
     torch.testing.assert_close(crops, torch.full((1, 8, 7, 7), 3.0))
 
 
-@pytest.mark.parametrize("cfg", KINDS, ids=lambda c: "-".join(str(v) for v in c.model_dump().values()))
+@pytest.mark.parametrize(
+    "cfg", KINDS, ids=lambda c: "-".join(str(v) for v in c.model_dump().values())
+)
 def test_features_have_the_right_gradient_and_coordinates_none(cfg):
-    feature = torch.randn(1, 1, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    feature = torch.randn(
+        1, 1, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     feature.requires_grad_()
-    rois = torch.tensor([[0.0, 2.0, 3.0, 15.0, 17.0], [0.0, 5.0, 5.0, 5.0, 5.0]], dtype=torch.float64)
+    rois = torch.tensor(
+        [[0.0, 2.0, 3.0, 15.0, 17.0], [0.0, 5.0, 5.0, 5.0, 5.0]], dtype=torch.float64
+    )
     op = build_roi_op(cfg, 2, (4,))
     assert torch.autograd.gradcheck(lambda f: op([f], rois), feature, eps=1e-6, atol=1e-5)
     rois.requires_grad_()
@@ -147,7 +166,9 @@ def test_align_of_four_cells_and_its_gradient_by_hand():
 
 def test_pooling_four_cells_gives_them_back():
     cells = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
-    crop = build_roi_op(config.RoIPool(), 2, (1,))([cells], torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0]]))
+    crop = build_roi_op(config.RoIPool(), 2, (1,))(
+        [cells], torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0]])
+    )
     assert torch.equal(crop, cells)
 
 
@@ -159,7 +180,9 @@ def test_sums_of_cells_equal_the_scattered_kernel(aligned, samples):
     feature = torch.randn(3, 32, 9, 13, generator=generator, requires_grad=True)
     start = torch.rand(30, 2, generator=generator) * 200 - 30
     image = torch.randint(0, 3, (30, 1), generator=generator).float()
-    rois = torch.cat([image, start, start + torch.rand(30, 2, generator=generator) * 120 - 2], dim=1)
+    rois = torch.cat(
+        [image, start, start + torch.rand(30, 2, generator=generator) * 120 - 2], dim=1
+    )
     ours = align_by_bins(feature, rois, 1 / 16, 7, samples, aligned)
     theirs = torchvision.ops.roi_align(feature, rois, (7, 7), 1 / 16, samples, aligned)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -171,7 +194,9 @@ def test_sums_of_cells_equal_the_scattered_kernel(aligned, samples):
 def test_rois_that_are_not_finite_read_no_memory_but_the_maps(kind):
     """A run that diverges ends in a loss that is not finite, which its guard finds; not in a crash."""
     feature = torch.ones(1, 16, 8, 8, requires_grad=True)
-    rois = torch.tensor([[0.0, math.nan, 0, 9, 9], [0, 0, -math.inf, 9, math.inf], [0, 1e38, 1e38, 3e38, 3e38]])
+    rois = torch.tensor(
+        [[0.0, math.nan, 0, 9, 9], [0, 0, -math.inf, 9, math.inf], [0, 1e38, 1e38, 3e38, 3e38]]
+    )
     crops = build_roi_op(kind, 7, (4,))([feature], rois)
     crops.sum().backward()
 
@@ -187,7 +212,9 @@ def test_all_levels_by_masks_equal_level_by_level():
     op = build_roi_op(config.RoIAlign(), 7, (4, 8, 16, 32))
     maps = [torch.randn(2, 3, 64 // s, 64 // s) for s in (1, 2, 4, 8)]
     sides = torch.tensor([20.0, 120.0, 200.0, 230.0, 250.0])
-    rois = torch.stack([torch.arange(5) % 2, sides * 0, sides * 0 + 3, sides, sides + 3], dim=1).float()
+    rois = torch.stack(
+        [torch.arange(5) % 2, sides * 0, sides * 0 + 3, sides, sides + 3], dim=1
+    ).float()
     levels = assign_levels(rois[:, 1:], op.strides)
     torch.testing.assert_close(op._by_level(maps, rois, levels), op._all_levels(maps, rois, levels))
 
@@ -195,16 +222,23 @@ def test_all_levels_by_masks_equal_level_by_level():
 def test_several_levels_equal_torchvisions_pooler():
     maps = {str(i): torch.randn(2, 5, 128 // s, 160 // s) for i, s in enumerate((1, 2, 4, 8))}
     generator = torch.Generator().manual_seed(0)
-    boxes = [torch.rand(20, 4, generator=generator) * torch.tensor([300.0, 200, 300, 300]) for _ in range(2)]
+    boxes = [
+        torch.rand(20, 4, generator=generator) * torch.tensor([300.0, 200, 300, 300])
+        for _ in range(2)
+    ]
     boxes = [torch.cat([b[:, :2], b[:, :2] + b[:, 2:]], dim=1) for b in boxes]
     pooler = torchvision.ops.MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)
     theirs = pooler(maps, boxes, [(512, 640), (512, 640)])
-    rois = torch.cat([torch.cat([torch.full((20, 1), float(i)), b], dim=1) for i, b in enumerate(boxes)])
+    rois = torch.cat(
+        [torch.cat([torch.full((20, 1), float(i)), b], dim=1) for i, b in enumerate(boxes)]
+    )
     op = build_roi_op(config.RoIAlign(aligned=False), 7, (4, 8, 16, 32))
     torch.testing.assert_close(op(list(maps.values()), rois), theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("cfg", KINDS, ids=lambda c: "-".join(str(v) for v in c.model_dump().values()))
+@pytest.mark.parametrize(
+    "cfg", KINDS, ids=lambda c: "-".join(str(v) for v in c.model_dump().values())
+)
 def test_no_rois_give_no_crops_and_a_zero_gradient(cfg):
     maps = [torch.randn(1, 2, s, s, requires_grad=True) for s in (8, 4)]
     crops = build_roi_op(cfg, 7, (4, 8))(maps, torch.zeros(0, 5))

@@ -26,7 +26,9 @@ def report(index: int, **fields: Any) -> NodeReport:
         "shm_free_gib": 8.0,
         "mlflow_error": "",
         "clock": ClockReport(offset_s=0.01, uncertainty_s=0.001) if index else None,
-        "links": [LinkReport(peer=1 - index, address="10.0.0.1", interface="eth0", mib_per_s=900.0)],
+        "links": [
+            LinkReport(peer=1 - index, address="10.0.0.1", interface="eth0", mib_per_s=900.0)
+        ],
     }
     return NodeReport(index=index, **(plain | fields))
 
@@ -69,16 +71,30 @@ def test_a_sound_cluster_passes_every_line() -> None:
         ("drivers", {"gpu_driver": "NVIDIA 535.0, 8 devices"}, "NVIDIA 535.0 on h1"),
         ("drivers", {"gpu_driver": "nvidia-smi fails"}, "h1/bbbbbb: nvidia-smi fails"),
         ("code", {"sources": "6" * 64}, "666666666666 on h1"),
-        ("meeting", {"meeting_error": "connection refused", "clock": None, "links": []}, "connection refused"),
-        ("all-reduce", {"links": [LinkReport(peer=0, error="timed out")]}, "h1/bbbbbb with h0/aaaaaa: timed out"),
-        ("storage", {"storage_error": "the file of node 0 is not here"}, "h1/bbbbbb: the file of node 0"),
+        (
+            "meeting",
+            {"meeting_error": "connection refused", "clock": None, "links": []},
+            "connection refused",
+        ),
+        (
+            "all-reduce",
+            {"links": [LinkReport(peer=0, error="timed out")]},
+            "h1/bbbbbb with h0/aaaaaa: timed out",
+        ),
+        (
+            "storage",
+            {"storage_error": "the file of node 0 is not here"},
+            "h1/bbbbbb: the file of node 0",
+        ),
         ("clocks", {"clock": ClockReport(offset_s=-9.0, uncertainty_s=0.1)}, "-9.0 s"),
         ("disk", {"disk_free_gib": 1.0}, "h1/bbbbbb: 1.0 GiB free"),
         ("memory", {"shm_free_gib": 0.06}, "0.06 GiB free"),
         ("mlflow", {"mlflow_error": "refused"}, "h1/bbbbbb: refused"),
     ],
 )
-def test_each_fault_fails_its_line_alone_and_says_the_remedy(name: str, fields: dict[str, Any], words: str) -> None:
+def test_each_fault_fails_its_line_alone_and_says_the_remedy(
+    name: str, fields: dict[str, Any], words: str
+) -> None:
     found = lines(report(0), report(1, **fields))
     assert [check.name for check in found.values() if not check.ok] == [name]
     assert words in found[name].found
@@ -86,7 +102,9 @@ def test_each_fault_fails_its_line_alone_and_says_the_remedy(name: str, fields: 
 
 
 def test_a_node_that_says_nothing_is_named() -> None:
-    found = lines(report(0), failures={MACHINES[1].id: "its probe is FAILED: no module named workers"})
+    found = lines(
+        report(0), failures={MACHINES[1].id: "its probe is FAILED: no module named workers"}
+    )
     assert not found["nodes"].ok
     assert "10.0.0.2/bbbbbb: its probe is FAILED: no module" in found["nodes"].found
     assert list(lines(failures={machine.id: "gone" for machine in MACHINES})) == ["nodes"]
@@ -107,7 +125,10 @@ def test_a_clock_is_wrong_only_beyond_what_the_journey_explains() -> None:
 @pytest.mark.parametrize("nodes", range(1, 10))
 def test_every_pair_of_probes_meets_once_and_nobody_waits_for_a_ring(nodes: int) -> None:
     order = [list(partners(index, nodes)) for index in range(nodes)]
-    assert all(sorted(met) == [other for other in range(nodes) if other != index] for index, met in enumerate(order))
+    assert all(
+        sorted(met) == [other for other in range(nodes) if other != index]
+        for index, met in enumerate(order)
+    )
     met = [0] * nodes
     progress = True
     while progress:

@@ -30,15 +30,27 @@ def rows(*found: dict[str, Any]) -> dict[str, Any]:
 
 def node(name: str, address: str, head: bool, **total: float) -> dict[str, Any]:
     hidden = {"memory": 1e9, "object_store_memory": 1e8, f"node:{address}": 1.0}
-    return {"node_id": name, "node_ip": address, "is_head_node": head, "resources_total": {**hidden, **total}}
+    return {
+        "node_id": name,
+        "node_ip": address,
+        "is_head_node": head,
+        "resources_total": {**hidden, **total},
+    }
 
 
-NODES = rows(node(OTHER, "10.0.0.2", False, CPU=8.0, GPU=4.0), node(HEAD, "10.0.0.1", True, CPU=2.0))
+NODES = rows(
+    node(OTHER, "10.0.0.2", False, CPU=8.0, GPU=4.0), node(HEAD, "10.0.0.1", True, CPU=2.0)
+)
 
 
 def test_the_first_autoscaler_reports_what_is_used():
-    usage = {HEAD: {"CPU": [0.5, 2.0], "memory": [0, 1e9]}, OTHER: {"CPU": [8.0, 8.0], "GPU": [1.0, 4.0]}}
-    found = cluster(cluster_status={"data": {"clusterStatus": {"loadMetricsReport": {"usageByNode": usage}}}}).nodes()
+    usage = {
+        HEAD: {"CPU": [0.5, 2.0], "memory": [0, 1e9]},
+        OTHER: {"CPU": [8.0, 8.0], "GPU": [1.0, 4.0]},
+    }
+    found = cluster(
+        cluster_status={"data": {"clusterStatus": {"loadMetricsReport": {"usageByNode": usage}}}}
+    ).nodes()
     assert found == [
         Node(HEAD, {"CPU": 2.0}, {"CPU": 1.5}),
         Node(OTHER, {"CPU": 8.0, "GPU": 4.0}, {"CPU": 0.0, "GPU": 3.0}),

@@ -54,7 +54,9 @@ class PlayedCluster:
     ) -> None:
         state, self.logs[name] = "RUNNING", "runtime env is ready\nfetching 3/9\n"
         if not self.held:
-            ended = subprocess.run(entry, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            ended = subprocess.run(
+                entry, shell=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
             state, self.logs[name] = ("FAILED" if ended.returncode else "SUCCEEDED"), ended.stdout
         self.known[name] = Job(name, state, "", 0, node, metadata)  # type: ignore[arg-type]
 
@@ -68,7 +70,9 @@ def packed(tmp_path: Path) -> Path:
 
 
 def started(cluster: Any, packed: Path, now: float = 1000.0) -> Any:
-    settings = ServiceSettings(home=str(packed.parent), entry=(sys.executable, "-m", "workers.ray_entry"))
+    settings = ServiceSettings(
+        home=str(packed.parent), entry=(sys.executable, "-m", "workers.ray_entry")
+    )
     return begin(cluster, settings, [str(packed)], 1.0, now)
 
 
@@ -79,14 +83,18 @@ def test_every_node_says_what_it_has(packed):
         (machine.id, machine.address, "done", "") for machine in MACHINES
     ]
     assert {(node.done, node.total) for node in found.nodes} == {(2, 2)}  # the index and a shard
-    assert {(node.cache, node.bytes, node.evicted) for node in found.nodes} == {("", 0, 0)}, "it is on this machine"
+    assert {(node.cache, node.bytes, node.evicted) for node in found.nodes} == {("", 0, 0)}, (
+        "it is on this machine"
+    )
     assert look(cluster, found.staging) == found
 
 
 def test_a_node_that_still_fetches_tells_how_far_it_is(packed):
     cluster = PlayedCluster()
     cluster.held = True
-    assert {(node.state, node.done, node.total) for node in started(cluster, packed).nodes} == {("running", 3, 9)}
+    assert {(node.state, node.done, node.total) for node in started(cluster, packed).nodes} == {
+        ("running", 3, 9)
+    }
 
 
 def test_a_node_that_cannot_tells_why(packed):

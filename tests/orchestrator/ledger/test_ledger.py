@@ -44,7 +44,9 @@ def house(engine: Engine, tmp_path: Path) -> SimpleNamespace:
     settings = ServiceSettings(home=str(tmp_path))
 
     def submit(*plans, **fields):
-        return accept.accept(engine, settings, submission(*plans, **fields), fields.get("owner", "ann"), time.time())
+        return accept.accept(
+            engine, settings, submission(*plans, **fields), fields.get("owner", "ann"), time.time()
+        )
 
     return SimpleNamespace(engine=engine, submit=submit)
 
@@ -75,7 +77,9 @@ def test_one_idempotency_key_is_one_study(house):
     assert (created, created_again, first == again) == (True, False, True)
     other, _ = house.submit(plan("a", identity="b" * 64), idempotency_key="")
     assert other != first
-    with pytest.raises(ValueError, match=f"the key 'k' was used for study {first}, which is another one"):
+    with pytest.raises(
+        ValueError, match=f"the key 'k' was used for study {first}, which is another one"
+    ):
         house.submit(plan("a", identity="b" * 64), idempotency_key="k")
 
 
@@ -86,7 +90,9 @@ def test_an_attempt_starts_once_and_only_from_the_queue(house):
     assert ledger.start_attempt(house.engine, trial, 1.0, "free") == 0
     with pytest.raises(IntegrityError), house.engine.begin() as connection:
         connection.execute(
-            insert(ATTEMPTS).values(trial=trial, number=1, submission_id="other", state="running", started_at=1.0)
+            insert(ATTEMPTS).values(
+                trial=trial, number=1, submission_id="other", state="running", started_at=1.0
+            )
         )
 
 
@@ -98,18 +104,25 @@ def test_a_move_names_where_it_starts_and_which_attempt(house):
         assert not ledger.move_trial(connection, trial, ["queued"], {"state": "done"})
         assert not ledger.move_trial(connection, trial, ["starting"], {"state": "done"}, attempt=2)
         assert ledger.move_trial(connection, trial, ["starting"], {"state": "done"}, attempt=1)
-        assert not ledger.move_trial(connection, trial, ["starting"], {"state": "failed"}, attempt=1)
+        assert not ledger.move_trial(
+            connection, trial, ["starting"], {"state": "failed"}, attempt=1
+        )
 
 
 def test_a_study_ends_once_with_its_last_trial(house):
     study, _ = house.submit(plan("a"), plan("b", identity="b" * 64))
-    for trial, state, expected in ((f"{study}-000", "done", ""), (f"{study}-001", "failed", "failed")):
+    for trial, state, expected in (
+        (f"{study}-000", "done", ""),
+        (f"{study}-001", "failed", "failed"),
+    ):
         with house.engine.begin() as connection:
             ledger.move_trial(connection, trial, ["queued"], {"state": state})
             assert ledger.end_study_if_over(connection, study, 2.0) == expected
             assert ledger.end_study_if_over(connection, study, 2.0) == ""
     with ledger.reading(house.engine) as connection:
-        kinds = list(connection.execute(select(EVENTS.c.kind).where(EVENTS.c.study == study)).scalars())
+        kinds = list(
+            connection.execute(select(EVENTS.c.kind).where(EVENTS.c.study == study)).scalars()
+        )
     assert kinds == ["submitted", "study-failed"]
 
 
@@ -138,7 +151,9 @@ def test_a_second_service_waits_for_the_lease(engine):
         ledger.take_lease(engine, "second", now)
     assert ledger.renew_lease(engine, "first", now)
     ledger.take_lease(engine, "second", now + 31)
-    assert not ledger.renew_lease(engine, "first", now + 31), "the first one learns that it lost the ledger"
+    assert not ledger.renew_lease(engine, "first", now + 31), (
+        "the first one learns that it lost the ledger"
+    )
 
 
 def test_a_lease_of_a_dead_process_on_this_host_is_free_at_once(engine):
@@ -190,7 +205,9 @@ def test_steering_moves_only_what_can_move(house):
 
 def test_many_trials_are_listed_whole_and_in_order(house):
     studies = [
-        house.submit(*(plan(f"t{i}", identity=f"{s:02x}{i:062x}") for i in range(500)), name=f"s{s}")[0]
+        house.submit(
+            *(plan(f"t{i}", identity=f"{s:02x}{i:062x}") for i in range(500)), name=f"s{s}"
+        )[0]
         for s in range(4)
     ]
     with house.engine.begin() as connection:

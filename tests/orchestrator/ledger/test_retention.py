@@ -21,7 +21,8 @@ def test_only_checkpoints_of_studies_long_over_go(tmp_path):
     engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     settings = ServiceSettings(home=str(tmp_path))
     old, recent, live = (
-        accept.accept(engine, settings, submission(plan(name, identity(name))), "ann", 1.0)[0] for name in "abc"
+        accept.accept(engine, settings, submission(plan(name, identity(name))), "ann", 1.0)[0]
+        for name in "abc"
     )
     with engine.begin() as connection:
         for folder in connection.execute(select(TRIALS.c.folder)).scalars():

@@ -21,7 +21,12 @@ ROI = {"roi": {"pool": {"model.roi.kind": "pool"}, "align": {"model.roi.kind": "
 
 def submission(tmp_path: Path, fresh: bool = False) -> Submission:
     resources = {"ranks": 2, "gpus_per_rank": 1}
-    study = tiny_study(ROI, seeds=[0, 1], resources=resources, baseline={"preset": "tiny", "set": {"loop.steps": 450}})
+    study = tiny_study(
+        ROI,
+        seeds=[0, 1],
+        resources=resources,
+        baseline={"preset": "tiny", "set": {"loop.steps": 450}},
+    )
     trials = expand(study, data=str(write_dataset(tmp_path)), root=tmp_path, code=CODE).trials
     return Submission(study=study, study_yaml="", trials=trials, fresh=fresh)
 
@@ -36,18 +41,31 @@ def test_hours_follow_from_images_and_speed(tmp_path: Path) -> None:
 def test_the_whole_study_at_the_clusters_size(tmp_path: Path) -> None:
     plan = make_plan(submission(tmp_path), {}, {"roi=pool": 1.0, "roi=align": 2.0}, gangs=2)
     assert plan.whole_h == 1.5  # 1 h and 0.5 h on each of two gangs
-    assert "1.0 h for the longest trial, 1.5 h for the study on this cluster, 6.0 GPU-hours" in plan.text()
+    assert (
+        "1.0 h for the longest trial, 1.5 h for the study on this cluster, 6.0 GPU-hours"
+        in plan.text()
+    )
     assert whole_hours([3.0, 2.0, 2.0, 1.0], gangs=2) == 4.0
     assert whole_hours([3.0, 2.0], gangs=5) == 3.0
 
 
 def test_how_many_trials_run_at_once_follows_from_the_nodes(tmp_path: Path) -> None:
     def nodes(*gpus: int) -> list[dict[str, Any]]:
-        return [{"id": f"n{i}", "total": {"CPU": 64, "GPU": count}, "free": {}} for i, count in enumerate(gpus)]
+        return [
+            {"id": f"n{i}", "total": {"CPU": 64, "GPU": count}, "free": {}}
+            for i, count in enumerate(gpus)
+        ]
 
     study = submission(tmp_path).study  # two ranks of a GPU each
-    assert [gangs_at_once(study, nodes(*gpus)) for gpus in ((), (1,), (1, 1), (8, 3))] == [0, 0, 1, 5]
-    together = study.model_copy(update={"resources": study.resources.model_copy(update={"max_nodes": 1})})
+    assert [gangs_at_once(study, nodes(*gpus)) for gpus in ((), (1,), (1, 1), (8, 3))] == [
+        0,
+        0,
+        1,
+        5,
+    ]
+    together = study.model_copy(
+        update={"resources": study.resources.model_copy(update={"max_nodes": 1})}
+    )
     assert [gangs_at_once(together, nodes(*gpus)) for gpus in ((1, 1), (8, 3))] == [0, 5]
 
 
@@ -64,7 +82,9 @@ def test_cached_trials_cost_nothing(tmp_path: Path) -> None:
 
 def test_fresh_trials_are_not_taken_from_anywhere(tmp_path: Path) -> None:
     sent = submission(tmp_path, fresh=True)
-    assert not any(planned.cached for planned in make_plan(sent, {sent.trials[0].identity: "t-7"}).trials)
+    assert not any(
+        planned.cached for planned in make_plan(sent, {sent.trials[0].identity: "t-7"}).trials
+    )
 
 
 def test_the_text_says_what_is_not_known(tmp_path: Path) -> None:
@@ -76,10 +96,21 @@ def test_the_text_says_what_is_not_known(tmp_path: Path) -> None:
 def test_speeds_come_from_the_latest_finished_trials() -> None:
     def view(name: str, at: float, speed: float) -> StudyView:
         trial = finished({"roi": "pool"}, 0, metrics={"images_per_s": speed})
-        fields = {"study": "s", "owner": "o", "state": "done", "priority": 0, "storage": "", "spec": {}}
-        return StudyView.model_validate({**fields, "name": name, "created_at": at, "trials": [trial]})
+        fields = {
+            "study": "s",
+            "owner": "o",
+            "state": "done",
+            "priority": 0,
+            "storage": "",
+            "spec": {},
+        }
+        return StudyView.model_validate(
+            {**fields, "name": name, "created_at": at, "trials": [trial]}
+        )
 
-    assert measured_speeds("a", [view("a", 2, 5.0), view("a", 1, 4.0), view("b", 3, 9.0)]) == {"roi=pool": 5.0}
+    assert measured_speeds("a", [view("a", 2, 5.0), view("a", 1, 4.0), view("b", 3, 9.0)]) == {
+        "roi=pool": 5.0
+    }
 
 
 # Counted on built detectors (sum of numel over parameters and buffers), in millions.

@@ -24,7 +24,10 @@ from tests.orchestrator.studies import finished, tiny_study
 
 POOL, ALIGN = {"roi": "RoIPool"}, {"roi": "RoIAlign"}
 FACTORS = {"roi": {"RoIPool": {"model.roi.kind": "pool"}, "RoIAlign": {"model.roi.kind": "align"}}}
-PAPER = {"paper_table": "2c", "paper_rows": {"roi=RoIPool": "RoIPool", "roi=RoIAlign": "RoIAlign-ave"}}
+PAPER = {
+    "paper_table": "2c",
+    "paper_rows": {"roi=RoIPool": "RoIPool", "roi=RoIAlign": "RoIAlign-ave"},
+}
 POOL_AP, ALIGN_AP = (0.270, 0.271, 0.269), (0.303, 0.305, 0.303)
 
 
@@ -43,7 +46,9 @@ def view(trials: list[TrialView], **fields: Any) -> StudyView:
     )
 
 
-def paper_trial(tmp_path: Path, arm: dict[str, str], seed: int, ap: float, images: int = 5000, **run: Any) -> TrialView:
+def paper_trial(
+    tmp_path: Path, arm: dict[str, str], seed: int, ap: float, images: int = 5000, **run: Any
+) -> TrialView:
     """A finished trial in the paper's recipe, with the folder that it leaves."""
     folder = tmp_path / f"{arm['roi']}-{seed}"
     (folder / "attempts" / "1").mkdir(parents=True)
@@ -52,12 +57,16 @@ def paper_trial(tmp_path: Path, arm: dict[str, str], seed: int, ap: float, image
     spec = {"run": config, "tags": {"maskray.val_images": str(images)}}
     (folder / "attempts" / "1" / "spec.json").write_text(json.dumps(spec))
     (folder / "result.json").write_text(json.dumps({"attempt": 1, "artifacts": {}}))
-    return finished(arm, seed, arm == POOL, storage=str(folder), metrics={"segm/AP": ap, "segm/AP75": ap})
+    return finished(
+        arm, seed, arm == POOL, storage=str(folder), metrics={"segm/AP": ap, "segm/AP75": ap}
+    )
 
 
 def paper_study(tmp_path: Path, **options: Any) -> list[TrialView]:
     pool = [paper_trial(tmp_path, POOL, seed, ap, **options) for seed, ap in enumerate(POOL_AP)]
-    return pool + [paper_trial(tmp_path, ALIGN, seed, ap, **options) for seed, ap in enumerate(ALIGN_AP)]
+    return pool + [
+        paper_trial(tmp_path, ALIGN, seed, ap, **options) for seed, ap in enumerate(ALIGN_AP)
+    ]
 
 
 def table(tmp_path: Path, study: StudyView) -> str:
@@ -69,7 +78,19 @@ def test_means_differences_verdict_and_the_papers_row_stand_in_the_table(tmp_pat
     rows = [line.split() for line in text.splitlines()]
     assert ["RoIPool", "3", "27.0", "±0.2", "27.0", "±0.2"] in rows
     assert ["RoIAlign", "3", "30.4", "±0.3", "+3.4", "30.4", "±0.3", "+3.4"] in rows
-    assert ["roi", "RoIAlign", "mask", "AP", "+3.4", "+3.2", "to", "+3.5", "<0.001", "3", "better"] in rows
+    assert [
+        "roi",
+        "RoIAlign",
+        "mask",
+        "AP",
+        "+3.4",
+        "+3.2",
+        "to",
+        "+3.5",
+        "<0.001",
+        "3",
+        "better",
+    ] in rows
     assert ["roi", "RoIAlign", "mask", "AP", "30.4", "±0.3", "30.3", "+3.4", "+3.4"] in rows
     assert "Machinery only" not in text
 
@@ -77,7 +98,10 @@ def test_means_differences_verdict_and_the_papers_row_stand_in_the_table(tmp_pat
 def test_one_seed_is_machinery_only(tmp_path: Path) -> None:
     trials = [trial for trial in paper_study(tmp_path) if trial.seed == 0]
     text = table(tmp_path, view(trials, seeds=[0], **PAPER))
-    assert "Machinery only: one seed: this shows that the machinery works, it is no evidence about the arms." in text
+    assert (
+        "Machinery only: one seed: this shows that the machinery works, it is no evidence about the arms."
+        in text
+    )
     assert "No paper column: one seed." in text
     assert "better" not in text
     assert "30.3 " in text  # our own number stays
@@ -94,9 +118,15 @@ def test_a_short_schedule_is_machinery_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"images": 79}, "the validation set of roi=RoIPool/seed-0 has 79 images, the paper's has 5,000 images"),
+        (
+            {"images": 79},
+            "the validation set of roi=RoIPool/seed-0 has 79 images, the paper's has 5,000 images",
+        ),
         ({"model.image.short_side_px": 512}, "is tested at 512 px, the paper at 800"),
-        ({"loop.steps": 10_000}, f"trained on 160,000 images, the paper's shortest recipe on {MIN_IMAGES_FOR_PAPER:,}"),
+        (
+            {"loop.steps": 10_000},
+            f"trained on 160,000 images, the paper's shortest recipe on {MIN_IMAGES_FOR_PAPER:,}",
+        ),
     ],
 )
 def test_numbers_that_cannot_be_compared_with_the_papers_are_not(
@@ -110,17 +140,26 @@ def test_numbers_that_cannot_be_compared_with_the_papers_are_not(
 
 def test_trials_that_failed_stay_in_the_table(tmp_path: Path) -> None:
     trials = paper_study(tmp_path)
-    trials[5] = finished(ALIGN, 2, state="failed", error="loss is nan at step 9", error_class="diverged")
+    trials[5] = finished(
+        ALIGN, 2, state="failed", error="loss is nan at step 9", error_class="diverged"
+    )
     text = table(tmp_path, view(trials))
     assert "5 of 6 trials finished (1 failed)" in text
-    assert next(line.split()[:4] for line in text.splitlines() if "RoIAlign" in line) == ["RoIAlign", "2", "of", "3*"]
+    assert next(line.split()[:4] for line in text.splitlines() if "RoIAlign" in line) == [
+        "RoIAlign",
+        "2",
+        "of",
+        "3*",
+    ]
     assert "- roi=RoIAlign/seed-2: diverged: loss is nan at step 9" in text
     assert "no verdict on roi RoIAlign" in text
 
 
 def test_a_baseline_without_results_leaves_no_differences(tmp_path: Path) -> None:
     trials = paper_study(tmp_path)
-    trials[:3] = [finished(POOL, seed, True, state="failed", error="out of memory") for seed in range(3)]
+    trials[:3] = [
+        finished(POOL, seed, True, state="failed", error="out of memory") for seed in range(3)
+    ]
     text = table(tmp_path, view(trials))
     assert "the baseline arm has no finished trial" in text
 
@@ -139,7 +178,9 @@ def test_every_softmax_inference_is_named(tmp_path: Path) -> None:
         "segm-versus_background/AP": 0.15,
     }
     text = table(tmp_path, view([finished(POOL, 0, True, metrics=metrics)], seeds=[0]))
-    assert ["roi", "RoIPool", "15.6", "0.4", "15.6", "15.0"] in [line.split() for line in text.splitlines()]
+    assert ["roi", "RoIPool", "15.6", "0.4", "15.6", "15.0"] in [
+        line.split() for line in text.splitlines()
+    ]
 
 
 def test_the_papers_gain_alone_is_a_gain(tmp_path: Path) -> None:
@@ -153,7 +194,9 @@ def test_the_papers_gain_alone_is_a_gain(tmp_path: Path) -> None:
 def test_paper_metrics_have_our_names() -> None:
     tables = paper_tables()
     assert paper_metrics(tables["2d"], "RoIPool")["bbox/AP75"] == pytest.approx(0.269)
-    assert paper_metrics(tables["5"], "mask only") == pytest.approx({"bbox/AP": 0.536, "segm/AP": 0.458})
+    assert paper_metrics(tables["5"], "mask only") == pytest.approx(
+        {"bbox/AP": 0.536, "segm/AP": 0.458}
+    )
     assert paper_metrics(tables["6"], "RoIAlign")["keypoints/APl"] == pytest.approx(0.73)
     assert metric_label("segm-argmax/AP") == "mask AP (argmax)"
 
@@ -176,7 +219,8 @@ def built(tmp_path: Path) -> Report:
     folder = Path(trials[0].storage)
     (folder / "artifacts").mkdir()
     parquet.write_table(
-        pa.table({"step": [0, 1, 2], "loss": [3.0, 2.0, None]}), folder / "artifacts" / "series.parquet"
+        pa.table({"step": [0, 1, 2], "loss": [3.0, 2.0, None]}),
+        folder / "artifacts" / "series.parquet",
     )
     Image.new("RGB", (8, 8), "red").save(folder / "artifacts" / "p.png")
     artifacts = {"series": "artifacts/series.parquet", "picture/last": "artifacts/p.png"}

@@ -14,16 +14,39 @@ from orchestrator.results.reproduce import TAG, agreement, reproduction
 from tests.orchestrator.submissions import identity, plan, submission
 
 
-def done(trial: str, seed: int = 0, folder: Path | None = None, arm: str = "a", **metrics: float) -> TrialView:
+def done(
+    trial: str, seed: int = 0, folder: Path | None = None, arm: str = "a", **metrics: float
+) -> TrialView:
     names = {f"{name}/AP": value for name, value in metrics.items()}
-    fields: dict[str, Any] = {"arm": {"roi": arm}, "seed": seed, "baseline": False, "attempts": 1, "state": "done"}
-    return TrialView(trial=trial, key=trial, study="s", metrics=names, storage=str(folder or "/nowhere"), **fields)
+    fields: dict[str, Any] = {
+        "arm": {"roi": arm},
+        "seed": seed,
+        "baseline": False,
+        "attempts": 1,
+        "state": "done",
+    }
+    return TrialView(
+        trial=trial,
+        key=trial,
+        study="s",
+        metrics=names,
+        storage=str(folder or "/nowhere"),
+        **fields,
+    )
 
 
 def study(*trials: TrialView, gpus: float = 0) -> StudyView:
     spec = submission(resources={"gpus_per_rank": gpus}).study.model_dump()
     return StudyView(
-        study="s", name="s", owner="o", state="done", priority=0, created_at=0, storage="", spec=spec, trials=[*trials]
+        study="s",
+        name="s",
+        owner="o",
+        state="done",
+        priority=0,
+        created_at=0,
+        storage="",
+        spec=spec,
+        trials=[*trials],
     )
 
 
@@ -39,7 +62,10 @@ def test_on_the_cpu_the_last_weights_count_where_they_can_be_read(tmp_path: Path
     for name, weights in (("t", "1" * 64), ("u", "2" * 64)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps({"weights_sha256": weights}))
-    before, after = done("t", folder=tmp_path / "t", segm=0.25), done("u", folder=tmp_path / "u", segm=0.25)
+    before, after = (
+        done("t", folder=tmp_path / "t", segm=0.25),
+        done("u", folder=tmp_path / "u", segm=0.25),
+    )
     found = agreement(before, after, study(before))
     assert (found.same_weights, found.agrees) == (False, False)
     assert agreement(before, before, study(before)).same_weights
@@ -70,10 +96,16 @@ def test_a_metric_that_is_missing_does_not_agree() -> None:
 
 
 def test_a_reproduction_is_the_same_run_marked_and_never_taken_from_the_ledger() -> None:
-    original = submission(plan("a", identity("a"), seed=3), plan("b", identity("b")), code="c" * 64, max_parallel=1)
+    original = submission(
+        plan("a", identity("a"), seed=3), plan("b", identity("b")), code="c" * 64, max_parallel=1
+    )
     found = reproduction(done("t").model_copy(update={"key": "a"}), original, fresh=False)
     (again,) = found.trials
-    assert (again.run, again.identity, again.tags) == (original.trials[0].run, identity("a"), {TAG: "t"})
+    assert (again.run, again.identity, again.tags) == (
+        original.trials[0].run,
+        identity("a"),
+        {TAG: "t"},
+    )
     assert (found.code, found.fresh, found.study.name) == (original.code, True, "again-study")
     assert found.study.resources == original.study.resources
     assert (

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contract.answers import TrialView
-from orchestrator.results.statistics import compare, difference, holm, sign_flip_p, summarise, t_quantile, t_two_sided
+from orchestrator.results.statistics import (
+    compare,
+    difference,
+    holm,
+    sign_flip_p,
+    summarise,
+    t_quantile,
+    t_two_sided,
+)
 from tests.orchestrator.studies import finished
 
 POOL, ALIGN = {"roi": "pool"}, {"roi": "align"}
@@ -17,7 +25,8 @@ POOL, ALIGN = {"roi": "pool"}, {"roi": "align"}
 
 # Two-sided 95% points of Student's t, as printed in any statistics book.
 @pytest.mark.parametrize(
-    ("df", "t"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)]
+    ("df", "t"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (30, 2.042), (1000, 1.962)],
 )
 def test_t_quantiles_are_the_books(df: int, t: float) -> None:
     assert t_quantile(0.975, df) == pytest.approx(t, abs=5e-4)
@@ -93,8 +102,12 @@ def test_holm_never_lowers_and_keeps_the_order(p_values: list[float]) -> None:
 
 
 def two_arms(pool: list[float], align: list[float]) -> list[TrialView]:
-    trials = [finished(POOL, seed, True, metrics={"segm/AP": value}) for seed, value in enumerate(pool)]
-    return trials + [finished(ALIGN, seed, metrics={"segm/AP": value}) for seed, value in enumerate(align)]
+    trials = [
+        finished(POOL, seed, True, metrics={"segm/AP": value}) for seed, value in enumerate(pool)
+    ]
+    return trials + [
+        finished(ALIGN, seed, metrics={"segm/AP": value}) for seed, value in enumerate(align)
+    ]
 
 
 def verdict(trials: list[TrialView], machinery_only: str = "") -> str:

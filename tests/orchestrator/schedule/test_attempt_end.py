@@ -27,7 +27,9 @@ LOST = Ended(
 
 
 def failed(error_class: str, error: str = "boom") -> Ended:
-    outcome = Outcome.model_validate({"state": "failed", "error_class": error_class, "error": error})
+    outcome = Outcome.model_validate(
+        {"state": "failed", "error_class": error_class, "error": error}
+    )
     return replace(LOST, outcome=outcome, exit_code=EXIT_FAILED)
 
 
@@ -44,7 +46,11 @@ def test_a_result_whose_account_was_lost_still_counts():
 @pytest.mark.parametrize("error_class", ["person", "out_of_memory", "diverged"])
 def test_errors_that_a_retry_repeats_are_final(error_class):
     verdict = judge(failed(error_class, "reason and remedy"), LIMITS)
-    assert (verdict.state, verdict.error_class, verdict.error) == ("failed", error_class, "reason and remedy")
+    assert (verdict.state, verdict.error_class, verdict.error) == (
+        "failed",
+        error_class,
+        "reason and remedy",
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,7 +73,9 @@ def test_without_an_account_the_exit_status_tells(code, error_class, state):
 
 
 def test_out_of_memory_without_an_account_says_what_to_change():
-    assert "max_images_per_forward" in judge(replace(LOST, exit_code=EXIT_OUT_OF_MEMORY), LIMITS).error
+    assert (
+        "max_images_per_forward" in judge(replace(LOST, exit_code=EXIT_OUT_OF_MEMORY), LIMITS).error
+    )
 
 
 def test_a_lost_node_is_free_while_the_trial_moves_and_ends_when_it_does_not():
@@ -90,15 +98,25 @@ def test_an_unknown_error_is_tried_again_unless_it_is_the_same_one():
     assert judge(failed("unknown"), LIMITS).state == "queued"
     same = judge(replace(failed("unknown"), failures=1, last_error="boom"), LIMITS)
     assert (same.state, same.cause) == ("failed", "failed the same way twice")
-    assert judge(replace(failed("unknown", "other"), failures=1, last_error="boom"), LIMITS).state == "queued"
+    assert (
+        judge(replace(failed("unknown", "other"), failures=1, last_error="boom"), LIMITS).state
+        == "queued"
+    )
 
 
 def test_wishes():
     stopped = replace(LOST, outcome=Outcome(state="stopped"), exit_code=EXIT_STOPPED)
     assert judge(replace(stopped, wish="cancel"), LIMITS).state == "cancelled"
-    assert judge(replace(LOST, wish="cancel"), LIMITS).state == "cancelled", "also if it had to be killed"
+    assert judge(replace(LOST, wish="cancel"), LIMITS).state == "cancelled", (
+        "also if it had to be killed"
+    )
     paused = judge(replace(stopped, wish="pause", failures=1), LIMITS)
-    assert (paused.state, paused.attempt, paused.failures, paused.lost) == ("queued", "stopped", 1, 0)
+    assert (paused.state, paused.attempt, paused.failures, paused.lost) == (
+        "queued",
+        "stopped",
+        1,
+        0,
+    )
     stalled = judge(replace(stopped, wish="stall"), LIMITS)
     assert (stalled.state, stalled.error_class, stalled.failures) == ("queued", "collective", 1)
     assert judge(replace(stopped, wish="budget"), LIMITS).state == "cancelled"
@@ -111,7 +129,10 @@ def test_a_person_s_error_beats_a_pause():
 def test_after_a_broken_collective_the_nodes_of_the_gang_are_under_suspicion_the_named_rank_s_first():
     broken = judge(failed("collective", "rank 2: connection closed by peer"), LIMITS)
     assert suspects(broken, ["n0", "n0", "n1", "n2"], False) == ["n1", "n0", "n2"]
-    stalled = judge(replace(LOST, outcome=Outcome(state="stopped"), exit_code=EXIT_STOPPED, wish="stall"), LIMITS)
+    stalled = judge(
+        replace(LOST, outcome=Outcome(state="stopped"), exit_code=EXIT_STOPPED, wish="stall"),
+        LIMITS,
+    )
     assert suspects(stalled, ["n0", "n1"], False) == ["n0", "n1"]
     assert suspects(broken, [], False) == [], "it did not come to say where it sits"
 

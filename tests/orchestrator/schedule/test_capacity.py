@@ -6,7 +6,10 @@ from orchestrator.schedule.capacity import wanted
 from orchestrator.schedule.gang import Gang
 from orchestrator.settings import NodeShape
 
-SHAPES = (NodeShape(resources={"CPU": 96, "GPU": 8}, count=2), NodeShape(resources={"CPU": 8}, count=4))
+SHAPES = (
+    NodeShape(resources={"CPU": 96, "GPU": 8}, count=2),
+    NodeShape(resources={"CPU": 8}, count=4),
+)
 
 
 def test_nobody_who_lacks_anything_asks_for_nothing() -> None:
@@ -14,11 +17,17 @@ def test_nobody_who_lacks_anything_asks_for_nothing() -> None:
 
 
 def test_a_gang_is_a_bundle_for_each_rank_beside_what_runs() -> None:
-    assert wanted([Gang(1, {"CPU": 4})], Gang(2, {"GPU": 1})) == [{"CPU": 4}, {"GPU": 1}, {"GPU": 1}]
+    assert wanted([Gang(1, {"CPU": 4})], Gang(2, {"GPU": 1})) == [
+        {"CPU": 4},
+        {"GPU": 1},
+        {"GPU": 1},
+    ]
 
 
 def test_a_gang_that_must_stay_together_asks_for_nodes_that_are_large_enough() -> None:
     """Eight bundles of one GPU could be met by eight nodes of one GPU, on which this gang would never start."""
     assert wanted([], Gang(8, {"GPU": 1, "CPU": 2}, max_nodes=1), SHAPES) == [{"GPU": 8, "CPU": 16}]
     assert wanted([], Gang(12, {"GPU": 1}, max_nodes=2), SHAPES) == [{"GPU": 8}, {"GPU": 4}]
-    assert wanted([], Gang(8, {"GPU": 1}, max_nodes=1)) == [{"GPU": 1}] * 8, "without shapes nothing better is known"
+    assert wanted([], Gang(8, {"GPU": 1}, max_nodes=1)) == [{"GPU": 1}] * 8, (
+        "without shapes nothing better is known"
+    )

@@ -56,7 +56,9 @@ def why(situation: Situation, trial: str, limits: Limits = LIMITS) -> str:
 gangs = st.builds(
     Gang,
     ranks=st.integers(1, 6),
-    per_rank=st.fixed_dictionaries({"GPU": st.sampled_from([0.5, 1.0, 2.0]), "CPU": st.sampled_from([1.0, 3.0])}),
+    per_rank=st.fixed_dictionaries(
+        {"GPU": st.sampled_from([0.5, 1.0, 2.0]), "CPU": st.sampled_from([1.0, 3.0])}
+    ),
     max_nodes=st.integers(0, 2),
 )
 
@@ -65,7 +67,8 @@ gangs = st.builds(
 def situations(draw: st.DrawFn) -> Situation:
     """Nodes, running gangs that really sit on them (what is free lacks them), and a queue of three users."""
     totals = {
-        f"n{i}": {"GPU": draw(st.sampled_from([2.0, 4.0, 8.0])), "CPU": 16.0} for i in range(draw(st.integers(1, 4)))
+        f"n{i}": {"GPU": draw(st.sampled_from([2.0, 4.0, 8.0])), "CPU": 16.0}
+        for i in range(draw(st.integers(1, 4)))
     }
     free = {name: dict(total) for name, total in totals.items()}
     runs = []
@@ -91,11 +94,15 @@ def situations(draw: st.DrawFn) -> Situation:
     ]
     studies = {
         f"s{i}": StudyLimits(
-            draw(st.integers(0, 3)), draw(st.sampled_from([0.0, 1.0])), draw(st.sampled_from([0.0, 2.0]))
+            draw(st.integers(0, 3)),
+            draw(st.sampled_from([0.0, 1.0])),
+            draw(st.sampled_from([0.0, 2.0])),
         )
         for i in range(3)
     }
-    return Situation([Node(name, totals[name], free[name]) for name in totals], queue, runs, studies)
+    return Situation(
+        [Node(name, totals[name], free[name]) for name in totals], queue, runs, studies
+    )
 
 
 limits = st.builds(Limits, running=st.integers(0, 6), running_per_user=st.integers(0, 4))
@@ -149,13 +156,17 @@ def head_of(situation: Situation, limits: Limits) -> Waiting | None:
     return next((w for w in situation.waiting if first and w.trial == first[0].trial), None)
 
 
-def earliest_start(situation: Situation, extra: list[tuple[Waiting, Start]], head: Waiting) -> float:
+def earliest_start(
+    situation: Situation, extra: list[tuple[Waiting, Start]], head: Waiting
+) -> float:
     """When `head` fits if nothing else starts any more, the trials of `extra` beside it. Unknown ends count as now."""
     free = {n.id: dict(n.free) for n in situation.nodes}
     ends = [(max(0.0, r.seconds_left), r.gang, r.placement) for r in situation.running]
     for trial, start in extra:
         take(free, trial.gang, start.placement)
-        ends.append((trial.seconds if trial.seconds >= 0 else float("inf"), trial.gang, start.placement))
+        ends.append(
+            (trial.seconds if trial.seconds >= 0 else float("inf"), trial.gang, start.placement)
+        )
     if fit(head.gang, free):
         return 0.0
     for seconds, gang, placement in sorted(ends, key=lambda end: end[0]):
@@ -179,14 +190,18 @@ def test_backfill_never_delays_the_head_of_the_queue(situation):
     after = [(trials[d.trial], d) for d in decisions[at:] if isinstance(d, Start)]
     # those ahead of the head are in their right; an unknown end of theirs counts as now, as decide says
     before = [(replace(w, seconds=max(0.0, w.seconds)), d) for w, d in before]
-    assert earliest_start(situation, before + after, head) <= earliest_start(situation, before, head)
+    assert earliest_start(situation, before + after, head) <= earliest_start(
+        situation, before, head
+    )
 
 
 @PATIENT
 @given(situations())
 def test_nothing_idles_that_a_free_trial_could_use(situation):
     """If no trial lacks resources, all that may start do; and the first in the queue always starts if it fits."""
-    situation = replace(situation, studies={}, waiting=[replace(w, backoff_s=0.0) for w in situation.waiting])
+    situation = replace(
+        situation, studies={}, waiting=[replace(w, backoff_s=0.0) for w in situation.waiting]
+    )
     decisions = [d for d in decide(situation, LIMITS) if not isinstance(d, Stop)]
     if decisions and isinstance(decisions[0], Wait):
         first = next(w for w in situation.waiting if w.trial == decisions[0].trial)
@@ -217,18 +232,27 @@ def test_a_gang_fits_on_at_most_its_nodes_or_waits():
     nodes = [node("n0", 4), node("n1", 4), node("n2", 4)]
     assert starts(Situation(nodes, [waiting("two", 8, max_nodes=2)], [])) == ["two"]
     assert starts(Situation(nodes, [waiting("one", 8, max_nodes=1)], [])) == []
-    assert fit(Gang(3, {"GPU": 1}), {"big": {"GPU": 8}, "small": {"GPU": 3}}) == {"small": 3}, "large places stay whole"
+    assert fit(Gang(3, {"GPU": 1}), {"big": {"GPU": 8}, "small": {"GPU": 3}}) == {"small": 3}, (
+        "large places stay whole"
+    )
 
 
 def test_a_short_trial_passes_the_head_and_a_long_one_does_not():
     run = running("r", 2, 600, {"n": 2})
-    short, long, unknown = (waiting(name, 2, seconds=s) for name, s in (("short", 500), ("long", 700), ("unknown", -1)))
+    short, long, unknown = (
+        waiting(name, 2, seconds=s) for name, s in (("short", 500), ("long", 700), ("unknown", -1))
+    )
     for trial, expected in ((short, ["short"]), (long, []), (unknown, [])):
-        assert starts(Situation([node("n", 4, free=2)], [waiting("head", 4), trial], [run])) == expected
+        assert (
+            starts(Situation([node("n", 4, free=2)], [waiting("head", 4), trial], [run]))
+            == expected
+        )
 
 
 def test_a_gang_too_large_for_the_cluster_does_not_block_the_others():
-    assert starts(Situation([node("n", 2)], [waiting("huge", 8), waiting("small")], [])) == ["small"]
+    assert starts(Situation([node("n", 2)], [waiting("huge", 8), waiting("small")], [])) == [
+        "small"
+    ]
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -242,8 +266,14 @@ def test_reasons_name_the_need_the_lack_and_what_comes_before():
         "needs 8 ranks x 1 GPU on at most 2 nodes; 6 GPUs are free over 2 nodes; "
         "next, after trial roi-align/seed-1 ends, in about 40 min"
     )
-    assert why(situation, "next") == "needs 7 ranks x 1 GPU; 6 GPUs are free over 2 nodes; behind trial head"
-    assert why(situation, "held") == "needs 1 rank x 1 GPU; fits now but would delay trial head, which is next"
+    assert (
+        why(situation, "next")
+        == "needs 7 ranks x 1 GPU; 6 GPUs are free over 2 nodes; behind trial head"
+    )
+    assert (
+        why(situation, "held")
+        == "needs 1 rank x 1 GPU; fits now but would delay trial head, which is next"
+    )
 
 
 def test_reasons_name_the_limit_that_holds():
@@ -252,7 +282,10 @@ def test_reasons_name_the_limit_that_holds():
     assert "max_parallel" in why(Situation(nodes, two, [], {"s": StudyLimits(max_parallel=1)}), "b")
     assert "user ann runs 1" in why(Situation(nodes, two, []), "b", Limits(running_per_user=1))
     assert "the most this service may" in why(Situation(nodes, two, []), "b", Limits(running=1))
-    assert why(Situation(nodes, [waiting("a", backoff_s=42)], []), "a") == "tries again in 42 s after a failed attempt"
+    assert (
+        why(Situation(nodes, [waiting("a", backoff_s=42)], []), "a")
+        == "tries again in 42 s after a failed attempt"
+    )
     assert why(Situation([], two, []), "a") == "the cluster has no node yet"
     assert (
         why(Situation(nodes, [waiting("a", 9)], []), "a")

@@ -73,7 +73,12 @@ class FakeCluster:
         return dict(self._called(lambda: dict(self.alive)))
 
     def submit(
-        self, submission_id: str, entry: str, environment: Mapping[str, str], package: str, metadata: Mapping[str, str]
+        self,
+        submission_id: str,
+        entry: str,
+        environment: Mapping[str, str],
+        package: str,
+        metadata: Mapping[str, str],
     ) -> None:
         def effect() -> None:
             if submission_id not in self.alive:
@@ -96,20 +101,34 @@ class FakeCluster:
 
     def step(self, submission_id: str, step: int) -> None:
         spec = self.specs[submission_id]
-        progress = Progress(attempt=spec["attempt"], step=step, steps=9, phase="training", updated_at=0.0)
+        progress = Progress(
+            attempt=spec["attempt"], step=step, steps=9, phase="training", updated_at=0.0
+        )
         Path(spec["storage"], "progress.json").write_text(progress.model_dump_json())
 
-    def end(self, submission_id: str, code: int | None = 0, outcome: Outcome | None = None, done: bool = True) -> None:
+    def end(
+        self,
+        submission_id: str,
+        code: int | None = 0,
+        outcome: Outcome | None = None,
+        done: bool = True,
+    ) -> None:
         spec = self.specs[submission_id]
         folder = Path(spec["storage"])
         if done and code == 0:
             outcome = Outcome(state="done", step=9)
             made = Result(
-                metrics={"segm/AP": 0.5}, step=9, attempt=spec["attempt"], world_size=1, weights_sha256="0" * 64
+                metrics={"segm/AP": 0.5},
+                step=9,
+                attempt=spec["attempt"],
+                world_size=1,
+                weights_sha256="0" * 64,
             )
             (folder / "result.json").write_text(made.model_dump_json())
         if outcome is not None:
-            (folder / f"attempts/{spec['attempt']}/outcome.json").write_text(outcome.model_dump_json())
+            (folder / f"attempts/{spec['attempt']}/outcome.json").write_text(
+                outcome.model_dump_json()
+            )
         state = "SUCCEEDED" if code == 0 else "FAILED"
         job = self.alive[submission_id]
         self.alive[submission_id] = Job(submission_id, state, "", code, "n", job.metadata)  # type: ignore[arg-type]
@@ -118,7 +137,9 @@ class FakeCluster:
 class House:
     def __init__(self, home: Path, **fields: Any) -> None:
         limits = Limits(backoff_s=0, stall_s=100, **fields.pop("limits", {}))
-        self.settings = ServiceSettings(home=str(home), mlflow="", ray="http://fake", limits=limits, **fields)
+        self.settings = ServiceSettings(
+            home=str(home), mlflow="", ray="http://fake", limits=limits, **fields
+        )
         self.engine: Engine = ledger.open_ledger(f"sqlite:///{home / 'ledger.db'}")
         self.cluster = FakeCluster()
         self.loop = Reconciler(self.engine, self.settings)
@@ -126,7 +147,9 @@ class House:
 
     def submit(self, *plans: Any, **fields: Any) -> str:
         self.now += 1
-        return accept.accept(self.engine, self.settings, submission(*plans, **fields), "ann", self.now)[0]
+        return accept.accept(
+            self.engine, self.settings, submission(*plans, **fields), "ann", self.now
+        )[0]
 
     def tick(self, count: int = 1) -> None:
         for _ in range(count):
@@ -142,7 +165,9 @@ class House:
 
     def kinds(self, trial: str) -> list[str]:
         with ledger.reading(self.engine) as connection:
-            return list(connection.execute(select(EVENTS.c.kind).where(EVENTS.c.trial == trial)).scalars())
+            return list(
+                connection.execute(select(EVENTS.c.kind).where(EVENTS.c.trial == trial)).scalars()
+            )
 
     def act(self, action: Callable[..., None], target: str) -> None:
         with self.engine.begin() as connection:
@@ -198,7 +223,9 @@ def test_after_a_hang_the_next_attempt_keeps_off_the_node_and_the_one_after_a_lo
     house.tick(2)
     folder = Path(house.trial(trial)["folder"])
     (folder / "attempts/1/nodes.json").write_text('["n0"]')
-    broken = Outcome(state="failed", error_class="collective", error="rank 0: connection closed by peer")
+    broken = Outcome(
+        state="failed", error_class="collective", error="rank 0: connection closed by peer"
+    )
     house.cluster.end(f"{trial}-1", 1, broken, done=False)
     house.tick(2)
     assert house.trial(trial)["suspects"] == "n0"
@@ -236,7 +263,9 @@ def test_a_result_of_an_older_attempt_does_not_end_a_newer_one(house):
     house.tick(2)
     house.cluster.alive.clear()  # lost, but its ranks still write
     house.tick(2)
-    late = Result(metrics={"segm/AP": 0.9}, step=9, attempt=1, world_size=1, weights_sha256="0" * 64)
+    late = Result(
+        metrics={"segm/AP": 0.9}, step=9, attempt=1, world_size=1, weights_sha256="0" * 64
+    )
     Path(house.trial(trial)["folder"], "result.json").write_text(late.model_dump_json())
     house.cluster.end(f"{trial}-2", -9, done=False)
     house.tick()
@@ -259,9 +288,15 @@ def test_nothing_changes_while_ray_does_not_answer(house):
 def test_the_same_run_twice_is_paid_for_once(house):
     first, second = house.submit(plan("a")), house.submit(plan("b"))
     house.tick()
-    assert house.loop.admission.waits[f"{second}-000"].why == f"is the same run as trial {first}-000, which waits first"
+    assert (
+        house.loop.admission.waits[f"{second}-000"].why
+        == f"is the same run as trial {first}-000, which waits first"
+    )
     house.tick()
-    assert house.loop.admission.waits[f"{second}-000"].why == f"is the same run as trial {first}-000, under way"
+    assert (
+        house.loop.admission.waits[f"{second}-000"].why
+        == f"is the same run as trial {first}-000, under way"
+    )
     house.cluster.end(f"{first}-000-1")
     house.tick(2)
     row = house.trial(f"{second}-000")
@@ -292,7 +327,9 @@ def test_a_study_of_unsound_resources_stops_no_other(house, resources):
 def test_a_cancel_that_comes_while_an_attempt_is_judged_is_kept(house):
     trial = f"{house.submit(plan('a'))}-000"
     house.tick(2)
-    house.cluster.end(f"{trial}-1", 1, Outcome(state="failed", error_class="node", error="lost"), done=False)
+    house.cluster.end(
+        f"{trial}-1", 1, Outcome(state="failed", error_class="node", error="lost"), done=False
+    )
     plain = house.cluster.log
 
     def cancelled_meanwhile(name: str) -> str:
@@ -323,7 +360,9 @@ def test_a_pause_that_comes_while_trials_are_being_started_starts_no_more(house)
 def test_what_runs_in_a_paused_study_is_stopped(house):
     study = house.submit(plan("a"))
     house.tick(2)
-    with house.engine.begin() as connection:  # the pause of another database session that saw it queued
+    with (
+        house.engine.begin() as connection
+    ):  # the pause of another database session that saw it queued
         connection.execute(update(STUDIES).where(STUDIES.c.id == study).values(state="paused"))
     house.tick(2)
     assert (house.state(f"{study}-000"), house.cluster.stops) == ("stopping", [f"{study}-000-1"])
@@ -350,8 +389,12 @@ def test_jobs_that_the_ledger_holds_for_over_are_ended_and_those_of_others_left_
     trial = f"{house.submit(plan('a'))}-000"
     house.tick(2)
     job = house.cluster.alive[f"{trial}-1"]
-    house.cluster.alive["other"] = Job("other", "RUNNING", "", None, "n", {"maskray": "of another ledger"})
-    house.cluster.alive["stray"] = Job("stray", "RUNNING", "", None, "n", {**job.metadata, "trial": "gone-000"})
+    house.cluster.alive["other"] = Job(
+        "other", "RUNNING", "", None, "n", {"maskray": "of another ledger"}
+    )
+    house.cluster.alive["stray"] = Job(
+        "stray", "RUNNING", "", None, "n", {**job.metadata, "trial": "gone-000"}
+    )
     house.tick()
     assert house.cluster.stops == ["stray"]
     assert house.kinds("gone-000") == ["orphan"]
@@ -405,7 +448,9 @@ def test_the_head_of_the_queue_becomes_a_capacity_request_until_it_runs(tmp_path
 
 faults = st.lists(
     st.tuples(
-        st.sampled_from(["die", "lose", "crash", "fail", "cancel", "pause", "resume", "forget-jobs", "nothing"]),
+        st.sampled_from(
+            ["die", "lose", "crash", "fail", "cancel", "pause", "resume", "forget-jobs", "nothing"]
+        ),
         st.integers(0, 11),
     ),
     max_size=12,
@@ -426,8 +471,14 @@ def test_every_trial_ends_exactly_once_whatever_dies(tmp_path_factory, faults):
         try:
             house.tick()
         except DiedError:
-            house.loop = Reconciler(house.engine, house.settings)  # the next service knows the ledger alone
-        live = [name.rpartition("-")[0] for name, job in house.cluster.alive.items() if job.state == "RUNNING"]
+            house.loop = Reconciler(
+                house.engine, house.settings
+            )  # the next service knows the ledger alone
+        live = [
+            name.rpartition("-")[0]
+            for name, job in house.cluster.alive.items()
+            if job.state == "RUNNING"
+        ]
         assert len(set(live)) == len(live), "two attempts of one trial at once"
 
     for fault, which in faults:
@@ -437,8 +488,14 @@ def test_every_trial_ends_exactly_once_whatever_dies(tmp_path_factory, faults):
             case "die":
                 house.cluster.die_in, house.cluster.die_before = which // 2 + 1, which % 2 == 0
             case "lose" | "crash" | "fail" if chosen:
-                outcome = Outcome(state="failed", error_class="collective", error="boom") if fault == "fail" else None
-                house.cluster.end(chosen, {"lose": None, "crash": -9, "fail": 1}[fault], outcome, done=False)
+                outcome = (
+                    Outcome(state="failed", error_class="collective", error="boom")
+                    if fault == "fail"
+                    else None
+                )
+                house.cluster.end(
+                    chosen, {"lose": None, "crash": -9, "fail": 1}[fault], outcome, done=False
+                )
             case "cancel":
                 house.act(steer.cancel_trial, trials[which % 3])
             case "pause":
@@ -457,7 +514,10 @@ def test_every_trial_ends_exactly_once_whatever_dies(tmp_path_factory, faults):
             if job.state == "RUNNING":
                 stopped = name in house.cluster.stops
                 house.cluster.end(
-                    name, 76 if stopped else 0, Outcome(state="stopped") if stopped else None, not stopped
+                    name,
+                    76 if stopped else 0,
+                    Outcome(state="stopped") if stopped else None,
+                    not stopped,
                 )
     with ledger.reading(house.engine) as connection:
         ended = list(

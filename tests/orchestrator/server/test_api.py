@@ -40,7 +40,12 @@ class FakeHub:
         self.ended = False
         self.reports: dict[str, dict[str, bytes]] = {}
         with self.engine.begin() as connection:
-            for name, role in (("root", "admin"), ("ann", "submit"), ("bob", "submit"), ("eve", "read")):
+            for name, role in (
+                ("root", "admin"),
+                ("ann", "submit"),
+                ("bob", "submit"),
+                ("eve", "read"),
+            ):
                 auth.set_user(connection, name, role, f"token-of-{name}", time.time())  # type: ignore[arg-type]
 
     def waits(self) -> dict[str, Any]:
@@ -62,7 +67,10 @@ class FakeHub:
         return [Check(name="nodes", ok=True, found="2 nodes")]
 
     def stage(self, uris: Sequence[str], cache_gib: float) -> Staging:
-        return Staging(staging=f"stage-{0:016x}", nodes=[StagedNode(node="n0", address=uris[0], state="running")])
+        return Staging(
+            staging=f"stage-{0:016x}",
+            nodes=[StagedNode(node="n0", address=uris[0], state="running")],
+        )
 
     def staging(self, name: str) -> Staging:
         return Staging(staging=name, nodes=[])
@@ -136,8 +144,14 @@ def routes(http: Http) -> list[tuple[str, str]]:
 
 def test_no_route_but_health_answers_without_a_token(http):
     for method, path in routes(http):
-        address = path.replace("{action}", "cancel").format(study="s", trial="t", sha256="0" * 64, name="n")
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic token-of-root"}):
+        address = path.replace("{action}", "cancel").format(
+            study="s", trial="t", sha256="0" * 64, name="n"
+        )
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Basic token-of-root"},
+        ):
             response = http.request(method, address, headers=headers)
             assert response.status_code == (200 if path == "/v1/health" else 401), (method, path)
     assert len(routes(http)) >= 20
@@ -149,9 +163,16 @@ def test_a_read_token_reads_and_changes_nothing(http, hub):
         address = path.replace("{action}", "cancel").format(
             study=study, trial=f"{study}-000", sha256="0" * 64, name="eve"
         )
-        response = http.request(method, address, headers=by("eve"), params={"identity": "0"}, json={"priority": 1})
-        expected = 403 if method in ("post", "put", "delete") or path == "/v1/users" else (200, 400, 404)
-        assert response.status_code in (expected if isinstance(expected, tuple) else (expected,)), (method, path)
+        response = http.request(
+            method, address, headers=by("eve"), params={"identity": "0"}, json={"priority": 1}
+        )
+        expected = (
+            403 if method in ("post", "put", "delete") or path == "/v1/users" else (200, 400, 404)
+        )
+        assert response.status_code in (expected if isinstance(expected, tuple) else (expected,)), (
+            method,
+            path,
+        )
     assert http.get(f"/v1/studies/{study}", headers=by("ann")).json()["state"] == "active"
     assert not hub.ended
 
@@ -161,7 +182,11 @@ def test_a_submitter_steers_only_their_own_studies(http):
     for path in ("cancel", "pause", "resume", "retry"):
         refused(http.post(f"/v1/studies/{study}/{path}", headers=by("bob")), 403, "is ann's")
     refused(http.post(f"/v1/trials/{study}-000/cancel", headers=by("bob")), 403, "is ann's")
-    refused(http.post(f"/v1/studies/{study}/priority", headers=by("bob"), json={"priority": 9}), 403, "is ann's")
+    refused(
+        http.post(f"/v1/studies/{study}/priority", headers=by("bob"), json={"priority": 9}),
+        403,
+        "is ann's",
+    )
     refused(http.delete(f"/v1/studies/{study}", headers=by("bob")), 403, "is ann's")
     refused(http.post("/v1/shutdown", headers=by("ann")), 403, "needs 'admin'")
     for changed in (True, False):
@@ -173,13 +198,18 @@ def test_a_submitter_steers_only_their_own_studies(http):
 
 def test_an_administrator_gives_and_takes_access(http, hub):
     token = http.put("/v1/users/new", headers=by("root"), json={"role": "submit"}).json()["token"]
-    assert http.get("/v1/info", headers={"Authorization": f"Bearer {token}"}).json()["user"] == "new"
+    assert (
+        http.get("/v1/info", headers={"Authorization": f"Bearer {token}"}).json()["user"] == "new"
+    )
     assert http.delete("/v1/users/new", headers=by("root")).status_code == 200
     assert http.get("/v1/info", headers={"Authorization": f"Bearer {token}"}).status_code == 401
     refused(http.delete("/v1/users/root", headers=by("root")), 400, "is you")
     listed = http.get("/v1/users", headers=by("root")).json()["users"]
     assert [user["name"] for user in listed] == ["ann", "bob", "eve", "root"]
-    stored = Path(hub.settings.home, "ledger.db").read_bytes() + Path(hub.settings.home, "ledger.db-wal").read_bytes()
+    stored = (
+        Path(hub.settings.home, "ledger.db").read_bytes()
+        + Path(hub.settings.home, "ledger.db-wal").read_bytes()
+    )
     assert b"token-of-ann" not in stored
     assert token.encode() not in stored
 
@@ -215,7 +245,11 @@ def test_a_growing_cluster_refuses_what_its_largest_shape_will_never_hold(tmp_pa
     hub = FakeHub(tmp_path, autoscale=True, node_shapes=shapes)
     http = Http(build_app(hub, "1"))
     assert post(http, resources={"ranks": 32}).status_code == 200
-    refused(post(http, resources={"ranks": 33}), 400, "the whole cluster holds 32 CPUs on 2 nodes at its largest")
+    refused(
+        post(http, resources={"ranks": 33}),
+        400,
+        "the whole cluster holds 32 CPUs on 2 nodes at its largest",
+    )
     refused(post(http, resources={"ranks": 17, "max_nodes": 1}), 400, "at its largest")
     hub.engine.dispose()
 
@@ -240,7 +274,10 @@ def test_the_list_of_studies_counts_trials_and_can_leave_them_out(http):
         {"queued": 2},
     )
     http.post(f"/v1/trials/{study}-001/cancel", headers=by("ann"))
-    assert http.get(f"/v1/studies/{study}", headers=by("eve")).json()["counts"] == {"cancelled": 1, "queued": 1}
+    assert http.get(f"/v1/studies/{study}", headers=by("eve")).json()["counts"] == {
+        "cancelled": 1,
+        "queued": 1,
+    }
 
 
 def test_the_same_key_of_two_owners_is_two_studies(http):
@@ -294,7 +331,12 @@ def test_credentials_in_a_uri_never_reach_the_ledger(http, hub, uri):
     for name in ("storage", "mlflow"):
         with pytest.raises(ValueError, match="holds credentials"):
             ServiceSettings(home="h", **{name: uri})
-    assert post(http, plans=(plan("a").model_copy(update={"run": {"note": "s3://bucket/a@b"}}),)).status_code == 200
+    assert (
+        post(
+            http, plans=(plan("a").model_copy(update={"run": {"note": "s3://bucket/a@b"}}),)
+        ).status_code
+        == 200
+    )
 
 
 # --- packages -------------------------------------------------------------------------------------------------------
@@ -327,7 +369,11 @@ def test_a_staging_names_a_uri_that_the_service_may_read(tmp_path):
         answer = http.post("/v1/staging", headers=by("ann"), json={"uris": [uri]})
         assert answer.status_code == status
         assert words in answer.text
-    refused(http.post("/v1/staging", headers=by("eve"), json={"uris": ["s3://data/coco"]}), 403, "needs 'submit'")
+    refused(
+        http.post("/v1/staging", headers=by("eve"), json={"uris": ["s3://data/coco"]}),
+        403,
+        "needs 'submit'",
+    )
     refused(http.get(f"/v1/staging/stage-{1:016x}", headers=by("eve")), 404, "stage again")
     refused(http.get("/v1/staging/doctor-1", headers=by("eve")), 400, "name")
     hub.engine.dispose()
@@ -349,7 +395,10 @@ def test_a_report_of_impossible_names_is_refused(http, names):
     [
         ({"custom_per_rank": {"CPU": 0}}, "'CPU' is no custom resource; use cpus_per_rank"),
         ({"custom_per_rank": {"x": -1}}, "x is -1; give 0.0001 to 1e+06"),
-        ({"cpus_per_rank": 1e-320}, "cpus_per_rank: Input should be greater than or equal to 0.0001"),
+        (
+            {"cpus_per_rank": 1e-320},
+            "cpus_per_rank: Input should be greater than or equal to 0.0001",
+        ),
         ({"gpus_per_rank": 1e-9}, "is 1e-09; Ray counts in steps of 0.0001"),
     ],
 )
@@ -362,8 +411,16 @@ def test_resources_that_cannot_be_counted_are_refused(http, resources, words):
 def test_a_key_belongs_to_one_study_in_every_field(http):
     first = post(http, idempotency_key="k")
     assert post(http, idempotency_key="k").json() == {**first.json(), "created": False}
-    refused(post(http, idempotency_key="k", priority=50), 400, "which is another one (priority); give another key")
-    refused(post(http, idempotency_key="k", fresh=True), 400, "which is another one (fresh); give another key")
+    refused(
+        post(http, idempotency_key="k", priority=50),
+        400,
+        "which is another one (priority); give another key",
+    )
+    refused(
+        post(http, idempotency_key="k", fresh=True),
+        400,
+        "which is another one (fresh); give another key",
+    )
 
 
 def test_a_query_cannot_lead_out_of_the_roots(tmp_path):
@@ -374,7 +431,9 @@ def test_a_query_cannot_lead_out_of_the_roots(tmp_path):
         ("s3://data/coco?region=eu&endpoint_override=127.0.0.1:1", 400),
         ("s3://plain/coco?endpoint_override=169.254.169.254&scheme=http", 400),
     ):
-        assert http.post("/v1/staging", headers=by("ann"), json={"uris": [uri]}).status_code == status
+        assert (
+            http.post("/v1/staging", headers=by("ann"), json={"uris": [uri]}).status_code == status
+        )
     hub.engine.dispose()
 
 
@@ -389,11 +448,17 @@ def test_a_code_package_is_kept_under_its_hash(http):
     refused(put_code(http, b"no zip"), 400, "is no zip")
 
 
-@pytest.mark.parametrize("name", ["../evil.py", "/etc/evil.py", "a/../../evil.py", "a\\..\\evil.py", "C:/evil.py"])
+@pytest.mark.parametrize(
+    "name", ["../evil.py", "/etc/evil.py", "a/../../evil.py", "a\\..\\evil.py", "C:/evil.py"]
+)
 def test_a_package_cannot_leave_its_folder(http, name):
     refused(put_code(http, packed(name)), 400, "leaves the package")
     study = post(http).json()["study"]
-    refused(http.put(f"/v1/studies/{study}/report", content=packed(name), headers=by("ann")), 400, "leaves the package")
+    refused(
+        http.put(f"/v1/studies/{study}/report", content=packed(name), headers=by("ann")),
+        400,
+        "leaves the package",
+    )
 
 
 def test_a_package_holds_no_links_and_no_bomb(http, hub):
@@ -410,8 +475,14 @@ def test_ids_cannot_walk_through_the_storage(http):
 
 def test_a_report_is_kept_beside_its_trials(http, hub):
     study = post(http).json()["study"]
-    refused(http.put(f"/v1/studies/{study}/report", content=packed("a"), headers=by("bob")), 403, "is ann's")
-    answer = http.put(f"/v1/studies/{study}/report", content=packed("a/b.html", "hi"), headers=by("ann"))
+    refused(
+        http.put(f"/v1/studies/{study}/report", content=packed("a"), headers=by("bob")),
+        403,
+        "is ann's",
+    )
+    answer = http.put(
+        f"/v1/studies/{study}/report", content=packed("a/b.html", "hi"), headers=by("ann")
+    )
     assert answer.json() == {"study": study, "files": 1}
     assert (Path(hub.settings.home) / "studies" / study / "report/a/b.html").read_text() == "hi"
     assert hub.reports[study] == {"a/b.html": b"hi"}
@@ -419,7 +490,9 @@ def test_a_report_is_kept_beside_its_trials(http, hub):
 
 # --- anything -------------------------------------------------------------------------------------------------------
 
-words = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(["..", "0", "-1", "1e400", "\0", "null"])
+words = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
+    ["..", "0", "-1", "1e400", "\0", "null"]
+)
 numbers = st.integers(-(2**70), 2**70) | st.floats() | words
 
 
@@ -446,7 +519,9 @@ def test_nothing_that_comes_in_breaks_the_service(http, data):
     body = data.draw(
         st.binary(max_size=40)
         | st.recursive(
-            st.none() | numbers, lambda item: st.lists(item) | st.dictionaries(words, item), max_leaves=6
+            st.none() | numbers,
+            lambda item: st.lists(item) | st.dictionaries(words, item),
+            max_leaves=6,
         ).map(lambda value: json.dumps(value).encode())
         | st.builds(lambda value: json.dumps({"priority": value, "role": value}).encode(), numbers)
         | st.builds(_bent, words, numbers)

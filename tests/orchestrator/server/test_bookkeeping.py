@@ -25,8 +25,14 @@ from workers.tracking.spool import Spool
 
 def test_means_differences_and_their_intervals_are_metrics_with_names_that_mlflow_takes() -> None:
     """Two seeds 0.30 and 0.32: t(0.975, 1) = 12.7062 times 0.01 each side of 0.31; the differences are 0.1 and 0.1."""
-    base = [finished({"roi": "align"}, seed, True, metrics={"segm/AP": 0.30 + 0.02 * seed}) for seed in (0, 1)]
-    pool = [finished({"roi": "pool (2x)"}, seed, metrics={"segm/AP": 0.40 + 0.02 * seed}) for seed in (0, 1)]
+    base = [
+        finished({"roi": "align"}, seed, True, metrics={"segm/AP": 0.30 + 0.02 * seed})
+        for seed in (0, 1)
+    ]
+    pool = [
+        finished({"roi": "pool (2x)"}, seed, metrics={"segm/AP": 0.40 + 0.02 * seed})
+        for seed in (0, 1)
+    ]
     spec = submission().study.model_dump()
     view = StudyView(
         study="s", name="s", owner="o", state="done", priority=0, created_at=0, storage="", spec=spec,
@@ -69,7 +75,9 @@ class FakeMLflow:
 def test_what_a_trial_could_not_send_is_sent_before_its_run_is_closed(tmp_path: Path) -> None:
     engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     settings = ServiceSettings(home=str(tmp_path))
-    study, _ = accept.accept(engine, settings, submission(plan("a"), plan("b", "b" * 64)), "ann", 1.0)
+    study, _ = accept.accept(
+        engine, settings, submission(plan("a"), plan("b", "b" * 64)), "ann", 1.0
+    )
     with engine.begin() as connection:
         connection.execute(update(TRIALS).values(state="done"))
         connection.execute(update(STUDIES).values(mlflow_experiment=study))
@@ -88,15 +96,22 @@ def test_what_a_trial_could_not_send_is_sent_before_its_run_is_closed(tmp_path: 
     engine.dispose()
 
 
-def test_what_mlflow_refuses_of_one_trial_holds_up_no_other(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_mlflow_refuses_of_one_trial_holds_up_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     settings = ServiceSettings(home=str(tmp_path))
     many = submission(*(plan(f"a{number}") for number in range(250)))
-    studies = [accept.accept(engine, settings, sent, "ann", 1.0)[0] for sent in (many, submission(plan("a")))]
+    studies = [
+        accept.accept(engine, settings, sent, "ann", 1.0)[0]
+        for sent in (many, submission(plan("a")))
+    ]
     with engine.begin() as connection:
         connection.execute(update(TRIALS).values(state="done"))
         for study in studies:
-            connection.execute(update(STUDIES).where(STUDIES.c.id == study).values(mlflow_experiment=study))
+            connection.execute(
+                update(STUDIES).where(STUDIES.c.id == study).values(mlflow_experiment=study)
+            )
 
     class Refusing(FakeMLflow):
         def experiment(self, name: str, tags: Any) -> str:
@@ -109,7 +124,9 @@ def test_what_mlflow_refuses_of_one_trial_holds_up_no_other(tmp_path: Path, capl
     assert mlflow.ended == ["FINISHED"]
     assert f"trial {studies[0]}-000: status 400, experiment is deleted" in caplog.text
     with ledger.reading(engine) as connection:
-        closed = [ledger.trial_row(connection, f"{study}-000")["mlflow_closed"] for study in studies]
+        closed = [
+            ledger.trial_row(connection, f"{study}-000")["mlflow_closed"] for study in studies
+        ]
     assert closed == [False, True]
     engine.dispose()
 
@@ -119,14 +136,18 @@ def test_a_webhook_that_refuses_one_study_is_told_of_the_others(
 ) -> None:
     engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     settings = ServiceSettings(home=str(tmp_path))
-    studies = [accept.accept(engine, settings, submission(plan("a")), "ann", at)[0] for at in (1.0, 2.0)]
+    studies = [
+        accept.accept(engine, settings, submission(plan("a")), "ann", at)[0] for at in (1.0, 2.0)
+    ]
     with engine.begin() as connection:
         connection.execute(update(STUDIES).values(state="done", ended_at=3.0))
     told: list[str] = []
 
     def post(url: str, json: dict[str, Any], **_: Any) -> httpx.Response:
         told.append(json["study"])
-        return httpx.Response(400 if json["study"] == studies[0] else 200, request=httpx.Request("POST", url))
+        return httpx.Response(
+            400 if json["study"] == studies[0] else 200, request=httpx.Request("POST", url)
+        )
 
     monkeypatch.setattr(httpx, "post", post)
     for _ in range(2):

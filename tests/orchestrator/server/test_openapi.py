@@ -33,7 +33,9 @@ def test_no_request_that_the_description_allows_is_a_server_error(app: FastAPI) 
     for found in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations():
         operation = found.ok()
 
-        @settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(
+            max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        )
         @given(case=operation.as_strategy())
         def hold(case: Any) -> None:
             if case.path == "/v1/events":

@@ -57,5 +57,10 @@ def test_a_warning_is_let_through_once_a_minute():
         record.created = at
         return bool(found.filter(record))
 
-    assert [said("a", 1000.0), said("b", 1001.0), said("a", 1002.0), said("a", 1061.0)] == [True, True, False, True]
+    assert [said("a", 1000.0), said("b", 1001.0), said("a", 1002.0), said("a", 1061.0)] == [
+        True,
+        True,
+        False,
+        True,
+    ]
     assert said("a", 1062.0, logging.INFO)

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from orchestrator.study import code_package as code
-from orchestrator.study.code_package import ENTRY_POINTS, PACKAGES, installed_source_hash, package, source_hash
+from orchestrator.study.code_package import (
+    ENTRY_POINTS,
+    PACKAGES,
+    installed_source_hash,
+    package,
+    source_hash,
+)
 
 
 def git(tree: Path, *arguments: str) -> None:
@@ -46,7 +52,11 @@ def test_the_same_sources_give_the_same_bytes(tree: Path) -> None:
     first = package(tree)
     (tree / "model" / "arms.py").touch()
     again = package(tree / "model")  # from a folder below
-    assert (again.data, again.sha256, again.source_hash) == (first.data, first.sha256, first.source_hash)
+    assert (again.data, again.sha256, again.source_hash) == (
+        first.data,
+        first.sha256,
+        first.source_hash,
+    )
     assert len(first.commit) == 40
 
 
@@ -87,7 +97,9 @@ def test_only_sources_of_a_run_change_the_source_hash(tree: Path) -> None:
 
 def test_the_source_hash_knows_names_from_contents() -> None:
     assert source_hash({"model/a.py": b"x"}) != source_hash({"model/b.py": b"x"})
-    assert source_hash({"model/a.py": b"x", "tests/t.py": b"y"}) == source_hash({"model/a.py": b"x"})
+    assert source_hash({"model/a.py": b"x", "tests/t.py": b"y"}) == source_hash(
+        {"model/a.py": b"x"}
+    )
 
 
 def test_a_commit_is_packed_as_it_was(tree: Path) -> None:
@@ -110,11 +122,14 @@ def test_a_link_out_of_the_tree_is_refused(tree: Path, tmp_path: Path) -> None:
         package(tree)
 
 
-def test_too_much_is_refused_with_the_largest_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_much_is_refused_with_the_largest_named(
+    tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(code, "MAX_MIB", 1)
     (tree / "model" / "table.json").write_text(" " * 2**21)
     with pytest.raises(
-        ValueError, match=r"2 MiB, at most 1 travel with a study; largest: model/table\.json \(2\.0 MiB\)"
+        ValueError,
+        match=r"2 MiB, at most 1 travel with a study; largest: model/table\.json \(2\.0 MiB\)",
     ):
         package(tree)
 

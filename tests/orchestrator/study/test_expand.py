@@ -13,7 +13,10 @@ from orchestrator.study.read import baseline_run
 from tests.orchestrator.studies import COCO_80, CODE, tiny_study, write_dataset, write_manifest
 
 ROI = {"pool": {"model.roi.kind": "pool"}, "align": {"model.roi.kind": "align"}}
-MASKS = {"softmax": {"model.mask.loss.kind": "softmax"}, "sigmoid": {"model.mask.loss.kind": "sigmoid"}}
+MASKS = {
+    "softmax": {"model.mask.loss.kind": "softmax"},
+    "sigmoid": {"model.mask.loss.kind": "sigmoid"},
+}
 
 
 @pytest.fixture
@@ -61,7 +64,10 @@ def test_one_at_a_time_changes_one_factor(data: Path) -> None:
 def test_the_first_level_is_the_reference_when_none_equals_the_baseline(data: Path) -> None:
     factors = {"steps": {"short": {"loop.steps": 10}, "long": {"loop.steps": 20}}}
     trials = expanded(tiny_study(factors), data).trials
-    assert [(trial.arm["steps"], trial.baseline) for trial in trials] == [("short", True), ("long", False)]
+    assert [(trial.arm["steps"], trial.baseline) for trial in trials] == [
+        ("short", True),
+        ("long", False),
+    ]
 
 
 def test_a_study_without_factors_is_its_baseline(data: Path) -> None:
@@ -70,9 +76,17 @@ def test_a_study_without_factors_is_its_baseline(data: Path) -> None:
 
 
 def test_a_kind_switches_its_fields(data: Path) -> None:
-    factors = {"masks": {"softmax": {"model.mask.loss.kind": "softmax", "model.mask.loss.others": "own_class"}}}
+    factors = {
+        "masks": {
+            "softmax": {"model.mask.loss.kind": "softmax", "model.mask.loss.others": "own_class"}
+        }
+    }
     (trial,) = expanded(tiny_study(factors), data).trials
-    assert trial.run["model"]["mask"]["loss"] == {"kind": "softmax", "others": "own_class", "inference": "argmax"}
+    assert trial.run["model"]["mask"]["loss"] == {
+        "kind": "softmax",
+        "others": "own_class",
+        "inference": "argmax",
+    }
 
 
 def test_relative_data_starts_at_the_root(tmp_path: Path) -> None:
@@ -80,7 +94,9 @@ def test_relative_data_starts_at_the_root(tmp_path: Path) -> None:
     (trial,) = expand(tiny_study(), data="data", root=tmp_path, code=CODE).trials
     assert trial.run["data"]["train"] == str(tmp_path / "data" / "train")
     sets = {"data.train": "data/train", "data.val": "data/val"}
-    (same,) = expand(tiny_study(baseline={"preset": "tiny", "set": sets}), root=tmp_path, code=CODE).trials
+    (same,) = expand(
+        tiny_study(baseline={"preset": "tiny", "set": sets}), root=tmp_path, code=CODE
+    ).trials
     assert same.identity == trial.identity
 
 
@@ -93,25 +109,58 @@ def test_trials_carry_where_their_numbers_come_from(data: Path) -> None:
 @pytest.mark.parametrize(
     ("factors", "said"),
     [
-        ({"roi": {"a": {"model.roy.kind": "pool"}}}, "factors.roi.a: model.roy: no such field; did you mean 'roi'?"),
-        ({"roi": {"a": {"model.roi.sampels": 2}}}, "model.roi.sampels: no such field; did you mean 'samples'?"),
-        ({"roi": {"a": {"model.roi.kind": "aling"}}}, "model.roi.kind: no kind 'aling'; did you mean 'align'?"),
-        ({"roi": {"a": {"model.roi.kind": "x"}}}, "model.roi.kind: no kind 'x'; there are align, pool, warp"),
-        ({"lr": {"a": {"optimiser": {"lr": 1}}}}, "optimiser.kind: is required, it says which fields there are"),
-        ({"roi": {"a": {"model.roi.samples": -1}}}, "model.roi.samples: Input should be greater than or equal to 0"),
+        (
+            {"roi": {"a": {"model.roy.kind": "pool"}}},
+            "factors.roi.a: model.roy: no such field; did you mean 'roi'?",
+        ),
+        (
+            {"roi": {"a": {"model.roi.sampels": 2}}},
+            "model.roi.sampels: no such field; did you mean 'samples'?",
+        ),
+        (
+            {"roi": {"a": {"model.roi.kind": "aling"}}},
+            "model.roi.kind: no kind 'aling'; did you mean 'align'?",
+        ),
+        (
+            {"roi": {"a": {"model.roi.kind": "x"}}},
+            "model.roi.kind: no kind 'x'; there are align, pool, warp",
+        ),
+        (
+            {"lr": {"a": {"optimiser": {"lr": 1}}}},
+            "optimiser.kind: is required, it says which fields there are",
+        ),
+        (
+            {"roi": {"a": {"model.roi.samples": -1}}},
+            "model.roi.samples: Input should be greater than or equal to 0",
+        ),
         ({"roi": {"a": {"loop.steps": "many"}}}, "loop.steps: Input should be a valid integer"),
-        ({"x": {"a": {"model.nope": 1}, "b": {"model.nope": 2}}}, "(no level of 'x' fits the baseline)"),
+        (
+            {"x": {"a": {"model.nope": 1}, "b": {"model.nope": 2}}},
+            "(no level of 'x' fits the baseline)",
+        ),
         ({"x": {"a": {"loop.steps.more": 1}}}, "it has no fields"),
         ({"x": {"a": {"": 1}}}, "is not a dotted path"),
         ({"x": {"a": {"seed": 1}}}, "a study's seeds stand in its 'seeds'"),
-        ({"x": {"a": {}, "b": {"model.roi.kind": "align"}}}, "'a' and 'b' both leave the baseline as it is"),
-        ({"x": {"a": {"loop.steps": 9}, "b": {"loop.steps": 9}}}, "x=a and x=b come out as the same run"),
-        ({"x": {"a": {"loop.steps": 9}}, "y": {"b": {"loop.steps": 8}}}, "set loop.steps to different values"),
+        (
+            {"x": {"a": {}, "b": {"model.roi.kind": "align"}}},
+            "'a' and 'b' both leave the baseline as it is",
+        ),
+        (
+            {"x": {"a": {"loop.steps": 9}, "b": {"loop.steps": 9}}},
+            "x=a and x=b come out as the same run",
+        ),
+        (
+            {"x": {"a": {"loop.steps": 9}}, "y": {"b": {"loop.steps": 8}}},
+            "set loop.steps to different values",
+        ),
         (
             {"roi": ROI, "samples": {"two": {}, "four": {"model.roi.samples": 4}}},
             "arm roi=pool,samples=four: model.roi.samples: no such field",
         ),
-        ({"x": {"a": {"loop.guard.rate_factor": 0.3}}}, "has no effect while loop.guard.action is 'skip_window'"),
+        (
+            {"x": {"a": {"loop.guard.rate_factor": 0.3}}},
+            "has no effect while loop.guard.action is 'skip_window'",
+        ),
     ],
 )
 def test_an_arm_that_cannot_be_is_refused(data: Path, factors: dict[str, Any], said: str) -> None:
@@ -128,9 +177,13 @@ def test_conditional_fields_exist(tmp_path: Path) -> None:
 
 def test_data_must_be_there(tmp_path: Path) -> None:
     assert "no dataset; give --data DIR" in refused(tiny_study(), "")
-    assert "has no manifest.json; pack the data with 'maskray data pack'" in refused(tiny_study(), tmp_path)
+    assert "has no manifest.json; pack the data with 'maskray data pack'" in refused(
+        tiny_study(), tmp_path
+    )
     write_dataset(tmp_path)
-    assert "is inside a packed dataset; give --data the folder" in refused(tiny_study(), tmp_path / "val")
+    assert "is inside a packed dataset; give --data the folder" in refused(
+        tiny_study(), tmp_path / "val"
+    )
     (tmp_path / "val" / "manifest.json").write_text("[]")
     assert "data.val: " in refused(tiny_study(), tmp_path)
     (tmp_path / "val" / "manifest.json").write_text('{"schema_version": ')
@@ -143,7 +196,9 @@ def test_the_model_must_fit_the_data(tmp_path: Path) -> None:
     person = {"data.filter.categories": ["person"], "model.num_classes": 1}
     assert expanded(tiny_study(baseline={"preset": "tiny", "set": person}), coco).trials
     typo = {"data.filter.categories": ["persn"], "model.num_classes": 1}
-    assert "did you mean 'person'?" in refused(tiny_study(baseline={"preset": "tiny", "set": typo}), coco)
+    assert "did you mean 'person'?" in refused(
+        tiny_study(baseline={"preset": "tiny", "set": typo}), coco
+    )
 
 
 def test_masks_and_keypoints_must_be_there(tmp_path: Path) -> None:
@@ -151,7 +206,9 @@ def test_masks_and_keypoints_must_be_there(tmp_path: Path) -> None:
     assert "has no masks; set 'model.mask.kind: none'" in refused(tiny_study(), boxes)
     keypoints = tiny_study({"task": {"keypoints": {"model.keypoints.kind": "keypoints"}}})
     assert "has no keypoints" in refused(keypoints, write_dataset(tmp_path / "shapes"))
-    five = tiny_study({"task": {"five": {"model.keypoints": {"kind": "keypoints", "num_keypoints": 5}}}})
+    five = tiny_study(
+        {"task": {"five": {"model.keypoints": {"kind": "keypoints", "num_keypoints": 5}}}}
+    )
     with_points = write_dataset(tmp_path / "points", keypoints=True)
     assert "num_keypoints: is 5" in refused(five, with_points)
     assert expanded(keypoints, with_points).trials
@@ -166,7 +223,9 @@ def test_both_splits_have_the_same_categories_and_images(tmp_path: Path) -> None
 
 
 def test_more_ranks_than_images_a_step_are_refused(data: Path) -> None:
-    assert "8 images a step cannot be shared by 16 ranks" in refused(tiny_study(resources={"ranks": 16}), data)
+    assert "8 images a step cannot be shared by 16 ranks" in refused(
+        tiny_study(resources={"ranks": 16}), data
+    )
 
 
 def test_too_many_trials_are_refused(data: Path) -> None:
@@ -187,12 +246,19 @@ def test_weights_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     assert "there is no such file" in refused(tiny_study(baseline=gone), coco)
     wrong = {
         "preset": "r50-fpn",
-        "set": {"model.backbone": {"kind": "resnet", "depth": 34}, "model.weights.name": "IMAGENET1K_V2"},
+        "set": {
+            "model.backbone": {"kind": "resnet", "depth": 34},
+            "model.weights.name": "IMAGENET1K_V2",
+        },
     }
-    assert "torchvision has no IMAGENET1K_V2 weights of resnet34" in refused(tiny_study(baseline=wrong), coco)
+    assert "torchvision has no IMAGENET1K_V2 weights of resnet34" in refused(
+        tiny_study(baseline=wrong), coco
+    )
 
 
-def test_arms_whose_files_have_the_same_content_are_the_same_run(data: Path, tmp_path: Path) -> None:
+def test_arms_whose_files_have_the_same_content_are_the_same_run(
+    data: Path, tmp_path: Path
+) -> None:
     copy = write_manifest(tmp_path / "copy")
     said = refused(tiny_study({"data": {"here": {}, "there": {"data.train": str(copy)}}}), data)
     assert "data=here/seed-0 and data=there/seed-0 come out as the same run" in said

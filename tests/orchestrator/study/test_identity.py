@@ -30,7 +30,11 @@ PARTS: dict[str, Any] = {
 
 
 def tiny(**overrides: Any) -> RunConfig:
-    paths = {"data.train": "t", "data.val": "v", **{key.replace("__", "."): v for key, v in overrides.items()}}
+    paths = {
+        "data.train": "t",
+        "data.val": "v",
+        **{key.replace("__", "."): v for key, v in overrides.items()},
+    }
     return parse_run(apply_overrides(run_preset("tiny"), paths), "tests")
 
 
@@ -56,7 +60,9 @@ def test_each_part_counts(changed: dict[str, Any]) -> None:
     assert identity(tiny(), **(PARTS | changed)) != identity(tiny(), **PARTS)
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"model__roi__kind": "pool"}, {"optimiser__lr": 0.002}])
+@pytest.mark.parametrize(
+    "changed", [{"seed": 1}, {"model__roi__kind": "pool"}, {"optimiser__lr": 0.002}]
+)
 def test_each_choice_counts(changed: dict[str, Any]) -> None:
     assert identity(tiny(**changed), **PARTS) != identity(tiny(), **PARTS)
 
@@ -91,7 +97,10 @@ def test_fixed_proposals_count_by_their_bytes(tmp_path: Path) -> None:
     path.write_bytes(b"boxes")
     run = tiny(model__proposals={"kind": "fixed", "uri": str(path)})
     before = proposals_identity(run.model)
-    assert proposals_identity(tiny(model__proposals={"kind": "fixed", "uri": path.as_uri()}).model) == before
+    assert (
+        proposals_identity(tiny(model__proposals={"kind": "fixed", "uri": path.as_uri()}).model)
+        == before
+    )
     path.write_bytes(b"Boxes")
     assert proposals_identity(run.model) != before
     path.unlink()

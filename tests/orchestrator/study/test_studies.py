@@ -31,7 +31,11 @@ TRIALS = {
 def runs(name: str, tmp_path: Path) -> dict[str, Any]:
     """Arm's key at seed 0 -> run."""
     study, _ = read_study(FOLDER / f"{name}.yaml")
-    data = write_dataset(tmp_path) if name == "demo" else write_dataset(tmp_path, COCO_80, keypoints=True)
+    data = (
+        write_dataset(tmp_path)
+        if name == "demo"
+        else write_dataset(tmp_path, COCO_80, keypoints=True)
+    )
     expansion = expand(study, data=str(data), root=tmp_path, code=CODE)
     assert len(expansion.trials) == TRIALS[name]
     assert sum(trial.baseline for trial in expansion.trials) == len(study.seeds)
@@ -51,10 +55,16 @@ def test_a_study_expands_and_names_a_paper_row_for_each_arm(name: str, tmp_path:
         assert len(study.paper_rows) == len(found)
 
 
-@pytest.mark.parametrize("name", ["table-2b", "table-2c", "table-2d", "table-2e", "text-agnostic", "fpn-align"])
+@pytest.mark.parametrize(
+    "name", ["table-2b", "table-2c", "table-2d", "table-2e", "text-agnostic", "fpn-align"]
+)
 def test_main_tables_have_the_main_recipe(name: str, tmp_path: Path) -> None:
     for run in runs(name, tmp_path).values():
-        assert (run["loop"]["steps"], run["loop"]["global_batch"], run["optimiser"]["lr"]) == (160_000, 16, 0.02)
+        assert (run["loop"]["steps"], run["loop"]["global_batch"], run["optimiser"]["lr"]) == (
+            160_000,
+            16,
+            0.02,
+        )
         assert run["schedule"]["drop_steps"] == [120_000]
         assert run["model"]["inference"]["nms_iou"] == 0.3
 
@@ -76,5 +86,8 @@ def test_keypoint_tables_are_persons_at_their_own_schedule(name: str, tmp_path: 
 
 
 def test_table_5_has_every_combination_of_tasks(tmp_path: Path) -> None:
-    kinds = {(r["model"]["mask"]["kind"], r["model"]["keypoints"]["kind"]) for r in runs("table-5", tmp_path).values()}
+    kinds = {
+        (r["model"]["mask"]["kind"], r["model"]["keypoints"]["kind"])
+        for r in runs("table-5", tmp_path).values()
+    }
     assert kinds == {(m, k) for m in ("none", "mask") for k in ("none", "keypoints")}

@@ -32,7 +32,10 @@ def test_a_study_of_two_lines_is_a_study(tmp_path: Path) -> None:
         ("name: s\nbaseline: {preset: tiny, preset: r50-c4}\n", "baseline.preset is given twice"),
         ("name: !!python/object/apply:os.system ['true']\n", "is not allowed, write plain data"),
         ("name: !local x\n", "YAML tag '!local' is not allowed"),
-        ("name: s\nbaseline: {preset: tiny}\nseeds: [0, .nan]\n", "line 3: seeds[1]: .nan is not a finite number"),
+        (
+            "name: s\nbaseline: {preset: tiny}\nseeds: [0, .nan]\n",
+            "line 3: seeds[1]: .nan is not a finite number",
+        ),
         ("name: [s\n", "line 2: "),
         ("- a\n- b\n", "expected fields like 'name: ...', got list"),
         ("", "is empty"),
@@ -94,7 +97,9 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 
 
 def test_a_baseline_is_complete_before_its_overrides(tmp_path: Path) -> None:
-    run = baseline_run(tiny_study(baseline={"preset": "r50-fpn", "set": {"optimiser.lr": 0.01}}), tmp_path)
+    run = baseline_run(
+        tiny_study(baseline={"preset": "r50-fpn", "set": {"optimiser.lr": 0.01}}), tmp_path
+    )
     assert {key: run["optimiser"][key] for key in ("kind", "lr", "momentum")} == {
         "kind": "sgd",
         "lr": 0.01,
@@ -104,7 +109,9 @@ def test_a_baseline_is_complete_before_its_overrides(tmp_path: Path) -> None:
 
 def test_a_run_file_changes_its_preset(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("preset: tiny\nloop: {steps: 7}\nmodel: {roi: {kind: pool}}\ndata: {train: t, val: v}\n")
+    path.write_text(
+        "preset: tiny\nloop: {steps: 7}\nmodel: {roi: {kind: pool}}\ndata: {train: t, val: v}\n"
+    )
     run = read_run(path)
     assert (run["loop"]["steps"], run["loop"]["global_batch"]) == (7, 8)
     assert (run["model"]["roi"], run["data"]["train"]) == ({"kind": "pool"}, "t")
@@ -124,7 +131,9 @@ def test_an_unknown_preset_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no model preset 'tyni'"):
         baseline_run(tiny_study(baseline={"preset": "tyni"}), tmp_path)
     (tmp_path / "run.yaml").write_text("preset: tyni\n")
-    with pytest.raises(ValueError, match=r"run.yaml: preset: no model preset 'tyni'; did you mean 'tiny'\?"):
+    with pytest.raises(
+        ValueError, match=r"run.yaml: preset: no model preset 'tyni'; did you mean 'tiny'\?"
+    ):
         baseline_run(tiny_study(baseline={"file": "run.yaml"}), tmp_path)
 
 

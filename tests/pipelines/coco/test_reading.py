@@ -17,8 +17,12 @@ VALUES = st.recursive(
 
 
 @given(
-    lists=st.fixed_dictionaries({key: st.lists(VALUES, max_size=4) for key in ("images", "annotations", "categories")}),
-    others=st.dictionaries(st.text().filter(lambda key: key not in coco_json._LISTS), VALUES, max_size=3),
+    lists=st.fixed_dictionaries(
+        {key: st.lists(VALUES, max_size=4) for key in ("images", "annotations", "categories")}
+    ),
+    others=st.dictionaries(
+        st.text().filter(lambda key: key not in coco_json._LISTS), VALUES, max_size=3
+    ),
     chunk=st.integers(1, 40),
     indent=st.sampled_from([None, 1]),
 )

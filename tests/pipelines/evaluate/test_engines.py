@@ -21,28 +21,40 @@ def random_coco(seed: int) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     names = [f"point {k}" for k in range(17)]
     categories = [
-        {"id": int(k), "name": f"c{k}", "keypoints": names} for k in rng.choice(90, rng.integers(1, 6), False)
+        {"id": int(k), "name": f"c{k}", "keypoints": names}
+        for k in rng.choice(90, rng.integers(1, 6), False)
     ]
     coco: dict[str, Any] = {"images": [], "annotations": [], "categories": categories}
     for number in rng.choice(1000, rng.integers(1, 9), replace=False).tolist():
         height, width = rng.integers(20, 200, 2).tolist()
         coco["images"].append({"id": number, "height": height, "width": width})
         for _ in range(rng.integers(0, 8)):
-            record = random_object(rng, height, width) | {"image_id": number, "id": len(coco["annotations"]) + 1}
-            coco["annotations"].append(record | {"category_id": categories[rng.integers(len(categories))]["id"]})
+            record = random_object(rng, height, width) | {
+                "image_id": number,
+                "id": len(coco["annotations"]) + 1,
+            }
+            coco["annotations"].append(
+                record | {"category_id": categories[rng.integers(len(categories))]["id"]}
+            )
     return coco
 
 
 def random_object(rng: np.random.Generator, height: int, width: int) -> dict[str, Any]:
     parts = [
-        (rng.uniform(-0.1, 1.1, (rng.integers(3, 9), 2)) * (width, height)).clip(0).round(2).ravel().tolist()
+        (rng.uniform(-0.1, 1.1, (rng.integers(3, 9), 2)) * (width, height))
+        .clip(0)
+        .round(2)
+        .ravel()
+        .tolist()
         for _ in range(rng.integers(1, 3))
     ]
     rle = coco_rle(parts, height, width)
     x, y, w, h = rle_tools.toBbox(rle).tolist()
     crowd = int(rng.random() < 0.15)
     kind = "list" if crowd else rng.choice(["polygons", "text", "list"])
-    points = np.column_stack([rng.uniform(x, x + w + 1, 17), rng.uniform(y, y + h + 1, 17), rng.integers(0, 3, 17)])
+    points = np.column_stack(
+        [rng.uniform(x, x + w + 1, 17), rng.uniform(y, y + h + 1, 17), rng.integers(0, 3, 17)]
+    )
     points *= points[:, 2:] > (3 if rng.random() < 0.2 else 0)
     if kind == "list":
         flat = rle_tools.decode(rle).ravel(order="F")
@@ -53,7 +65,9 @@ def random_object(rng: np.random.Generator, height: int, width: int) -> dict[str
         "bbox": [x, y, w, h],
         "area": float(rle_tools.area(rle)) if rng.random() < 0.8 else float(rng.uniform(0, 20000)),
         "iscrowd": crowd,
-        "segmentation": parts if kind == "polygons" else {"size": [height, width], "counts": counts},
+        "segmentation": parts
+        if kind == "polygons"
+        else {"size": [height, width], "counts": counts},
         "keypoints": points.ravel().round(1).tolist(),
         "num_keypoints": int((points[:, 2] > 0).sum()),
     }
@@ -64,7 +78,9 @@ def random_object(rng: np.random.Generator, height: int, width: int) -> dict[str
 def test_both_engines_give_the_same_bits(kind, seed):
     pytest.importorskip("hotcoco")
     coco = random_coco(seed)
-    results = noisy_results(coco, kind, seed) * (8 if seed % 4 == 0 else 1)  # more than 100 an image, and ties
+    results = noisy_results(coco, kind, seed) * (
+        8 if seed % 4 == 0 else 1
+    )  # more than 100 an image, and ties
     coco = {"bbox": lambda c: c, "segm": with_masks, "keypoints": with_keypoints}[kind](coco)
     found = checked_results(coco, results, kind)
     reference, fast = (curves(engine, coco, found, kind) for engine in ("pycocotools", "hotcoco"))
@@ -83,10 +99,16 @@ def test_ids_that_pycocotools_has_quirks_for_are_left_to_it(tmp_path, ids):
 
 def test_negative_and_huge_ids_are_evaluated_by_both(tmp_path):
     images = [{"id": -5, "height": 30, "width": 40}, {"id": 2**60, "height": 30, "width": 40}]
-    annotations = [box_annotation(-4, -5, category_id=-3), box_annotation(2**61, 2**60, category_id=7)]
+    annotations = [
+        box_annotation(-4, -5, category_id=-3),
+        box_annotation(2**61, 2**60, category_id=7),
+    ]
     categories = [{"id": -3, "name": "a"}, {"id": 7, "name": "b"}]
     path = write_coco(tmp_path, annotations, images=images, categories=categories)
-    found = [{"image_id": i, "category_id": c, "score": 0.9, "bbox": [5, 5, 10, 9]} for i, c in ((-5, -3), (2**60, 7))]
+    found = [
+        {"image_id": i, "category_id": c, "score": 0.9, "bbox": [5, 5, 10, 9]}
+        for i, c in ((-5, -3), (2**60, 7))
+    ]
     reference = evaluate(path, found, "bbox", "pycocotools")
     assert evaluate(path, found, "bbox") == reference
     assert reference.per_class["AP75"] == {"a": pytest.approx(1), "b": pytest.approx(1)}

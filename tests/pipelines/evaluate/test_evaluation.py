@@ -25,8 +25,12 @@ def test_the_numbers_are_pycocotools_and_do_not_depend_on_the_order(shapes, tmp_
     assert forwards == backwards
     assert json.dumps(results) == before, "results are not changed"
     assert evaluate(open_dataset(str(shapes / "train")), results, kind) == forwards
-    ordered = sorted(results, key=lambda r: (r["image_id"], r["category_id"], -r["score"], *map(str, r.values())))
-    stats = evaluated(only_keypoints(path, tmp_path) if kind == "keypoints" else path, ordered, kind)[3]
+    ordered = sorted(
+        results, key=lambda r: (r["image_id"], r["category_id"], -r["score"], *map(str, r.values()))
+    )
+    stats = evaluated(
+        only_keypoints(path, tmp_path) if kind == "keypoints" else path, ordered, kind
+    )[3]
     names = list(forwards.stats)
     assert names[:3] == ["AP", "AP50", "AP75"]
     if kind == "keypoints":
@@ -40,7 +44,9 @@ def test_the_numbers_are_pycocotools_and_do_not_depend_on_the_order(shapes, tmp_
 
 def test_perfect_and_no_detections(tmp_path):
     path = write_coco(tmp_path, [box_annotation(1), box_annotation(2, category_id=7)])
-    perfect = [{"image_id": 1, "category_id": c, "score": 0.9, "bbox": [5, 5, 10, 10]} for c in (3, 7)]
+    perfect = [
+        {"image_id": 1, "category_id": c, "score": 0.9, "bbox": [5, 5, 10, 10]} for c in (3, 7)
+    ]
     assert evaluate(path, perfect, "bbox").stats["AP"] == pytest.approx(1)
     nothing = evaluate(path, [], "bbox")
     assert (nothing.stats["AP"], nothing.stats["APl"]) == (0, -1)
@@ -83,7 +89,11 @@ MASK = {"size": [30, 40], "counts": [0, 1200]}
         ("segm", {"segmentation": []}, "segmentation is .*; give an RLE"),
         ("segm", {"segmentation": [[1, 2, 3, 4]]}, "segmentation is"),
         ("segm", {"segmentation": [["a"] * 6]}, "segmentation is"),
-        ("segm", {"segmentation": MASK | {"size": [40, 30]}}, "its mask is of size .40, 30., image 1 is .30, 40."),
+        (
+            "segm",
+            {"segmentation": MASK | {"size": [40, 30]}},
+            "its mask is of size .40, 30., image 1 is .30, 40.",
+        ),
         ("segm", {"segmentation": MASK | {"size": 5}}, "its mask is of size 5"),
         ("segm", {"segmentation": MASK | {"counts": [9, 9]}}, "segmentation is"),
         ("segm", {"segmentation": MASK | {"counts": "!"}}, "segmentation is"),
@@ -111,7 +121,11 @@ def test_results_that_do_not_fit_are_named(tmp_path, kind, fields, message):
         ("bbox", {"iscrowd": "0"}, "annotation 1: iscrowd is '0'"),
         ("bbox", {"image_id": "1"}, r"annotations\[0\]: image_id is '1'"),
         ("segm", {"segmentation": []}, "annotation 1: segmentation is"),
-        ("keypoints", {"keypoints": [1, 2, 2]}, "annotation 1: keypoints has not x, y, v for 17 points"),
+        (
+            "keypoints",
+            {"keypoints": [1, 2, 2]},
+            "annotation 1: keypoints has not x, y, v for 17 points",
+        ),
     ],
 )
 def test_ground_truth_that_cannot_be_compared_is_named(tmp_path, kind, fields, message):

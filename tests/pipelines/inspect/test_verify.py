@@ -22,7 +22,9 @@ def test_a_whole_dataset_has_no_errors(shapes):
     assert verdict.shards == open_dataset(str(shapes / "train")).manifest.num_shards >= 8
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(choice=st.data())
 def test_any_flipped_bit_is_found_and_its_file_named(copy, choice):
     name = choice.draw(st.sampled_from(sorted(path.name for path in copy.iterdir())))

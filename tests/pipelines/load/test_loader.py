@@ -32,7 +32,14 @@ def config(folder: Path, **fields: Any) -> DataConfig:
 
 
 def loader(cfg: DataConfig, **fields: Any) -> TrainLoader:
-    base = {"seed": 5, "global_batch": 6, "rank": 0, "world_size": 1, "max_images_per_forward": 99, "masks": True}
+    base = {
+        "seed": 5,
+        "global_batch": 6,
+        "rank": 0,
+        "world_size": 1,
+        "max_images_per_forward": 99,
+        "masks": True,
+    }
     return TrainLoader(cfg, open_dataset(cfg.train), **(base | fields))
 
 
@@ -43,7 +50,9 @@ def take(stream: TrainLoader, count: int) -> list[TrainStep]:
 
 
 def joined(batches: list[Batch]) -> dict[str, torch.Tensor]:
-    return {name: torch.cat([getattr(batch, name) for batch in batches]) for name in vars(batches[0])}
+    return {
+        name: torch.cat([getattr(batch, name) for batch in batches]) for name in vars(batches[0])
+    }
 
 
 def assert_equal(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
@@ -59,7 +68,9 @@ def test_every_world_size_sees_the_same_global_batches(shapes, world_size):
     ranks = [take(loader(cfg, rank=rank, world_size=world_size), 9) for rank in range(world_size)]
     for step, parts in zip(alone, zip(*ranks, strict=True), strict=True):
         assert {(part.step, part.epoch) for part in parts} == {(step.step, step.epoch)}
-        assert_equal(joined([batch for part in parts for batch in part.batches]), joined(step.batches))
+        assert_equal(
+            joined([batch for part in parts for batch in part.batches]), joined(step.batches)
+        )
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -88,8 +99,12 @@ def test_chunks_share_the_canvas_of_the_global_batch(shapes):
     whole, cut = take(loader(cfg), 4), take(loader(cfg, max_images_per_forward=4, rank=0), 4)
     for one, two in zip(whole, cut, strict=True):
         assert [len(batch) for batch in two.batches] == [3, 3]
-        assert {batch.images.shape[2:] for batch in two.batches} == {one.batches[0].images.shape[2:]}
-        assert {batch.boxes_xyxy.shape[1] for batch in two.batches} == {one.batches[0].boxes_xyxy.shape[1]}
+        assert {batch.images.shape[2:] for batch in two.batches} == {
+            one.batches[0].images.shape[2:]
+        }
+        assert {batch.boxes_xyxy.shape[1] for batch in two.batches} == {
+            one.batches[0].boxes_xyxy.shape[1]
+        }
         assert_equal(joined(two.batches), joined(one.batches))
 
 
@@ -108,7 +123,9 @@ def test_noise_differs_by_epoch_and_seed_but_not_by_position(shapes):
     for seed in (0, 1):
         for step in take(loader(cfg, seed=seed), 14):
             for batch in step.batches:
-                for image, key in zip(batch.sample_ids.tolist(), batch.noise_keys.tolist(), strict=True):
+                for image, key in zip(
+                    batch.sample_ids.tolist(), batch.noise_keys.tolist(), strict=True
+                ):
                     assert keys.setdefault((seed, step.epoch, image), key) == key
     assert len(set(keys.values())) == len(keys) == 160
 
@@ -142,7 +159,9 @@ def test_flipping_mirrors_everything_exactly(shapes, seed):
     plain, flipped = (
         take(
             loader(
-                config(shapes, flip_probability=p, filter=Filter(categories=("person",))), num_keypoints=17, seed=seed
+                config(shapes, flip_probability=p, filter=Filter(categories=("person",))),
+                num_keypoints=17,
+                seed=seed,
             ),
             5,
         )
@@ -153,9 +172,13 @@ def test_flipping_mirrors_everything_exactly(shapes, seed):
         a, b = one.batches[0], two.batches[0]
         for n in range(len(a)):
             height, width = a.sizes[n].tolist()
-            assert torch.equal(a.images[n, :, :height, :width].flip(-1), b.images[n, :, :height, :width])
+            assert torch.equal(
+                a.images[n, :, :height, :width].flip(-1), b.images[n, :, :height, :width]
+            )
             there = a.valid[n]
-            torch.testing.assert_close(width - a.boxes_xyxy[n, there][:, [2, 0]], b.boxes_xyxy[n, there][:, [0, 2]])
+            torch.testing.assert_close(
+                width - a.boxes_xyxy[n, there][:, [2, 0]], b.boxes_xyxy[n, there][:, [0, 2]]
+            )
             assert torch.equal(a.mask_crops[n].flip(-1), b.mask_crops[n])
             before, after = a.keypoints[n, there][:, swap], b.keypoints[n, there]
             assert torch.equal(before[..., 2], after[..., 2])
@@ -195,8 +218,12 @@ def one_image(folder: Path, annotations: list[dict[str, Any]], **fields: Any) ->
 
 def test_boxes_masks_and_keypoints_by_hand(tmp_path):
     triangle = [[5, 5, 15, 5, 5, 15]]
-    annotation = box_annotation(1, segmentation=triangle, keypoints=[5, 6, 2, 0, 0, 0], num_keypoints=1)
-    batch = one_image(tmp_path, [annotation, box_annotation(2, category_id=7)], filter=Filter(categories=("cat",)))
+    annotation = box_annotation(
+        1, segmentation=triangle, keypoints=[5, 6, 2, 0, 0, 0], num_keypoints=1
+    )
+    batch = one_image(
+        tmp_path, [annotation, box_annotation(2, category_id=7)], filter=Filter(categories=("cat",))
+    )
     assert batch.sizes.tolist() == [[60, 80]]
     assert batch.original_sizes.tolist() == [[30, 40]]
     assert batch.images.shape == (1, 3, 64, 96)
@@ -217,7 +244,9 @@ def test_crowds_degenerate_and_small_objects_do_not_train(tmp_path):
         box_annotation(4, bbox=[30, 20, 30, 30], area=900, category_id=7),
         {key: value for key, value in box_annotation(5).items() if key != "segmentation"},
     ]
-    batch = one_image(tmp_path, annotations, filter=Filter(min_area_px=10, categories=("cat", "dog")))
+    batch = one_image(
+        tmp_path, annotations, filter=Filter(min_area_px=10, categories=("cat", "dog"))
+    )
     assert batch.boxes_xyxy[batch.valid].tolist() == [[60, 40, 80, 60]], "clipped to the image"
     assert batch.labels[batch.valid].tolist() == [1]
 
@@ -258,7 +287,9 @@ def test_the_holdout_trains_nothing_and_evaluates(shapes):
 
 def evaluated_ids(cfg: DataConfig, world_size: int, rank: int) -> list[int]:
     image = ImageInput(short_side_px=64, max_side_px=96)
-    stream = EvalLoader(cfg, open_dataset(cfg.val), image, batch_size=4, rank=rank, world_size=world_size)
+    stream = EvalLoader(
+        cfg, open_dataset(cfg.val), image, batch_size=4, rank=rank, world_size=world_size
+    )
     return [i for batch in stream for i in batch.sample_ids.tolist()]
 
 
@@ -281,14 +312,18 @@ def test_evaluation_batches_are_the_same_at_any_world_size_and_worker_count(shap
 
     def batches(workers: int, rank: int, world_size: int) -> list[Batch]:
         cfg = config(shapes, num_loader_workers=workers)
-        stream = EvalLoader(cfg, open_dataset(cfg.val), image, batch_size=4, rank=rank, world_size=world_size)
+        stream = EvalLoader(
+            cfg, open_dataset(cfg.val), image, batch_size=4, rank=rank, world_size=world_size
+        )
         found = list(stream)
         stream.close()
         return found
 
     alone = batches(0, 0, 1)
     assert [len(batch) for batch in alone] == [4, 4, 2]
-    for one, two in zip(alone, [*batches(2, 0, 2)[:1], *batches(0, 1, 2), *batches(0, 0, 2)[1:]], strict=True):
+    for one, two in zip(
+        alone, [*batches(2, 0, 2)[:1], *batches(0, 1, 2), *batches(0, 0, 2)[1:]], strict=True
+    ):
         assert_equal(vars(one), vars(two))
 
 

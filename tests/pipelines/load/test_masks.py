@@ -37,7 +37,9 @@ def test_a_polygon_crop_agrees_with_a_fine_raster_of_the_whole_image(shapes, tmp
     row = packed_coco(tmp_path, [box_annotation(1, segmentation=star)]).row(0)
     [crop] = mask_crops(row.annotations, [0], box, 112)
     factor = 16
-    fine = rle_tools.decode(rle_tools.frPyObjects([[v * factor for v in star[0]]], 30 * factor, 40 * factor))[..., 0]
+    fine = rle_tools.decode(
+        rle_tools.frPyObjects([[v * factor for v in star[0]]], 30 * factor, 40 * factor)
+    )[..., 0]
     steps = (np.arange(112) + 0.5) / 112
     x, y = ((box[0, k] + steps * (box[0, k + 2] - box[0, k])) * factor for k in (0, 1))
     expected = fine[y.astype(int)[:, None], x.astype(int)[None]]

@@ -63,7 +63,9 @@ def test_an_epoch_is_a_permutation_and_fills_up_from_its_start(shard_rows, setti
     assert order.steps_per_epoch == -(-total // batch)
     sequence = order.sequence(epoch, 0, order.steps_per_epoch * batch)
     assert sorted(sequence[:total]) == list(range(total))
-    np.testing.assert_array_equal(sequence[total:], np.resize(sequence[:total], len(sequence) - total))
+    np.testing.assert_array_equal(
+        sequence[total:], np.resize(sequence[:total], len(sequence) - total)
+    )
     first = epoch * order.steps_per_epoch
     batches = [order.rows(step) for step in range(first, first + order.steps_per_epoch)]
     assert all(len(rows) == batch for rows in batches)
@@ -76,7 +78,9 @@ def test_any_step_can_be_asked_for_first(shard_rows, settings, steps):
     in_order = Order(index, ALL, **settings)
     expected = {step: in_order.rows(step).tolist() for step in range(max(steps) + 1)}
     jumping = Order(index, ALL, **settings)
-    assert {step: jumping.rows(step).tolist() for step in steps} == {step: expected[step] for step in steps}
+    assert {step: jumping.rows(step).tolist() for step in steps} == {
+        step: expected[step] for step in steps
+    }
     assert Order(index, ALL, **settings).rows(steps[0]).tolist() == expected[steps[0]]
 
 
@@ -114,7 +118,9 @@ def test_images_without_objects_are_left_out(shard_rows, settings, data):
 def test_a_block_is_sorted_by_aspect_ratio():
     index = make_index([50] * 4)
     rows = Order(index, ALL, seed=0, global_batch=10, window_shards=2, block_batches=5)
-    spread = lambda picked: np.ptp(np.log(index.values("width", picked) / index.values("height", picked)))  # noqa: E731
+    spread = lambda picked: np.ptp(
+        np.log(index.values("width", picked) / index.values("height", picked))
+    )  # noqa: E731
     sorted_spread = np.mean([spread(rows.rows(step)) for step in range(20)])
     plain = rows.sequence(0, 0, 200).reshape(20, 10)
     assert sorted_spread < 0.4 * np.mean([spread(picked) for picked in plain])
@@ -152,4 +158,6 @@ def test_the_holdout_parts_the_images_whatever_else_is_there(fraction, extra):
     kept = Selection((0,), holdout=fraction, part="train").drawn(ids)
     np.testing.assert_array_equal(held, ~kept)
     assert abs(held.mean() - fraction) < 0.06
-    np.testing.assert_array_equal(Selection((0,), holdout=fraction, part="train").drawn(ids[extra:]), kept[extra:])
+    np.testing.assert_array_equal(
+        Selection((0,), holdout=fraction, part="train").drawn(ids[extra:]), kept[extra:]
+    )

@@ -18,7 +18,9 @@ def rows(ids, seed=0):
     for image_id in ids:
         count = int(rng.integers(0, 6))
         corners = rng.uniform(0, 30, (count, 2))
-        boxes = np.concatenate([corners, corners + rng.uniform(1, 20, (count, 2))], 1).astype(np.float32)
+        boxes = np.concatenate([corners, corners + rng.uniform(1, 20, (count, 2))], 1).astype(
+            np.float32
+        )
         yield image_id, boxes, rng.random(count).astype(np.float32)
 
 
@@ -46,7 +48,9 @@ def test_the_bytes_do_not_depend_on_the_order_of_writing(tmp_path):
 def test_only_the_best_are_kept(tmp_path):
     path = str(tmp_path / "p")
     boxes = np.arange(20, dtype=np.float32).reshape(5, 4)
-    write_proposals(path, [(1, boxes, np.array([0.1, 0.5, 0.3, 0.9, 0.2], np.float32))], max_per_image=2)
+    write_proposals(
+        path, [(1, boxes, np.array([0.1, 0.5, 0.3, 0.9, 0.2], np.float32))], max_per_image=2
+    )
     np.testing.assert_array_equal(ProposalTable(path).get(1)[0], boxes[[3, 1]])
 
 
@@ -83,22 +87,37 @@ def test_loaders_scale_and_flip_proposals_with_the_image(shapes, tmp_path, flip)
         for image in coco["images"]
     }
     write_proposals(
-        path, [(key, boxes, np.linspace(1, 0, len(boxes), dtype=np.float32)) for key, boxes in truth.items()]
+        path,
+        [
+            (key, boxes, np.linspace(1, 0, len(boxes), dtype=np.float32))
+            for key, boxes in truth.items()
+        ],
     )
     cfg = DataConfig(
-        train="t", val="v", short_sides_px=(60, 100), max_side_px=120, flip_probability=flip, num_loader_workers=0
+        train="t",
+        val="v",
+        short_sides_px=(60, 100),
+        max_side_px=120,
+        flip_probability=flip,
+        num_loader_workers=0,
     )
     fixed = {"rank": 0, "world_size": 1, "proposals_uri": path}
-    stream = TrainLoader(cfg, dataset, seed=0, global_batch=4, max_images_per_forward=4, masks=False, **fixed)
+    stream = TrainLoader(
+        cfg, dataset, seed=0, global_batch=4, max_images_per_forward=4, masks=False, **fixed
+    )
     most = max(len(boxes) for boxes in truth.values())
     for step in itertools.islice(stream, 5):
         batch = step.batches[0]
         assert batch.proposals_xyxy.shape == (4, most, 4)
-        for boxes, valid, proposals in zip(batch.boxes_xyxy, batch.valid, batch.proposals_xyxy, strict=True):
+        for boxes, valid, proposals in zip(
+            batch.boxes_xyxy, batch.valid, batch.proposals_xyxy, strict=True
+        ):
             count = int(valid.sum())
             np.testing.assert_allclose(proposals[:count], boxes[:count], atol=1e-3)
             assert proposals[count:].abs().sum() == 0
-    evaluation = EvalLoader(cfg, dataset, ImageInput(short_side_px=96, max_side_px=96), batch_size=4, **fixed)
+    evaluation = EvalLoader(
+        cfg, dataset, ImageInput(short_side_px=96, max_side_px=96), batch_size=4, **fixed
+    )
     batch = next(iter(evaluation))
     scale = (batch.sizes[0] / batch.original_sizes[0]).numpy()
     expected = truth[int(batch.sample_ids[0])] * np.tile(scale[::-1], 2)

@@ -20,7 +20,13 @@ from pipelines.inspect.verify import verify
 from pipelines.shards.dataset import open_dataset
 from pipelines.shards.mapping import MappedFile
 from pipelines.storage import Store
-from tests.pipelines.tiny_coco import CATEGORIES, box_annotation, pack_folder, packed_coco, write_coco
+from tests.pipelines.tiny_coco import (
+    CATEGORIES,
+    box_annotation,
+    pack_folder,
+    packed_coco,
+    write_coco,
+)
 
 
 @pytest.fixture
@@ -66,7 +72,12 @@ def test_a_polygon_that_would_fill_the_memory_is_refused(call, tmp_path, polygon
 
 def test_a_polygon_off_the_image_is_an_empty_mask(tmp_path):
     path = write_coco(tmp_path, [box_annotation(1)])
-    result = {"image_id": 1, "category_id": 3, "score": 0.5, "segmentation": [[50, 2, 60, 2, 55, 9]]}
+    result = {
+        "image_id": 1,
+        "category_id": 3,
+        "score": 0.5,
+        "segmentation": [[50, 2, 60, 2, 55, 9]],
+    }
     assert evaluate(path, [result], "segm").stats["AP"] == 0
 
 
@@ -74,17 +85,27 @@ def test_a_polygon_off_the_image_is_an_empty_mask(tmp_path):
 def test_an_image_too_large_for_masks_is_refused(tmp_path, sides):
     image = {"id": 1, "file_name": "1.jpg", "width": sides[0], "height": sides[1]}
     path = write_coco(tmp_path, [box_annotation(1)], images=[image])
-    with pytest.raises(ValueError, match=r"image 1 of the ground truth has height and width .*fit in memory"):
+    with pytest.raises(
+        ValueError, match=r"image 1 of the ground truth has height and width .*fit in memory"
+    ):
         evaluate(path, [], "segm")
 
 
 @pytest.mark.parametrize(
     ("annotation", "fields", "message"),
     [
-        ({}, {"categories": [{"id": 3, "name": [1]}]}, "category 3: name is .1.; write its name as text"),
+        (
+            {},
+            {"categories": [{"id": 3, "name": [1]}]},
+            "category 3: name is .1.; write its name as text",
+        ),
         ({}, {"categories": [*CATEGORIES, CATEGORIES[0]]}, r"categories\[2\]: id 3 is there twice"),
         ({}, {"images": [{"id": 1}, {"id": 1}]}, r"images\[1\]: id 1 is there twice"),
-        ({}, {"images": [{"id": 1}, {"id": 10**400}]}, r"images\[1\]: id is 10*\.\.\.; write a whole number of 64"),
+        (
+            {},
+            {"images": [{"id": 1}, {"id": 10**400}]},
+            r"images\[1\]: id is 10*\.\.\.; write a whole number of 64",
+        ),
     ],
 )
 def test_ground_truth_that_contradicts_itself_is_refused(tmp_path, annotation, fields, message):
@@ -120,7 +141,9 @@ def test_two_categories_of_one_name_are_both_told(tmp_path):
     expected = {"cat (id 3)": 0, "cat (id 7)": pytest.approx(1), "dog": -1}
     dataset = packed_coco(tmp_path, annotations, categories=categories)
     assert evaluate(dataset, found, "bbox").per_class["AP"] == expected
-    (tmp_path / "exported.json").write_text(json.dumps(open_dataset(str(tmp_path / "packed")).coco()))
+    (tmp_path / "exported.json").write_text(
+        json.dumps(open_dataset(str(tmp_path / "packed")).coco())
+    )
     assert evaluate(tmp_path / "exported.json", found, "bbox").per_class["AP"] == expected
 
 
@@ -133,7 +156,10 @@ def test_a_picture_that_cannot_be_drawn_is_a_persons_error(call, shapes, tmp_pat
     status, line = call(*show, tmp_path)
     assert (status, f"{tmp_path}: is a folder; give --out a file" in line) == (2, True)
     status, line = call(*show, tmp_path / "file" / "deep" / "look.png")
-    assert (status, f"{tmp_path / 'file'} is a file; give --out a path below folders" in line) == (2, True)
+    assert (status, f"{tmp_path / 'file'} is a file; give --out a path below folders" in line) == (
+        2,
+        True,
+    )
     for seed in (10**40, 2**63, -(2**63) - 1):
         status, line = call(*show, tmp_path / "look.png", "--seed", seed)
         assert (status, "give a whole number of 64 bits" in line) == (2, True)
@@ -160,7 +186,10 @@ def test_a_size_that_cannot_be_drawn_is_refused(call, tmp_path, size):
         ("abfs://c@a/x", "'abfs' is none of s3, gs, gcs, file"),
         ("hdfs://host/x", "'hdfs' is none of s3, gs, gcs, file"),
         ("s3://me:secret@/x", "s3://***@/x: names no bucket"),
-        ("s3://me:sec/ret@bucket/x?frobnicate=1", "s3://***@bucket/x?frobnicate=1: not a URI that pyarrow.fs opens"),
+        (
+            "s3://me:sec/ret@bucket/x?frobnicate=1",
+            "s3://***@bucket/x?frobnicate=1: not a URI that pyarrow.fs opens",
+        ),
         ("ftp://me:secret@host/x", "ftp://***@host/x: not a URI"),
     ],
 )
@@ -192,14 +221,20 @@ def test_a_zeroed_file_is_named(call, shapes, tmp_path, name, kept):
         ("eval", "--gt", copy, "--dt", tmp_path / "dt.json"),
     ):
         status, line = call(*words)
-        assert (status, f"{copy / name}: is damaged" in line, "pack the data again" in line) == (1, True, True), line
+        assert (status, f"{copy / name}: is damaged" in line, "pack the data again" in line) == (
+            1,
+            True,
+            True,
+        ), line
     assert [damage.shard for damage in verify(str(copy)).errors] == [name]
 
 
 def test_an_arrow_file_that_ends_early_within_is_named(shapes, tmp_path):
     """The footer is whole, the record batches are not."""
     content = (shapes / "val" / "shard-00000.arrow").read_bytes()
-    (tmp_path / "shard").write_bytes(content[:8] + bytes(len(content) // 2 - 8) + content[len(content) // 2 :])
+    (tmp_path / "shard").write_bytes(
+        content[:8] + bytes(len(content) // 2 - 8) + content[len(content) // 2 :]
+    )
     with pytest.raises(RuntimeError, match="shard: is damaged"):
         MappedFile(tmp_path / "shard")
     with pytest.raises(RuntimeError, match="is a folder; restore it"):
@@ -226,11 +261,18 @@ def large_png(width: int, height: int) -> bytes:
     packer, pieces = zlib.compressobj(1), [b"\x89PNG\r\n\x1a\n"]
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     pieces.append(chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)))
     row = bytes(1 + -(-width // 8))
-    pieces.append(chunk(b"IDAT", b"".join(packer.compress(row) for _ in range(height)) + packer.flush()))
+    pieces.append(
+        chunk(b"IDAT", b"".join(packer.compress(row) for _ in range(height)) + packer.flush())
+    )
     return b"".join([*pieces, chunk(b"IEND", b"")])
 
 
@@ -241,7 +283,9 @@ def test_an_image_that_is_too_large_is_told_so():
         stored_orientation(content, 14_000, 14_000)
     with pytest.raises(TooLargeError, match=message):
         decode_pixels(content)
-    header = bytes.fromhex("ffd8ffc0001108 36b0 36b0 03011100021100031100 ffda000c03010002000300003f00 00 ffd9")
+    header = bytes.fromhex(
+        "ffd8ffc0001108 36b0 36b0 03011100021100031100 ffda000c03010002000300003f00 00 ffd9"
+    )
     with pytest.raises(TooLargeError, match=message):
         decode_pixels(header)
 
@@ -249,14 +293,20 @@ def test_an_image_that_is_too_large_is_told_so():
 def test_a_large_image_below_the_bound_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert stored_orientation(large_png(10_000, 12_000), 10_000, 12_000) == (1, (10_000, 12_000))
+        assert stored_orientation(large_png(10_000, 12_000), 10_000, 12_000) == (
+            1,
+            (10_000, 12_000),
+        )
 
 
 def test_an_export_needs_a_file_to_write(tmp_path, capsys):
     packed_coco(tmp_path, [box_annotation(1)])
     (tmp_path / "file").touch()
     for out in (tmp_path, tmp_path / "file/x.json"):
-        assert run_app(app, ["data", "export", str(tmp_path / "packed"), "--out", str(out)], "maskray") == 2
+        assert (
+            run_app(app, ["data", "export", str(tmp_path / "packed"), "--out", str(out)], "maskray")
+            == 2
+        )
         assert "give --out a" in capsys.readouterr().err
 
 
@@ -266,13 +316,33 @@ def test_an_export_needs_a_file_to_write(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("images", "annotations", "message"),
     [
-        ({}, [{"bbox": [5, 5, 11, 10]}], r"k.json: annotation 1: its bbox is \[5, 5, 10, 10\] in another file and"),
-        ({}, [{"bbox": "junk"}], r"annotation 1: its bbox is \[5, 5, 10, 10\] in another file and 'junk' here"),
-        ({}, [{"area": 99}], "annotation 1: its area is 100 in another file and 99 here; merge only files of the same"),
+        (
+            {},
+            [{"bbox": [5, 5, 11, 10]}],
+            r"k.json: annotation 1: its bbox is \[5, 5, 10, 10\] in another file and",
+        ),
+        (
+            {},
+            [{"bbox": "junk"}],
+            r"annotation 1: its bbox is \[5, 5, 10, 10\] in another file and 'junk' here",
+        ),
+        (
+            {},
+            [{"area": 99}],
+            "annotation 1: its area is 100 in another file and 99 here; merge only files of the same",
+        ),
         ({}, [{"image_id": 2}], "annotation 1: its image_id is 1 in another file and 2 here"),
         ({}, [{}, {}], "annotation 1: its id is there twice"),
-        ({"width": 41}, [{}], "k.json: image 1: its width is 40 in another file and 41 here; merge only files of the"),
-        ({"file_name": "b.jpg"}, [{}], "image 1: its file_name is '1.jpg' in another file and 'b.jpg' here"),
+        (
+            {"width": 41},
+            [{}],
+            "k.json: image 1: its width is 40 in another file and 41 here; merge only files of the",
+        ),
+        (
+            {"file_name": "b.jpg"},
+            [{}],
+            "image 1: its file_name is '1.jpg' in another file and 'b.jpg' here",
+        ),
         ({"again": True}, [{}], "k.json: image 1: its id is there twice"),
     ],
 )
@@ -281,7 +351,9 @@ def test_files_that_contradict_each_other_are_not_merged(tmp_path, images, annot
     coco = json.loads(first.read_text())
     again = [coco["images"][0]] if images.pop("again", False) else []
     coco["images"] = [coco["images"][0] | images, coco["images"][1], *again]
-    coco["annotations"] = [box_annotation(1) | {"num_keypoints": 0} | changes for changes in annotations]
+    coco["annotations"] = [
+        box_annotation(1) | {"num_keypoints": 0} | changes for changes in annotations
+    ]
     second = tmp_path / "k.json"
     second.write_text(json.dumps(coco))
     with pytest.raises(ValueError, match=message):

@@ -13,7 +13,13 @@ from pipelines.load.images import decode
 from pipelines.pack import pack as pack_module
 from pipelines.pack.pack import PackOptions, pack, pack_shard
 from pipelines.shards.dataset import open_dataset
-from tests.pipelines.tiny_coco import box_annotation, noise_image, pack_folder, packed_coco, write_coco
+from tests.pipelines.tiny_coco import (
+    box_annotation,
+    noise_image,
+    pack_folder,
+    packed_coco,
+    write_coco,
+)
 
 RLE = rle_tools.encode(np.asfortranarray(np.eye(30, 40, dtype=np.uint8)))
 TALLER = rle_tools.encode(np.asfortranarray(np.eye(31, 40, dtype=np.uint8)))
@@ -32,7 +38,9 @@ BAD_ANNOTATIONS = {
     "RLE is empty (no pixel set)": {"segmentation": {"size": [30, 40], "counts": [1200]}},
     "RLE is empty;": {"segmentation": {"size": [30, 40], "counts": ""}},
     "do not add up to 1200 pixels": {"segmentation": {"size": [30, 40], "counts": [3, 4]}},
-    "is not the image's [30, 40]": {"segmentation": {"size": [40, 30], "counts": RLE_TEXT["counts"]}},
+    "is not the image's [30, 40]": {
+        "segmentation": {"size": [40, 30], "counts": RLE_TEXT["counts"]}
+    },
     "RLE counts do not add up": {"segmentation": RLE_TEXT | {"counts": TALLER["counts"].decode()}},
     "RLE counts cannot be read": {"segmentation": {"size": [30, 40], "counts": "é!"}},
     "RLE size [30.0, 40.0] is not": {"segmentation": {"size": [30.0, 40.0], "counts": [0, 1200]}},
@@ -57,7 +65,11 @@ BAD_ANNOTATIONS = {
 
 @pytest.mark.parametrize("finding", BAD_ANNOTATIONS)
 def test_a_bad_annotation_is_named_with_file_id_and_remedy(tmp_path, finding):
-    bad = box_annotation(2, **BAD_ANNOTATIONS[finding]) if "id" not in BAD_ANNOTATIONS[finding] else None
+    bad = (
+        box_annotation(2, **BAD_ANNOTATIONS[finding])
+        if "id" not in BAD_ANNOTATIONS[finding]
+        else None
+    )
     bad = bad or (box_annotation(2) | BAD_ANNOTATIONS[finding])
     write_coco(tmp_path, [box_annotation(1), bad])
     with pytest.raises(ValueError, match=r"instances\.json") as caught:
@@ -106,30 +118,45 @@ def bad_image(folder: Path, kind: str) -> str:
     raise AssertionError(kind)
 
 
-@pytest.mark.parametrize("kind", ["missing", "text", "truncated", "empty", "gif", "half a PNG", "size"])
+@pytest.mark.parametrize(
+    "kind", ["missing", "text", "truncated", "empty", "gif", "half a PNG", "size"]
+)
 def test_a_bad_image_is_named_with_file_id_and_remedy(tmp_path, kind):
-    write_coco(tmp_path, [box_annotation(1, 1), box_annotation(2, 2), box_annotation(3, 3)], num_images=3)
+    write_coco(
+        tmp_path, [box_annotation(1, 1), box_annotation(2, 2), box_annotation(3, 3)], num_images=3
+    )
     expected = bad_image(tmp_path, kind)
     with pytest.raises(ValueError, match=r"2\.jpg: image 2: ") as caught:
         pack_folder(tmp_path)
     assert expected in str(caught.value)
     packed = pack_folder(tmp_path, on_error="skip")
-    assert (packed.manifest.num_images, packed.manifest.num_annotations, packed.skipped) == (2, 2, 1)
+    assert (packed.manifest.num_images, packed.manifest.num_annotations, packed.skipped) == (
+        2,
+        2,
+        1,
+    )
 
 
 def test_ids_that_are_there_twice_are_named(tmp_path):
     image = {"id": 1, "file_name": "1.jpg", "width": 40, "height": 30}
     noise_image().save((tmp_path / "images").mkdir() or tmp_path / "images" / "1.jpg")
-    write_coco(tmp_path, [box_annotation(5), box_annotation(5, category_id=7)], images=[image, image])
+    write_coco(
+        tmp_path, [box_annotation(5), box_annotation(5, category_id=7)], images=[image, image]
+    )
     packed = pack_folder(tmp_path, on_error="skip")
-    assert (packed.manifest.num_images, packed.manifest.num_annotations, packed.skipped) == (1, 1, 2)
+    assert (packed.manifest.num_images, packed.manifest.num_annotations, packed.skipped) == (
+        1,
+        1,
+        2,
+    )
     (tmp_path / "packed" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="image 1: its id is there twice"):
         pack_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "name", ["folder", "/etc/hosts", "../1.jpg", "a/../../1.jpg", "a\0b", "\ud800", "x" * 300, 7, ""]
+    "name",
+    ["folder", "/etc/hosts", "../1.jpg", "a/../../1.jpg", "a\0b", "\ud800", "x" * 300, 7, ""],
 )
 def test_a_file_name_that_leads_nowhere_is_named(tmp_path, name):
     image = {"id": 1, "file_name": name, "width": 40, "height": 30}
@@ -166,7 +193,14 @@ def test_what_is_odd_but_clear_is_packed(tmp_path):
     big, image = 2**53 + 1, {"id": -7, "file_name": "über/ein bild.png", "width": 40, "height": 30}
     (tmp_path / "images" / "über").mkdir(parents=True)
     noise_image().convert("P").save(tmp_path / "images" / image["file_name"], transparency=3)
-    annotation = {"id": big, "image_id": -7, "category_id": 3, "bbox": [5, 5, 10, 10], "area": 0, "keypoints": []}
+    annotation = {
+        "id": big,
+        "image_id": -7,
+        "category_id": 3,
+        "bbox": [5, 5, 10, 10],
+        "area": 0,
+        "keypoints": [],
+    }
     path = write_coco(tmp_path, [annotation], images=[image])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes()[:-1] + b', "licenses": null, "info": [1]}')
     pack_folder(tmp_path)
@@ -209,7 +243,11 @@ def test_missing_inputs_and_empty_datasets_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         pack([tmp_path / "instances.json"], str(tmp_path / "absent"), str(tmp_path / "out"))
     with pytest.raises(ValueError, match="is a file; give --out a folder"):
-        pack([tmp_path / "instances.json"], str(tmp_path / "images"), str(tmp_path / "instances.json"))
+        pack(
+            [tmp_path / "instances.json"],
+            str(tmp_path / "images"),
+            str(tmp_path / "instances.json"),
+        )
 
 
 def test_image_and_category_ids_from_0_are_kept(tmp_path):
@@ -217,7 +255,9 @@ def test_image_and_category_ids_from_0_are_kept(tmp_path):
     noise_image().save(tmp_path / "images" / "0.jpg")
     images = [{"id": 0, "file_name": "0.jpg", "width": 40, "height": 30}]
     annotation = box_annotation(1, 0, category_id=0)
-    dataset = packed_coco(tmp_path, [annotation], images=images, categories=[{"id": 0, "name": "zero"}])
+    dataset = packed_coco(
+        tmp_path, [annotation], images=images, categories=[{"id": 0, "name": "zero"}]
+    )
     assert dataset.category_ids == (0,)
     assert dataset.coco()["annotations"][0]["image_id"] == 0
 
@@ -243,7 +283,9 @@ def test_every_kind_of_image_is_decoded_as_pillow_does(tmp_path, suffix, mode):
     images = [{"id": 1, "file_name": path.name, "width": 40, "height": 30}]
     dataset = packed_coco(tmp_path, [box_annotation(1)], images=images)
     row = dataset.row(0)
-    np.testing.assert_array_equal(decode(row.content, row.orientation).permute(1, 2, 0).numpy(), expected)
+    np.testing.assert_array_equal(
+        decode(row.content, row.orientation).permute(1, 2, 0).numpy(), expected
+    )
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -258,7 +300,9 @@ def test_exif_rotation_is_applied_where_the_json_has_the_turned_size(tmp_path, o
     images = [{"id": 1, "file_name": "1.png", "width": turned.width, "height": turned.height}]
     dataset = packed_coco(tmp_path, [box_annotation(1)], images=images)
     row = dataset.row(0)
-    np.testing.assert_array_equal(decode(row.content, row.orientation).permute(1, 2, 0).numpy(), np.asarray(turned))
+    np.testing.assert_array_equal(
+        decode(row.content, row.orientation).permute(1, 2, 0).numpy(), np.asarray(turned)
+    )
 
 
 def test_exif_rotation_is_left_where_the_json_has_the_bare_size(tmp_path):
@@ -269,7 +313,9 @@ def test_exif_rotation_is_left_where_the_json_has_the_bare_size(tmp_path):
     images = [{"id": 1, "file_name": "1.png", "width": 40, "height": 30}]
     row = packed_coco(tmp_path, [box_annotation(1)], images=images).row(0)
     expected = np.asarray(noise_image())
-    np.testing.assert_array_equal(decode(row.content, row.orientation).permute(1, 2, 0).numpy(), expected)
+    np.testing.assert_array_equal(
+        decode(row.content, row.orientation).permute(1, 2, 0).numpy(), expected
+    )
 
 
 def test_instances_and_keypoints_merge_by_annotation_id(tmp_path):
@@ -292,17 +338,23 @@ def test_instances_and_keypoints_merge_by_annotation_id(tmp_path):
 def test_files_that_contradict_each_other_are_refused(tmp_path):
     plain = write_coco(tmp_path, [box_annotation(1)], num_images=2)
     other = write_coco(tmp_path, [box_annotation(1, image_id=2)], num_images=2, name="other.json")
-    with pytest.raises(ValueError, match=r"other\.json: annotation 1: its image_id is 1 in another file and 2 here"):
+    with pytest.raises(
+        ValueError, match=r"other\.json: annotation 1: its image_id is 1 in another file and 2 here"
+    ):
         pack_folder(tmp_path, plain, other)
 
 
 def test_packing_again_changes_nothing(tmp_path):
     write_coco(tmp_path, [box_annotation(1)], num_images=3)
     assert not pack_folder(tmp_path).unchanged
-    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "packed").iterdir()}
+    before = {
+        path.name: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in (tmp_path / "packed").iterdir()
+    }
     assert pack_folder(tmp_path).unchanged
     assert before == {
-        path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "packed").iterdir()
+        path.name: (path.stat().st_mtime_ns, path.read_bytes())
+        for path in (tmp_path / "packed").iterdir()
     }
     write_coco(tmp_path, [box_annotation(2)], num_images=3)
     with pytest.raises(ValueError, match="holds a dataset packed from other inputs"):
@@ -339,7 +391,12 @@ def test_workers_write_the_same_bytes_and_the_same_first_error(tmp_path):
     write_coco(tmp_path, [box_annotation(n, n) for n in range(1, 7)], num_images=6)
     files = [tmp_path / "instances.json"]
     hashes = {
-        pack(files, str(tmp_path / "images"), str(tmp_path / f"out-{n}"), PackOptions("fail", 0.003, n)).manifest.hash
+        pack(
+            files,
+            str(tmp_path / "images"),
+            str(tmp_path / f"out-{n}"),
+            PackOptions("fail", 0.003, n),
+        ).manifest.hash
         for n in (1, 2)
     }
     assert len(hashes) == 1

@@ -63,8 +63,12 @@ def test_a_dataset_of_no_image_is_none(again, tmp_path):
     assert not (tmp_path / "out/manifest.json").exists()
 
 
-@pytest.mark.parametrize("damage", ["empty-note", "torn-note", "empty-index", "no-index", "damaged-shard"])
-def test_an_interrupted_packing_goes_on_past_what_a_crash_cut_short(again, tmp_path, monkeypatch, damage):
+@pytest.mark.parametrize(
+    "damage", ["empty-note", "torn-note", "empty-index", "no-index", "damaged-shard"]
+)
+def test_an_interrupted_packing_goes_on_past_what_a_crash_cut_short(
+    again, tmp_path, monkeypatch, damage
+):
     whole = again().manifest.hash
     shutil.rmtree(tmp_path / "out")
 
@@ -100,7 +104,12 @@ def test_what_the_manifest_cannot_keep_is_refused_before_any_work(shapes, tmp_pa
     text = json.dumps(coco | {"info": {"x": "HERE"}}).replace('"HERE"', value)
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"a\.json: info holds what JSON cannot keep"):
-        pack([tmp_path / "a.json"], str(shapes / "images/val"), str(tmp_path / "out"), PackOptions(on_error="skip"))
+        pack(
+            [tmp_path / "a.json"],
+            str(shapes / "images/val"),
+            str(tmp_path / "out"),
+            PackOptions(on_error="skip"),
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,9 @@ from pipelines.shards.schema import coco_rle
 
 def digest(folder: Path) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
+    return hashlib.sha256(
+        b"".join(path.name.encode() + path.read_bytes() for path in files)
+    ).hexdigest()
 
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path):
@@ -40,23 +42,33 @@ def test_it_is_what_it_says(shapes):
             assert rle_tools.area(rle) == annotation["area"] >= 10
             mask_x, mask_y, mask_w, mask_h = rle_tools.toBbox(rle)
             x, y, w, h = annotation["bbox"]  # a thin tip may cover no pixel
-            assert min(mask_x - x, mask_y - y, x + w - mask_x - mask_w, y + h - mask_y - mask_h) >= -1
+            assert (
+                min(mask_x - x, mask_y - y, x + w - mask_x - mask_w, y + h - mask_y - mask_h) >= -1
+            )
             assert mask_w * mask_h >= 0.6 * w * h
             assert ("keypoints" in annotation) == (annotation["category_id"] == 1)
-        persons = json.loads((shapes / "annotations" / f"person_keypoints_{split}.json").read_text())
+        persons = json.loads(
+            (shapes / "annotations" / f"person_keypoints_{split}.json").read_text()
+        )
         assert {a["category_id"] for a in persons["annotations"]} == {1}
 
 
 def test_there_are_overlaps_crowds_and_hidden_keypoints(tmp_path):
     synthesise(tmp_path, num_images=80, size=64, seed=0, keypoints=True)
-    annotations = json.loads((tmp_path / "annotations" / "instances_train.json").read_text())["annotations"]
+    annotations = json.loads((tmp_path / "annotations" / "instances_train.json").read_text())[
+        "annotations"
+    ]
     assert any(a["iscrowd"] for a in annotations)
-    assert sum(isinstance(a["segmentation"], dict) for a in annotations) > 5, "partly hidden objects"
+    assert sum(isinstance(a["segmentation"], dict) for a in annotations) > 5, (
+        "partly hidden objects"
+    )
     visibilities = [v for a in annotations for v in a.get("keypoints", [])[2::3]]
     assert {0, 1, 2} == set(visibilities)
 
 
-@pytest.mark.parametrize(("images", "size", "message"), [(1, 64, "--images is 1"), (5, 8, "--size is 8")])
+@pytest.mark.parametrize(
+    ("images", "size", "message"), [(1, 64, "--images is 1"), (5, 8, "--size is 8")]
+)
 def test_what_cannot_be_drawn_is_refused(tmp_path, images, size, message):
     with pytest.raises(ValueError, match=message):
         synthesise(tmp_path, num_images=images, size=size, seed=0)

@@ -29,10 +29,22 @@ def bucket() -> Iterator[str]:
 def test_a_dataset_in_a_gcs_bucket_is_packed_read_and_left_alone(bucket, shapes, tmp_path, capsys):
     uri = f"gs://anonymous@data/train{bucket}"
     annotations, images = shapes / "annotations/instances_train.json", shapes / "images/train"
-    command = ["data", "pack", "--annotations", str(annotations), "--images", str(images), "--out", uri]
+    command = [
+        "data",
+        "pack",
+        "--annotations",
+        str(annotations),
+        "--images",
+        str(images),
+        "--out",
+        uri,
+    ]
     told = []
     for _ in range(2):
-        assert run_app(app, [*command, "--shard-mib", "0.01", "--workers", "1", "--json"], "maskray") == 0
+        assert (
+            run_app(app, [*command, "--shard-mib", "0.01", "--workers", "1", "--json"], "maskray")
+            == 0
+        )
         told.append(json.loads(capsys.readouterr().out))
     local = open_dataset(str(shapes / "train"))
     assert [answer["unchanged"] for answer in told] == [False, True]

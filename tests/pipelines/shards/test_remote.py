@@ -95,13 +95,20 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
 def s3() -> Iterator[tuple[CuttingProxy, str]]:
     """The proxy before an empty S3, and the query of a URI that leads through it."""
     saved = dict(os.environ)
-    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     proxy = CuttingProxy(server.get_host_and_port())
     threading.Thread(target=proxy.serve_forever, daemon=True).start()
     try:
-        yield proxy, f"endpoint_override=127.0.0.1:{proxy.server_address[1]}&scheme=http&region=us-east-1"
+        yield (
+            proxy,
+            f"endpoint_override=127.0.0.1:{proxy.server_address[1]}&scheme=http&region=us-east-1",
+        )
     finally:
         proxy.shutdown()
         proxy.server_close()
@@ -114,7 +121,9 @@ def s3() -> Iterator[tuple[CuttingProxy, str]]:
 def bucket(s3, shapes):
     """A client and the URI of the training data in the bucket."""
     proxy, query = s3
-    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{proxy.server_address[1]}", region_name="us-east-1")
+    client = boto3.client(
+        "s3", endpoint_url=f"http://127.0.0.1:{proxy.server_address[1]}", region_name="us-east-1"
+    )
     client.create_bucket(Bucket="data")
     for path in (shapes / "train").iterdir():
         client.upload_file(str(path), "data", f"train/{path.name}")
@@ -148,7 +157,9 @@ def test_remote_data_streams_through_the_cache(bucket, shapes, tmp_path):
 def test_loaders_stream_from_s3_in_workers(bucket, shapes, tmp_path):
     dataset = open_dataset(bucket[1], str(tmp_path / "cache"))
     cfg = DataConfig(train="t", val="v", num_loader_workers=1)
-    stream = EvalLoader(cfg, dataset, ImageInput(short_side_px=32), batch_size=16, rank=0, world_size=1)
+    stream = EvalLoader(
+        cfg, dataset, ImageInput(short_side_px=32), batch_size=16, rank=0, world_size=1
+    )
     found = sorted(i for batch in stream for i in batch.sample_ids.tolist())
     stream.close()
     assert found == list(range(1, 41))
@@ -165,7 +176,14 @@ def test_after_staging_training_asks_the_store_for_nothing(restored, s3, shapes,
     dataset = open_dataset(restored, cache)
     s3[0].away = True
     cfg = DataConfig(train="t", val="v", short_sides_px=(32,), num_loader_workers=1)
-    fields = {"seed": 0, "global_batch": 8, "rank": 0, "world_size": 1, "max_images_per_forward": 8, "masks": True}
+    fields = {
+        "seed": 0,
+        "global_batch": 8,
+        "rank": 0,
+        "world_size": 1,
+        "max_images_per_forward": 8,
+        "masks": True,
+    }
     found, expected = TrainLoader(cfg, dataset, **fields), TrainLoader(cfg, local, **fields)
     for one, two in itertools.islice(zip(found, expected, strict=False), found.steps_per_epoch):
         assert torch.equal(one.batches[0].images, two.batches[0].images)
@@ -190,18 +208,24 @@ def test_a_store_that_stays_away_is_named(shapes, tmp_path, monkeypatch):
 
     monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.0)
     entry = open_dataset(str(shapes / "train")).manifest.shards[0]
-    with pytest.raises(RuntimeError, match=r"s3://x/shard-00000\.arrow: connection reset; tried 5 times"):
+    with pytest.raises(
+        RuntimeError, match=r"s3://x/shard-00000\.arrow: connection reset; tried 5 times"
+    ):
         Cache(str(tmp_path), 1).fetch(Gone("s3://x"), entry, as_path)
 
 
-def test_a_wrong_shard_is_fetched_twice_then_named_with_its_rows(restored, bucket, shapes, tmp_path):
+def test_a_wrong_shard_is_fetched_twice_then_named_with_its_rows(
+    restored, bucket, shapes, tmp_path
+):
     content = bytes(open_dataset(str(shapes / "train")).shard(2).content(1))
     whole = (shapes / "train" / SHARD).read_bytes()
     place = whole.index(content) + 40
     wrong = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
     bucket[0].put_object(Bucket="data", Key=f"train/{SHARD}", Body=wrong)
     dataset = open_dataset(restored, str(tmp_path / "cache"))
-    with pytest.raises(RuntimeError, match=r"shard-00002\.arrow \(row 1\): sha256 .* fetched 2 times"):
+    with pytest.raises(
+        RuntimeError, match=r"shard-00002\.arrow \(row 1\): sha256 .* fetched 2 times"
+    ):
         dataset.shard(2)
     assert len(list((tmp_path / "cache" / "quarantine").iterdir())) == 1
     [damage] = verify(restored).errors
@@ -219,7 +243,9 @@ def test_one_wrong_copy_is_put_aside_and_fetched_again(shapes, tmp_path):
                 also(b"noise on the line")
 
     manifest = open_dataset(str(shapes / "train")).manifest
-    path = Cache(str(tmp_path / "cache"), 1).fetch(OnceWrong(str(shapes / "train")), manifest.shards[0], as_path)
+    path = Cache(str(tmp_path / "cache"), 1).fetch(
+        OnceWrong(str(shapes / "train")), manifest.shards[0], as_path
+    )
     assert OnceWrong.calls == 2
     assert hashlib.sha256(path.read_bytes()).hexdigest() == manifest.shards[0].sha256
     assert len(list((tmp_path / "cache" / "quarantine").iterdir())) == 1
@@ -233,7 +259,10 @@ def test_packing_to_s3_gives_the_same_manifest_and_goes_on(bucket, s3, shapes):
     assert packed.manifest.hash == open_dataset(str(shapes / "val")).manifest.hash
     assert verify(out).errors == ()
     assert pack(files, str(shapes / "images" / "val"), out, options).unchanged
-    keys = [found["Key"] for found in bucket[0].list_objects_v2(Bucket="data", Prefix="packed")["Contents"]]
+    keys = [
+        found["Key"]
+        for found in bucket[0].list_objects_v2(Bucket="data", Prefix="packed")["Contents"]
+    ]
     assert not [key for key in keys if ".packing" in key]
 
 
@@ -289,7 +318,9 @@ def test_nothing_is_evicted_between_its_arrival_and_its_opening(tmp_path):
     store, entries = make_store(tmp_path / "store", 6)
     context = multiprocessing.get_context("fork")
     processes = [
-        context.Process(target=_open_at_random, args=(str(tmp_path / "cache"), store, entries, seed))
+        context.Process(
+            target=_open_at_random, args=(str(tmp_path / "cache"), store, entries, seed)
+        )
         for seed in range(3)
     ]
     for process in processes:
@@ -313,7 +344,10 @@ def test_staging_mends_a_copy_that_was_damaged_and_says_what_it_evicted(restored
     os.utime(cache / f"{'0' * 64}.arrow", (0, 0))
     copy.unlink()
     assert stage_datasets([open_dataset(restored, str(cache), (size + 500) / 2**30)]).evicted == 1
-    with pytest.raises(ValueError, match=r"s3://data/train: .* MiB in all, the cache holds 0\.\d+ MiB; give it more"):
+    with pytest.raises(
+        ValueError,
+        match=r"s3://data/train: .* MiB in all, the cache holds 0\.\d+ MiB; give it more",
+    ):
         stage_datasets([open_dataset(restored, str(cache), (size - 1) / 2**30)])
 
 
@@ -339,13 +373,18 @@ def test_two_processes_fetch_each_file_once(tmp_path):
     _, entries = make_store(tmp_path / "store", 8, 200_000)
     store = _Counting(str(tmp_path / "store"))
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_fetch_all, args=(str(tmp_path / "cache"), store, entries)) for _ in range(3)]
+    processes = [
+        context.Process(target=_fetch_all, args=(str(tmp_path / "cache"), store, entries))
+        for _ in range(3)
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
-    assert sorted((tmp_path / "store-downloads").read_text().split()) == sorted(entry.name for entry in entries)
+    assert sorted((tmp_path / "store-downloads").read_text().split()) == sorted(
+        entry.name for entry in entries
+    )
 
 
 def test_what_a_crash_left_half_fetched_is_fetched_anew(tmp_path):

@@ -180,7 +180,9 @@ def test_a_full_disk_under_the_spool_is_one_clear_error(spool):
 
     spool.close()
     spool._file = Full()
-    with pytest.raises(RuntimeError, match=r"no space left on .*spool while writing records\.jsonl; free some"):
+    with pytest.raises(
+        RuntimeError, match=r"no space left on .*spool while writing records\.jsonl; free some"
+    ):
         spool.append(metrics(1))
 
 
@@ -248,7 +250,9 @@ def test_a_run_killed_before_its_first_checkpoint_tells_every_window_once(tmp_pa
 def test_an_evaluation_that_was_told_before_a_kill_and_is_done_again_is_told_once(tmp_path):
     for attempt in (1, 2):
         spool = Spool(tmp_path / "spool")
-        journal = TrialJournal(spool, Storage(str(tmp_path)), attempt, 8, 8, 50, lambda progress: None)
+        journal = TrialJournal(
+            spool, Storage(str(tmp_path)), attempt, 8, 8, 50, lambda progress: None
+        )
         journal.restore(NOTHING, 4)
         journal.metrics(4, {"bbox/AP": 0.5})
         journal.close()
@@ -256,7 +260,9 @@ def test_an_evaluation_that_was_told_before_a_kill_and_is_done_again_is_told_onc
     assert [record["values"] for record in spool.records()] == [{"bbox/AP": 0.5}]
 
 
-def test_what_was_told_while_a_checkpoint_was_written_is_told_once_after_the_spool_is_lost(tmp_path):
+def test_what_was_told_while_a_checkpoint_was_written_is_told_once_after_the_spool_is_lost(
+    tmp_path,
+):
     def journal_in(name: str) -> tuple[Spool, TrialJournal]:
         spool = Spool(tmp_path / name)
         return spool, TrialJournal(spool, Storage(str(tmp_path)), 1, 8, 8, 2, lambda progress: None)

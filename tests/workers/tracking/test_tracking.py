@@ -25,7 +25,9 @@ from workers.trial.storage import Storage
 
 
 def target(uri: str, folder: Path, trial: str = "t-1") -> MLflowTarget:
-    return MLflowTarget(MLflowTracking(uri=uri, experiment="study"), trial, "arm/seed-0", Storage(str(folder)))
+    return MLflowTarget(
+        MLflowTracking(uri=uri, experiment="study"), trial, "arm/seed-0", Storage(str(folder))
+    )
 
 
 def history(uri: str, name: str = "loss") -> list[tuple[int, float]]:
@@ -41,7 +43,9 @@ def test_a_second_process_continues_the_run_and_drops_what_it_holds(tmp_path, st
     first = target(store, tmp_path)
     first.send([metrics(1), metrics(2), {"kind": "params", "values": {"a.b": "1"}}])
     again = target(store, tmp_path)
-    again.send([{**metrics(2), "at": 9999}, metrics(3), {"kind": "status", "at": 5, "status": "FINISHED"}])
+    again.send(
+        [{**metrics(2), "at": 9999}, metrics(3), {"kind": "status", "at": 5, "status": "FINISHED"}]
+    )
     assert again.run_id == first.run_id
     assert history(store) == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
 
@@ -58,7 +62,9 @@ def test_values_that_mlflow_refuses_are_told_apart_from_a_dead_server(tmp_path, 
 
 
 def attempt_of(folder: Path, number: int, tracking: Tracking) -> RunSpec:
-    return RunSpec(run=small_run(), storage=str(folder), trial="t-1", attempt=number, tracking=tracking)
+    return RunSpec(
+        run=small_run(), storage=str(folder), trial="t-1", attempt=number, tracking=tracking
+    )
 
 
 def tell(spec: RunSpec, step: int) -> None:
@@ -69,23 +75,33 @@ def tell(spec: RunSpec, step: int) -> None:
     scribe.finish(Outcome(state="done", step=step))
 
 
-def test_a_run_first_trained_without_a_tracker_sends_that_part_once_it_has_one(tmp_path, empty_store, capsys):
+def test_a_run_first_trained_without_a_tracker_sends_that_part_once_it_has_one(
+    tmp_path, empty_store, capsys
+):
     own = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'own.db')}"
     tell(attempt_of(tmp_path, 1, NoTracking()), 1)
     assert not (tmp_path / "spool/cursor.json").exists()
     assert "warning" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="its run has no tracker; resume it with one"):
         sync(str(tmp_path))
-    scribe = Scribe(attempt_of(tmp_path, 2, MLflowTracking(uri=own, experiment="study")), Storage(str(tmp_path)), print)
+    scribe = Scribe(
+        attempt_of(tmp_path, 2, MLflowTracking(uri=own, experiment="study")),
+        Storage(str(tmp_path)),
+        print,
+    )
     scribe.journal.metrics(2, {"loss": 0.5})
     assert scribe.flush()
     scribe.finish(Outcome(state="done", step=2))
     assert history(own) == [(1, 1.0), (2, 0.5)]
 
 
-def test_an_attempt_without_a_tracker_leaves_its_records_to_the_tracker_before(tmp_path, empty_store, capsys):
+def test_an_attempt_without_a_tracker_leaves_its_records_to_the_tracker_before(
+    tmp_path, empty_store, capsys
+):
     own = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'own.db')}"
-    spool, _ = open_spool(attempt_of(tmp_path, 1, MLflowTracking(uri=own, experiment="study")), Storage(str(tmp_path)))
+    spool, _ = open_spool(
+        attempt_of(tmp_path, 1, MLflowTracking(uri=own, experiment="study")), Storage(str(tmp_path))
+    )
     spool.append(metrics(1))  # and its tracker was dead
     spool.close()
     tell(attempt_of(tmp_path, 2, NoTracking()), 2)
@@ -95,7 +111,11 @@ def test_an_attempt_without_a_tracker_leaves_its_records_to_the_tracker_before(t
 
 
 def test_config_becomes_dotted_params_within_the_limits():
-    assert flattened({"a": {"b": {"c": 1}, "d": {}}, "e": "x" * 7000}) == {"a.b.c": "1", "a.d": "{}", "e": "x" * 6000}
+    assert flattened({"a": {"b": {"c": 1}, "d": {}}, "e": "x" * 7000}) == {
+        "a.b.c": "1",
+        "a.d": "{}",
+        "e": "x" * 6000,
+    }
 
 
 class Server:
@@ -110,12 +130,26 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+        ]
         command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder}/server.db"]
         command += ["--artifacts-destination", str(self._folder / "artifacts")]
         with (self._folder / "server.log").open("ab") as log:
-            environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # starts sooner
-            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+            environment = {
+                **os.environ,
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            }  # starts sooner
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
         until = time.monotonic() + 240
         while time.monotonic() < until:
             try:

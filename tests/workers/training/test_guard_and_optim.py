@@ -46,7 +46,9 @@ def test_rolling_back_skips_the_window_or_lowers_the_rate():
     now = GuardState(mean=9.0, seen=60, rollbacks=1, rate=0.5, skipped=10)
     saved = GuardState(mean=1.0, seen=40, skipped=10)
     assert rolled_back(Guard(), saved, now, 40, 60) == GuardState(1.0, 40, 2, 0.5, 30, 40)
-    assert rolled_back(Guard(action="lower_rate"), saved, now, 40, 60) == GuardState(1.0, 40, 2, 0.25, 10, 40)
+    assert rolled_back(Guard(action="lower_rate"), saved, now, 40, 60) == GuardState(
+        1.0, 40, 2, 0.25, 10, 40
+    )
 
 
 class Exploding(FakeDetector):
@@ -75,11 +77,14 @@ def test_the_loop_rolls_back_skips_the_window_and_says_so(tmp_path):
 @pytest.mark.parametrize(("keep", "places"), [(3, [8, 4]), (1, [8, 8])])
 def test_a_checkpoint_that_leads_astray_again_is_left_for_the_one_before(tmp_path, keep, places):
     run = small_run(keep_checkpoints=keep, guard={"max_rollbacks": 2})
-    trial = fake_trial(tmp_path, run, detector=Exploding({8, 10}))  # 8 and 9 are passed over, then comes 10
+    trial = fake_trial(
+        tmp_path, run, detector=Exploding({8, 10})
+    )  # 8 and 9 are passed over, then comes 10
     assert (trial.ending.state, trial.state.guard.rollbacks) == ("done", 2)
-    assert [event.text.rpartition("back to step ")[2].partition(",")[0] for event in trial.journal.events] == [
-        str(place) for place in places
-    ]
+    assert [
+        event.text.rpartition("back to step ")[2].partition(",")[0]
+        for event in trial.journal.events
+    ] == [str(place) for place in places]
 
 
 def test_the_best_score_outlives_a_rollback(tmp_path):
@@ -88,8 +93,14 @@ def test_the_best_score_outlives_a_rollback(tmp_path):
         return Scores({"bbox/AP": now.best}, {}, {})
 
     run = small_run(eval_every_steps=4)
-    trial = fake_trial(tmp_path, run, detector=Exploding({5}), evaluate=evaluate)  # back to 4, saved before its score
-    assert (trial.state.guard.rollbacks, trial.state.guard.returned_to, trial.state.best) == (1, 4, 0.9)
+    trial = fake_trial(
+        tmp_path, run, detector=Exploding({5}), evaluate=evaluate
+    )  # back to 4, saved before its score
+    assert (trial.state.guard.rollbacks, trial.state.guard.returned_to, trial.state.best) == (
+        1,
+        4,
+        0.9,
+    )
 
 
 class BreakingGradients(Exploding):
@@ -107,11 +118,18 @@ class BreakingGradients(Exploding):
 
 @pytest.mark.parametrize("bad", [2, 3])  # 3 is the last batch before a checkpoint
 def test_gradients_that_are_not_finite_roll_back_and_reach_no_checkpoint(tmp_path, bad):
-    trial = fake_trial(tmp_path, small_run(log_every_steps=4, keep_checkpoints=9), detector=BreakingGradients({bad}))
+    trial = fake_trial(
+        tmp_path,
+        small_run(log_every_steps=4, keep_checkpoints=9),
+        detector=BreakingGradients({bad}),
+    )
     assert (trial.ending.state, trial.state.guard.rollbacks) == ("done", 1)
     [event] = trial.journal.events
     assert (event.step, "gradient norm nan" in event.text) == (bad + 1, True)
-    saved = [torch.load(path, weights_only=True)["detector"] for path in tmp_path.glob("checkpoints/*/state.pt")]
+    saved = [
+        torch.load(path, weights_only=True)["detector"]
+        for path in tmp_path.glob("checkpoints/*/state.pt")
+    ]
     assert len(saved) == 3
     assert all(torch.isfinite(value).all() for weights in saved for value in weights.values())
 
@@ -124,12 +142,18 @@ def test_with_fp16_gradients_that_are_not_finite_are_left_to_the_scaler():
 
 def test_a_loss_that_was_never_good_begins_again_from_the_start(tmp_path):
     trial = fake_trial(tmp_path, small_run(), detector=Exploding({0}))
-    assert (trial.ending.state, trial.state.guard.rollbacks, trial.state.guard.skipped) == ("done", 1, 2)
+    assert (trial.ending.state, trial.state.guard.rollbacks, trial.state.guard.skipped) == (
+        "done",
+        1,
+        2,
+    )
 
 
 def test_the_guard_gives_up_with_step_samples_and_losses(tmp_path):
     run = small_run(guard={"max_rollbacks": 2})
-    with pytest.raises(DivergedError, match=r"step 5 after 2 rollbacks .*common nan.*sample ids \[800"):
+    with pytest.raises(
+        DivergedError, match=r"step 5 after 2 rollbacks .*common nan.*sample ids \[800"
+    ):
         fake_trial(tmp_path, run, detector=Exploding(set(range(5, 40))))
 
 
@@ -141,9 +165,13 @@ def test_step_schedule_warms_up_and_drops():
 
 def test_cosine_and_one_cycle_meet_their_ends():
     cosine = CosineSchedule(warmup_steps=0, final_factor=0.1)
-    assert [rate_factor(cosine, step, 100) for step in (0, 50, 100)] == pytest.approx([1, 0.55, 0.1])
+    assert [rate_factor(cosine, step, 100) for step in (0, 50, 100)] == pytest.approx(
+        [1, 0.55, 0.1]
+    )
     cycle = OneCycle(rise=0.25, start_factor=0.04, final_factor=0.0)
-    assert [rate_factor(cycle, step, 400) for step in (0, 50, 100, 250, 400)] == pytest.approx([0.04, 0.52, 1, 0.5, 0])
+    assert [rate_factor(cycle, step, 400) for step in (0, 50, 100, 250, 400)] == pytest.approx(
+        [0.04, 0.52, 1, 0.5, 0]
+    )
 
 
 def test_the_rate_scales_with_the_batch_only_on_request():
@@ -151,7 +179,9 @@ def test_the_rate_scales_with_the_batch_only_on_request():
     assert base_rate(SGD(lr=0.02, lr_batch=16), 4) == pytest.approx(0.005)
 
 
-@pytest.mark.parametrize("cfg", [SGD(weight_decay=0.1, norm_weight_decay=0.0), AdamW(weight_decay=0.1)])
+@pytest.mark.parametrize(
+    "cfg", [SGD(weight_decay=0.1, norm_weight_decay=0.0), AdamW(weight_decay=0.1)]
+)
 def test_normalisation_layers_have_a_decay_of_their_own(cfg):
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
     module[0].bias.requires_grad_(False)
@@ -165,5 +195,7 @@ class Greedy(FakeDetector):
 
 
 def test_running_out_of_memory_names_the_shapes_and_what_to_change(tmp_path):
-    with pytest.raises(RuntimeError, match=r"images of 6x3x8x8; lower loop\.max_images_per_forward"):
+    with pytest.raises(
+        RuntimeError, match=r"images of 6x3x8x8; lower loop\.max_images_per_forward"
+    ):
         fake_trial(tmp_path, small_run(), detector=Greedy())

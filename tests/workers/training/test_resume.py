@@ -85,7 +85,10 @@ def test_a_stop_request_checkpoints_and_the_next_start_resumes_to_the_same_bits(
     run = small_run()
     stop = StopRequest()
     stopped = fake_trial(
-        tmp_path / "stopped", run, stop=stop, visit=lambda now: stop.ask("stopped") if now == 5 else None
+        tmp_path / "stopped",
+        run,
+        stop=stop,
+        visit=lambda now: stop.ask("stopped") if now == 5 else None,
     )
     assert (stopped.ending.state, stopped.state.step) == ("stopped", 6)
     assert run_ranks(go_on, 1, tmp_path / "stopped", run, 2) == [whole]

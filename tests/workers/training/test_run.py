@@ -25,11 +25,23 @@ from tests.workers.ranks import run_ranks
 from workers.sync import sync
 from workers.train import next_attempt
 from workers.training.build import eval_loader, initial_detector, open_datasets
-from workers.training.evaluate import best_metric, evaluate_detector, metric_names, result_kinds, score
+from workers.training.evaluate import (
+    best_metric,
+    evaluate_detector,
+    metric_names,
+    result_kinds,
+    score,
+)
 from workers.training.run import _open, run_trial
 from workers.training.state import check_same_training
 from workers.training.world import World
-from workers.trial.causes import cause_of, classify, exit_status, explain_out_of_memory, most_telling
+from workers.trial.causes import (
+    cause_of,
+    classify,
+    exit_status,
+    explain_out_of_memory,
+    most_telling,
+)
 from workers.trial.checkpoints import CheckpointStore, FencedError
 from workers.trial.stop import StopRequest, files_asking
 from workers.trial.storage import Storage
@@ -47,7 +59,9 @@ def run_of(packed: tuple[str, str], **overrides: Any) -> RunConfig:
         "model.inference.score_threshold": 0.0,
         "model.inference.detections_per_image": 5,
     }
-    return tiny_run({**base, **{name.replace("__", "."): value for name, value in overrides.items()}}, *packed)
+    return tiny_run(
+        {**base, **{name.replace("__", "."): value for name, value in overrides.items()}}, *packed
+    )
 
 
 def spec_of(folder: Path, run: RunConfig, **fields: Any) -> RunSpec:
@@ -70,18 +84,31 @@ def test_a_trial_leaves_its_files_and_tells_mlflow_everything(tmp_path, packed, 
     run = run_of(packed, model__mask__loss__kind="softmax", loop__eval_every_steps=2)
     tracking = MLflowTracking(uri=store, experiment="whole", step_metrics_every=2)
     spec = spec_of(
-        tmp_path, run, tracking=tracking, arm={"masks": "softmax"}, tags={"maskray.code": "abc"}, study_yaml="name: s\n"
+        tmp_path,
+        run,
+        tracking=tracking,
+        arm={"masks": "softmax"},
+        tags={"maskray.code": "abc"},
+        study_yaml="name: s\n",
     )
     outcome = go(spec)
     assert (outcome.state, outcome.step, outcome.error) == ("done", 4, "")
     result = Result.model_validate_json((tmp_path / "result.json").read_text())
     kinds = ("bbox", "segm", "segm-argmax", "segm-probability", "segm-versus_background")
-    assert {f"{kind}/AP" for kind in kinds} | {"images_per_s", "data_wait_fraction", "train_seconds"} <= set(
-        result.metrics
-    )
+    assert {f"{kind}/AP" for kind in kinds} | {
+        "images_per_s",
+        "data_wait_fraction",
+        "train_seconds",
+    } <= set(result.metrics)
     assert result.metrics["segm/AP"] == result.metrics["segm-argmax/AP"]
     assert all((tmp_path / path).exists() for path in result.artifacts.values())
-    assert set(result.artifacts) >= {"detections/bbox", "detections/segm", "picture/last", "weights/last", "series"}
+    assert set(result.artifacts) >= {
+        "detections/bbox",
+        "detections/segm",
+        "picture/last",
+        "weights/last",
+        "series",
+    }
     assert pq.read_table(tmp_path / "artifacts/series.parquet")["step"].to_pylist() == [1, 2, 3, 4]
     assert len(list((tmp_path / "artifacts/pictures").glob("*.png"))) == 2
     detections = json.loads((tmp_path / "artifacts/detections/segm.json").read_text())
@@ -94,12 +121,22 @@ def test_a_trial_leaves_its_files_and_tells_mlflow_everything(tmp_path, packed, 
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["model.roi.kind"] == "align"
     assert tracked.data.params["optimiser.lr"] == "0.001"
-    wanted = {"maskray.trial": "t-1", "maskray.arm.masks": "softmax", "maskray.seed": "0", "maskray.code": "abc"}
+    wanted = {
+        "maskray.trial": "t-1",
+        "maskray.arm.masks": "softmax",
+        "maskray.seed": "0",
+        "maskray.code": "abc",
+    }
     assert wanted.items() <= tracked.data.tags.items()
     assert len(tracked.data.tags["maskray.manifest.train"]) == 64
     for name in ("loss", "loss/mask", "lr", "grad_norm", "images_per_s", "data_wait_fraction"):
         assert [m.step for m in client.get_metric_history(tracked.info.run_id, name)] == [2, 4]
-    assert {"bbox/AP", "segm/AP", "segm-argmax/AP", "system/rank-0/memory_gib"} <= tracked.data.metrics.keys()
+    assert {
+        "bbox/AP",
+        "segm/AP",
+        "segm-argmax/AP",
+        "system/rank-0/memory_gib",
+    } <= tracked.data.metrics.keys()
     assert any(name.startswith("segm/AP/") for name in tracked.data.metrics)
     artifacts = {a.path for a in client.list_artifacts(tracked.info.run_id)}
     assert artifacts >= {
@@ -117,7 +154,9 @@ def test_a_diverging_trial_fails_with_its_reason_in_outcome_and_mlflow(tmp_path,
     outcome = go(spec_of(tmp_path, run, tracking=MLflowTracking(uri=store, experiment="diverged")))
     assert (outcome.state, outcome.error_class, exit_status(outcome)) == ("failed", "diverged", 77)
     assert "sample ids" in outcome.error
-    assert Outcome.model_validate_json((tmp_path / "attempts/1/outcome.json").read_text()) == outcome
+    assert (
+        Outcome.model_validate_json((tmp_path / "attempts/1/outcome.json").read_text()) == outcome
+    )
     _, tracked = mlflow_run(store, "diverged")
     assert tracked.info.status == "FAILED"
     assert tracked.data.tags["maskray.error"] == outcome.error
@@ -126,20 +165,37 @@ def test_a_diverging_trial_fails_with_its_reason_in_outcome_and_mlflow(tmp_path,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"model__num_classes": 80}, r"model.num_classes is 80, .* has 4 categories .* set model.num_classes=4"),
-        ({"data__train": "/nowhere/at/all"}, r"/nowhere/at/all: no manifest.json there; pack the data"),
+        (
+            {"model__num_classes": 80},
+            r"model.num_classes is 80, .* has 4 categories .* set model.num_classes=4",
+        ),
+        (
+            {"data__train": "/nowhere/at/all"},
+            r"/nowhere/at/all: no manifest.json there; pack the data",
+        ),
         ({"data__filter__categories": ["unicorn"]}, "unicorn"),
-        ({"loop__best_metric": "segm/APP"}, "loop.best_metric: this model has no metric 'segm/APP'; .* 'segm/AP'"),
+        (
+            {"loop__best_metric": "segm/APP"},
+            "loop.best_metric: this model has no metric 'segm/APP'; .* 'segm/AP'",
+        ),
         ({"loop__best_metric": "keypoints/AP"}, "this model has no metric 'keypoints/AP'"),
-        ({"model__weights__kind": "file", "model__weights__path": "/no/w.pt"}, "path /no/w.pt: there is no such file"),
+        (
+            {"model__weights__kind": "file", "model__weights__path": "/no/w.pt"},
+            "path /no/w.pt: there is no such file",
+        ),
     ],
 )
-def test_what_a_person_got_wrong_is_one_line_and_status_2(tmp_path, packed, overrides, message, capsys):
+def test_what_a_person_got_wrong_is_one_line_and_status_2(
+    tmp_path, packed, overrides, message, capsys
+):
     outcome = go(spec_of(tmp_path, run_of(packed, **overrides)))
     assert (outcome.state, outcome.error_class, exit_status(outcome)) == ("failed", "person", 2)
     assert re.search(message, outcome.error), outcome.error
     assert capsys.readouterr().out == f"rank 0 ends: {outcome.error}\n"
-    assert "Traceback" in json.loads((tmp_path / "attempts/1/rank-0.cause.json").read_text())["details"]
+    assert (
+        "Traceback"
+        in json.loads((tmp_path / "attempts/1/rank-0.cause.json").read_text())["details"]
+    )
     assert "\n" not in outcome.error
 
 
@@ -158,13 +214,17 @@ def test_the_best_weights_are_chosen_by_a_metric_that_the_model_has(packed, over
 def test_the_metrics_that_a_model_has_are_those_that_its_evaluation_finds(packed):
     run = run_of(packed, model__mask__loss__kind="softmax")
     _, data = open_datasets(run, "")
-    assert list(score(data, {kind: [] for kind in result_kinds(run.model)}).metrics) == metric_names(run.model)
+    assert list(
+        score(data, {kind: [] for kind in result_kinds(run.model)}).metrics
+    ) == metric_names(run.model)
 
 
 def test_data_of_another_schema_is_one_line_and_status_2(tmp_path, packed):
     text = (Path(packed[0]) / "manifest.json").read_text()
     version = json.loads(text)["schema_version"]
-    (tmp_path / "manifest.json").write_text(json.dumps({**json.loads(text), "schema_version": version + 1}))
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({**json.loads(text), "schema_version": version + 1})
+    )
     outcome = go(spec_of(tmp_path / "out", run_of(packed, data__train=str(tmp_path))))
     assert exit_status(outcome) == 2, outcome
     assert f"schema {version + 1}, this version reads {version}" in outcome.error
@@ -176,11 +236,15 @@ def test_a_shard_that_is_gone_is_named(tmp_path, packed):
         shard.unlink()
     outcome = go(spec_of(tmp_path / "out", run_of(packed, data__train=str(data))))
     assert outcome.state == "failed"
-    assert re.search(r"shard.*(no such file|not there|gone|missing)", outcome.error, re.IGNORECASE), outcome.error
+    assert re.search(
+        r"shard.*(no such file|not there|gone|missing)", outcome.error, re.IGNORECASE
+    ), outcome.error
     assert "\n" not in outcome.error
 
 
-def test_a_stop_file_ends_the_trial_with_a_checkpoint_and_the_next_attempt_resumes(tmp_path, packed):
+def test_a_stop_file_ends_the_trial_with_a_checkpoint_and_the_next_attempt_resumes(
+    tmp_path, packed
+):
     storage, stop = Storage(str(tmp_path)), StopRequest()
     storage.write("stop", b"")
     with files_asking(stop, storage, 1, lambda: False, print):
@@ -209,7 +273,11 @@ def test_an_older_attempt_is_fenced_and_writes_no_result(tmp_path, packed, capsy
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize(
@@ -219,31 +287,49 @@ def files_below(folder: Path) -> dict[str, bytes]:
         ({"data__train": "/nowhere/at/all"}, "/nowhere/at/all: no manifest.json"),
     ],
 )
-def test_a_refused_attempt_leaves_the_folder_to_the_one_that_trains_in_it(tmp_path, packed, overrides, message):
-    assert go(spec_of(tmp_path, run_of(packed, loop__steps=100_000)), asked_at_once()).state == "preempted"
+def test_a_refused_attempt_leaves_the_folder_to_the_one_that_trains_in_it(
+    tmp_path, packed, overrides, message
+):
+    assert (
+        go(spec_of(tmp_path, run_of(packed, loop__steps=100_000)), asked_at_once()).state
+        == "preempted"
+    )
     before = files_below(tmp_path)
     refused = go(spec_of(tmp_path, run_of(packed, loop__steps=100_000, **overrides), attempt=2))
     assert (refused.error_class, message in refused.error) == ("person", True), refused.error
     after = files_below(tmp_path)
-    assert {name: data for name, data in after.items() if not name.startswith("attempts/2/")} == before
+    assert {
+        name: data for name, data in after.items() if not name.startswith("attempts/2/")
+    } == before
     assert next_attempt(Storage(str(tmp_path)))[0] == 3
 
 
 @pytest.mark.parametrize("missing", ["train", "val"])
-def test_proposals_that_lack_an_image_are_refused_before_the_folder_is_taken(tmp_path, packed, missing):
-    given = {name: open_dataset(uri).image_ids().tolist() for name, uri in zip(("train", "val"), packed, strict=True)}
+def test_proposals_that_lack_an_image_are_refused_before_the_folder_is_taken(
+    tmp_path, packed, missing
+):
+    given = {
+        name: open_dataset(uri).image_ids().tolist()
+        for name, uri in zip(("train", "val"), packed, strict=True)
+    }
     gone = min(given[missing])
     boxes, scores = np.array([[0, 0, 8, 8]], np.float32), np.ones(1, np.float32)
     uri = str(tmp_path / "proposals.arrow")
     write_proposals(uri, [(i, boxes, scores) for i in {*given["train"], *given["val"]} - {gone}])
     out = tmp_path / "out"
-    refused = go(spec_of(out, run_of(packed, model__proposals__kind="fixed", model__proposals__uri=uri)))
+    refused = go(
+        spec_of(out, run_of(packed, model__proposals__kind="fixed", model__proposals__uri=uri))
+    )
     pattern = rf"{uri}: no proposals for 1 of \d+ images, the first is {gone}; .*maskray proposals"
-    assert (refused.error_class, bool(re.search(pattern, refused.error))) == ("person", True), refused.error
+    assert (refused.error_class, bool(re.search(pattern, refused.error))) == ("person", True), (
+        refused.error
+    )
     assert not (out / "checkpoints").exists()
 
 
-def test_a_run_whose_result_cannot_be_written_is_finished_for_nobody(tmp_path, packed, store, monkeypatch):
+def test_a_run_whose_result_cannot_be_written_is_finished_for_nobody(
+    tmp_path, packed, store, monkeypatch
+):
     write = Storage.write
 
     def full(self: Storage, path: str, data: bytes) -> None:
@@ -252,7 +338,11 @@ def test_a_run_whose_result_cannot_be_written_is_finished_for_nobody(tmp_path, p
         write(self, path, data)
 
     monkeypatch.setattr(Storage, "write", full)
-    outcome = go(spec_of(tmp_path, run_of(packed), tracking=MLflowTracking(uri=store, experiment="full disk")))
+    outcome = go(
+        spec_of(
+            tmp_path, run_of(packed), tracking=MLflowTracking(uri=store, experiment="full disk")
+        )
+    )
     assert (outcome.state, "No space left" in outcome.error) == ("failed", True)
     _, tracked = mlflow_run(store, "full disk")
     assert (tracked.info.status, tracked.data.tags["maskray.state"]) == ("FAILED", "failed")
@@ -268,7 +358,9 @@ def test_other_data_at_the_same_path_is_not_resumed_on(tmp_path, packed, name):
     shutil.copytree(packed[("val", "train").index(name)], place)
     refused = go(spec_of(tmp_path / "out", run, attempt=2))
     pattern = rf"data\.{name}: {place} is other data .*manifest [0-9a-f]{{12}} then, [0-9a-f]{{12}} now.*new folder"
-    assert (refused.error_class, bool(re.search(pattern, refused.error))) == ("person", True), refused.error
+    assert (refused.error_class, bool(re.search(pattern, refused.error))) == ("person", True), (
+        refused.error
+    )
 
 
 def test_a_checkpoint_without_hashes_of_its_data_is_resumed_from(packed):
@@ -278,7 +370,9 @@ def test_a_checkpoint_without_hashes_of_its_data_is_resumed_from(packed):
 
 def test_what_one_rank_finds_wrong_is_refused_by_all_before_the_folder_is_taken(tmp_path, packed):
     outcomes = run_ranks(no_data_on_rank_1, 2, spec_of(tmp_path, run_of(packed), ranks=2))
-    assert [(outcome.error_class, outcome.error) for outcome in outcomes] == [("person", "no data on this node")] * 2
+    assert [(outcome.error_class, outcome.error) for outcome in outcomes] == [
+        ("person", "no data on this node")
+    ] * 2
     assert not (tmp_path / "checkpoints").exists()
     assert not (tmp_path / "spool").exists()
 
@@ -298,7 +392,9 @@ def test_a_trial_on_an_object_store_keeps_there_what_a_dead_tracker_could_not_be
     tmp_path, packed, store, s3_uri, monkeypatch
 ):
     dead = MLflowTracking(uri="http://127.0.0.1:9", experiment="remote", step_metrics_every=2)
-    outcome = go(RunSpec(run=run_of(packed), storage=s3_uri, trial="t-2", tracking=dead, cache=str(tmp_path)))
+    outcome = go(
+        RunSpec(run=run_of(packed), storage=s3_uri, trial="t-2", tracking=dead, cache=str(tmp_path))
+    )
     assert (outcome.state, outcome.error) == ("done", "")
     remote = Storage(s3_uri)
     assert Result.model_validate_json(remote.read("result.json")).step == 4
@@ -312,11 +408,17 @@ def test_a_trial_on_an_object_store_keeps_there_what_a_dead_tracker_could_not_be
 
 
 @pytest.mark.parametrize(("rank", "told"), [(0, 1), (1, 0)])
-def test_a_precision_that_the_cpu_imitates_is_told_once(tmp_path, packed, monkeypatch, capsys, rank, told):
+def test_a_precision_that_the_cpu_imitates_is_told_once(
+    tmp_path, packed, monkeypatch, capsys, rank, told
+):
     monkeypatch.setattr("workers.training.step._cpu_computes_in", lambda precision: False)
     spec = spec_of(tmp_path, run_of(packed, loop__precision="bf16", loop__global_batch=2))
     with pytest.raises(ValueError, match="for 3 ranks"):  # what is looked at next
-        _open(spec, World(rank, 3, torch.device("cpu")), CheckpointStore(Storage(str(tmp_path)), 1, 2, print))
+        _open(
+            spec,
+            World(rank, 3, torch.device("cpu")),
+            CheckpointStore(Storage(str(tmp_path)), 1, 2, print),
+        )
     assert capsys.readouterr().out.count("warning: loop.precision: this CPU imitates bf16") == told
 
 
@@ -329,7 +431,9 @@ def test_the_score_of_three_ranks_is_that_of_one_to_the_bit(packed):
 
 def scores(world: World, run: RunConfig) -> tuple[Any, ...]:
     _, data = open_datasets(run, "")
-    found = evaluate_detector(run.model, initial_detector(run), eval_loader(run, data, world), world)
+    found = evaluate_detector(
+        run.model, initial_detector(run), eval_loader(run, data, world), world
+    )
     assert found is not None
     ordered = {kind: sorted(results, key=str) for kind, results in found.results.items()}
     return found.metrics, ordered, found.per_class

@@ -28,12 +28,16 @@ from workers.training.world import World
 def step_of(world: World, state: TrainState, batches: Any) -> dict[str, Any]:
     """Global losses and the gradients of one step, reduced over the ranks."""
     module = distributed(LossSums(state.detector), world)
-    gradients = accumulate_gradients(module, batches, state.run.loop, world, state.scaler, (0.0, 1.0))
+    gradients = accumulate_gradients(
+        module, batches, state.run.loop, world, state.scaler, (0.0, 1.0)
+    )
     losses = world.sum(gradients.losses_T.clone()).tolist()
     return {
         "losses": dict(zip(gradients.names, losses, strict=True)),
         "flags": gradients.flags.tolist(),
-        "gradients": {n: p.grad.clone() for n, p in state.detector.named_parameters() if p.grad is not None},
+        "gradients": {
+            n: p.grad.clone() for n, p in state.detector.named_parameters() if p.grad is not None
+        },
     }
 
 
@@ -50,21 +54,35 @@ def real_steps(world: World, run: RunConfig, until: int) -> list[dict[str, Any]]
     steps = [step_of(world, state, next(iter(train_loader_opener(run, data, world)(0))).batches)]
     state.optimiser.zero_grad()
     for _ in range(until):
-        accumulate_gradients(LossSums(state.detector), next(alone_loader).batches, run.loop, alone(), state.scaler, ())
+        accumulate_gradients(
+            LossSums(state.detector),
+            next(alone_loader).batches,
+            run.loop,
+            alone(),
+            state.scaler,
+            (),
+        )
         apply_gradients(state.trained, state.optimiser, state.scaler, 1e-3, 0.0)
-    return [*steps, step_of(world, state, next(iter(train_loader_opener(run, data, world)(until))).batches)]
+    return [
+        *steps,
+        step_of(world, state, next(iter(train_loader_opener(run, data, world)(until))).batches),
+    ]
 
 
 def assert_same_step(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5, abs=1e-6)
     for name, gradient in wanted["gradients"].items():
-        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            found["gradients"][name], gradient, rtol=1e-4, atol=1e-5, msg=name
+        )
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 4])
 def test_accumulating_chunks_gives_the_step_of_the_whole_batch(chunk):
     whole = fake_step(alone(), small_run(global_batch=7))
-    assert_same_step(fake_step(alone(), small_run(global_batch=7, max_images_per_forward=chunk)), whole)
+    assert_same_step(
+        fake_step(alone(), small_run(global_batch=7, max_images_per_forward=chunk)), whole
+    )
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

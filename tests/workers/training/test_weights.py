@@ -56,9 +56,15 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     ("data", "reason"),
     [
         ([1], "holds list, not a state dict"),
-        ({3: torch.ones(1)}, "its entry 3 is not a name with a tensor; save the model's state_dict"),
+        (
+            {3: torch.ones(1)},
+            "its entry 3 is not a name with a tensor; save the model's state_dict",
+        ),
         ({"net": ONE, "epoch": 3}, "its entry 'net' is not a name with a tensor"),
-        ({"a": torch.ones(1), "b": torch.tensor([1.0, torch.nan])}, "'b' holds values that are not finite"),
+        (
+            {"a": torch.ones(1), "b": torch.tensor([1.0, torch.nan])},
+            "'b' holds values that are not finite",
+        ),
         ({"a": torch.tensor([torch.inf])}, "'a' holds values that are not finite"),
     ],
 )
@@ -111,13 +117,22 @@ def test_another_file_under_the_released_ones_name_is_refused(tmp_path, monkeypa
     path.parent.mkdir(parents=True)
     path.write_bytes(data)
     line = refusal(lambda: initial_weights(TorchvisionWeights(), ResNet(depth=18)), path)
-    assert f"its SHA-256 begins with {hashlib.sha256(data).hexdigest()[:8]}, its name says f37072fd" in line
-    assert "delete it, or fetch https://download.pytorch.org/models/resnet18-f37072fd.pth again" in line
+    assert (
+        f"its SHA-256 begins with {hashlib.sha256(data).hexdigest()[:8]}, its name says f37072fd"
+        in line
+    )
+    assert (
+        "delete it, or fetch https://download.pytorch.org/models/resnet18-f37072fd.pth again"
+        in line
+    )
 
 
 def test_a_file_with_the_hash_of_its_name_is_the_released_one(tmp_path):
     (tmp_path / "w.pth").write_bytes(b"released")
-    check_released(tmp_path / "w.pth", f"https://example.org/w-{hashlib.sha256(b'released').hexdigest()[:8]}.pth")
+    check_released(
+        tmp_path / "w.pth",
+        f"https://example.org/w-{hashlib.sha256(b'released').hexdigest()[:8]}.pth",
+    )
 
 
 def refusal(action: Callable[[], object], where: Path | str) -> str:

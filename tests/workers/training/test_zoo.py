@@ -20,13 +20,20 @@ def written(path: Path, value: Any) -> FileWeights:
 
 
 def test_arrays_are_read_under_their_names(tmp_path):
-    weights = {"backbone.stem.conv1.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(3)}
-    file = written(tmp_path / "model_final_0.pkl", {"model": weights, "__author__": "Detectron2 Model Zoo"})
+    weights = {
+        "backbone.stem.conv1.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "n": np.array(3),
+    }
+    file = written(
+        tmp_path / "model_final_0.pkl", {"model": weights, "__author__": "Detectron2 Model Zoo"}
+    )
     found = initial_weights(file, ResNet())
     assert found is not None
     state, layout = found
     assert layout == "detectron2"
-    assert {name: value.tolist() for name, value in state.items()} == {n: v.tolist() for n, v in weights.items()}
+    assert {name: value.tolist() for name, value in state.items()} == {
+        n: v.tolist() for n, v in weights.items()
+    }
     assert state["backbone.stem.conv1.weight"].dtype == torch.float32
 
 

@@ -20,10 +20,16 @@ from workers.trial.storage import Storage
 
 
 def snapshot(step: int) -> Snapshot:
-    return Snapshot(step, {"w": torch.full((3,), float(step)), "nested": {"n": [1, torch.ones(2)]}}, {"guard": step})
+    return Snapshot(
+        step,
+        {"w": torch.full((3,), float(step)), "nested": {"n": [1, torch.ones(2)]}},
+        {"guard": step},
+    )
 
 
-def store_in(folder: Path | str, attempt: int = 1, keep: int = 2) -> tuple[CheckpointStore, list[str]]:
+def store_in(
+    folder: Path | str, attempt: int = 1, keep: int = 2
+) -> tuple[CheckpointStore, list[str]]:
     warnings: list[str] = []
     store = CheckpointStore(Storage(str(folder)), attempt, keep, warnings.append)
     store.claim()
@@ -38,7 +44,10 @@ def test_what_was_published_is_loaded_and_old_ones_are_deleted(tmp_path):
     assert loaded.step == 30
     assert loaded.tensors["w"].tolist() == [30.0] * 3
     assert loaded.plain == {"guard": 30}
-    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("0*")) == ["0001-00000020", "0001-00000030"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").glob("0*")) == [
+        "0001-00000020",
+        "0001-00000030",
+    ]
     assert not warnings
 
 
@@ -82,7 +91,9 @@ def test_of_two_starts_with_one_attempt_number_the_later_claim_holds(tmp_path):
     first, _ = store_in(tmp_path)
     first.publish(snapshot(10))
     second, _ = store_in(tmp_path)
-    with pytest.raises(FencedError, match="attempt 1 was started twice; the other start has taken over"):
+    with pytest.raises(
+        FencedError, match="attempt 1 was started twice; the other start has taken over"
+    ):
         first.publish(snapshot(20))
     second.publish(snapshot(12))
     assert second.newest() == "0001-00000012"
@@ -117,12 +128,17 @@ class FullStorage(Storage):
 
 def test_a_full_disk_ends_the_run_with_the_remedy_and_leaves_the_checkpoint_before(tmp_path):
     run = small_run(steps=8)
-    with pytest.raises(RuntimeError, match=r"no space left on .* lower loop\.keep_checkpoints") as full:
+    with pytest.raises(
+        RuntimeError, match=r"no space left on .* lower loop\.keep_checkpoints"
+    ) as full:
         fake_trial(tmp_path / "full", run, storage=FullStorage(str(tmp_path / "full")))
     assert classify(full.value) == "node"
     assert not list((tmp_path / "full/checkpoints").rglob("*.part"))
     assert store_in(tmp_path / "full", attempt=2)[0].newest() == "0001-00000004"
-    assert fake_trial(tmp_path / "full", run, attempt=3).digest == fake_trial(tmp_path / "whole", run).digest
+    assert (
+        fake_trial(tmp_path / "full", run, attempt=3).digest
+        == fake_trial(tmp_path / "whole", run).digest
+    )
 
 
 class FillingSink:
@@ -154,7 +170,9 @@ def test_a_disk_that_fills_up_inside_torchs_writer_is_told_as_full(tmp_path, roo
     storage = FillingStorage(str(tmp_path))
     storage.room = room
     store = CheckpointStore(storage, 1, 2, print)
-    with pytest.raises(RuntimeError, match=r"no space left on .* while writing .*state\.pt; free some") as full:
+    with pytest.raises(
+        RuntimeError, match=r"no space left on .* while writing .*state\.pt; free some"
+    ) as full:
         store.publish(Snapshot(1, {"w": torch.zeros(100_000)}, {}))
     assert classify(full.value) == "node"
     assert not list((tmp_path / "checkpoints").rglob("*.p*t*"))
@@ -188,13 +206,21 @@ def test_while_a_checkpoint_is_written_the_next_is_passed_over_but_never_the_las
             allowed.set()
 
     fake_trial(tmp_path, small_run(keep_checkpoints=9), writer=HeldWriter, visit=visit)
-    assert sorted(path.name for path in tmp_path.glob("checkpoints/0*")) == ["0001-00000004", "0001-00000012"]
-    assert "step 8: the checkpoint before is still being written, this one is passed over" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.glob("checkpoints/0*")) == [
+        "0001-00000004",
+        "0001-00000012",
+    ]
+    assert (
+        "step 8: the checkpoint before is still being written, this one is passed over"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_checkpoint_of_another_configuration_is_refused_by_field(tmp_path):
     fake_trial(tmp_path, small_run(steps=4))
-    with pytest.raises(ValueError, match=r"written with loop\.clip_grad_norm = 10\.0, this run has 1\.0"):
+    with pytest.raises(
+        ValueError, match=r"written with loop\.clip_grad_norm = 10\.0, this run has 1\.0"
+    ):
         fake_trial(tmp_path, small_run(steps=4, clip_grad_norm=1.0), attempt=2)
     fake_trial(tmp_path, small_run(steps=4, keep_checkpoints=5), attempt=2)
 

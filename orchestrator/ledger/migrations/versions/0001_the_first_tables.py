@@ -105,7 +105,9 @@ def upgrade() -> None:
         sa.Column("moved_at", sa.Float(), nullable=False),
         sa.Column("marks", sa.JSON(), nullable=False),
         sa.Column("rank_seconds", sa.Float(), nullable=False),
-        sa.ForeignKeyConstraint(["study"], ["studies.id"], name=op.f("fk_trials_study"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["study"], ["studies.id"], name=op.f("fk_trials_study"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_trials")),
         sa.UniqueConstraint("study", "key", name="uq_trials_study_key"),
     )
@@ -127,7 +129,9 @@ def upgrade() -> None:
         sa.Column("ended_at", sa.Float(), nullable=False),
         sa.Column("step", sa.Integer(), nullable=False),
         sa.Column("first_step", sa.Integer(), nullable=False),
-        sa.ForeignKeyConstraint(["trial"], ["trials.id"], name=op.f("fk_attempts_trial"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["trial"], ["trials.id"], name=op.f("fk_attempts_trial"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("trial", "number", name=op.f("pk_attempts")),
         sa.UniqueConstraint("submission_id", name=op.f("uq_attempts_submission_id")),
     )
