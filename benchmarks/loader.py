@@ -310,7 +310,7 @@ def main() -> None:
             case "torchvision":
                 run_peer: Callable[[], Timed] = lambda: torchvision_peer(
                     annotations, images, args.workers, args.images
-                )  # noqa: E731
+                )
             case "bare":
                 run_peer = lambda: bare_peer(packed, args.workers, args.images)  # noqa: E731
             case _:

@@ -120,7 +120,7 @@ class TwoCoarser(LastLevelMaxPool):
 
     def forward(
         self, x: list[Tensor], y: list[Tensor], names: list[str]
-    ) -> tuple[list[Tensor], list[str]]:  # noqa: ARG002
+    ) -> tuple[list[Tensor], list[str]]:
         coarser = x[-1][:, :, ::2, ::2]
         return [*x, coarser, coarser[:, :, ::2, ::2]], [*names, "2", "3"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from contract.files import Files, join
 from contract.record import Record
-from orchestrator import storage
 
 
 def has_credentials(uri: str) -> bool:
@@ -103,6 +103,15 @@ def storage_root(settings: ServiceSettings) -> str:
     return settings.storage or str(Path(settings.home) / "studies")
 
 
-def code_uri(settings: ServiceSettings, sha256: str) -> str:
-    """The zip of sources of this hash."""
-    return storage.join(storage_root(settings), ".code", f"{sha256}.zip")
+def service_files(folder: str) -> Files:
+    """The files of `folder` as the service reads them: its next tick looks again, so it does not wait long."""
+    return Files(folder, tries=2)
+
+
+def code_files(settings: ServiceSettings) -> Files:
+    """The zips of sources, each named by `code_name`."""
+    return service_files(join(storage_root(settings), ".code"))
+
+
+def code_name(sha256: str) -> str:
+    return f"{sha256}.zip"

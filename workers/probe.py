@@ -27,9 +27,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from contract.command import run_command
+from contract.files import Files
 from contract.probe import PROBE_REPORT, PROBE_STORE, ClockReport, LinkReport, NodeReport, ProbePlan
 from model.cpu import native
-from workers.trial.storage import Storage
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow", "pycocotools", "pydantic")
 _SOURCES = ("contract", "model", "pipelines", "workers")
@@ -197,7 +197,7 @@ def _storage_error(store: Store, plan: ProbePlan) -> str:
     error = ""
     storage = None
     try:
-        storage = Storage(plan.storage)
+        storage = Files(plan.storage)
         storage.write(f"{plan.folder}/{plan.index}", _content(plan, plan.index))
     except (OSError, RuntimeError, ValueError) as failure:
         error = f"cannot write: {_one_line(failure)}"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from contract.attempt import ARTIFACT_FOLDER
 from contract.command import run_command
+from contract.files import Files
 from contract.model import FixedProposals
 from contract.recipe import RunConfig, parse_run
 from model.build import build_detector
@@ -22,7 +23,6 @@ from model.detector import Detector
 from pipelines.load.loader import EvalLoader
 from pipelines.load.proposals import Boxes, write_proposals
 from pipelines.shards.dataset import open_dataset
-from workers.trial.storage import Storage
 
 WEIGHTS = f"{ARTIFACT_FOLDER}/weights-last.safetensors"
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _propose(arguments: argparse.Namespace) -> int:
-    storage = Storage(arguments.run)
+    storage = Files(arguments.run)
     run = trained_run(storage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = trained_detector(run, storage).to(device)
@@ -59,7 +59,7 @@ def _propose(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def trained_run(storage: Storage) -> RunConfig:
+def trained_run(storage: Files) -> RunConfig:
     """The configuration of a finished run. Raises ValueError if there is none, or if it has no RPN."""
     try:
         data = yaml.safe_load(storage.read(f"{ARTIFACT_FOLDER}/config.yaml"))
@@ -75,7 +75,7 @@ def trained_run(storage: Storage) -> RunConfig:
     return run
 
 
-def trained_detector(run: RunConfig, storage: Storage) -> Detector:
+def trained_detector(run: RunConfig, storage: Files) -> Detector:
     """The detector with the run's last weights, ready to predict."""
     if not storage.exists(WEIGHTS):
         raise ValueError(

@@ -17,9 +17,9 @@ from typing import Any
 
 from contract.attempt import LOG_FILE, NODES_FILE, OUTCOME_FILE, RESULT_FILE, Outcome, RunSpec
 from contract.command import run_command
+from contract.files import Files
 from workers.trial.causes import exit_status, most_telling, recorded_causes, write_outcome
 from workers.trial.stop import ATTEMPT_STOP_FILE, PREEMPT_FILE, Reason, StopRequest, late_outcome
-from workers.trial.storage import Storage
 
 # Read by Ray Train when it is imported: poll the ranks often, give up instead of waiting for ever, stay in our folder.
 _RAY_SETTINGS = {
@@ -47,7 +47,7 @@ def read_spec(where: str) -> RunSpec:
     folder, _, name = where.partition("?")[0].rpartition("/")
     query = f"?{where.partition('?')[2]}" if "?" in where else ""
     try:
-        return RunSpec.model_validate_json(Storage((folder or ".") + query).read(name))
+        return RunSpec.model_validate_json(Files((folder or ".") + query).read(name))
     except FileNotFoundError:
         raise ValueError(f"--spec {where}: no such file") from None
 
@@ -57,7 +57,7 @@ def run_spec(spec: RunSpec) -> int:
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     storage, asked, failures, connected = (
-        Storage(spec.storage),
+        Files(spec.storage),
         StopRequest(),
         list[str](),
         threading.Event(),
@@ -155,7 +155,7 @@ def _last_line(error: BaseException) -> str:
 def train_rank(config: dict[str, Any]) -> None:
     """What Ray Train calls in every worker process. Raises if the attempt failed, so that Ray ends the other ranks."""
     spec = RunSpec.model_validate_json(config["spec"])
-    storage = Storage(spec.storage)
+    storage = Files(spec.storage)
     rank = int(os.environ["RANK"])
     with logged_to(storage, LOG_FILE.format(attempt=spec.attempt, rank=rank)):
         from workers.tracking.console import progress_shower, show_nothing
@@ -204,7 +204,7 @@ def _draining(nodes: Sequence[str]) -> bool:
 
 
 @contextlib.contextmanager
-def logged_to(storage: Storage, path: str) -> Iterator[None]:
+def logged_to(storage: Files, path: str) -> Iterator[None]:
     """Within the block all that this process prints goes to a file of the trial, followed there if it is remote."""
     import tempfile
 
@@ -235,7 +235,7 @@ def logged_to(storage: Storage, path: str) -> Iterator[None]:
             follower.join()
 
 
-def _upload_log(storage: Storage, file: Path, path: str, ended: threading.Event) -> None:
+def _upload_log(storage: Files, file: Path, path: str, ended: threading.Event) -> None:
     last = -1
     while True:
         over = ended.wait(_LOG_UPLOAD_S)
@@ -258,7 +258,7 @@ def _flush() -> None:
 
 @contextlib.contextmanager
 def _signals_forwarded(
-    storage: Storage, spec: RunSpec, asked: StopRequest
+    storage: Files, spec: RunSpec, asked: StopRequest
 ) -> Iterator[Callable[[], None]]:
     """Within the block a signal to this process becomes a file that rank 0 looks for: SIGINT stop, SIGTERM preempt.
 
@@ -290,7 +290,7 @@ def _signals_forwarded(
             signal.signal(number, old)
 
 
-def conclude(spec: RunSpec, storage: Storage, failures: Sequence[str]) -> int:
+def conclude(spec: RunSpec, storage: Files, failures: Sequence[str]) -> int:
     """The attempt's outcome as rank 0 left it, or, if that died, as the other ranks and Ray tell it."""
     path = OUTCOME_FILE.format(attempt=spec.attempt)
     outcome = Outcome.model_validate_json(storage.read(path)) if storage.exists(path) else None

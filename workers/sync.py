@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from contract.command import run_command
+from contract.files import Files
 from workers.tracking.scribe import SPOOL_FOLDER, TARGET_FILE, SpoolTarget, build_target
 from workers.tracking.spool import Spool, ship_once
-from workers.trial.storage import Storage
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,7 +40,7 @@ def tell(text: str) -> None:
 
 def sync(where: str) -> int:
     """Ships all unsent records of a spool; returns how many. Raises RuntimeError if the tracker cannot be reached."""
-    remote = Storage(where)
+    remote = Files(where)
     names = remote.names("")
     if TARGET_FILE not in names:
         if SPOOL_FOLDER not in names:
@@ -48,14 +48,14 @@ def sync(where: str) -> int:
                 f"{where}: has no {TARGET_FILE} and no folder {SPOOL_FOLDER!r}; give a spool or a trial's folder"
             )
         folder_uri, mark, query = where.partition("?")
-        remote = Storage(f"{folder_uri.rstrip('/')}/{SPOOL_FOLDER}{mark}{query}")
+        remote = Files(f"{folder_uri.rstrip('/')}/{SPOOL_FOLDER}{mark}{query}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = remote.local or Path(scratch)
         if remote.local is None:
             for name in remote.names(""):
                 remote.fetch(name, folder)
         target = SpoolTarget.model_validate_json((folder / TARGET_FILE).read_bytes())
-        sender = build_target(target.tracking, target, Storage(target.storage))
+        sender = build_target(target.tracking, target, Files(target.storage))
         if sender is None:
             raise ValueError(
                 f"{where}: its run has no tracker; resume it with one (--mlflow), which sends all of it"

@@ -26,9 +26,9 @@ from contract.attempt import (
     RunSpec,
 )
 from contract.command import one_line, run_command
+from contract.files import Files
 from contract.presets import run_preset
 from contract.recipe import apply_overrides, parse_run
-from workers.trial.storage import Storage
 
 
 def main(argv: Sequence[str]) -> int:
@@ -110,7 +110,7 @@ def _train(arguments: argparse.Namespace) -> int:
         if arguments.json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         world = stack.enter_context(launched_world(os.environ))
-        storage = Storage(out)
+        storage = Files(out)
         old_request = world.is_first and storage.exists(STOP_FILE)
         attempt, trial = world.from_first(next_attempt(storage) if world.is_first else (0, ""))
         spec = RunSpec(
@@ -219,7 +219,7 @@ def share_of_cores(environment: Mapping[str, str]) -> int:
     return max(cores // int(environment.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
-def next_attempt(storage: Storage) -> tuple[int, str]:
+def next_attempt(storage: Files) -> tuple[int, str]:
     """One more than the last attempt that claimed this folder or was refused, and the trial's id.
 
     The tracker knows the trial by its id, so two folders of one name have two.
@@ -237,7 +237,7 @@ def next_attempt(storage: Storage) -> tuple[int, str]:
     return last + 1, known or f"{name}-{uuid4().hex[:8]}"
 
 
-def _report(outcome: Outcome, storage: Storage, arguments: argparse.Namespace) -> None:
+def _report(outcome: Outcome, storage: Files, arguments: argparse.Namespace) -> None:
     done = outcome.state == "done"
     metrics = storage.read_json(RESULT_FILE)["metrics"] if done else {}
     if arguments.json:

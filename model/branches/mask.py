@@ -121,7 +121,7 @@ class SigmoidMasks(nn.Module):
 
     def loss(
         self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor
-    ) -> Tensor:  # noqa: ARG002
+    ) -> Tensor:
         """Sum over RoIs. logits: (R, M, M). object_boxes: (B, G, 4). crops: (B, G, S, S). labels: (B, G)."""
         boxes = object_boxes[rois.image, rois.objects]
         inside = sample_crops(

@@ -30,7 +30,7 @@ class SeparateCrops(nn.Module):
 
     def for_positives(
         self, maps: Sequence[Tensor], rois_P5: Tensor, box_features: Tensor, rows_P: Tensor
-    ) -> Tensor:  # noqa: ARG002
+    ) -> Tensor:
         """The mask features of training RoIs, of which `box_features[rows_P]` are the box features."""
         return self.for_masks(maps, rois_P5)
 
@@ -52,5 +52,5 @@ class SharedCrops(nn.Module):
 
     def for_positives(
         self, maps: Sequence[Tensor], rois_P5: Tensor, box_features: Tensor, rows_P: Tensor
-    ) -> Tensor:  # noqa: ARG002
+    ) -> Tensor:
         return box_features[rows_P]

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 from contract.answers import Check
 from contract.probe import PROBE_REPORT, PROBE_STORE, NodeReport, ProbePlan
-from orchestrator import storage
 from orchestrator.cluster.jobs import ENDED, Cluster, UnreachableError
 from orchestrator.cluster.nodes import Machine
-from orchestrator.settings import ServiceSettings, storage_root
+from orchestrator.settings import ServiceSettings, service_files, storage_root
 
 PATIENCE_S = 60.0  # of the probes with each other
 _START_S = 90.0  # for a job to say its first word: imports on a cold node take a while
@@ -47,7 +46,7 @@ def examine(cluster: Cluster, settings: ServiceSettings, tracking_uri: str) -> l
     root, folder = storage_root(settings), f".{name}"
     storage_error = ""
     try:
-        storage.write_bytes(storage.join(root, folder, "-1"), f"{folder} -1\n".encode() * 1000)
+        service_files(root).write(f"{folder}/-1", f"{folder} -1\n".encode() * 1000)
     except OSError as error:
         storage_error = " ".join(str(error).split())
     plans = [
@@ -68,16 +67,16 @@ def examine(cluster: Cluster, settings: ServiceSettings, tracking_uri: str) -> l
         reports, failures = round_.run(machines, plans)
     finally:
         round_.end()
-        _tidy(storage.join(root, folder))
+        _tidy(root, folder)
     first = reports.get(machines[0].id) if machines else None
     lag = 0.0 if first is None else max(0.0, begin - first.now) + min(0.0, time.time() - first.now)
     version = cluster.version()
     return judge(Seen(machines, reports, failures, version, tracking_uri, root, storage_error, lag))
 
 
-def _tidy(folder: str) -> None:
+def _tidy(root: str, folder: str) -> None:
     try:
-        storage.delete_folder(folder)
+        service_files(root).delete(folder)
     except OSError:
         return  # it was not writable: that is said already
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, Engine, select
 
 from contract.attempt import CHECKPOINT_FOLDER
+from contract.files import join
 from contract.study import FINAL_STATES
-from orchestrator import storage
 from orchestrator.ledger import store as ledger
 from orchestrator.ledger.tables import STUDIES, TRIALS
+from orchestrator.settings import service_files
 
 _ENDED_STUDY = ("done", "failed", "cancelled")
 
@@ -52,8 +53,8 @@ def plan_retention(
         query = query.where(TRIALS.c.id == trial)
     found = []
     for row in connection.execute(query).mappings():
-        folder = storage.join(row["folder"], CHECKPOINT_FOLDER)
-        size = storage.folder_bytes(folder)
+        folder = join(row["folder"], CHECKPOINT_FOLDER)
+        size = service_files(folder).folder_bytes()
         if size:
             found.append(Removal(row["study"], row["id"], folder, size))
     return sorted(found, key=lambda removal: (-removal.bytes, removal.trial))
@@ -68,6 +69,6 @@ def apply_retention(
         with ledger.reading(engine) as connection:
             still = plan_retention(connection, now, checkpoints_days, removal.trial)
         if still:
-            storage.delete_folder(removal.folder)
+            service_files(removal.folder).delete()
             freed += removal.bytes
     return freed

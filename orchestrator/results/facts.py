@@ -12,7 +12,7 @@ from contract.answers import StudyView, TrialView
 from contract.attempt import RESULT_FILE, SPEC_FILE
 from contract.recipe import apply_overrides
 from contract.study import Study
-from orchestrator.storage import join, read_json
+from orchestrator.settings import service_files
 from orchestrator.study.read import baseline_run, paper_tables, parse_arm
 
 # Images that a trial has to see before its numbers say anything about an arm: about one epoch of COCO.
@@ -82,9 +82,10 @@ def _trial_facts(trial: TrialView, study: Study) -> TrialFacts:
     spec: dict[str, Any] = {}
     result: dict[str, Any] = {}
     if trial.storage:
-        result = read_json(join(trial.storage, RESULT_FILE)) or {}
+        files = service_files(trial.storage)
+        result = files.read_object(RESULT_FILE) or {}
         attempt = int(result.get("attempt", 0)) or max(trial.attempts, 1)
-        spec = read_json(join(trial.storage, SPEC_FILE.format(attempt=attempt))) or {}
+        spec = files.read_object(SPEC_FILE.format(attempt=attempt)) or {}
     return TrialFacts(spec.get("run") or _run_of(study, trial), spec.get("tags", {}), result)
 
 

@@ -10,7 +10,7 @@ from orchestrator.results.facts import Facts
 from orchestrator.results.plots import Curve
 from orchestrator.results.statistics import Comparison
 from orchestrator.results.table import arm_label
-from orchestrator.storage import join, read_bytes
+from orchestrator.settings import service_files
 
 MAX_PICTURE_BYTES = 4 * 2**20
 MAX_PICTURES = 12
@@ -57,4 +57,4 @@ def _artifact(facts: Facts, trial: TrialView, name: str) -> bytes | None:
     path = str(facts.trials[trial.trial].result.get("artifacts", {}).get(name, ""))
     if not path or ".." in path.split("/") or path.startswith("/"):
         return None  # a result names files below its own folder only
-    return read_bytes(join(trial.storage, path))
+    return service_files(trial.storage).read_part(path)

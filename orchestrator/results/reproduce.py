@@ -15,8 +15,8 @@ from typing import Any
 from contract.answers import StudyView, TrialView
 from contract.attempt import RESULT_FILE
 from contract.study import Study, Submission
-from orchestrator import storage
 from orchestrator.results.statistics import CONFIDENCE, summarise, t_quantile
+from orchestrator.settings import service_files
 
 TAG = "maskray.reproduces"
 
@@ -145,7 +145,7 @@ def _of_the_arm(trial: TrialView, trials: Sequence[TrialView]) -> list[TrialView
 def _weights(trial: TrialView) -> str:
     """The hash of the last weights; empty where the trial's folder cannot be read from here."""
     try:
-        result = storage.read_json(storage.join(trial.storage, RESULT_FILE))
+        result = service_files(trial.storage).read_object(RESULT_FILE)
     except OSError:
         return ""
     return str(result.get("weights_sha256", "")) if result is not None else ""

@@ -5,7 +5,6 @@ What is kept here besides the ledger are measurements and answers that can be fo
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Sequence
@@ -14,8 +13,8 @@ from pydantic import ValidationError
 from sqlalchemy import Connection, Engine, select, update
 
 from contract.attempt import SPEC_FILE
+from contract.files import join
 from contract.study import Resources
-from orchestrator import storage
 from orchestrator.cluster.jobs import Cluster
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import store as ledger
@@ -35,7 +34,7 @@ from orchestrator.schedule.decide import (
 )
 from orchestrator.schedule.gang import Gang, fit, needs, take
 from orchestrator.schedule.run_spec import gang_of, run_spec, study_limits
-from orchestrator.settings import ServiceSettings, code_uri
+from orchestrator.settings import ServiceSettings, code_files, code_name, service_files
 
 LOG = logging.getLogger("maskray")
 _FREE = Wait("", 0, "")
@@ -123,8 +122,8 @@ class Admission:
         spec = run_spec(
             row, study, number, (avoid or "").split(), tracking_uri, self.settings.grace_s
         )
-        path = storage.join(row["folder"], SPEC_FILE.format(attempt=number))
-        storage.write_bytes(path, json.dumps(spec, indent=1).encode())
+        path = SPEC_FILE.format(attempt=number)
+        service_files(row["folder"]).write_json(path, spec)
         package = ""
         if study["code"]:
             package = f"_ray_pkg_{study['code'][:32]}.zip"
@@ -134,7 +133,7 @@ class Admission:
             "RAY_JOB_STOP_SIGNAL": "SIGINT",
             "RAY_JOB_STOP_WAIT_TIME_S": f"{self.settings.grace_s + 15:.0f}",
         }
-        entry = f"exec {shlex.join([*self.settings.entry, '--spec', path])}"
+        entry = f"exec {shlex.join([*self.settings.entry, '--spec', join(row['folder'], path)])}"
         submission = f"{trial}-{number}"
         cluster.submit(
             submission, entry, environment, package, {"maskray": self.mark, "trial": trial}
@@ -250,12 +249,12 @@ class Admission:
         return self._problems[row["study"]]
 
     def _has_code(self, sha256: str) -> bool:
-        if sha256 not in self._known_code and storage.exists(code_uri(self.settings, sha256)):
+        if sha256 not in self._known_code and code_files(self.settings).exists(code_name(sha256)):
             self._known_code.add(sha256)
         return sha256 in self._known_code
 
     def _read_code(self, sha256: str) -> bytes:
-        data = storage.read_bytes(code_uri(self.settings, sha256))
+        data = code_files(self.settings).read_part(code_name(sha256))
         if data is None:
             self._known_code.discard(sha256)
             raise FileNotFoundError(

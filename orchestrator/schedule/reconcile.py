@@ -22,7 +22,6 @@ from contract.attempt import (
     Progress,
     Result,
 )
-from orchestrator import storage
 from orchestrator.cluster.jobs import ENDED, Cluster, Job
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import store as ledger
@@ -30,7 +29,7 @@ from orchestrator.ledger.tables import ATTEMPTS, TRIALS
 from orchestrator.schedule.admission import Admission, ask_to_stop
 from orchestrator.schedule.attempt_end import Ended, Verdict, judge, suspects
 from orchestrator.schedule.decide import duration
-from orchestrator.settings import ServiceSettings
+from orchestrator.settings import ServiceSettings, service_files
 
 LOG = logging.getLogger("maskray")
 DRIVER_LOG = "attempts/{attempt}/driver.log"
@@ -93,7 +92,7 @@ class Reconciler:
     def _note_progress(self, row: ledger.Row, now: float) -> None:
         values: dict[str, Any] = {}
         attempt_values: dict[str, Any] = {}
-        seen = _record(Progress, storage.read_json(storage.join(row["folder"], PROGRESS_FILE)))
+        seen = _record(Progress, service_files(row["folder"]).read_object(PROGRESS_FILE))
         if seen is not None and seen.attempt == row["number"]:
             before = row["progress"]
             if seen.model_dump() != before:
@@ -177,11 +176,9 @@ class Reconciler:
     # --- the end of an attempt ---
 
     def _conclude(self, cluster: Cluster, row: ledger.Row, job: Job | None, now: float) -> None:
-        folder, number = row["folder"], row["number"]
-        outcome = _record(
-            Outcome, storage.read_json(storage.join(folder, OUTCOME_FILE.format(attempt=number)))
-        )
-        result = _record(Result, storage.read_json(storage.join(folder, RESULT_FILE)))
+        files, number = service_files(row["folder"]), row["number"]
+        outcome = _record(Outcome, files.read_object(OUTCOME_FILE.format(attempt=number)))
+        result = _record(Result, files.read_object(RESULT_FILE))
         if result is not None and result.attempt != number:
             result = None
         self._note_progress({**row, "state": "running"}, now)
@@ -281,9 +278,7 @@ class Reconciler:
 
     def _nodes_of(self, row: ledger.Row) -> list[str]:
         """The nodes of an attempt's ranks, as its rank 0 wrote them down; nothing if it did not come to that."""
-        data = storage.read_bytes(
-            storage.join(row["folder"], NODES_FILE.format(attempt=row["number"]))
-        )
+        data = service_files(row["folder"]).read_part(NODES_FILE.format(attempt=row["number"]))
         try:
             found = json.loads(data or b"[]")
         except ValueError:
@@ -292,8 +287,8 @@ class Reconciler:
 
     def _keep_log(self, cluster: Cluster, row: ledger.Row) -> None:
         text = cluster.log(row["submission_id"])
-        path = storage.join(row["folder"], DRIVER_LOG.format(attempt=row["number"]))
-        storage.write_bytes(path, text.encode())
+        path = DRIVER_LOG.format(attempt=row["number"])
+        service_files(row["folder"]).write(path, text.encode())
 
     # --- the ledger ---
 

@@ -10,15 +10,21 @@ from urllib.parse import urlsplit
 
 from sqlalchemy import Connection, Engine, insert, select
 
+from contract.files import join
 from contract.study import Submission
-from orchestrator import storage
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import store as ledger
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.schedule.capacity import largest
 from orchestrator.schedule.gang import Gang, fit, needs
 from orchestrator.schedule.run_spec import gang_of
-from orchestrator.settings import ServiceSettings, code_uri, has_credentials, storage_root
+from orchestrator.settings import (
+    ServiceSettings,
+    code_files,
+    code_name,
+    has_credentials,
+    storage_root,
+)
 
 
 def check(submission: Submission, settings: ServiceSettings, nodes: Sequence[Node]) -> None:
@@ -32,7 +38,7 @@ def check(submission: Submission, settings: ServiceSettings, nodes: Sequence[Nod
         raise ValueError(
             f"gpu_hours: a budget of {study.gpu_hours:g} has no effect, resources.gpus_per_rank is 0; remove one"
         )
-    if submission.code and not storage.exists(code_uri(settings, submission.code)):
+    if submission.code and not code_files(settings).exists(code_name(submission.code)):
         raise ValueError(
             f"code: package {submission.code[:12]} was not uploaded; PUT it to /v1/code first"
         )
@@ -169,7 +175,7 @@ def accept(
                 "metrics": {},
                 "progress": {},
                 "marks": [],
-                "folder": storage.join(base, study, trial),
+                "folder": join(base, study, trial),
                 "cached_from": "",
                 "mlflow_run_id": "",
                 "mlflow_closed": False,

@@ -32,7 +32,6 @@ from contract.answers import (
     StudyView,
 )
 from contract.study import Submission
-from orchestrator import storage
 from orchestrator.cluster.jobs import UnreachableError
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import commands as steer
@@ -43,7 +42,13 @@ from orchestrator.ledger.users import User
 from orchestrator.schedule.decide import Wait
 from orchestrator.server import accept, views
 from orchestrator.server.logs import read_log
-from orchestrator.settings import ServiceSettings, code_uri, storage_root
+from orchestrator.settings import (
+    ServiceSettings,
+    code_files,
+    code_name,
+    service_files,
+    storage_root,
+)
 
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 _STUDY_ACTIONS: Mapping[str, Callable[[Connection, str, str, float], bool]] = {
@@ -266,7 +271,7 @@ def build_app(hub: Hub, version: str) -> FastAPI:
     @app.head("/v1/code/{sha256}", dependencies=READ)
     def has_code(sha256: str) -> Response:
         return Response(
-            status_code=200 if storage.exists(code_uri(hub.settings, _sha256(sha256))) else 404
+            status_code=200 if code_files(hub.settings).exists(code_name(_sha256(sha256))) else 404
         )
 
     @app.put("/v1/code/{sha256}", dependencies=SUBMIT)
@@ -484,7 +489,7 @@ def _keep_code(settings: ServiceSettings, sha256: str, data: bytes) -> dict[str,
         total += entry.file_size
         if total > 4 * settings.max_code_mib << 20:
             raise HTTPException(413, f"code: unpacks to more than {4 * settings.max_code_mib} MiB")
-    storage.write_bytes(code_uri(settings, sha256), data)
+    code_files(settings).write(code_name(sha256), data)
     return {"code": sha256, "bytes": len(data)}
 
 
@@ -532,6 +537,6 @@ def _keep_report(hub: Hub, study: str, files: Mapping[str, bytes], who: User) ->
         ):
             raise HTTPException(400, f"report: {name[:200]!r} is no name of a file; pack it again")
     for name, data in files.items():
-        storage.write_bytes(storage.join(row["storage"], study, "report", name), data)
+        service_files(row["storage"]).write(f"{study}/report/{name}", data)
     hub.put_report(study, files)
     return {"study": study, "files": len(files)}

@@ -19,12 +19,12 @@ from sqlalchemy import Engine, select, update
 from contract.answers import StudyView
 from contract.attempt import SPOOL_CURSOR, SPOOL_RECORDS
 from contract.study import FINAL_STATES
-from orchestrator import storage
 from orchestrator.ledger import store as ledger
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.results.statistics import compare
 from orchestrator.server.mlflow import MLflow, TrackingRefusedError
 from orchestrator.server.views import study_views
+from orchestrator.settings import service_files
 
 LOG = logging.getLogger("maskray")
 _NAME = re.compile(r"[^\w\-. :/]")  # what MLflow takes in no metric's name
@@ -130,11 +130,10 @@ def _unsent(folder: str) -> bool:
 
     Also where that cannot be read: shipping then says why, and what to do.
     """
+    files = service_files(folder)
     try:
-        whole = storage.size(storage.join(folder, *SPOOL_RECORDS.split("/")))
-        cursor = (
-            storage.read_json(storage.join(folder, *SPOOL_CURSOR.split("/"))) if whole else None
-        )
+        whole = files.size(SPOOL_RECORDS) or 0
+        cursor = files.read_object(SPOOL_CURSOR) if whole else None
     except OSError:
         return True
     return whole > int((cursor or {}).get("bytes", 0))

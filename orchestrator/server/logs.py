@@ -9,10 +9,10 @@ from sqlalchemy import Engine, select
 
 from contract.answers import LogPage
 from contract.attempt import LOG_FILE
-from orchestrator import storage
 from orchestrator.ledger import store as ledger
 from orchestrator.ledger.tables import ATTEMPTS
 from orchestrator.schedule.reconcile import DRIVER_LOG
+from orchestrator.settings import service_files
 
 _PAGE_BYTES = 256 << 10
 
@@ -54,7 +54,7 @@ def read_log(
         else LOG_FILE.format(attempt=number, rank=rank)
     )
     ended = tried["ended_at"] > 0
-    data = storage.read_bytes(storage.join(row["folder"], name), offset, _PAGE_BYTES)
+    data = service_files(row["folder"]).read_part(name, offset, _PAGE_BYTES)
     if data is None and rank < 0 and not ended:
         data = driver_log(tried["submission_id"]).encode()[offset : offset + _PAGE_BYTES]
     whole = _whole_characters(data or b"")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract.data import MANIFEST_NAME, ManifestHeader
+from contract.files import Files, join
 from contract.model import KeypointBranch, MaskBranch
 from contract.recipe import RunConfig
 from contract.record import nearest
-from orchestrator.storage import join, read_bytes
 from orchestrator.study.read import UNSET
 
 
@@ -40,7 +40,7 @@ def read_manifest(uri: str, field: str) -> Manifest:
         )
     place = join(uri, MANIFEST_NAME)
     try:
-        raw = read_bytes(place)
+        raw = Files(uri).read_part(MANIFEST_NAME)
     except (OSError, ValueError) as error:
         raise ValueError(f"{field}: {place} cannot be read: {error}") from None
     if raw is None and "://" not in uri and (Path(uri).parent / MANIFEST_NAME).is_file():

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from contract.files import join
 from contract.model import VGG16, BatchNorm
 from contract.recipe import RunConfig, apply_overrides, parse_run
 from contract.study import Study, TrialPlan
-from orchestrator.storage import join
 from orchestrator.study.code_package import CodePackage
 from orchestrator.study.datasets import Manifest, absolute, check_fit, read_manifest
 from orchestrator.study.identity import (

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract.data import MANIFEST_NAME
+from contract.files import Files, retried
 from pipelines.progress import Progress, silent
 from pipelines.shards.index import Index
 from pipelines.shards.manifest import FileEntry, Manifest, read_manifest
 from pipelines.shards.rows import damaged_rows
-from pipelines.storage import Store, retried
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Verdict:
 
 def verify(uri: str, progress: Progress = silent) -> Verdict:
     """Raises ValueError if there is no packed dataset at all; everything else that is wrong is in the verdict."""
-    store = Store(uri)
+    store = Files(uri)
     try:
         manifest = read_manifest(store)
     except RuntimeError as error:
@@ -45,7 +45,7 @@ def verify(uri: str, progress: Progress = silent) -> Verdict:
 
 
 def _damages(
-    store: Store, manifest: Manifest, folder: Path, progress: Progress
+    store: Files, manifest: Manifest, folder: Path, progress: Progress
 ) -> Iterator[Damage]:
     index: Index | None = None
     entries = (manifest.index, *manifest.shards)
@@ -65,7 +65,7 @@ def _damages(
         progress(number + 1, len(entries))
 
 
-def _compare(store: Store, entry: FileEntry, copy: Path) -> str | None:
+def _compare(store: Files, entry: FileEntry, copy: Path) -> str | None:
     """Copies a file while hashing it; what is wrong with it, or None."""
     size = store.size(entry.name)
     if size is None:

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from contract.files import Files
 from pipelines.shards.mapping import view
-from pipelines.storage import Store
 
 _SCHEMA = pa.schema(
     [
@@ -44,7 +44,7 @@ def write_proposals(
             writer.write_batch(_batch(found[start : start + _ROWS_PER_BATCH], max_per_image))
     folder, _, name = uri.partition("?")[0].rpartition("/")
     query = f"?{uri.partition('?')[2]}" if "?" in uri else ""
-    Store((folder or ".") + query).write_bytes(name, sink.getvalue().to_pybytes())
+    Files((folder or ".") + query).write(name, sink.getvalue().to_pybytes())
     return len(found)
 
 
@@ -88,16 +88,14 @@ class ProposalTable:
     ]:
         folder, _, name = self.uri.partition("?")[0].rpartition("/")
         query = f"?{self.uri.partition('?')[2]}" if "?" in self.uri else ""
-        store = Store((folder or ".") + query)
+        store = Files((folder or ".") + query)
         if store.size(name) is None:
             raise ValueError(
                 f'{self.uri}: no such file of proposals; write it with "maskray proposals"'
             )
         try:
             source = (
-                pa.memory_map(store.path(name))
-                if store.local
-                else pa.py_buffer(store.read_bytes(name))
+                pa.memory_map(store.path(name)) if store.local else pa.py_buffer(store.read(name))
             )
             reader = pa.ipc.open_file(source)
         except pa.ArrowInvalid as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from contract.files import file_sha256
 from pipelines.coco.checks import (
     check_annotation_ids,
     check_category_record,
@@ -18,7 +19,6 @@ from pipelines.coco.checks import (
 )
 from pipelines.coco.reading import read_coco
 from pipelines.shards.schema import Problem
-from pipelines.storage import file_sha256
 
 _TABLES = """
 CREATE TABLE images (id INTEGER PRIMARY KEY, seq INTEGER UNIQUE, source INTEGER, text TEXT);

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from contract.data import MANIFEST_NAME, SCHEMA_VERSION
+from contract.files import LASTING_ERRORS, Files, file_sha256
 from pipelines.coco.checks import check_annotation, check_category
 from pipelines.coco.decoding import TooLargeError, decode_pixels, stored_orientation
 from pipelines.pack import annotation_sorter as spool
@@ -26,7 +27,6 @@ from pipelines.shards import schema
 from pipelines.shards.manifest import INDEX_NAME, FileEntry, Manifest, parse_manifest
 from pipelines.shards.mapping import view
 from pipelines.shards.schema import Problem
-from pipelines.storage import LOCAL_ERRORS, Store, file_sha256
 
 PROGRESS_FOLDER = ".packing"
 SKIPPED_NAME = "skipped.json"
@@ -59,8 +59,8 @@ class _Task:
     last: int
     spool: Path
     sources: tuple[str, ...]
-    images: Store
-    out: Store
+    images: Files
+    out: Files
     progress: str
     categories: tuple[dict[str, Any], ...]
     on_error: OnError
@@ -81,7 +81,7 @@ def pack(
 
     Raises ValueError for the first bad input under "fail", or if `out_uri` holds another dataset.
     """
-    images, out = Store(images_uri), Store(out_uri)
+    images, out = Files(images_uri), Files(out_uri)
     if not images.exists():
         raise ValueError(
             f"{images.name}: no such folder; give --images the folder that the file names are relative to"
@@ -116,7 +116,7 @@ def pack(
         if (existing := _existing(out, source, options.num_workers)) and not _any_mended(
             out, tasks
         ):
-            out.remove_folder(PROGRESS_FOLDER)
+            out.delete(PROGRESS_FOLDER)
             return Packed(existing, existing.num_skipped, unchanged=True, resumed_shards=0)
         finished = {task.number: found for task in tasks if (found := _finished(task))}
         resumed = len(finished)
@@ -140,7 +140,7 @@ def _collector(problems: list[Problem], on_error: OnError) -> Callable[[Problem]
     return report
 
 
-def _plan(spooled: Path, images: Store, shard_mib: float) -> tuple[list[tuple[int, int]], str]:
+def _plan(spooled: Path, images: Files, shard_mib: float) -> tuple[list[tuple[int, int]], str]:
     """Ranges of sequence numbers of about `shard_mib` of image files each, and a digest of all names and sizes."""
     digest = hashlib.sha256()
     ranges: list[tuple[int, int]] = []
@@ -173,12 +173,12 @@ def _digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([SCHEMA_VERSION, *parts]).encode()).hexdigest()
 
 
-def _existing(out: Store, source: str, num_workers: int) -> Manifest | None:
+def _existing(out: Files, source: str, num_workers: int) -> Manifest | None:
     """The dataset of these inputs if it is there and whole: every hash on this machine, every size elsewhere."""
     if out.size(MANIFEST_NAME) is None:
         return None
     try:
-        manifest = parse_manifest(out.read_bytes(MANIFEST_NAME), out.describe(MANIFEST_NAME))
+        manifest = parse_manifest(out.read(MANIFEST_NAME), out.describe(MANIFEST_NAME))
     except RuntimeError:
         return None  # damaged: packing again is the remedy
     if manifest.source != source:
@@ -197,11 +197,11 @@ def _existing(out: Store, source: str, num_workers: int) -> Manifest | None:
     return manifest
 
 
-def _any_mended(out: Store, tasks: Sequence[_Task]) -> bool:
+def _any_mended(out: Files, tasks: Sequence[_Task]) -> bool:
     """Whether an image that was left out could be packed now. (A mended file may have the size it had before.)"""
     if out.size(SKIPPED_NAME) is None:
         return False
-    skipped = {p["file"] for p in json.loads(out.read_bytes(SKIPPED_NAME)) if p["kind"] == "image"}
+    skipped = {p["file"] for p in json.loads(out.read(SKIPPED_NAME)) if p["kind"] == "image"}
     return bool(skipped) and any(
         _image_row(task, record, lambda _: None) is not None
         for task in tasks
@@ -216,9 +216,7 @@ def _any_mended(out: Store, tasks: Sequence[_Task]) -> bool:
 def _finished(task: _Task) -> dict[str, Any] | None:
     """The result of an earlier run for this shard, if shard and index part are whole and no image was left out."""
     try:
-        result: dict[str, Any] = json.loads(
-            task.out.read_bytes(f"{task.progress}/{task.name}.json")
-        )
+        result: dict[str, Any] = json.loads(task.out.read(f"{task.progress}/{task.name}.json"))
         files = {task.name: result["entry"], f"{task.progress}/{task.name}.index": result["index"]}
         whole = all(_is_whole(task.out, name, entry) for name, entry in files.items())
         return (
@@ -228,7 +226,7 @@ def _finished(task: _Task) -> dict[str, Any] | None:
         return None  # a note that a crash cut short is none
 
 
-def _is_whole(out: Store, name: str, entry: dict[str, Any]) -> bool:
+def _is_whole(out: Files, name: str, entry: dict[str, Any]) -> bool:
     if out.size(name) != entry["bytes"]:
         return False
     return out.local is None or bool(file_sha256(out.local / name) == entry["sha256"])
@@ -276,7 +274,7 @@ def pack_shard(task: _Task) -> dict[str, Any]:
         "keypoints": bool((flags & schema.HAS_KEYPOINTS).any()),
         "problems": [asdict(problem) for problem in problems],
     }
-    task.out.write_bytes(f"{task.progress}/{task.name}.json", json.dumps(result).encode())
+    task.out.write(f"{task.progress}/{task.name}.json", json.dumps(result).encode())
     return result
 
 
@@ -322,8 +320,8 @@ def _image_row(
         record["height"],
     )
     try:
-        content = task.images.read_bytes(record["file_name"])
-    except LOCAL_ERRORS as error:
+        content = task.images.read(record["file_name"])
+    except LASTING_ERRORS as error:
         what = f"is no file that can be read ({type(error).__name__})"
         what = "there is no such file" if isinstance(error, FileNotFoundError) else what
         report(Problem(where, "image", record["id"], what, "restore it or check --images"))
@@ -365,7 +363,7 @@ def _image_row(
 
 
 def _finish(
-    out: Store,
+    out: Files,
     folder: str,
     contents: spool.Contents,
     parts: list[dict[str, Any]],
@@ -382,20 +380,20 @@ def _finish(
         with pa.ipc.new_file(str(path), schema.INDEX) as writer:
             for part in parts:
                 piece = pa.ipc.open_file(
-                    pa.py_buffer(out.read_bytes(f"{folder}/{part['entry']['name']}.index"))
+                    pa.py_buffer(out.read(f"{folder}/{part['entry']['name']}.index"))
                 )
                 writer.write_batch(piece.get_batch(0))
         rows = sum(part["entry"]["rows"] for part in parts)
         index = FileEntry(name=INDEX_NAME, rows=rows, **_sum(path))
         content = path.read_bytes()
-    out.write_bytes(INDEX_NAME, content)
+    out.write(INDEX_NAME, content)
     skipped = [asdict(problem) for problem in problems] + [
         p for part in parts for p in part["problems"]
     ]
     if skipped:
-        out.write_bytes(SKIPPED_NAME, json.dumps(skipped, indent=1).encode())
+        out.write(SKIPPED_NAME, json.dumps(skipped, indent=1).encode())
     else:
-        out.remove(SKIPPED_NAME)
+        out.delete(SKIPPED_NAME)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         num_images=rows,
@@ -411,8 +409,8 @@ def _finish(
         info=contents.info,
         licenses=contents.licenses,
     )
-    out.write_bytes(MANIFEST_NAME, manifest.dump())
-    out.remove_folder(PROGRESS_FOLDER)
+    out.write(MANIFEST_NAME, manifest.dump())
+    out.delete(PROGRESS_FOLDER)
     return manifest
 
 

@@ -15,8 +15,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from contract.files import Files, file_sha256, retried
 from pipelines.shards.manifest import FileEntry
-from pipelines.storage import Store, file_sha256, retried
 
 QUARANTINED = 4  # damaged copies that are kept, to be looked at
 FETCHES = 2  # after a second wrong hash the store itself holds wrong bytes
@@ -32,7 +32,7 @@ class Cache:
 
     def fetch(
         self,
-        store: Store,
+        store: Files,
         entry: FileEntry,
         use: Callable[[Path], T],
         describe: Callable[[Path], str] = lambda _: "",
@@ -113,7 +113,7 @@ def _touch(path: Path) -> bool:
     return True
 
 
-def _download(store: Store, name: str, target: Path) -> str:
+def _download(store: Files, name: str, target: Path) -> str:
     digest = hashlib.sha256()
     store.copy_to(name, target, digest.update)
     return digest.hexdigest()

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from contract.data import DataConfig, Filter
+from contract.files import Files
 from pipelines.progress import Progress, silent
 from pipelines.shards.cache import Cache
 from pipelines.shards.index import Index, Ints, Selection, select
 from pipelines.shards.manifest import FileEntry, Manifest, read_manifest
 from pipelines.shards.rows import Row, Shard, damaged_rows
 from pipelines.shards.schema import annotation_record, image_record
-from pipelines.storage import Store
 
 MAX_OPEN_SHARDS = 64
 
@@ -32,7 +32,7 @@ class Dataset:
     Holds no open file when it is pickled. Rows are numbered through all shards.
     """
 
-    store: Store
+    store: Files
     manifest: Manifest
     selection: Selection
     cache: Cache
@@ -226,11 +226,11 @@ def open_dataset(uri: str, cache: str = "", cache_gib: float = 20) -> Dataset:
 
     cache: folder for copies of remote shards, empty for one in the system's temporary folder.
     """
-    store = Store(uri)
+    store = Files(uri)
     manifest = read_manifest(store)
     everything = Selection(tuple(range(len(manifest.categories))))
     return Dataset(store, manifest, everything, Cache(cache, cache_gib))
 
 
-def _restore(store: Store, manifest: bytes, selection: Selection, cache: Cache) -> Dataset:
+def _restore(store: Files, manifest: bytes, selection: Selection, cache: Cache) -> Dataset:
     return Dataset(store, Manifest.model_validate_json(manifest), selection, cache)

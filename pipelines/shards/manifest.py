@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from contract.data import MANIFEST_NAME, ManifestHeader, OtherSchemaError
-from pipelines.storage import Store
+from contract.files import Files
 
 INDEX_NAME = "index.arrow"
 
@@ -79,13 +79,13 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     return manifest
 
 
-def read_manifest(store: Store) -> Manifest:
+def read_manifest(store: Files) -> Manifest:
     """Raises ValueError with the remedy if there is no packed dataset."""
     if store.local is not None and store.local.is_file():
         raise ValueError(f"{store.name}: is a file; give the folder that holds {MANIFEST_NAME}")
     where = store.describe(MANIFEST_NAME)
     try:
-        text = store.read_bytes(MANIFEST_NAME)
+        text = store.read(MANIFEST_NAME)
     except FileNotFoundError:
         raise ValueError(
             f'{store.name}: no {MANIFEST_NAME} there; pack the data first with "maskray data pack --out {store.name}"'

@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from contract.files import Files
 from contract.recipe import RunConfig
 from model.structures import Batch, LossTerm
 from pipelines.load.loader import TrainStep
@@ -28,7 +29,6 @@ from workers.training.state import TrainState
 from workers.training.world import World
 from workers.trial.checkpoints import BackgroundWriter, CheckpointStore
 from workers.trial.stop import StopRequest
-from workers.trial.storage import Storage
 
 
 def small_run(**loop: Any) -> RunConfig:
@@ -158,7 +158,7 @@ def fake_trial(
     *,
     world: World | None = None,
     attempt: int = 1,
-    storage: Storage | None = None,
+    storage: Files | None = None,
     detector: nn.Module | None = None,
     stop: StopRequest | None = None,
     visit: Callable[[int], None] = lambda step: None,
@@ -166,7 +166,7 @@ def fake_trial(
     writer: type[BackgroundWriter] = PatientWriter,
 ) -> Trial:
     """Trains the fake detector in `folder` as `workers.training.run` trains a real one, from its newest checkpoint."""
-    world, storage = world or alone(), storage or Storage(str(folder))
+    world, storage = world or alone(), storage or Files(str(folder))
     state = TrainState(run, detector or FakeDetector(run.seed))
     store = CheckpointStore(storage, attempt, run.loop.keep_checkpoints, lambda text: None)
     journal: Any = SilentJournal()
@@ -214,7 +214,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class DyingStorage(Storage):
+class DyingStorage(Files):
     """Kills its process in the middle of the n-th file that it writes below `checkpoints/` (or anywhere)."""
 
     def __init__(self, uri: str, at_write: int) -> None:

@@ -17,11 +17,11 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from contract.files import Files
 from tests.workers.test_train import run_file, train_command
 from workers.sync import sync
 from workers.tracking.scribe import TARGET_FILE, SpoolTarget
 from workers.train import next_attempt
-from workers.trial.storage import Storage
 
 STEPS, EVALUATED, LOGGED = 72, 24, 2
 RANKS = (1, 2, 3, 1, 2)  # of the groups
@@ -63,14 +63,14 @@ class Training:
 
     def kill(self, moment: str, victim: str, chance: random.Random) -> bool:
         """Starts, waits for the moment, kills. Returns whether there still was something to kill."""
-        attempt, _ = next_attempt(Storage(str(self.out)))
+        attempt, _ = next_attempt(Files(str(self.out)))
         process = self.start()
         first: list[int] = []
 
         def reached() -> bool:
             progress = self._progress()
             if progress.get("attempt") != attempt:
-                return moment == "start" and next_attempt(Storage(str(self.out)))[0] > attempt
+                return moment == "start" and next_attempt(Files(str(self.out)))[0] > attempt
             match moment:
                 case "training":
                     first.append(progress["step"])

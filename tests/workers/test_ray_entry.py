@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from contract.attempt import Outcome
+from contract.files import Files
 from tests.workers.training.test_run import run_of, spec_of
 from workers.ray_entry import conclude, logged_to, read_spec
-from workers.trial.storage import Storage
 
 
 class Head:
@@ -190,7 +190,7 @@ def test_a_node_that_ray_drains_preempts_the_trial(tmp_path, packed):
 
 
 def test_what_a_rank_prints_is_a_file_on_the_remote_storage(s3_uri):
-    storage = Storage(s3_uri)
+    storage = Files(s3_uri)
     with logged_to(storage, "attempts/1/rank-0.log"):
         os.write(1, b"step 1\n")  # what `print` does where pytest does not capture it
         os.write(2, b"a library's own line\n")
@@ -199,7 +199,7 @@ def test_what_a_rank_prints_is_a_file_on_the_remote_storage(s3_uri):
 
 def test_the_driver_tells_what_the_most_telling_rank_said(tmp_path, packed, capsys):
     spec = spec_of(tmp_path, run_of(packed), ranks=2)
-    storage = Storage(str(tmp_path))
+    storage = Files(str(tmp_path))
     for rank, error_class, error in (
         (0, "collective", "peer lost"),
         (1, "out_of_memory", "lower the batch"),

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from contract.attempt import SPEC_FILE, Outcome, Progress
+from contract.files import Files
 from contract.presets import run_preset
 from contract.recipe import parse_run
 from tests.workers.ranks import run_ranks
@@ -26,7 +27,6 @@ from workers.train import main, merged, next_attempt, read_run, share_of_cores
 from workers.training.world import World, end_with_launcher
 from workers.trial.causes import exit_status
 from workers.trial.stop import StopRequest, grace_enforced, late_outcome
-from workers.trial.storage import Storage
 
 
 def run_file(folder: Path, packed: tuple[str, str], **overrides: Any) -> Path:
@@ -173,7 +173,7 @@ def test_progress_is_one_line():
 
 def test_a_refused_command_leaves_a_stop_file_to_the_run_that_it_was_written_for(tmp_path, packed):
     out = tmp_path / "out"
-    Storage(str(out)).write("stop", b"")
+    Files(str(out)).write("stop", b"")
     path = run_file(tmp_path, packed, model__num_classes=7)
     assert main([str(path), "--out", str(out), "--cpus-per-rank", "1"]) == 2
     assert (out / "stop").exists()
@@ -188,7 +188,7 @@ def test_a_stop_that_is_asked_for_while_a_run_starts_is_kept(tmp_path, packed):
     def ask() -> None:
         while not (out / SPEC_FILE.format(attempt=1)).exists():
             time.sleep(0.005)
-        Storage(str(out)).write("stop", b"")
+        Files(str(out)).write("stop", b"")
 
     asking = threading.Thread(target=ask)
     asking.start()
@@ -200,7 +200,7 @@ def test_a_stop_that_is_asked_for_while_a_run_starts_is_kept(tmp_path, packed):
 
 
 def test_a_folder_keeps_its_trial_id_and_shares_it_with_no_other_of_its_name(tmp_path):
-    folders = [Storage(str(tmp_path / parent / "out")) for parent in ("a", "b")]
+    folders = [Files(str(tmp_path / parent / "out")) for parent in ("a", "b")]
     (first, trial), (_, other) = map(next_attempt, folders)
     assert first == 1
     assert trial.startswith("out-")

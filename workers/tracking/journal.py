@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from contract.attempt import PROGRESS_FILE, Event, Progress
+from contract.files import Files
 from workers.tracking.series import Row, SeriesParts
 from workers.tracking.spool import Record, Spool, metric_points
 from workers.trial.checkpoints import check_claim
-from workers.trial.storage import Storage
 
 Phase = Literal["starting", "training", "evaluating", "finishing"]
 NOTHING: Mapping[str, Any] = {"window": (), "tail": (), "events": ()}
@@ -64,7 +64,7 @@ class TrialJournal:
     def __init__(
         self,
         spool: Spool,
-        storage: Storage,
+        storage: Files,
         attempt: int,
         steps: int,
         global_batch: int,
@@ -193,7 +193,7 @@ class LatestFile:
     """Writes the latest value put into it on a thread, so that a slow disk holds up nobody. check: raises if fenced."""
 
     def __init__(
-        self, storage: Storage, path: str, check: Callable[[], None], warn: Callable[[str], None]
+        self, storage: Files, path: str, check: Callable[[], None], warn: Callable[[str], None]
     ) -> None:
         self._storage, self._path, self._check, self._warn = storage, path, check, warn
         self._value: bytes | None = None

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from contract.attempt import MLflowTracking
+from contract.files import Files
 from workers.tracking.spool import Record, RejectedError
-from workers.trial.storage import Storage
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -30,7 +30,7 @@ _PERMANENT = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 class MLflowTarget:
     """Sends records to the trial's run, which is found by its tag, or created."""
 
-    def __init__(self, cfg: MLflowTracking, trial: str, run_name: str, storage: Storage) -> None:
+    def __init__(self, cfg: MLflowTracking, trial: str, run_name: str, storage: Files) -> None:
         self._cfg, self._trial, self._run_name, self._storage = cfg, trial, run_name, storage
         self._client: MlflowClient | None = None
         self._had: set[tuple[str, int]] = set()

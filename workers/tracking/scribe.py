@@ -19,12 +19,12 @@ from contract.attempt import (
     RunSpec,
     Tracking,
 )
+from contract.files import Files
 from contract.record import Record as ConfigRecord
 from workers.tracking.journal import TrialJournal
 from workers.tracking.mlflow_target import TRIAL_TAG, MLflowTarget, flattened
 from workers.tracking.spool import Record, Shipper, Spool, print_warning
 from workers.trial.checkpoints import FencedError, check_claim
-from workers.trial.storage import Storage
 
 SPOOL_FOLDER = "spool"
 TARGET_FILE = "target.json"
@@ -42,7 +42,7 @@ class SpoolTarget(ConfigRecord):
     storage: str
 
 
-def build_target(tracking: Tracking, target: SpoolTarget, storage: Storage) -> MLflowTarget | None:
+def build_target(tracking: Tracking, target: SpoolTarget, storage: Files) -> MLflowTarget | None:
     """None without a tracker: nothing is shipped then, and the records wait in the spool for one."""
     match tracking:
         case NoTracking():
@@ -53,20 +53,20 @@ def build_target(tracking: Tracking, target: SpoolTarget, storage: Storage) -> M
             assert_never(tracking)
 
 
-def spool_folder(spec: RunSpec, storage: Storage) -> Path:
+def spool_folder(spec: RunSpec, storage: Files) -> Path:
     """On this node: in the trial's own folder, or in the cache where that is remote."""
     if storage.local is not None:
         return storage.local / SPOOL_FOLDER
     return Path(spec.cache or tempfile.gettempdir()) / "maskray-spool" / spec.trial
 
 
-def open_spool(spec: RunSpec, storage: Storage) -> tuple[Spool, SpoolTarget]:
+def open_spool(spec: RunSpec, storage: Files) -> tuple[Spool, SpoolTarget]:
     """The trial's spool, taken over from whoever wrote it before, and where its records belong, noted in it.
 
     An attempt without a tracker leaves them to that of the attempts before.
     """
     spool = Spool(spool_folder(spec, storage))
-    files = Storage(str(spool.folder))
+    files = Files(str(spool.folder))
     tracking = (
         spec.tracking if isinstance(spec.tracking, MLflowTracking) else _tracking_before(files)
     )
@@ -75,7 +75,7 @@ def open_spool(spec: RunSpec, storage: Storage) -> tuple[Spool, SpoolTarget]:
     return spool, target
 
 
-def _tracking_before(files: Storage) -> Tracking:
+def _tracking_before(files: Files) -> Tracking:
     try:
         return SpoolTarget.model_validate_json(files.read(TARGET_FILE)).tracking
     except (FileNotFoundError, ValueError):
@@ -85,7 +85,7 @@ def _tracking_before(files: Storage) -> Tracking:
 class Scribe:
     """Writes what a run tells to its spool, and has it shipped."""
 
-    def __init__(self, spec: RunSpec, storage: Storage, show: Callable[[Progress], None]) -> None:
+    def __init__(self, spec: RunSpec, storage: Files, show: Callable[[Progress], None]) -> None:
         self._spec, self._storage = spec, storage
         self._spool, target = open_spool(spec, storage)
         window = (
@@ -185,7 +185,7 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
-def tell_failure(spec: RunSpec, storage: Storage, outcome: Outcome) -> None:
+def tell_failure(spec: RunSpec, storage: Files, outcome: Outcome) -> None:
     """For the driver of an attempt whose rank 0 may be dead: makes sure that the tracker learns the reason.
 
     Of an attempt that a newer one has replaced it learns nothing.

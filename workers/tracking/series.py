@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workers.trial.storage import Storage
+from contract.files import Files
 
 _FOLDER = "series"
 _NAME = re.compile(r"^(\d{8,})-(\d{8,})\.parquet$")
@@ -27,7 +27,7 @@ class Row:
 class SeriesParts:
     """Rows of the steps after the last part, in memory, and the parts before them, in the trial's folder."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Files) -> None:
         self._storage = storage
         self._rows: list[Row] = []
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from workers.trial.storage import Storage, explained
+from contract.files import Files, explained
 
 # {"kind": "metrics", "at": ms, "step": n, "values": {...}} | {"kind": "params", "values"} | {"kind": "tags", "values"}
 # | {"kind": "artifact", "path", "folder"} | {"kind": "status", "at", "status"} | {"kind": "rewind", "step"}
@@ -78,7 +78,7 @@ class Spool:
     def _take(self, damaged: bool) -> None:
         data = self._path.read_bytes()
         data = data[: data.rfind(b"\n") + 1]  # without the line that a crash tore
-        files = Storage(str(self.folder))
+        files = Files(str(self.folder))
         if damaged:
             data = b"".join(line for line in io.BytesIO(data) if _parsed(line) is not None)
             files.write_json(

@@ -15,6 +15,7 @@ from torch import nn
 
 from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
 from contract.command import one_line
+from contract.files import Files
 from pipelines.shards.dataset import Dataset
 from workers.tracking.journal import NOTHING, Journal, SilentJournal
 from workers.tracking.scribe import Scribe
@@ -36,7 +37,6 @@ from workers.trial.causes import (
 )
 from workers.trial.checkpoints import CheckpointStore, FencedError
 from workers.trial.stop import StopRequest
-from workers.trial.storage import Storage
 
 
 def run_trial(
@@ -52,7 +52,7 @@ def run_trial(
     rank 0 once the trial's folder is this attempt's.
     """
     try:
-        storage = Storage(spec.storage)
+        storage = Files(spec.storage)
     except ValueError as error:
         return Outcome(state="failed", error_class="person", error=str(error))
     scribe: Scribe | None = None
@@ -84,7 +84,7 @@ def run_trial(
     return outcome
 
 
-def _failed(spec: RunSpec, world: World, storage: Storage, error: Exception) -> Outcome:
+def _failed(spec: RunSpec, world: World, storage: Files, error: Exception) -> Outcome:
     own = cause_of(error, world.rank)
     explained = own.error_class == "person" or isinstance(error, DivergedError | FencedError)
     print(f"rank {world.rank} ends: {own.error}" if explained else own.details, flush=True)
@@ -159,7 +159,7 @@ def _run(
     spec: RunSpec,
     world: World,
     stop: StopRequest,
-    storage: Storage,
+    storage: Files,
     store: CheckpointStore,
     scribe: Scribe | None,
     given: _Given,
@@ -220,7 +220,7 @@ def _run(
 def _finish(
     spec: RunSpec,
     world: World,
-    storage: Storage,
+    storage: Files,
     store: CheckpointStore,
     scribe: Scribe,
     state: TrainState,
@@ -258,7 +258,7 @@ def _finish(
     storage.write(RESULT_FILE, result.model_dump_json(indent=1).encode())
 
 
-def _artifact_paths(scores: Scores, storage: Storage) -> dict[str, str]:
+def _artifact_paths(scores: Scores, storage: Files) -> dict[str, str]:
     paths = {
         f"detections/{kind}": f"{ARTIFACT_FOLDER}/detections/{kind}.json" for kind in scores.results
     }
@@ -279,7 +279,7 @@ class _Reporter:
     def __init__(
         self,
         spec: RunSpec,
-        storage: Storage,
+        storage: Files,
         store: CheckpointStore,
         journal: Journal,
         dataset: Dataset,
@@ -311,7 +311,7 @@ class _Reporter:
                 self._journal.artifact(path, "detections")
 
 
-def _write_weights(storage: Storage, detector: nn.Module, name: str) -> str:
+def _write_weights(storage: Files, detector: nn.Module, name: str) -> str:
     data = safetensors_bytes(weights_of(detector))
     storage.write(f"{ARTIFACT_FOLDER}/{name}.safetensors", data)
     return hashlib.sha256(data).hexdigest()
@@ -321,7 +321,7 @@ def _metric_name(category: str) -> str:
     return re.sub(r"[^\w\-. ]", "_", category)
 
 
-def check_shared(storage: Storage, attempt: int, world: World) -> None:
+def check_shared(storage: Files, attempt: int, world: World) -> None:
     """Raises ValueError on every rank if some rank does not see what rank 0 writes to the trial's folder."""
     if world.size == 1:
         return

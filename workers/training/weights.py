@@ -9,6 +9,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
+from contract.files import file_sha256
 from contract.model import (
     VGG16,
     Backbone,
@@ -19,7 +20,6 @@ from contract.model import (
     TorchvisionWeights,
     Weights,
 )
-from pipelines.storage import file_sha256
 from workers.training.zoo import read_zoo_pickle
 
 

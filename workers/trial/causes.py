@@ -26,8 +26,8 @@ from contract.attempt import (
     Outcome,
 )
 from contract.command import one_line
+from contract.files import Files
 from workers.trial.checkpoints import FencedError
-from workers.trial.storage import Storage
 
 ErrorClass = Literal["none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"]
 CAUSE_FILE = "attempts/{attempt}/rank-{rank}.cause.json"
@@ -145,20 +145,20 @@ def most_telling(causes: Sequence[Cause]) -> Cause:
     return min(causes, key=lambda cause: (_TELLING.index(cause.error_class), cause.rank))
 
 
-def record_cause(storage: Storage, attempt: int, cause: Cause) -> None:
+def record_cause(storage: Files, attempt: int, cause: Cause) -> None:
     storage.write(
         CAUSE_FILE.format(attempt=attempt, rank=cause.rank),
         cause.model_dump_json(indent=1).encode(),
     )
 
 
-def recorded_causes(storage: Storage, attempt: int) -> list[Cause]:
+def recorded_causes(storage: Files, attempt: int) -> list[Cause]:
     folder = f"attempts/{attempt}"
     names = [name for name in storage.names(folder) if name.endswith(".cause.json")]
     return [Cause.model_validate_json(storage.read(f"{folder}/{name}")) for name in names]
 
 
-def common_cause(storage: Storage, attempt: int, own: Cause, patience_s: float = 3.0) -> Cause:
+def common_cause(storage: Files, attempt: int, own: Cause, patience_s: float = 3.0) -> Cause:
     """The most telling cause of all ranks; a rank that lost its peer waits a little for what the peer has to say."""
     until = time.monotonic() + patience_s
     while True:
@@ -168,7 +168,7 @@ def common_cause(storage: Storage, attempt: int, own: Cause, patience_s: float =
         time.sleep(0.1)
 
 
-def write_outcome(storage: Storage, attempt: int, outcome: Outcome) -> None:
+def write_outcome(storage: Files, attempt: int, outcome: Outcome) -> None:
     storage.write(OUTCOME_FILE.format(attempt=attempt), outcome.model_dump_json(indent=1).encode())
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from contract.attempt import CHECKPOINT_FOLDER
-from workers.trial.storage import HashingSink, Storage
+from contract.files import Files, HashingSink
 
 _CLAIM = f"{CHECKPOINT_FOLDER}/claim.json"
 _NAME = re.compile(r"^(\d{4,})-(\d{8,})$")
@@ -45,7 +45,7 @@ class Snapshot:
     plain: dict[str, Any]
 
 
-def check_claim(storage: Storage, attempt: int, token: str = "") -> None:
+def check_claim(storage: Files, attempt: int, token: str = "") -> None:
     """Raises FencedError if a newer attempt has claimed the trial's folder.
 
     token: of the process's own claim, which another start of the same attempt replaces; empty if it made none.
@@ -69,7 +69,7 @@ class CheckpointStore:
     """The checkpoints of one trial, as one attempt sees them."""
 
     def __init__(
-        self, storage: Storage, attempt: int, keep: int, warn: Callable[[str], None]
+        self, storage: Files, attempt: int, keep: int, warn: Callable[[str], None]
     ) -> None:
         self._storage, self._attempt, self._keep, self._warn = storage, attempt, keep, warn
         self._token = ""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from contract.attempt import STOP_FILE, Outcome
-from workers.trial.storage import Storage
+from contract.files import Files
 
 Reason = Literal["", "stopped", "preempted"]
 # written by the driver of an attempt when it is asked itself
@@ -113,7 +113,7 @@ def late_outcome(reason: Reason, grace_s: float) -> Outcome:
 @contextmanager
 def files_asking(
     request: StopRequest,
-    storage: Storage,
+    storage: Files,
     attempt: int,
     notice: Callable[[], bool],
     warn: Callable[[str], None],

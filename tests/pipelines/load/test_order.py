@@ -120,7 +120,7 @@ def test_a_block_is_sorted_by_aspect_ratio():
     rows = Order(index, ALL, seed=0, global_batch=10, window_shards=2, block_batches=5)
     spread = lambda picked: np.ptp(
         np.log(index.values("width", picked) / index.values("height", picked))
-    )  # noqa: E731
+    )
     sorted_spread = np.mean([spread(rows.rows(step)) for step in range(20)])
     plain = rows.sequence(0, 0, 200).reshape(20, 10)
     assert sorted_spread < 0.4 * np.mean([spread(picked) for picked in plain])

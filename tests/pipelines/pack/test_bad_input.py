@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from contract.command import run_app
+from contract.files import Files
 from pipelines.__main__ import app
 from pipelines.coco.decoding import TooLargeError, decode_pixels, stored_orientation
 from pipelines.evaluate.evaluation import evaluate
 from pipelines.inspect.verify import verify
 from pipelines.shards.dataset import open_dataset
 from pipelines.shards.mapping import MappedFile
-from pipelines.storage import Store
 from tests.pipelines.tiny_coco import (
     CATEGORIES,
     box_annotation,
@@ -200,9 +200,9 @@ def test_a_uri_that_cannot_be_opened_is_named_without_its_password(call, uri, me
 
 
 def test_a_store_is_described_without_its_password():
-    assert Store("s3://me:secret@bucket/train?region=x").describe("a") == "s3://***@bucket/train/a"
-    assert Store("gs://anonymous@bucket/train").describe("a") == "gs://anonymous@bucket/train/a"
-    assert Store("/data/a:b@c").describe("a") == "/data/a:b@c/a"
+    assert Files("s3://me:secret@bucket/train?region=x").describe("a") == "s3://***@bucket/train/a"
+    assert Files("gs://anonymous@bucket/train").describe("a") == "gs://anonymous@bucket/train/a"
+    assert Files("/data/a:b@c").describe("a") == "/data/a:b@c/a"
 
 
 # --- a packed dataset that was damaged --------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ import pytest
 import torch
 from moto.server import ThreadedMotoServer
 
+from contract import files
 from contract.command import run_app
 from contract.data import DataConfig
+from contract.files import Files
 from contract.model import ImageInput
-from pipelines import storage
 from pipelines.__main__ import app
 from pipelines.inspect.verify import verify
 from pipelines.load.loader import EvalLoader, TrainLoader
@@ -30,7 +31,6 @@ from pipelines.pack.pack import PackOptions, pack
 from pipelines.shards.cache import Cache
 from pipelines.shards.dataset import Dataset, open_dataset, stage_datasets
 from pipelines.shards.manifest import FileEntry
-from pipelines.storage import Store
 
 SHARD = "shard-00002.arrow"
 
@@ -193,7 +193,7 @@ def test_after_staging_training_asks_the_store_for_nothing(restored, s3, shapes,
 
 
 def test_cut_connections_are_tried_again(restored, s3, shapes, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(files, "FIRST_PAUSE_S", 0.0)
     dataset = open_dataset(restored, str(tmp_path / "cache"))
     assert dataset.index
     s3[0].cuts = 3
@@ -202,11 +202,11 @@ def test_cut_connections_are_tried_again(restored, s3, shapes, tmp_path, monkeyp
 
 
 def test_a_store_that_stays_away_is_named(shapes, tmp_path, monkeypatch):
-    class Gone(Store):
+    class Gone(Files):
         def copy_to(self, name, target, also):
             raise OSError("connection reset")
 
-    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(files, "FIRST_PAUSE_S", 0.0)
     entry = open_dataset(str(shapes / "train")).manifest.shards[0]
     with pytest.raises(
         RuntimeError, match=r"s3://x/shard-00000\.arrow: connection reset; tried 5 times"
@@ -233,7 +233,7 @@ def test_a_wrong_shard_is_fetched_twice_then_named_with_its_rows(
 
 
 def test_one_wrong_copy_is_put_aside_and_fetched_again(shapes, tmp_path):
-    class OnceWrong(Store):
+    class OnceWrong(Files):
         calls = 0
 
         def copy_to(self, name, target, also):
@@ -273,7 +273,7 @@ def as_path(path: Path) -> Path:
     return path
 
 
-def make_store(folder: Path, count: int, size: int = 1000) -> tuple[Store, list[FileEntry]]:
+def make_store(folder: Path, count: int, size: int = 1000) -> tuple[Files, list[FileEntry]]:
     folder.mkdir()
     entries = []
     for number in range(count):
@@ -281,7 +281,7 @@ def make_store(folder: Path, count: int, size: int = 1000) -> tuple[Store, list[
         (folder / f"{number}").write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
         entries.append(FileEntry(name=f"{number}", sha256=digest, bytes=size, rows=1))
-    return Store(str(folder)), entries
+    return Files(str(folder)), entries
 
 
 def test_the_cache_keeps_its_size_and_drops_what_was_used_longest_ago(tmp_path):
@@ -306,7 +306,7 @@ def test_a_file_that_is_open_survives_its_eviction(tmp_path):
     assert mapped.read() == bytes(1000)
 
 
-def _open_at_random(folder: str, store: Store, entries: list[FileEntry], seed: int) -> None:
+def _open_at_random(folder: str, store: Files, entries: list[FileEntry], seed: int) -> None:
     chance, cache = random.Random(seed), Cache(folder, 1000 / 2**30)
     for _ in range(300):
         entry = chance.choice(entries)
@@ -351,7 +351,7 @@ def test_staging_mends_a_copy_that_was_damaged_and_says_what_it_evicted(restored
         stage_datasets([open_dataset(restored, str(cache), (size - 1) / 2**30)])
 
 
-class _Counting(Store):
+class _Counting(Files):
     """Notes each download in a file."""
 
     def __reduce__(self):
@@ -363,7 +363,7 @@ class _Counting(Store):
         super().copy_to(name, target, also)
 
 
-def _fetch_all(folder: str, store: Store, entries: list[FileEntry]) -> None:
+def _fetch_all(folder: str, store: Files, entries: list[FileEntry]) -> None:
     for entry in entries:
         path = Cache(folder, 1).fetch(store, entry, as_path)
         assert hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from contract.attempt import Progress
+from contract.files import Files
 from tests.workers.fakes import fake_trial, small_run
 from tests.workers.ranks import run_ranks
 from tests.workers.training.test_resume import kill_in_step
 from workers.tracking.journal import NOTHING, TrialJournal
 from workers.tracking.series import Row
 from workers.tracking.spool import RejectedError, Shipper, Spool, metric_points, ship_once
-from workers.trial.storage import Storage
 
 
 class FakeTracker:
@@ -251,7 +251,7 @@ def test_an_evaluation_that_was_told_before_a_kill_and_is_done_again_is_told_onc
     for attempt in (1, 2):
         spool = Spool(tmp_path / "spool")
         journal = TrialJournal(
-            spool, Storage(str(tmp_path)), attempt, 8, 8, 50, lambda progress: None
+            spool, Files(str(tmp_path)), attempt, 8, 8, 50, lambda progress: None
         )
         journal.restore(NOTHING, 4)
         journal.metrics(4, {"bbox/AP": 0.5})
@@ -265,7 +265,7 @@ def test_what_was_told_while_a_checkpoint_was_written_is_told_once_after_the_spo
 ):
     def journal_in(name: str) -> tuple[Spool, TrialJournal]:
         spool = Spool(tmp_path / name)
-        return spool, TrialJournal(spool, Storage(str(tmp_path)), 1, 8, 8, 2, lambda progress: None)
+        return spool, TrialJournal(spool, Files(str(tmp_path)), 1, 8, 8, 2, lambda progress: None)
 
     def row(step: int) -> Row:
         return Row(step, {"loss": 1.0, "step_s": 0.5, "wait_s": 0.0})
@@ -286,7 +286,7 @@ def test_what_was_told_while_a_checkpoint_was_written_is_told_once_after_the_spo
 
 
 def test_progress_of_an_attempt_that_was_taken_over_is_not_written(tmp_path, capsys):
-    storage = Storage(str(tmp_path))
+    storage = Files(str(tmp_path))
     spool = Spool(tmp_path / "spool")
     journal = TrialJournal(spool, storage, 1, 8, 8, 50, lambda progress: None)
     storage.write_json("checkpoints/claim.json", {"attempt": 2})
@@ -321,7 +321,7 @@ def test_the_series_has_every_step_once_after_kill_and_resume(tmp_path):
 def test_progress_is_a_whole_file_at_every_moment(tmp_path):
     spool = Spool(tmp_path / "spool")
     seen: list[Progress] = []
-    journal = TrialJournal(spool, Storage(str(tmp_path)), 3, 100, 8, 50, seen.append)
+    journal = TrialJournal(spool, Files(str(tmp_path)), 3, 100, 8, 50, seen.append)
     row = Row(10, {"loss": float("nan"), "step_s": 0.5, "wait_s": 0.1})
     journal.rows([row])
     journal.progress("training", 10, row)

@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 
 from contract.attempt import MLflowTracking, NoTracking, Outcome, RunSpec, Tracking
+from contract.files import Files
 from tests.workers.fakes import small_run
 from tests.workers.tracking.test_spool import metrics
 from workers.sync import sync
 from workers.tracking.mlflow_target import MLflowTarget, flattened
 from workers.tracking.scribe import Scribe, open_spool
 from workers.tracking.spool import Shipper, Spool
-from workers.trial.storage import Storage
 
 
 def target(uri: str, folder: Path, trial: str = "t-1") -> MLflowTarget:
     return MLflowTarget(
-        MLflowTracking(uri=uri, experiment="study"), trial, "arm/seed-0", Storage(str(folder))
+        MLflowTracking(uri=uri, experiment="study"), trial, "arm/seed-0", Files(str(folder))
     )
 
 
@@ -69,7 +69,7 @@ def attempt_of(folder: Path, number: int, tracking: Tracking) -> RunSpec:
 
 def tell(spec: RunSpec, step: int) -> None:
     """An attempt that tells one point and ends."""
-    scribe = Scribe(spec, Storage(spec.storage), lambda progress: None)
+    scribe = Scribe(spec, Files(spec.storage), lambda progress: None)
     scribe.journal.metrics(step, {"loss": 1 / step})
     assert scribe.journal.state()()["tail"] == []
     scribe.finish(Outcome(state="done", step=step))
@@ -86,7 +86,7 @@ def test_a_run_first_trained_without_a_tracker_sends_that_part_once_it_has_one(
         sync(str(tmp_path))
     scribe = Scribe(
         attempt_of(tmp_path, 2, MLflowTracking(uri=own, experiment="study")),
-        Storage(str(tmp_path)),
+        Files(str(tmp_path)),
         print,
     )
     scribe.journal.metrics(2, {"loss": 0.5})
@@ -100,7 +100,7 @@ def test_an_attempt_without_a_tracker_leaves_its_records_to_the_tracker_before(
 ):
     own = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'own.db')}"
     spool, _ = open_spool(
-        attempt_of(tmp_path, 1, MLflowTracking(uri=own, experiment="study")), Storage(str(tmp_path))
+        attempt_of(tmp_path, 1, MLflowTracking(uri=own, experiment="study")), Files(str(tmp_path))
     )
     spool.append(metrics(1))  # and its tracker was dead
     spool.close()

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from contract.files import Files
 from contract.recipe import RunConfig
 from tests.workers.fakes import DyingStorage, Trial, die, fake_trial, small_run
 from tests.workers.ranks import run_ranks
 from workers.training.step import distributed
 from workers.training.world import World
 from workers.trial.stop import StopRequest
-from workers.trial.storage import Storage
 
 
 def kill_in_step(world: World, folder: Path, run: RunConfig, step: int, rank: int) -> str:
@@ -26,7 +26,7 @@ def kill_in_step(world: World, folder: Path, run: RunConfig, step: int, rank: in
 
 
 def kill_in_write(world: World, folder: Path, run: RunConfig, write: int) -> str:
-    storage = DyingStorage(str(folder), write) if world.is_first else Storage(str(folder))
+    storage = DyingStorage(str(folder), write) if world.is_first else Files(str(folder))
     return fake_trial(folder, run, world=world, storage=storage).digest
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from contract.attempt import MLflowTracking, NoTracking, Outcome, Result, RunSpec
+from contract.files import Files
 from contract.recipe import RunConfig
 from pipelines.load.proposals import write_proposals
 from pipelines.shards.dataset import open_dataset
@@ -44,7 +45,6 @@ from workers.trial.causes import (
 )
 from workers.trial.checkpoints import CheckpointStore, FencedError
 from workers.trial.stop import StopRequest, files_asking
-from workers.trial.storage import Storage
 
 
 def run_of(packed: tuple[str, str], **overrides: Any) -> RunConfig:
@@ -245,7 +245,7 @@ def test_a_shard_that_is_gone_is_named(tmp_path, packed):
 def test_a_stop_file_ends_the_trial_with_a_checkpoint_and_the_next_attempt_resumes(
     tmp_path, packed
 ):
-    storage, stop = Storage(str(tmp_path)), StopRequest()
+    storage, stop = Files(str(tmp_path)), StopRequest()
     storage.write("stop", b"")
     with files_asking(stop, storage, 1, lambda: False, print):
         outcome = go(spec_of(tmp_path, run_of(packed, loop__steps=100_000)), stop)
@@ -264,7 +264,7 @@ def asked_at_once() -> StopRequest:
 
 
 def test_an_older_attempt_is_fenced_and_writes_no_result(tmp_path, packed, capsys):
-    Storage(str(tmp_path)).write_json("checkpoints/claim.json", {"attempt": 2})
+    Files(str(tmp_path)).write_json("checkpoints/claim.json", {"attempt": 2})
     outcome = go(spec_of(tmp_path, run_of(packed)))
     assert (outcome.state, outcome.error_class) == ("failed", "node")
     assert "attempt 2 has taken over" in outcome.error
@@ -301,7 +301,7 @@ def test_a_refused_attempt_leaves_the_folder_to_the_one_that_trains_in_it(
     assert {
         name: data for name, data in after.items() if not name.startswith("attempts/2/")
     } == before
-    assert next_attempt(Storage(str(tmp_path)))[0] == 3
+    assert next_attempt(Files(str(tmp_path)))[0] == 3
 
 
 @pytest.mark.parametrize("missing", ["train", "val"])
@@ -330,14 +330,14 @@ def test_proposals_that_lack_an_image_are_refused_before_the_folder_is_taken(
 def test_a_run_whose_result_cannot_be_written_is_finished_for_nobody(
     tmp_path, packed, store, monkeypatch
 ):
-    write = Storage.write
+    write = Files.write
 
-    def full(self: Storage, path: str, data: bytes) -> None:
+    def full(self: Files, path: str, data: bytes) -> None:
         if path == "result.json":
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, path, data)
 
-    monkeypatch.setattr(Storage, "write", full)
+    monkeypatch.setattr(Files, "write", full)
     outcome = go(
         spec_of(
             tmp_path, run_of(packed), tracking=MLflowTracking(uri=store, experiment="full disk")
@@ -396,7 +396,7 @@ def test_a_trial_on_an_object_store_keeps_there_what_a_dead_tracker_could_not_be
         RunSpec(run=run_of(packed), storage=s3_uri, trial="t-2", tracking=dead, cache=str(tmp_path))
     )
     assert (outcome.state, outcome.error) == ("done", "")
-    remote = Storage(s3_uri)
+    remote = Files(s3_uri)
     assert Result.model_validate_json(remote.read("result.json")).step == 4
     target = remote.read("spool/target.json").decode().replace("http://127.0.0.1:9", store)
     remote.write("spool/target.json", target.encode())
@@ -417,7 +417,7 @@ def test_a_precision_that_the_cpu_imitates_is_told_once(
         _open(
             spec,
             World(rank, 3, torch.device("cpu")),
-            CheckpointStore(Storage(str(tmp_path)), 1, 2, print),
+            CheckpointStore(Files(str(tmp_path)), 1, 2, print),
         )
     assert capsys.readouterr().out.count("warning: loop.precision: this CPU imitates bf16") == told
 

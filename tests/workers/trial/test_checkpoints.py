@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from contract.files import Files
 from tests.workers.fakes import fake_trial, small_run
 from workers.trial.causes import classify
 from workers.trial.checkpoints import BackgroundWriter, CheckpointStore, FencedError, Snapshot
-from workers.trial.storage import Storage
 
 
 def snapshot(step: int) -> Snapshot:
@@ -31,7 +31,7 @@ def store_in(
     folder: Path | str, attempt: int = 1, keep: int = 2
 ) -> tuple[CheckpointStore, list[str]]:
     warnings: list[str] = []
-    store = CheckpointStore(Storage(str(folder)), attempt, keep, warnings.append)
+    store = CheckpointStore(Files(str(folder)), attempt, keep, warnings.append)
     store.claim()
     return store, warnings
 
@@ -114,7 +114,7 @@ def test_checkpoints_hold_no_pickled_code(tmp_path):
     assert torch.load(path, weights_only=True)["nested"]["n"][0] == 1
 
 
-class FullStorage(Storage):
+class FullStorage(Files):
     """A disk that is full before the checkpoint of step 8."""
 
     @contextmanager
@@ -154,7 +154,7 @@ class FillingSink:
         self._sink.write(data)
 
 
-class FillingStorage(Storage):
+class FillingStorage(Files):
     """A disk that is full in the middle of the tensors of a checkpoint."""
 
     room = 0
@@ -226,7 +226,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_field(tmp_path):
 
 
 def test_storage_replaces_files_whole_or_not_at_all(tmp_path):
-    storage = Storage(str(tmp_path))
+    storage = Files(str(tmp_path))
     storage.write("a/b.json", b"old")
 
     def write_half() -> None:
@@ -241,8 +241,8 @@ def test_storage_replaces_files_whole_or_not_at_all(tmp_path):
 
 
 def test_a_uri_that_pyarrow_cannot_open_is_named():
-    with pytest.raises(ValueError, match="storage 'gopher://x'"):
-        Storage("gopher://x")
+    with pytest.raises(ValueError, match="gopher://x: not a URI"):
+        Files("gopher://x").exists()
 
 
 def test_checkpoints_behind_a_uri_are_published_found_and_pruned(s3_uri):
@@ -251,6 +251,6 @@ def test_checkpoints_behind_a_uri_are_published_found_and_pruned(s3_uri):
         store.publish(snapshot(step))
     again, _ = store_in(s3_uri, attempt=2)
     assert again.load(again.newest()).tensors["w"].tolist() == [30.0] * 3
-    names = Storage(s3_uri).names("checkpoints")
+    names = Files(s3_uri).names("checkpoints")
     assert [name for name in names if name.startswith("0")] == ["0001-00000020", "0001-00000030"]
-    assert json.loads(Storage(s3_uri).read("checkpoints/claim.json"))["attempt"] == 2
+    assert json.loads(Files(s3_uri).read("checkpoints/claim.json"))["attempt"] == 2
