@@ -2,54 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from enum import IntEnum
+from typing import Annotated, Literal, TypeAlias, get_args
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from contract.recipe import RunConfig
-from contract.record import Record
+from contract.record import Message, Record
 
-# Exit statuses of `python -m workers.train` and `python -m workers.ray_entry`, read by the orchestrator.
-(
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_INPUT,
-    EXIT_PREEMPTED,
-    EXIT_STOPPED,
-    EXIT_DIVERGED,
-    EXIT_OUT_OF_MEMORY,
-) = (
-    0,
-    1,
-    2,
-    75,
-    76,
-    77,
-    78,
-)
+# --- words that all rooms use -----------------------------------------------------------------
 
-# Files of a trial's folder, relative to RunSpec.storage.
+OutcomeState: TypeAlias = Literal["done", "failed", "stopped", "preempted"]
+ErrorClass: TypeAlias = Literal[
+    "none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"
+]
+Phase: TypeAlias = Literal["starting", "training", "evaluating", "finishing"]
+AttemptState: TypeAlias = Literal[
+    "submitting", "submitted", "running", "done", "failed", "stopped", "lost"
+]
+LiveAttemptState: TypeAlias = Literal["submitting", "submitted", "running"]
+LIVE_ATTEMPTS: tuple[LiveAttemptState, ...] = get_args(LiveAttemptState)  # Ray may work on these
+# Why a trial is asked to stop. A person wishes the first two, the service the others.
+Wish: TypeAlias = Literal["", "cancel", "pause", "stall", "budget"]
+
+
+class ExitStatus(IntEnum):
+    """How `python -m workers.train` and `python -m workers.ray_entry` end; the service reads it.
+
+    Small numbers and those from 128 on mean something to shells and to Ray, hence 75 to 78.
+    """
+
+    DONE = 0
+    FAILED = 1
+    INPUT = 2
+    PREEMPTED = 75
+    STOPPED = 76
+    DIVERGED = 77
+    OUT_OF_MEMORY = 78
+
+
+EXIT_DONE, EXIT_FAILED, EXIT_INPUT = ExitStatus.DONE, ExitStatus.FAILED, ExitStatus.INPUT
+EXIT_PREEMPTED, EXIT_STOPPED = ExitStatus.PREEMPTED, ExitStatus.STOPPED
+EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = ExitStatus.DIVERGED, ExitStatus.OUT_OF_MEMORY
+
+# --- files of a trial's folder, relative to RunSpec.storage ------------------------------------
+
 SPEC_FILE = "attempts/{attempt}/spec.json"
-
 NODES_FILE = "attempts/{attempt}/nodes.json"  # ids of the Ray nodes that the ranks sit on, by rank
-
 OUTCOME_FILE = "attempts/{attempt}/outcome.json"
-
+CAUSE_FILE = "attempts/{attempt}/rank-{rank}.cause.json"  # why one rank ended badly
 LOG_FILE = "attempts/{attempt}/rank-{rank}.log"
-
+DRIVER_LOG = "attempts/{attempt}/driver.log"
+# The driver writes these two when it is asked itself; the ranks look for them.
+ATTEMPT_STOP_FILE, PREEMPT_FILE = "attempts/{attempt}/stop", "attempts/{attempt}/preempt"
 PROGRESS_FILE = "progress.json"
-
 SPOOL_RECORDS = "spool/records.jsonl"  # what the tracker is told, in order
-
 SPOOL_CURSOR = "spool/cursor.json"  # {"bytes": how much of it the tracker has}
-
 RESULT_FILE = "result.json"
-
 CHECKPOINT_FOLDER = "checkpoints"
-
 ARTIFACT_FOLDER = "artifacts"  # config, detections, pictures, weights, metric series
+STOP_FILE = "stop"  # its presence asks all ranks to write a checkpoint and end
 
-STOP_FILE = "stop"  # its presence asks all ranks to checkpoint and end
+
+# --- what the service tells -------------------------------------------------------------------
 
 
 class NoTracking(Record):
@@ -70,7 +85,11 @@ Tracking: TypeAlias = Annotated[NoTracking | MLflowTracking, Field(discriminator
 
 
 class RunSpec(Record):
-    """One attempt of one trial, as the orchestrator hands it to `python -m workers.ray_entry --spec FILE`."""
+    """One attempt of one trial: what the service hands to `python -m workers.ray_entry --spec FILE`.
+
+    The package of another version may read it, and refuses a field that it does not know. So fields at their default
+    are not written.
+    """
 
     run: RunConfig
     storage: str = Field(min_length=1)  # the trial's own folder: a path or a pyarrow.fs URI
@@ -83,9 +102,8 @@ class RunSpec(Record):
     cpus_per_rank: float = Field(1.0, gt=0)
     gpus_per_rank: float = Field(0.0, ge=0)
     rank_resources: dict[str, float] = {}  # custom Ray resources per rank
-    max_nodes: int = Field(
-        0, ge=0
-    )  # 1 keeps the gang together; above that Ray packs it as tightly as it can
+    # 1 keeps the gang together; above that Ray packs it as tightly as it can
+    max_nodes: int = Field(0, ge=0)
     avoid_nodes: tuple[str, ...] = ()  # ids of Ray nodes that no rank may sit on
     tracking: Tracking = NoTracking()
     tags: dict[str, str] = {}  # to MLflow as they are: code version, manifest hash, owner
@@ -94,20 +112,23 @@ class RunSpec(Record):
     grace_s: float = Field(60.0, gt=0)  # from a stop request to the last checkpoint
 
 
-class Progress(BaseModel):
+# --- what the ranks leave behind --------------------------------------------------------------
+
+
+class Progress(Message):
     """`progress.json`, replaced by rank 0 at every logging interval."""
 
     attempt: int
     step: int
     steps: int
-    phase: Literal["starting", "training", "evaluating", "finishing"]
+    phase: Phase
     loss: float | None = None
     images_per_s: float | None = None
     seconds_left: float | None = None
     updated_at: float  # Unix time
 
 
-class Event(BaseModel):
+class Event(Message):
     """Something that marks a trial in every table: a resume, a rollback, a preemption."""
 
     at: float
@@ -116,20 +137,22 @@ class Event(BaseModel):
     text: str
 
 
-class Outcome(BaseModel):
-    """How one attempt ended, as its rank 0 or its driver saw it."""
+class Outcome(Message):
+    """How one attempt ended. Its rank 0 or its driver writes it."""
 
-    state: Literal["done", "failed", "stopped", "preempted"]
-    error_class: Literal[
-        "none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"
-    ] = "none"
+    state: OutcomeState
+    error_class: ErrorClass = "none"
     error: str = ""  # one line with the remedy
+    rank: int = -1  # whose error it is; -1 where that is unknown
     step: int = 0
     events: list[Event] = []
 
 
-class Result(BaseModel):
-    """`result.json` of a finished trial. Metric names: `bbox/AP`, `segm/AP75`, `segm-argmax/AP`, `images_per_s`, ..."""
+class Result(Message):
+    """`result.json` of a finished trial.
+
+    Metrics are named as in `contract.metrics` (`bbox/AP`, `segm-argmax/AP75`), and `images_per_s`.
+    """
 
     metrics: dict[str, float]  # AP as fractions, -1 where nothing was there to evaluate
     per_class: dict[str, dict[str, float]] = {}  # "segm/AP" -> category -> value
@@ -137,8 +160,7 @@ class Result(BaseModel):
     attempt: int
     world_size: int
     weights_sha256: str  # of the last weights
-    artifacts: dict[
-        str, str
-    ] = {}  # "detections/bbox", "picture/last", ... -> path relative to the trial's folder
+    # "detections/bbox", "picture/last", ... -> path relative to the trial's folder
+    artifacts: dict[str, str] = {}
     mlflow_run_id: str = ""
     events: list[Event] = []

@@ -7,7 +7,7 @@ Faster R-CNN (1506.01497), FPN (1612.03144), MNC for RoIWarp (1512.04412).
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -386,20 +386,24 @@ MaskHead: TypeAlias = Annotated[FCNMask | MLPMask, Field(discriminator="kind")]
 class SigmoidMask(Record):
     """Independent per-class masks: per-pixel sigmoid, binary loss on the true class alone (section 3)."""
 
+    inferences: ClassVar[tuple[str, ...]] = ()  # one way alone, which needs no name
+
     kind: Literal["sigmoid"] = "sigmoid"
     class_agnostic: bool = False
+
+
+# What makes a mask of the softmax's probabilities; `model.branches.mask` defines each.
+SoftmaxInference: TypeAlias = Literal["probability", "argmax", "versus_background"]
 
 
 class SoftmaxMask(Record):
     """Per-pixel softmax over the K classes and background (Table 2b; targets and inference are not in the paper)."""
 
+    inferences: ClassVar[tuple[str, ...]] = get_args(SoftmaxInference)  # all are evaluated
+
     kind: Literal["softmax"] = "softmax"
-    others: Literal["background", "own_class"] = (
-        "background"  # pixels of other instances inside the RoI
-    )
-    inference: Literal["probability", "argmax", "versus_background"] = (
-        "argmax"  # all are evaluated, this is `segm/AP`
-    )
+    others: Literal["background", "own_class"] = "background"  # other instances inside the RoI
+    inference: SoftmaxInference = "argmax"  # this one is `segm/AP`
 
 
 MaskLoss: TypeAlias = Annotated[SigmoidMask | SoftmaxMask, Field(discriminator="kind")]

@@ -9,7 +9,39 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 
-class Record(BaseModel):
+class _Sparse(BaseModel):
+    """A value that can be written without the fields at their default."""
+
+    def sparse(self) -> dict[str, Any]:
+        """JSON data of the fields that differ from their default, and of `kind`, which names a record of a union.
+
+        Service and code package may be of different versions. A version that adds a field with a default then still
+        writes what an older one reads, and reads what an older one wrote.
+        """
+        data: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            at_default = not field.is_required() and value == field.get_default(
+                call_default_factory=True
+            )
+            if name == "kind" or not at_default:
+                data[name] = _sparse(value)
+        return data
+
+
+def _sparse(value: Any) -> Any:
+    match value:
+        case _Sparse():
+            return value.sparse()
+        case Mapping():
+            return {key: _sparse(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_sparse(item) for item in value]
+        case _:
+            return value
+
+
+class Record(_Sparse):
     """An immutable value with validated fields; a field it does not have is an error, and so is nan or inf."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -17,6 +49,7 @@ class Record(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _numbers_are_not_yes_or_no(cls, data: Any) -> Any:
+        # pydantic takes `true` for 1; a person who writes `lr: on` has slipped
         for name, value in data.items() if isinstance(data, dict) else ():
             if (
                 isinstance(value, bool)
@@ -25,6 +58,12 @@ class Record(BaseModel):
             ):
                 raise ValueError(f"{name} is a number, not {value}")
         return data
+
+
+class Message(_Sparse):
+    """What another version may have written: unknown fields are ignored, missing ones take their default."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 AnyRecord = TypeVar("AnyRecord", bound=BaseModel)

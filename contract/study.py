@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -12,7 +12,10 @@ StudyState = Literal["active", "paused", "done", "failed", "cancelled"]
 
 TrialState = Literal["queued", "starting", "running", "stopping", "done", "failed", "cancelled"]
 
-FINAL_STATES = ("done", "failed", "cancelled")
+LiveTrialState = Literal["starting", "running", "stopping"]
+FinalState = Literal["done", "failed", "cancelled"]
+FINAL_STATES: tuple[FinalState, ...] = get_args(FinalState)  # of trials and of studies
+LIVE_TRIALS: tuple[LiveTrialState, ...] = get_args(LiveTrialState)  # an attempt is under way
 
 _LEAST, _MOST = 1e-4, 1e6  # of a resource: Ray's unit, and far more than a rank can use
 

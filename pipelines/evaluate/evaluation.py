@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as rle_tools
 from pycocotools.cocoeval import Params
 
+from contract.metrics import stats_of
 from pipelines.evaluate.checks import (
     check_truth,
     checked_results,
@@ -25,9 +26,6 @@ from pipelines.evaluate.checks import (
 )
 from pipelines.evaluate.engines import Curves, Engine, IouType, curves, default_engine
 from pipelines.shards.dataset import Dataset
-
-BOX_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-KEYPOINT_STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def evaluate(
     coco = _ground_truth(truth, iou_type)
     ordered = sorted(checked_results(coco, results, iou_type), key=_canonical)
     found = curves(engine or default_engine(coco), coco, ordered, iou_type)
-    names = KEYPOINT_STATS if iou_type == "keypoints" else BOX_STATS
+    names = stats_of(iou_type)
     stats = {name: float(value) for name, value in zip(names, found.stats, strict=True)}
     return Evaluation(stats, _per_class(found, coco, iou_type))
 

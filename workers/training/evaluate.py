@@ -10,13 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from contract.model import MaskBranch, ModelConfig, NoKeypoints, SoftmaxMask
+from contract.metrics import metric_names, result_kinds
+from contract.model import ModelConfig
 from contract.recipe import LoopConfig, RunConfig
 from model.branches.paste import paste_mask
 from model.structures import Batch, Detections
 from pipelines.evaluate.evaluation import (
-    BOX_STATS,
-    KEYPOINT_STATS,
     encode_crop,
     evaluate,
     image_results,
@@ -81,26 +80,6 @@ def evaluate_detector(
     return score(
         batches.dataset, {kind: [r for part in gathered for r in part[kind]] for kind in mine}
     )
-
-
-def result_kinds(model: ModelConfig) -> tuple[str, ...]:
-    """What a model is scored on: boxes, masks by each inference, keypoints."""
-    kinds = ["bbox"]
-    if isinstance(model.mask, MaskBranch):
-        kinds.append("segm")
-        if isinstance(model.mask.loss, SoftmaxMask):
-            kinds += ["segm-argmax", "segm-probability", "segm-versus_background"]
-    if not isinstance(model.keypoints, NoKeypoints):
-        kinds.append("keypoints")
-    return tuple(kinds)
-
-
-def metric_names(model: ModelConfig) -> list[str]:
-    """The names of all that `score` finds for a model."""
-    stats = {
-        kind: KEYPOINT_STATS if kind == "keypoints" else BOX_STATS for kind in result_kinds(model)
-    }
-    return [f"{kind}/{name}" for kind, names in stats.items() for name in names]
 
 
 def best_metric(run: RunConfig) -> str:

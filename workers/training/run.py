@@ -75,7 +75,7 @@ def run_trial(
     except Exception as error:  # noqa: BLE001 - whatever it is, the attempt ends with it and says so
         outcome = _failed(spec, world, storage, error)
         if scribe is not None:
-            outcome.events = scribe.journal.events
+            outcome = outcome.model_copy(update={"events": scribe.journal.events})
     if scribe is not None:
         write_outcome(
             storage, spec.attempt, outcome
@@ -211,7 +211,7 @@ def _run(
         ending = train(run, world, parts)
     outcome = Outcome(state=ending.state, step=state.step)
     if scribe is not None:
-        outcome.events = scribe.journal.events
+        outcome = outcome.model_copy(update={"events": scribe.journal.events})
         if ending.state == "done":
             _finish(spec, world, storage, store, scribe, state, ending)
     return outcome
