@@ -124,6 +124,7 @@ class Outcome(BaseModel):
         "none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"
     ] = "none"
     error: str = ""  # one line with the remedy
+    rank: int = -1  # whose error it is; -1 where nobody knows, as in outcomes of older code packages
     step: int = 0
     events: list[Event] = []
 
