@@ -302,6 +302,7 @@ def conclude(spec: RunSpec, storage: Files, failures: Sequence[str]) -> int:
                 state="failed",
                 error_class=cause.error_class,
                 error=f"rank {cause.rank}: {cause.error}",
+                rank=cause.rank,
             )
     if outcome is None or (failures and outcome.error_class == "collective"):
         said = "; ".join(failures) or "the ranks ended without an outcome"

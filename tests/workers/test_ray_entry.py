@@ -209,6 +209,7 @@ def test_the_driver_tells_what_the_most_telling_rank_said(tmp_path, packed, caps
     assert conclude(spec, storage, ["rank 0: RayActorError"]) == 78
     outcome = Outcome.model_validate_json(storage.read("attempts/1/outcome.json"))
     assert (outcome.error_class, outcome.error) == ("out_of_memory", "rank 1: lower the batch")
+    assert outcome.rank == 1
     assert "lower the batch" in capsys.readouterr().err
 
 

@@ -91,21 +91,21 @@ def _failed(spec: RunSpec, world: World, storage: Files, error: Exception) -> Ou
     try:
         record_cause(storage, spec.attempt, own)
         cause = common_cause(storage, spec.attempt, own)
-        outcome = Outcome(
-            state="failed", error_class=cause.error_class, error=_by_rank(cause, world)
-        )
+        outcome = _failed_with(cause, world)
         write_outcome(storage, spec.attempt, outcome)
     except (OSError, RuntimeError) as unwritten:  # the storage itself may be what failed
         print_warning(f"the reason could not be written to {storage.uri}: {unwritten}")
-        outcome = Outcome(state="failed", error_class=own.error_class, error=_by_rank(own, world))
+        outcome = _failed_with(own, world)
     return outcome
 
 
-def _by_rank(cause: Cause, world: World) -> str:
-    return (
-        f"rank {cause.rank}: {cause.error}"
-        if world.size > 1 and cause.error_class != "person"
-        else cause.error
+def _failed_with(cause: Cause, world: World) -> Outcome:
+    named = world.size > 1 and cause.error_class != "person"
+    return Outcome(
+        state="failed",
+        error_class=cause.error_class,
+        error=f"rank {cause.rank}: {cause.error}" if named else cause.error,
+        rank=cause.rank,
     )
 
 

@@ -169,7 +169,9 @@ def common_cause(storage: Files, attempt: int, own: Cause, patience_s: float = 3
 
 
 def write_outcome(storage: Files, attempt: int, outcome: Outcome) -> None:
-    storage.write(OUTCOME_FILE.format(attempt=attempt), outcome.model_dump_json(indent=1).encode())
+    """Writes `outcome.json` of the attempt; a field at its default is left out."""
+    text = outcome.model_dump_json(indent=1, exclude_defaults=True)
+    storage.write(OUTCOME_FILE.format(attempt=attempt), text.encode())
 
 
 def exit_status(outcome: Outcome) -> int:

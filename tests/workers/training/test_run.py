@@ -466,7 +466,7 @@ def test_a_rank_that_raises_gives_the_others_its_reason(tmp_path, packed):
     spec = spec_of(tmp_path, run_of(packed, loop__steps=100_000), ranks=2)
     outcomes = run_ranks(raise_on_rank_1, 2, spec)
     assert [outcome.error for outcome in outcomes] == ["rank 1: the arm has a bug"] * 2
-    assert {outcome.error_class for outcome in outcomes} == {"unknown"}
+    assert {(outcome.error_class, outcome.rank) for outcome in outcomes} == {("unknown", 1)}
 
 
 def raise_on_rank_1(world: World, spec: RunSpec) -> Outcome:
