@@ -9,6 +9,17 @@ from pydantic import BaseModel, Field
 from contract.recipe import RunConfig
 from contract.record import Record
 
+AttemptState: TypeAlias = Literal[
+    "submitting", "submitted", "running", "done", "failed", "stopped", "lost"
+]
+
+# Why a trial is asked to stop; empty: nobody asks.
+Wish: TypeAlias = Literal["", "cancel", "pause", "stall", "budget"]
+
+ErrorClass: TypeAlias = Literal[
+    "none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"
+]
+
 # Exit statuses of `python -m workers.train` and `python -m workers.ray_entry`, read by the orchestrator.
 (
     EXIT_DONE,
@@ -120,9 +131,7 @@ class Outcome(BaseModel):
     """How one attempt ended, as its rank 0 or its driver saw it."""
 
     state: Literal["done", "failed", "stopped", "preempted"]
-    error_class: Literal[
-        "none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"
-    ] = "none"
+    error_class: ErrorClass = "none"
     error: str = ""  # one line with the remedy
     step: int = 0
     events: list[Event] = []
