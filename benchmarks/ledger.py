@@ -25,8 +25,8 @@ from contract.presets import run_preset
 from contract.study import Baseline, Resources, Study, Submission, TrialPlan
 from orchestrator.client import Client, Connection
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import store as ledger
 from orchestrator.ledger import users as auth
+from orchestrator.ledger.opening import Ledger
 from orchestrator.local.processes import find_child
 from orchestrator.schedule.reconcile import Reconciler
 from orchestrator.server import accept
@@ -52,7 +52,7 @@ class FullCluster:
 
 
 def fill(settings: ServiceSettings, trials: int) -> None:
-    engine = ledger.open_ledger(settings.ledger)
+    ledger = Ledger(settings.ledger)
     run = run_preset("tiny")
     for index in range(STUDIES):
         study = Study(
@@ -72,13 +72,13 @@ def fill(settings: ServiceSettings, trials: int) -> None:
             for number in range(trials // STUDIES)
         )
         accept.accept(
-            engine,
+            ledger,
             settings,
             Submission(study=study, study_yaml="", trials=plans),
             "ann",
             time.time(),
         )
-    engine.dispose()
+    ledger.close()
 
 
 def timed(call: Callable[[], Any], times: int) -> float:
@@ -111,12 +111,12 @@ def main() -> int:
             home=str(home), port=0, ledger=url, ray="http://127.0.0.1:1", mlflow=""
         )
         fill(settings, arguments.trials)
-        engine = ledger.open_ledger(url)
-        loop = Reconciler(engine, settings)
+        ledger = Ledger(url)
+        loop = Reconciler(ledger, settings)
         turn = timed(lambda: loop.tick(FullCluster(), time.time()), arguments.pairs)  # type: ignore[arg-type]
-        with engine.begin() as connection:
+        with ledger.writing() as connection:
             auth.set_user(connection, "ann", "read", "t" * 32, time.time())
-        engine.dispose()
+        ledger.close()
         (home / "settings.json").write_text(settings.model_dump_json())
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
         command = [sys.executable, "-m", "orchestrator.server.service", str(home / "settings.json")]

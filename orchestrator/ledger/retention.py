@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Engine, select
+from sqlalchemy import select
 
 from contract.attempt import CHECKPOINT_FOLDER
 from contract.files import join
 from contract.study import FINAL_STATES
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.settings import service_files
 
@@ -31,7 +31,7 @@ class Removal:
 
 
 def plan_retention(
-    connection: Connection, now: float, checkpoints_days: float, trial: str = ""
+    transaction: Transaction, now: float, checkpoints_days: float, trial: str = ""
 ) -> list[Removal]:
     """The checkpoints of trials whose study ended more than `checkpoints_days` ago, largest first.
 
@@ -52,7 +52,7 @@ def plan_retention(
     if trial:
         query = query.where(TRIALS.c.id == trial)
     found = []
-    for row in connection.execute(query).mappings():
+    for row in transaction.execute(query).mappings():
         folder = join(row["folder"], CHECKPOINT_FOLDER)
         size = service_files(folder).folder_bytes()
         if size:
@@ -61,13 +61,13 @@ def plan_retention(
 
 
 def apply_retention(
-    engine: Engine, removals: Sequence[Removal], now: float, checkpoints_days: float
+    ledger: Ledger, removals: Sequence[Removal], now: float, checkpoints_days: float
 ) -> int:
     """Deletes what a plan lists, except of trials that were retried since; the bytes that are free now."""
     freed = 0
     for removal in removals:
-        with ledger.reading(engine) as connection:
-            still = plan_retention(connection, now, checkpoints_days, removal.trial)
+        with ledger.reading() as transaction:
+            still = plan_retention(transaction, now, checkpoints_days, removal.trial)
         if still:
             service_files(removal.folder).delete()
             freed += removal.bytes

@@ -10,111 +10,31 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import psutil
-from sqlalchemy import (
-    Connection,
-    Engine,
-    RowMapping,
-    create_engine,
-    event,
-    func,
-    insert,
-    select,
-    update,
-)
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy import RowMapping, func, insert, select, update
 
-from contract.answers import EventView
 from contract.study import FINAL_STATES
-from orchestrator.ledger.tables import ABOUT, ATTEMPTS, EVENTS, LEASE, STUDIES, TRIALS
+from orchestrator.ledger.opening import Ledger, Transaction
+from orchestrator.ledger.tables import ATTEMPTS, EVENTS, LEASE, STUDIES, TRIALS
 
 LEASE_S = 30.0
 LIVE_ATTEMPTS = ("submitting", "submitted", "running")
 Row: TypeAlias = RowMapping | Mapping[str, Any]
 
 
-# --- opening --------------------------------------------------------------------------------------------------------
-
-
-def open_ledger(url: str) -> Engine:
-    """Connects and brings the tables to the newest migration. Raises RuntimeError if the database cannot be had."""
-    if url.startswith("sqlite:///"):
-        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(url, connect_args={"timeout": 30})
-        event.listen(engine, "connect", _sqlite_settings)
-        event.listen(engine, "begin", _sqlite_begin)
-    else:
-        engine = create_engine(url, pool_pre_ping=True, pool_size=10)
-    try:
-        migrate(engine)
-    except DatabaseError as error:
-        shown = engine.url.render_as_string(hide_password=True)
-        why = " ".join(str(error.orig).split())
-        raise RuntimeError(
-            f"ledger {shown}: {why}; is the database up and this user allowed in?"
-        ) from error
-    return engine
-
-
-def _sqlite_settings(connection: Any, _record: Any) -> None:
-    connection.isolation_level = None  # transactions begin in _sqlite_begin alone
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _sqlite_begin(connection: Connection) -> None:
-    if connection.get_execution_options().get("read"):
-        connection.exec_driver_sql("BEGIN")
-    else:
-        connection.exec_driver_sql(
-            "BEGIN IMMEDIATE"
-        )  # a reader that turns writer would fail with "locked"
-
-
-def migrate(engine: Engine) -> None:
-    from alembic import command
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-
-
-@contextmanager
-def reading(engine: Engine) -> Iterator[Connection]:
-    """A consistent view that never waits for a writer."""
-    with engine.connect().execution_options(read=True) as connection, connection.begin():
-        yield connection
-
-
-def ledger_id(engine: Engine) -> str:
-    """A random name, given to a ledger when it is first asked for."""
-    with reading(engine) as connection:
-        found = connection.execute(select(ABOUT.c.ledger)).scalar()
-    if found is None:
-        found = secrets.token_hex(8)
-        with engine.begin() as connection:
-            connection.execute(insert(ABOUT).values(id=1, ledger=found))
-    return str(found)
-
-
 # --- lease ----------------------------------------------------------------------------------------------------------
 
 
-def take_lease(engine: Engine, holder: str, now: float) -> None:
+def take_lease(ledger: Ledger, holder: str, now: float) -> None:
     """Makes `holder` the ledger's one service. Raises RuntimeError while another one lives.
 
     A holder that died on this host is known by its process; one elsewhere by its lease running out.
     """
-    with engine.begin() as connection:
-        row = connection.execute(select(LEASE).with_for_update()).mappings().first()
+    with ledger.writing() as transaction:
+        row = transaction.execute(select(LEASE).with_for_update()).mappings().first()
         if (
             row is not None
             and row["holder"] != holder
@@ -125,27 +45,27 @@ def take_lease(engine: Engine, holder: str, now: float) -> None:
                 f"ledger: service {row['process']} on {row['host']} holds it for {row['expires_at'] - now:.0f} s more; "
                 "end that service first, or wait if it is dead"
             )
-        connection.execute(LEASE.delete())
+        transaction.execute(LEASE.delete())
         values = {
             "holder": holder,
             "host": socket.gethostname(),
             "process": _process_name(os.getpid()),
         }
-        connection.execute(insert(LEASE).values(id=1, expires_at=now + LEASE_S, **values))
+        transaction.execute(insert(LEASE).values(id=1, expires_at=now + LEASE_S, **values))
 
 
-def renew_lease(engine: Engine, holder: str, now: float) -> bool:
+def renew_lease(ledger: Ledger, holder: str, now: float) -> bool:
     """False if another service took the ledger: this one must end without touching anything."""
-    with engine.begin() as connection:
-        changed = connection.execute(
+    with ledger.writing() as transaction:
+        changed = transaction.execute(
             update(LEASE).where(LEASE.c.holder == holder).values(expires_at=now + LEASE_S)
         ).rowcount
     return changed == 1
 
 
-def drop_lease(engine: Engine, holder: str) -> None:
-    with engine.begin() as connection:
-        connection.execute(LEASE.delete().where(LEASE.c.holder == holder))
+def drop_lease(ledger: Ledger, holder: str) -> None:
+    with ledger.writing() as transaction:
+        transaction.execute(LEASE.delete().where(LEASE.c.holder == holder))
 
 
 def _may_live(row: Row) -> bool:
@@ -169,7 +89,7 @@ def _process_name(pid: int) -> str:
 
 
 def record(
-    connection: Connection,
+    transaction: Transaction,
     kind: str,
     cause: str,
     *,
@@ -179,16 +99,7 @@ def record(
     at: float = 0.0,
 ) -> None:
     values = {"at": at or time.time(), "study": study, "trial": trial, "attempt": attempt}
-    connection.execute(insert(EVENTS).values(kind=kind, cause=cause[:2000], **values))
-
-
-def events_after(
-    connection: Connection, after: int, study: str = "", limit: int = 500
-) -> list[EventView]:
-    query = select(EVENTS).where(EVENTS.c.id > after).order_by(EVENTS.c.id).limit(limit)
-    if study:
-        query = query.where(EVENTS.c.study == study)
-    return [EventView(**row) for row in connection.execute(query).mappings()]
+    transaction.execute(insert(EVENTS).values(kind=kind, cause=cause[:2000], **values))
 
 
 # --- studies and trials ---------------------------------------------------------------------------------------------
@@ -198,15 +109,15 @@ def new_study_id(name: str) -> str:
     return f"{name}-{secrets.token_hex(3)}"
 
 
-def study_row(connection: Connection, study: str) -> Row | None:
-    return connection.execute(select(STUDIES).where(STUDIES.c.id == study)).mappings().first()
+def study_row(transaction: Transaction, study: str) -> Row | None:
+    return transaction.execute(select(STUDIES).where(STUDIES.c.id == study)).mappings().first()
 
 
-def trial_row(connection: Connection, trial: str) -> Row | None:
-    return connection.execute(select(TRIALS).where(TRIALS.c.id == trial)).mappings().first()
+def trial_row(transaction: Transaction, trial: str) -> Row | None:
+    return transaction.execute(select(TRIALS).where(TRIALS.c.id == trial)).mappings().first()
 
 
-def finished_by_identity(connection: Connection, identities: Sequence[str]) -> dict[str, Row]:
+def finished_by_identity(transaction: Transaction, identities: Sequence[str]) -> dict[str, Row]:
     """The newest trial with a result of its own for each identity that has one."""
     found: dict[str, Row] = {}
     for start in range(0, len(identities), 500):
@@ -219,7 +130,7 @@ def finished_by_identity(connection: Connection, identities: Sequence[str]) -> d
             )
             .order_by(STUDIES.c.created_at)
         )
-        found.update({row["identity"]: row for row in connection.execute(query).mappings()})
+        found.update({row["identity"]: row for row in transaction.execute(query).mappings()})
     return found
 
 
@@ -230,7 +141,7 @@ def cached_values(source: Row) -> dict[str, Any]:
 
 
 def move_trial(
-    connection: Connection,
+    transaction: Transaction,
     trial: str,
     states: Sequence[str],
     values: Mapping[str, Any],
@@ -243,24 +154,24 @@ def move_trial(
         query = query.where(TRIALS.c.attempts == attempt)
     if wish is not None:
         query = query.where(TRIALS.c.wish == wish)
-    return connection.execute(query.values(**values)).rowcount == 1
+    return transaction.execute(query.values(**values)).rowcount == 1
 
 
 def start_attempt(
-    engine: Engine, trial: str, now: float, cause: str, avoid: Sequence[str] = ()
+    ledger: Ledger, trial: str, now: float, cause: str, avoid: Sequence[str] = ()
 ) -> int:
     """The number of a new attempt of a queued trial, 0 if the trial is no longer queued or its study not active."""
-    with engine.begin() as connection:
-        row = trial_row(connection, trial)
-        study = study_row(connection, row["study"]) if row is not None else None
+    with ledger.writing() as transaction:
+        row = trial_row(transaction, trial)
+        study = study_row(transaction, row["study"]) if row is not None else None
         if row is None or study is None or study["state"] != "active":
             return 0
         number = row["attempts"] + 1
         values = {"state": "starting", "attempts": number, "moved_at": now}
-        if not move_trial(connection, trial, ["queued"], values, row["attempts"]):
+        if not move_trial(transaction, trial, ["queued"], values, row["attempts"]):
             return 0
         submission = f"{trial}-{number}"
-        connection.execute(
+        transaction.execute(
             insert(ATTEMPTS).values(
                 trial=trial,
                 number=number,
@@ -271,12 +182,12 @@ def start_attempt(
             )
         )
         record(
-            connection, "starting", cause, study=row["study"], trial=trial, attempt=number, at=now
+            transaction, "starting", cause, study=row["study"], trial=trial, attempt=number, at=now
         )
     return int(number)
 
 
-def live_attempts(connection: Connection) -> list[Row]:
+def live_attempts(transaction: Transaction) -> list[Row]:
     """Attempts that Ray may be working on, with what is needed of their trials and studies."""
     query = (
         select(
@@ -301,10 +212,10 @@ def live_attempts(connection: Connection) -> list[Row]:
         .where(ATTEMPTS.c.state.in_(LIVE_ATTEMPTS))
         .order_by(ATTEMPTS.c.started_at, ATTEMPTS.c.trial)
     )
-    return list(connection.execute(query).mappings())
+    return list(transaction.execute(query).mappings())
 
 
-def waiting_trials(connection: Connection) -> list[dict[str, Any]]:
+def waiting_trials(transaction: Transaction) -> list[dict[str, Any]]:
     """Queued trials of active studies, without their runs, each with its study's fields that admission looks at.
 
     The studies are read once, not with every trial: ten thousand trials share a few specs.
@@ -318,7 +229,7 @@ def waiting_trials(connection: Connection) -> list[dict[str, Any]]:
         .where(STUDIES.c.state == "active")
         .order_by(STUDIES.c.created_at, STUDIES.c.id)
     )
-    studies = {row["id"]: {**row} for row in connection.execute(query).mappings()}
+    studies = {row["id"]: {**row} for row in transaction.execute(query).mappings()}
     order = {study: index for index, study in enumerate(studies)}
     for study in studies.values():
         del study["id"]
@@ -326,12 +237,12 @@ def waiting_trials(connection: Connection) -> list[dict[str, Any]]:
         TRIALS.c.id, TRIALS.c.study, TRIALS.c.position, TRIALS.c.identity, TRIALS.c.queued_at, TRIALS.c.not_before,
         TRIALS.c.attempts, TRIALS.c.suspects,
     )  # fmt: skip
-    queued = connection.execute(select(*light).where(TRIALS.c.state == "queued")).mappings()
+    queued = transaction.execute(select(*light).where(TRIALS.c.state == "queued")).mappings()
     rows = [{**row, **studies[row["study"]]} for row in queued if row["study"] in studies]
     return sorted(rows, key=lambda row: (order[row["study"]], row["position"]))
 
 
-def waiting_for_nothing(connection: Connection) -> list[Row]:
+def waiting_for_nothing(transaction: Transaction) -> list[Row]:
     """Queued trials, not to be run anew, whose identity another trial has a result of its own for by now."""
     done = TRIALS.alias("done")
     results = select(done.c.identity).where(done.c.state == "done", done.c.cached_from == "")
@@ -347,19 +258,19 @@ def waiting_for_nothing(connection: Connection) -> list[Row]:
         )
         .order_by(STUDIES.c.created_at, TRIALS.c.study, TRIALS.c.position)
     )
-    return list(connection.execute(query).mappings())
+    return list(transaction.execute(query).mappings())
 
 
-def end_study_if_over(connection: Connection, study: str, now: float) -> str:
+def end_study_if_over(transaction: Transaction, study: str, now: float) -> str:
     """Gives a study its final state once all its trials have theirs. The state, or "" while it goes on."""
     query = (
         select(TRIALS.c.state, func.count()).where(TRIALS.c.study == study).group_by(TRIALS.c.state)
     )
-    counts: dict[str, int] = dict(connection.execute(query).all())
+    counts: dict[str, int] = dict(transaction.execute(query).all())
     if any(state not in FINAL_STATES for state in counts):
         return ""
     state = "failed" if counts.get("failed") else "cancelled" if counts.get("cancelled") else "done"
-    changed = connection.execute(
+    changed = transaction.execute(
         update(STUDIES)
         .where(STUDIES.c.id == study, STUDIES.c.state.in_(("active", "paused")))
         .values(state=state, ended_at=now)
@@ -367,5 +278,5 @@ def end_study_if_over(connection: Connection, study: str, now: float) -> str:
     if not changed:
         return ""
     summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    record(connection, f"study-{state}", f"all trials ended: {summary}", study=study, at=now)
+    record(transaction, f"study-{state}", f"all trials ended: {summary}", study=study, at=now)
     return state

@@ -10,14 +10,15 @@ import shlex
 from collections.abc import Sequence
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Engine, select, update
+from sqlalchemy import select, update
 
 from contract.attempt import SPEC_FILE
 from contract.files import join
 from contract.study import Resources
 from orchestrator.cluster.jobs import Cluster
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger import store
+from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.tables import ATTEMPTS, TRIALS
 from orchestrator.schedule.capacity import Bundle, request_entry, request_id, wanted
 from orchestrator.schedule.decide import (
@@ -43,11 +44,11 @@ _FREE = Wait("", 0, "")
 class Admission:
     """waits: why each trial waits, by the last decision. mark: tells this service's jobs from those of others."""
 
-    def __init__(self, engine: Engine, settings: ServiceSettings) -> None:
-        self.engine = engine
+    def __init__(self, ledger: Ledger, settings: ServiceSettings) -> None:
+        self.ledger = ledger
         self.settings = settings
         self.waits: dict[str, Wait] = {}
-        self.mark = ledger.ledger_id(engine)
+        self.mark = ledger.name()
         self._nodes: Sequence[Node] = ()
         self._asked: list[Bundle] | None = None
         self._gangs: dict[str, Gang] = {}  # by study
@@ -58,11 +59,11 @@ class Admission:
     def admit(self, cluster: Cluster, nodes: Sequence[Node], tracking_uri: str, now: float) -> None:
         """Starts what may start, stops what its budget ends; `waits` says why the others wait."""
         self._nodes = nodes
-        with ledger.reading(self.engine) as connection:
-            attempts = ledger.live_attempts(connection)
-            waiting = ledger.waiting_trials(connection)
-            studies = study_limits(connection, attempts, now)
-            self._measure_durations(connection, {row["study"] for row in waiting})
+        with self.ledger.reading() as transaction:
+            attempts = store.live_attempts(transaction)
+            waiting = store.waiting_trials(transaction)
+            studies = study_limits(transaction, attempts, now)
+            self._measure_durations(transaction, {row["study"] for row in waiting})
         held, free = self._hold_back(waiting, attempts, now)
         situation = Situation(
             nodes=self._nodes,
@@ -75,13 +76,13 @@ class Admission:
         for decision in decisions:
             match decision:
                 case Start():
-                    number = ledger.start_attempt(
-                        self.engine, decision.trial, now, decision.why, decision.avoid
+                    number = store.start_attempt(
+                        self.ledger, decision.trial, now, decision.why, decision.avoid
                     )
                     if number:
                         self.submit(cluster, decision.trial, number, tracking_uri)
                 case Stop():
-                    ask_to_stop(self.engine, decision.trial, "budget", decision.why, now)
+                    ask_to_stop(self.ledger, decision.trial, "budget", decision.why, now)
                 case GiveUp():
                     self._give_up(decision.trial, "budget", decision.why, now)
                 case Wait():
@@ -93,7 +94,7 @@ class Admission:
             self._ask_for_capacity(cluster, attempts, head, now)
 
     def _ask_for_capacity(
-        self, cluster: Cluster, attempts: Sequence[ledger.Row], head: ledger.Row | None, now: float
+        self, cluster: Cluster, attempts: Sequence[store.Row], head: store.Row | None, now: float
     ) -> None:
         """Sends a request when it differs from the last one; a service that was started anew sends it again."""
         gangs = [self._gang(row) for row in attempts]
@@ -109,10 +110,10 @@ class Admission:
 
     def submit(self, cluster: Cluster, trial: str, number: int, tracking_uri: str) -> None:
         """Writes the attempt's spec and starts its job. Doing it twice does it once: the submission id is the fence."""
-        with ledger.reading(self.engine) as connection:
-            row = ledger.trial_row(connection, trial)
-            study = ledger.study_row(connection, row["study"]) if row is not None else None
-            avoid = connection.execute(
+        with self.ledger.reading() as transaction:
+            row = store.trial_row(transaction, trial)
+            study = store.study_row(transaction, row["study"]) if row is not None else None
+            avoid = transaction.execute(
                 select(ATTEMPTS.c.avoid).where(
                     ATTEMPTS.c.trial == trial, ATTEMPTS.c.number == number
                 )
@@ -138,8 +139,8 @@ class Admission:
         cluster.submit(
             submission, entry, environment, package, {"maskray": self.mark, "trial": trial}
         )
-        with self.engine.begin() as connection:
-            connection.execute(
+        with self.ledger.writing() as transaction:
+            transaction.execute(
                 update(ATTEMPTS)
                 .where(ATTEMPTS.c.submission_id == submission, ATTEMPTS.c.state == "submitting")
                 .values(state="submitted")
@@ -147,13 +148,13 @@ class Admission:
 
     # --- what decide needs to know ---
 
-    def _gang(self, row: ledger.Row) -> Gang:
+    def _gang(self, row: store.Row) -> Gang:
         """One object for all trials of a study, whose spec never changes."""
         if row["study"] not in self._gangs:
             self._gangs[row["study"]] = gang_of(row["spec"])
         return self._gangs[row["study"]]
 
-    def _waiting(self, row: ledger.Row, now: float) -> Waiting:
+    def _waiting(self, row: store.Row, now: float) -> Waiting:
         return Waiting(
             trial=row["id"],
             study=row["study"],
@@ -166,7 +167,7 @@ class Admission:
             suspects=tuple(row["suspects"].split()),
         )
 
-    def _running(self, attempts: Sequence[ledger.Row]) -> list[Running]:
+    def _running(self, attempts: Sequence[store.Row]) -> list[Running]:
         """A gang whose ranks have said something sits somewhere: its nodes' free resources lack it already.
 
         Ray does not say over HTTP where, so it is put where that much is in use.
@@ -189,11 +190,11 @@ class Admission:
         return found
 
     def _hold_back(
-        self, waiting: Sequence[ledger.Row], attempts: Sequence[ledger.Row], now: float
-    ) -> tuple[list[Wait], list[ledger.Row]]:
+        self, waiting: Sequence[store.Row], attempts: Sequence[store.Row], now: float
+    ) -> tuple[list[Wait], list[store.Row]]:
         """Trials that wait for something that decide does not know, and the others."""
         held: list[Wait] = []
-        free: list[ledger.Row] = []
+        free: list[store.Row] = []
         under_way = self._identities([row["trial"] for row in attempts])
         first: dict[str, str] = {}  # identity -> the trial of it that waits in front
         for row in sorted(waiting, key=lambda row: (-row["priority"], row["queued_at"])):
@@ -235,7 +236,7 @@ class Admission:
         place = {row["id"]: index for index, row in enumerate(waiting)}
         return held, sorted(free, key=lambda row: place[row["id"]])
 
-    def _unsound(self, row: ledger.Row) -> str:
+    def _unsound(self, row: store.Row) -> str:
         """What is wrong with a study's resources, from a ledger that an older version filled; it must stop no other."""
         if row["study"] not in self._problems:
             try:
@@ -262,49 +263,49 @@ class Admission:
             )
         return data
 
-    def _holdable(self, row: ledger.Row) -> bool:
+    def _holdable(self, row: store.Row) -> bool:
         return (
             not self._nodes
             or fit(self._gang(row), {node.id: node.total for node in self._nodes}) is not None
         )
 
-    def _awaits_parent(self, row: ledger.Row, now: float) -> bool:
+    def _awaits_parent(self, row: store.Row, now: float) -> bool:
         wanted = self.settings.mlflow != "" and not row["mlflow_run_id"]
         return wanted and now - row["created_at"] < self.settings.mlflow_wait_s
 
     def _identities(self, trials: Sequence[str]) -> dict[str, str]:
-        with ledger.reading(self.engine) as connection:
+        with self.ledger.reading() as transaction:
             query = select(TRIALS.c.identity, TRIALS.c.id).where(TRIALS.c.id.in_(trials))
-            return dict(connection.execute(query).all())
+            return dict(transaction.execute(query).all())
 
-    def _measure_durations(self, connection: Connection, studies: set[str]) -> None:
+    def _measure_durations(self, transaction: Transaction, studies: set[str]) -> None:
         for study in studies:
             query = (
                 select(ATTEMPTS.c.ended_at - ATTEMPTS.c.started_at)
                 .join(TRIALS, TRIALS.c.id == ATTEMPTS.c.trial)
                 .where(TRIALS.c.study == study, ATTEMPTS.c.state == "done")
             )
-            measured = list(connection.execute(query).scalars())
+            measured = list(transaction.execute(query).scalars())
             if measured:
                 self._durations[study] = 1.2 * max(measured)
 
     def _give_up(self, trial: str, error_class: str, why: str, now: float) -> None:
         """Ends a trial that will never run: cancelled for its budget, failed for what a person must change."""
         state = "cancelled" if error_class == "budget" else "failed"
-        with self.engine.begin() as connection:
-            row = ledger.trial_row(connection, trial)
+        with self.ledger.writing() as transaction:
+            row = store.trial_row(transaction, trial)
             values = {"state": state, "error": why, "error_class": error_class}
-            if row is not None and ledger.move_trial(connection, trial, ["queued"], values):
-                ledger.record(connection, state, why, study=row["study"], trial=trial, at=now)
-                ledger.end_study_if_over(connection, row["study"], now)
+            if row is not None and store.move_trial(transaction, trial, ["queued"], values):
+                store.record(transaction, state, why, study=row["study"], trial=trial, at=now)
+                store.end_study_if_over(transaction, row["study"], now)
 
 
-def ask_to_stop(engine: Engine, trial: str, wish: str, why: str, now: float) -> None:
+def ask_to_stop(ledger: Ledger, trial: str, wish: str, why: str, now: float) -> None:
     """A starting or running trial checkpoints and ends; `wish` is what becomes of it then."""
-    with engine.begin() as connection:
-        row = ledger.trial_row(connection, trial)
+    with ledger.writing() as transaction:
+        row = store.trial_row(transaction, trial)
         values = {"state": "stopping", "wish": wish}
-        if row is not None and ledger.move_trial(
-            connection, trial, ["starting", "running"], values
+        if row is not None and store.move_trial(
+            transaction, trial, ["starting", "running"], values
         ):
-            ledger.record(connection, "stopping", why, study=row["study"], trial=trial, at=now)
+            store.record(transaction, "stopping", why, study=row["study"], trial=trial, at=now)

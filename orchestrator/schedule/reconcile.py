@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Engine, select, update
+from sqlalchemy import select, update
 
 from contract.attempt import (
     NODES_FILE,
@@ -24,7 +24,8 @@ from contract.attempt import (
 )
 from orchestrator.cluster.jobs import ENDED, Cluster, Job
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger import store
+from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.tables import ATTEMPTS, TRIALS
 from orchestrator.schedule.admission import Admission, ask_to_stop
 from orchestrator.schedule.attempt_end import Ended, Verdict, judge, suspects
@@ -39,14 +40,14 @@ _FORCE_AFTER_S = 30.0  # beyond the grace, should Ray not have ended a job that 
 class Reconciler:
     """One service's hands. `tracking_uri` is "" until there is a server, or if there shall be none."""
 
-    def __init__(self, engine: Engine, settings: ServiceSettings) -> None:
-        self.engine = engine
+    def __init__(self, ledger: Ledger, settings: ServiceSettings) -> None:
+        self.ledger = ledger
         self.settings = settings
         self.nodes: Sequence[Node] = ()
         self.cluster_words = "the cluster is starting"
         self.tracking_uri = ""
         self.session = ""  # of the head that the last tick saw
-        self.admission = Admission(engine, settings)
+        self.admission = Admission(ledger, settings)
 
     # --- one tick ---
 
@@ -55,8 +56,8 @@ class Reconciler:
         self.session = cluster.session()
         jobs = cluster.jobs()
         nodes = cluster.nodes()
-        with ledger.reading(self.engine) as connection:
-            attempts = ledger.live_attempts(connection)
+        with self.ledger.reading() as transaction:
+            attempts = store.live_attempts(transaction)
         for row in attempts:
             try:
                 self._follow(cluster, row, jobs.get(row["submission_id"]), now)
@@ -75,7 +76,7 @@ class Reconciler:
 
     # --- observing ---
 
-    def _follow(self, cluster: Cluster, row: ledger.Row, job: Job | None, now: float) -> None:
+    def _follow(self, cluster: Cluster, row: store.Row, job: Job | None, now: float) -> None:
         if job is None and row["state"] == "submitting" and row["trial_state"] != "stopping":
             self.admission.submit(cluster, row["trial"], row["number"], self.tracking_uri)
         elif job is None or job.state in ENDED:
@@ -86,10 +87,10 @@ class Reconciler:
             if (
                 row["study_state"] == "paused" and not row["wish"]
             ):  # it was being started when the pause came
-                ask_to_stop(self.engine, row["trial"], "pause", "its study is paused", now)
+                ask_to_stop(self.ledger, row["trial"], "pause", "its study is paused", now)
             self._stop_if_wished(cluster, row, now)
 
-    def _note_progress(self, row: ledger.Row, now: float) -> None:
+    def _note_progress(self, row: store.Row, now: float) -> None:
         values: dict[str, Any] = {}
         attempt_values: dict[str, Any] = {}
         seen = _record(Progress, service_files(row["folder"]).read_object(PROGRESS_FILE))
@@ -109,48 +110,48 @@ class Reconciler:
         if not values and not attempt_values:
             self._watch_for_stall(row, now)
             return
-        with self.engine.begin() as connection:
+        with self.ledger.writing() as transaction:
             if attempt_values:
-                self._set_attempt(connection, row, attempt_values)
+                self._set_attempt(transaction, row, attempt_values)
             if values:
-                ledger.move_trial(
-                    connection,
+                store.move_trial(
+                    transaction,
                     row["trial"],
                     ["starting", "running", "stopping"],
                     values,
                     row["number"],
                 )
-            if row["state"] != "running" and ledger.move_trial(
-                connection, row["trial"], ["starting"], {"state": "running"}, row["number"]
+            if row["state"] != "running" and store.move_trial(
+                transaction, row["trial"], ["starting"], {"state": "running"}, row["number"]
             ):
-                self._record(connection, row, "running", "its driver runs", now)
+                self._record(transaction, row, "running", "its driver runs", now)
 
-    def _watch_for_stall(self, row: ledger.Row, now: float) -> None:
+    def _watch_for_stall(self, row: store.Row, now: float) -> None:
         still = now - row["moved_at"]
         if row["wish"] or still < self.settings.limits.stall_s:
             return
-        with self.engine.begin() as connection:
+        with self.ledger.writing() as transaction:
             values = {"state": "stopping", "wish": "stall"}
-            if ledger.move_trial(
-                connection, row["trial"], ["starting", "running"], values, row["number"]
+            if store.move_trial(
+                transaction, row["trial"], ["starting", "running"], values, row["number"]
             ):
                 self._record(
-                    connection,
+                    transaction,
                     row,
                     "stalled",
                     f"no step for {duration(still)}: it is started again",
                     now,
                 )
 
-    def _stop_if_wished(self, cluster: Cluster, row: ledger.Row, now: float) -> None:
+    def _stop_if_wished(self, cluster: Cluster, row: store.Row, now: float) -> None:
         if row["trial_state"] != "stopping":
             return
         asked = row["stop_asked_at"]
         if asked and now - asked < self.settings.grace_s + _FORCE_AFTER_S:
             return
         cluster.stop(row["submission_id"])
-        with self.engine.begin() as connection:
-            self._set_attempt(connection, row, {"stop_asked_at": now})
+        with self.ledger.writing() as transaction:
+            self._set_attempt(transaction, row, {"stop_asked_at": now})
 
     def _end_orphans(self, cluster: Cluster, jobs: Mapping[str, Job], known: set[str]) -> None:
         """Jobs of ours that the ledger holds for over: a start that was fenced, a trial that was forgotten."""
@@ -160,30 +161,30 @@ class Reconciler:
             if job.state in ENDED:
                 cluster.forget(submission)
                 continue
-            with ledger.reading(self.engine) as connection:
+            with self.ledger.reading() as transaction:
                 query = select(ATTEMPTS.c.state).where(ATTEMPTS.c.submission_id == submission)
-                state = connection.execute(query).scalar()
-            if state not in ledger.LIVE_ATTEMPTS:  # it may have been started since `known` was read
+                state = transaction.execute(query).scalar()
+            if state not in store.LIVE_ATTEMPTS:  # it may have been started since `known` was read
                 LOG.warning("ending orphaned job %s", submission)
                 cluster.stop(submission)
-                with self.engine.begin() as connection:
+                with self.ledger.writing() as transaction:
                     trial = job.metadata.get("trial", "")
                     text = f"job {submission} runs, the ledger says it is over: ended"
-                    ledger.record(
-                        connection, "orphan", text, study=trial.rpartition("-")[0], trial=trial
+                    store.record(
+                        transaction, "orphan", text, study=trial.rpartition("-")[0], trial=trial
                     )
 
     # --- the end of an attempt ---
 
-    def _conclude(self, cluster: Cluster, row: ledger.Row, job: Job | None, now: float) -> None:
+    def _conclude(self, cluster: Cluster, row: store.Row, job: Job | None, now: float) -> None:
         files, number = service_files(row["folder"]), row["number"]
         outcome = _record(Outcome, files.read_object(OUTCOME_FILE.format(attempt=number)))
         result = _record(Result, files.read_object(RESULT_FILE))
         if result is not None and result.attempt != number:
             result = None
         self._note_progress({**row, "state": "running"}, now)
-        with ledger.reading(self.engine) as connection:
-            trial = ledger.trial_row(connection, row["trial"])
+        with self.ledger.reading() as transaction:
+            trial = store.trial_row(transaction, row["trial"])
         if trial is None:
             return
         step = max(
@@ -217,7 +218,7 @@ class Reconciler:
 
     def _write_verdict(
         self,
-        row: ledger.Row,
+        row: store.Row,
         verdict: Verdict,
         result: Result | None,
         outcome: Outcome | None,
@@ -252,12 +253,12 @@ class Reconciler:
         )
         if marks:
             values["marks"] = [mark.model_dump() for mark in marks]
-        with self.engine.begin() as connection:
+        with self.ledger.writing() as transaction:
             states = ["starting", "running", "stopping"]
-            if not ledger.move_trial(connection, row["trial"], states, values, row["number"], wish):
+            if not store.move_trial(transaction, row["trial"], states, values, row["number"], wish):
                 return False
             self._set_attempt(
-                connection,
+                transaction,
                 row,
                 {"state": verdict.attempt, "cause": verdict.cause, "ended_at": now, "step": step},
             )
@@ -269,14 +270,14 @@ class Reconciler:
             cause = (
                 f"{verdict.cause}: {verdict.error}" if verdict.state == "failed" else verdict.cause
             )
-            self._record(connection, row, kind, cause, now)
-            ledger.end_study_if_over(connection, row["study"], now)
+            self._record(transaction, row, kind, cause, now)
+            store.end_study_if_over(transaction, row["study"], now)
         LOG.info(
             "trial %s attempt %d: %s, %s", row["trial"], row["number"], verdict.state, verdict.cause
         )
         return True
 
-    def _nodes_of(self, row: ledger.Row) -> list[str]:
+    def _nodes_of(self, row: store.Row) -> list[str]:
         """The nodes of an attempt's ranks, as its rank 0 wrote them down; nothing if it did not come to that."""
         data = service_files(row["folder"]).read_part(NODES_FILE.format(attempt=row["number"]))
         try:
@@ -285,7 +286,7 @@ class Reconciler:
             return []
         return [str(node) for node in found] if isinstance(found, list) else []
 
-    def _keep_log(self, cluster: Cluster, row: ledger.Row) -> None:
+    def _keep_log(self, cluster: Cluster, row: store.Row) -> None:
         text = cluster.log(row["submission_id"])
         path = DRIVER_LOG.format(attempt=row["number"])
         service_files(row["folder"]).write(path, text.encode())
@@ -294,34 +295,34 @@ class Reconciler:
 
     def _take_cached(self, now: float) -> None:
         """Ends waiting trials whose run has been done meanwhile, by another study or in another place of this one."""
-        with ledger.reading(self.engine) as connection:
-            waiting = ledger.waiting_for_nothing(connection)
-            found = ledger.finished_by_identity(
-                connection, sorted({row["identity"] for row in waiting})
+        with self.ledger.reading() as transaction:
+            waiting = store.waiting_for_nothing(transaction)
+            found = store.finished_by_identity(
+                transaction, sorted({row["identity"] for row in waiting})
             )
         for row in waiting:
             source = found[row["identity"]]
-            with self.engine.begin() as connection:
-                if ledger.move_trial(
-                    connection, row["id"], ["queued"], ledger.cached_values(source)
+            with self.ledger.writing() as transaction:
+                if store.move_trial(
+                    transaction, row["id"], ["queued"], store.cached_values(source)
                 ):
                     text = f"taken from trial {source['id']}"
-                    ledger.record(
-                        connection, "cached", text, study=row["study"], trial=row["id"], at=now
+                    store.record(
+                        transaction, "cached", text, study=row["study"], trial=row["id"], at=now
                     )
-                    ledger.end_study_if_over(connection, row["study"], now)
+                    store.end_study_if_over(transaction, row["study"], now)
 
     def _set_attempt(
-        self, connection: Connection, row: ledger.Row, values: Mapping[str, Any]
+        self, transaction: Transaction, row: store.Row, values: Mapping[str, Any]
     ) -> None:
         where = (ATTEMPTS.c.trial == row["trial"], ATTEMPTS.c.number == row["number"])
-        connection.execute(update(ATTEMPTS).where(*where).values(**values))
+        transaction.execute(update(ATTEMPTS).where(*where).values(**values))
 
     def _record(
-        self, connection: Connection, row: ledger.Row, kind: str, cause: str, now: float
+        self, transaction: Transaction, row: store.Row, kind: str, cause: str, now: float
     ) -> None:
-        ledger.record(
-            connection,
+        store.record(
+            transaction,
             kind,
             cause,
             study=row["study"],
@@ -331,7 +332,7 @@ class Reconciler:
         )
 
 
-def _of(trial: ledger.Row, number: int) -> bool:
+def _of(trial: store.Row, number: int) -> bool:
     return bool(trial["progress"].get("attempt") == number)
 
 

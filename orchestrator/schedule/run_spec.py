@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import select
 
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger import store
+from orchestrator.ledger.opening import Transaction
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.schedule.decide import StudyLimits
 from orchestrator.schedule.gang import Gang
 
 
 def run_spec(
-    trial: ledger.Row,
-    study: ledger.Row,
+    trial: store.Row,
+    study: store.Row,
     number: int,
     avoid: Sequence[str],
     tracking_uri: str,
@@ -67,30 +68,30 @@ def gang_of(study: Mapping[str, Any]) -> Gang:
 
 
 def study_limits(
-    connection: Connection, attempts: Sequence[ledger.Row], now: float
+    transaction: Transaction, attempts: Sequence[store.Row], now: float
 ) -> dict[str, StudyLimits]:
     """Of every study that is not over, with what its budget has paid for so far."""
     query = select(STUDIES.c.id, STUDIES.c.spec).where(STUDIES.c.state.in_(("active", "paused")))
     limits: dict[str, StudyLimits] = {}
-    for study, data in connection.execute(query).all():
+    for study, data in transaction.execute(query).all():
         used = 0.0
         if data["gpu_hours"]:
             used = gpu_hours(
-                connection, study, data, [row for row in attempts if row["study"] == study], now
+                transaction, study, data, [row for row in attempts if row["study"] == study], now
             )
         limits[study] = StudyLimits(data["max_parallel"], data["gpu_hours"], used)
     return limits
 
 
 def gpu_hours(
-    connection: Connection,
+    transaction: Transaction,
     study: str,
     spec: Mapping[str, Any],
-    attempts: Sequence[ledger.Row],
+    attempts: Sequence[store.Row],
     now: float,
 ) -> float:
     """GPU-hours of a study so far, its running attempts included."""
-    ended = connection.execute(
+    ended = transaction.execute(
         select(TRIALS.c.rank_seconds).where(TRIALS.c.study == study)
     ).scalars()
     ranks = spec["resources"]["ranks"]

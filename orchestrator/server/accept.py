@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sqlalchemy import Connection, Engine, insert, select
+from sqlalchemy import insert, select
 
 from contract.files import join
 from contract.study import Submission
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger import store
+from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.schedule.capacity import largest
 from orchestrator.schedule.gang import Gang, fit, needs
@@ -134,24 +135,24 @@ def _below(path: str, base: str) -> bool:
 
 
 def accept(
-    engine: Engine, settings: ServiceSettings, submission: Submission, owner: str, now: float
+    ledger: Ledger, settings: ServiceSettings, submission: Submission, owner: str, now: float
 ) -> tuple[str, bool]:
     """The study's id, and whether it is new: the same idempotency key of one owner is one study.
 
     Raises ValueError if the key was used for another study.
     """
-    with engine.begin() as connection:
-        known = _by_key(connection, owner, submission.idempotency_key)
+    with ledger.writing() as transaction:
+        known = _by_key(transaction, owner, submission.idempotency_key)
         if known:
-            _check_same(connection, known, submission)
+            _check_same(transaction, known, submission)
             return known, False
-        study = ledger.new_study_id(submission.study.name)
+        study = store.new_study_id(submission.study.name)
         base = submission.storage or storage_root(settings)
         if "://" not in base:
             base = str(Path(base).absolute())
-        _insert(connection, study, base, submission, owner, now)
-        ledger.record(
-            connection,
+        _insert(transaction, study, base, submission, owner, now)
+        store.record(
+            transaction,
             "submitted",
             f"{len(submission.trials)} trials, by {owner}",
             study=study,
@@ -159,8 +160,8 @@ def accept(
         )
         finished = {}
         if not submission.fresh:
-            finished = ledger.finished_by_identity(
-                connection, [trial.identity for trial in submission.trials]
+            finished = store.finished_by_identity(
+                transaction, [trial.identity for trial in submission.trials]
             )
         rows = []
         for position, plan in enumerate(submission.trials):
@@ -182,20 +183,20 @@ def accept(
             }
             source = finished.get(plan.identity)
             if source is not None:
-                row |= ledger.cached_values(source)
+                row |= store.cached_values(source)
                 text = f"taken from trial {source['id']}"
-                ledger.record(connection, "cached", text, study=study, trial=trial, at=now)
+                store.record(transaction, "cached", text, study=study, trial=trial, at=now)
             rows.append(row)
         for start in range(0, len(rows), 500):
-            connection.execute(insert(TRIALS), rows[start : start + 500])
-        ledger.end_study_if_over(connection, study, now)
+            transaction.execute(insert(TRIALS), rows[start : start + 500])
+        store.end_study_if_over(transaction, study, now)
     return study, True
 
 
 def _insert(
-    connection: Connection, study: str, base: str, submission: Submission, owner: str, now: float
+    transaction: Transaction, study: str, base: str, submission: Submission, owner: str, now: float
 ) -> None:
-    connection.execute(
+    transaction.execute(
         insert(STUDIES).values(
             id=study,
             name=submission.study.name,
@@ -214,11 +215,11 @@ def _insert(
     )
 
 
-def _check_same(connection: Connection, known: str, submission: Submission) -> None:
+def _check_same(transaction: Transaction, known: str, submission: Submission) -> None:
     query = select(TRIALS.c.key, TRIALS.c.identity).where(TRIALS.c.study == known)
-    before = {row.key: row.identity for row in connection.execute(query)}
+    before = {row.key: row.identity for row in transaction.execute(query)}
     now = {trial.key: trial.identity for trial in submission.trials}
-    spec, fresh = connection.execute(
+    spec, fresh = transaction.execute(
         select(STUDIES.c.spec, STUDIES.c.fresh).where(STUDIES.c.id == known)
     ).one()
     fields = submission.study.model_dump(mode="json")
@@ -233,8 +234,8 @@ def _check_same(connection: Connection, known: str, submission: Submission) -> N
         )
 
 
-def _by_key(connection: Connection, owner: str, key: str) -> str:
+def _by_key(transaction: Transaction, owner: str, key: str) -> str:
     if not key:
         return ""
     query = select(STUDIES.c.id).where(STUDIES.c.owner == owner, STUDIES.c.idempotency_key == key)
-    return connection.execute(query).scalar() or ""
+    return transaction.execute(query).scalar() or ""

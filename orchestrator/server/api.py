@@ -18,7 +18,6 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field, ValidationError
-from sqlalchemy import Connection, Engine
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from contract.answers import (
@@ -35,9 +34,11 @@ from contract.study import Submission
 from orchestrator.cluster.jobs import UnreachableError
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import commands as steer
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger import queries
 from orchestrator.ledger import users as auth
+from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.retention import apply_retention, plan_retention
+from orchestrator.ledger.rows import StudyRow
 from orchestrator.ledger.users import User
 from orchestrator.schedule.decide import Wait
 from orchestrator.server import accept, views
@@ -51,7 +52,7 @@ from orchestrator.settings import (
 )
 
 _SHA256 = re.compile(r"^[0-9a-f]{64}$")
-_STUDY_ACTIONS: Mapping[str, Callable[[Connection, str, str, float], bool]] = {
+_STUDY_ACTIONS: Mapping[str, Callable[[Transaction, str, str, float], bool]] = {
     "cancel": steer.cancel_study,
     "pause": steer.pause_study,
     "resume": steer.resume_study,
@@ -65,7 +66,7 @@ _MAX_REPORT = 256 << 20
 class Hub(Protocol):
     """What the routes share with the loop."""
 
-    engine: Engine
+    ledger: Ledger
     settings: ServiceSettings
 
     def waits(self) -> Mapping[str, Wait]: ...
@@ -108,8 +109,8 @@ StudyPath = Annotated[str, Field(max_length=100)]
 def reader(request: Request) -> User:
     """The user whose token the request bears, whatever their role."""
     hub: Hub = request.app.state.hub
-    with ledger.reading(hub.engine) as connection:
-        found = auth.user_of(connection, request.headers.get("authorization", ""))
+    with hub.ledger.reading() as transaction:
+        found = auth.user_of(transaction, request.headers.get("authorization", ""))
     if found is None:
         raise HTTPException(
             401,
@@ -168,8 +169,8 @@ def build_app(hub: Hub, version: str) -> FastAPI:
     @app.get("/v1/studies", dependencies=READ)
     def studies(trials: bool = True) -> dict[str, list[StudyView]]:
         """`trials=false` leaves them out and gives their counts by state alone, which stays quick with thousands."""
-        with ledger.reading(hub.engine) as connection:
-            return {"studies": views.study_views(connection, hub.waits(), with_trials=trials)}
+        with hub.ledger.reading() as transaction:
+            return {"studies": views.study_views(transaction, hub.waits(), with_trials=trials)}
 
     @app.get("/v1/studies/{study}", dependencies=READ)
     def study(study: StudyPath) -> StudyView:
@@ -177,17 +178,17 @@ def build_app(hub: Hub, version: str) -> FastAPI:
 
     @app.get("/v1/studies/{study}/submission", dependencies=READ)
     def submission(study: StudyPath) -> Submission:
-        with ledger.reading(hub.engine) as connection:
-            found = views.submission_of(connection, study)
+        with hub.ledger.reading() as transaction:
+            found = views.submission_of(transaction, study)
         if found is None:
             raise HTTPException(404, f"study {study!r}: there is none")
         return found
 
     @app.post("/v1/studies/{study}/priority")
     def priority(study: StudyPath, body: Priority, who: Submitter) -> StudyView:
-        with hub.engine.begin() as connection:
-            _own_study(connection, study, who)
-            steer.set_priority(connection, study, body.priority, who.name, time.time())
+        with hub.ledger.writing() as transaction:
+            _own_study(transaction, study, who)
+            steer.set_priority(transaction, study, body.priority, who.name, time.time())
         hub.wake()
         return _view(hub, study)
 
@@ -196,17 +197,17 @@ def build_app(hub: Hub, version: str) -> FastAPI:
         study: StudyPath, action: Literal["cancel", "pause", "resume", "retry"], who: Submitter
     ) -> ActedView:
         """The study after it, and whether there was anything to change."""
-        with hub.engine.begin() as connection:
-            _own_study(connection, study, who)
-            changed = _STUDY_ACTIONS[action](connection, study, who.name, time.time())
+        with hub.ledger.writing() as transaction:
+            _own_study(transaction, study, who)
+            changed = _STUDY_ACTIONS[action](transaction, study, who.name, time.time())
         hub.wake()
         return ActedView(**_view(hub, study).model_dump(), changed=changed)
 
     @app.delete("/v1/studies/{study}")
     def forget(study: StudyPath, who: Submitter) -> dict[str, Any]:
-        with hub.engine.begin() as connection:
-            _own_study(connection, study, who)
-            steer.forget_study(connection, study, who.name, time.time())
+        with hub.ledger.writing() as transaction:
+            _own_study(transaction, study, who)
+            steer.forget_study(transaction, study, who.name, time.time())
         return {"study": study, "forgotten": True}
 
     @app.put("/v1/studies/{study}/report")
@@ -220,12 +221,12 @@ def build_app(hub: Hub, version: str) -> FastAPI:
     def act_on_trial(
         trial: StudyPath, action: Literal["cancel", "retry"], who: Submitter
     ) -> dict[str, Any]:
-        with hub.engine.begin() as connection:
-            row = ledger.trial_row(connection, trial)
+        with hub.ledger.writing() as transaction:
+            row = queries.trial_row(transaction, trial)
             if row is None:
                 raise HTTPException(404, f"trial {trial!r}: there is none")
-            _own_study(connection, row["study"], who)
-            changed = _TRIAL_ACTIONS[action](connection, trial, who.name, time.time())
+            _own_study(transaction, row.study, who)
+            changed = _TRIAL_ACTIONS[action](transaction, trial, who.name, time.time())
         hub.wake()
         return {"trial": trial, "action": action, "changed": changed}
 
@@ -236,12 +237,12 @@ def build_app(hub: Hub, version: str) -> FastAPI:
         rank: Annotated[int, Query(ge=-1, le=100_000)] = 0,
         offset: Annotated[int, Query(ge=0, le=1 << 50)] = 0,
     ) -> LogPage:
-        return read_log(hub.engine, hub.driver_log, trial, attempt, rank, offset)
+        return read_log(hub.ledger, hub.driver_log, trial, attempt, rank, offset)
 
     @app.get("/v1/queue", dependencies=READ)
     def queue() -> QueueView:
-        with ledger.reading(hub.engine) as connection:
-            return QueueView.model_validate(views.queue(connection, hub.waits()))
+        with hub.ledger.reading() as transaction:
+            return QueueView.model_validate(views.queue(transaction, hub.waits()))
 
     @app.get("/v1/events", dependencies=READ)
     async def events(
@@ -253,7 +254,7 @@ def build_app(hub: Hub, version: str) -> FastAPI:
 
         deadline = time.monotonic() + wait_s
         while True:
-            found = await run_in_threadpool(_events, hub.engine, after, study)
+            found = await run_in_threadpool(_events, hub.ledger, after, study)
             if found or time.monotonic() >= deadline:
                 return EventPage(events=found, next=found[-1].id if found else after)
             await asyncio.sleep(0.25)
@@ -262,9 +263,9 @@ def build_app(hub: Hub, version: str) -> FastAPI:
     def finished(
         identity: Annotated[list[str], Query(max_length=1000)],
     ) -> dict[str, dict[str, str]]:
-        with ledger.reading(hub.engine) as connection:
-            found = ledger.finished_by_identity(connection, identity)
-        return {"finished": {key: row["id"] for key, row in found.items()}}
+        with hub.ledger.reading() as transaction:
+            found = queries.finished_by_identity(transaction, identity)
+        return {"finished": {key: row.id for key, row in found.items()}}
 
     # --- code ---
 
@@ -283,8 +284,8 @@ def build_app(hub: Hub, version: str) -> FastAPI:
 
     @app.get("/v1/users", dependencies=ADMIN)
     def users() -> dict[str, Any]:
-        with ledger.reading(hub.engine) as connection:
-            return {"users": auth.users(connection)}
+        with hub.ledger.reading() as transaction:
+            return {"users": auth.users(transaction)}
 
     @app.put("/v1/users/{name}")
     def set_user(
@@ -295,16 +296,16 @@ def build_app(hub: Hub, version: str) -> FastAPI:
         if name == who.name:
             raise HTTPException(400, f"user {name}: is you; another administrator may change you")
         token = auth.new_token()
-        with hub.engine.begin() as connection:
-            auth.set_user(connection, name, body.role, token, time.time())
+        with hub.ledger.writing() as transaction:
+            auth.set_user(transaction, name, body.role, token, time.time())
         return {"user": name, "role": body.role, "token": token}
 
     @app.delete("/v1/users/{name}")
     def remove_user(name: str, who: Admin) -> dict[str, Any]:
         if name == who.name:
             raise HTTPException(400, f"user {name}: is you; another administrator may remove you")
-        with hub.engine.begin() as connection:
-            if not auth.remove_user(connection, name):
+        with hub.ledger.writing() as transaction:
+            if not auth.remove_user(transaction, name):
                 raise HTTPException(404, f"user {name!r}: there is none")
         return {"user": name, "removed": True}
 
@@ -312,10 +313,10 @@ def build_app(hub: Hub, version: str) -> FastAPI:
     def collect(body: Retention) -> dict[str, Any]:
         """What a retention policy lets go; with `apply` it goes."""
         now = time.time()
-        with ledger.reading(hub.engine) as connection:
-            removals = plan_retention(connection, now, body.checkpoints_days)
+        with hub.ledger.reading() as transaction:
+            removals = plan_retention(transaction, now, body.checkpoints_days)
         freed = (
-            apply_retention(hub.engine, removals, now, body.checkpoints_days) if body.apply else 0
+            apply_retention(hub.ledger, removals, now, body.checkpoints_days) if body.apply else 0
         )
         return {
             "removals": [asdict(removal) for removal in removals],
@@ -398,14 +399,14 @@ def _must(found: User, role: auth.Role) -> User:
     return found
 
 
-def _own_study(connection: Connection, study: str, who: User) -> ledger.Row:
-    row = ledger.study_row(connection, study)
+def _own_study(transaction: Transaction, study: str, who: User) -> StudyRow:
+    row = queries.study_row(transaction, study)
     if row is None:
         raise HTTPException(404, f"study {study!r}: there is none")
-    if row["owner"] != who.name and not who.may("admin"):
+    if row.owner != who.name and not who.may("admin"):
         raise HTTPException(
             403,
-            f"study {study} is {row['owner']}'s: only its owner or an administrator may do this",
+            f"study {study} is {row.owner}'s: only its owner or an administrator may do this",
         )
     return row
 
@@ -439,7 +440,7 @@ def _submit(hub: Hub, body: bytes, who: User) -> dict[str, Any]:
         raise HTTPException(400, _explain(error.errors(include_url=False))) from None
     _refuse_what_sql_cannot_hold(submission)
     accept.check(submission, hub.settings, hub.nodes())
-    study, created = accept.accept(hub.engine, hub.settings, submission, who.name, time.time())
+    study, created = accept.accept(hub.ledger, hub.settings, submission, who.name, time.time())
     hub.wake()
     return {"study": study, "created": created, "trials": len(submission.trials)}
 
@@ -465,16 +466,16 @@ def _floats(value: Any) -> Iterator[float]:
 
 
 def _view(hub: Hub, study: str) -> StudyView:
-    with ledger.reading(hub.engine) as connection:
-        found = views.study_views(connection, hub.waits(), study)
+    with hub.ledger.reading() as transaction:
+        found = views.study_views(transaction, hub.waits(), study)
     if not found:
         raise HTTPException(404, f"study {study!r}: there is none")
     return found[0]
 
 
-def _events(engine: Engine, after: int, study: str) -> list[Any]:
-    with ledger.reading(engine) as connection:
-        return ledger.events_after(connection, after, study)
+def _events(ledger: Ledger, after: int, study: str) -> list[Any]:
+    with ledger.reading() as transaction:
+        return views.events(transaction, after, study)
 
 
 def _keep_code(settings: ServiceSettings, sha256: str, data: bytes) -> dict[str, Any]:
@@ -526,8 +527,8 @@ def _report_files(data: bytes) -> dict[str, bytes]:
 
 
 def _keep_report(hub: Hub, study: str, files: Mapping[str, bytes], who: User) -> dict[str, Any]:
-    with ledger.reading(hub.engine) as connection:
-        row = _own_study(connection, study, who)
+    with hub.ledger.reading() as transaction:
+        row = _own_study(transaction, study, who)
     folders = {str(parent) for name in files for parent in PurePosixPath(name).parents}
     for name in files:
         if (
@@ -537,6 +538,6 @@ def _keep_report(hub: Hub, study: str, files: Mapping[str, bytes], who: User) ->
         ):
             raise HTTPException(400, f"report: {name[:200]!r} is no name of a file; pack it again")
     for name, data in files.items():
-        service_files(row["storage"]).write(f"{study}/report/{name}", data)
+        service_files(row.storage).write(f"{study}/report/{name}", data)
     hub.put_report(study, files)
     return {"study": study, "files": len(files)}

@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import httpx
-from sqlalchemy import Engine, select, update
+from sqlalchemy import select, update
 
 from contract.answers import StudyView
 from contract.attempt import SPOOL_CURSOR, SPOOL_RECORDS
 from contract.study import FINAL_STATES
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger import store
+from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.results.statistics import compare
 from orchestrator.server.mlflow import MLflow, TrackingRefusedError
@@ -33,16 +34,16 @@ _ENDED_STUDY = ("done", "failed", "cancelled")
 _STATUS = {"done": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 
 
-def make_parents(engine: Engine, mlflow: MLflow) -> None:
+def make_parents(ledger: Ledger, mlflow: MLflow) -> None:
     """An experiment and a parent run for each study that has none; looked up by tag, since a POST may be repeated."""
-    with ledger.reading(engine) as connection:
+    with ledger.reading() as transaction:
         query = select(STUDIES).where(
             STUDIES.c.mlflow_run_id == "", STUDIES.c.state.in_(("active", "paused"))
         )
-        studies = list(connection.execute(query).mappings())
+        studies = list(transaction.execute(query).mappings())
     for study in studies:
         with _apart(f"study {study['id']}"):
-            _make_parent(engine, mlflow, study)
+            _make_parent(ledger, mlflow, study)
 
 
 @contextmanager
@@ -54,7 +55,7 @@ def _apart(what: str) -> Iterator[None]:
         LOG.warning("%s: %s", what, " ".join(str(error).split())[:500])
 
 
-def _make_parent(engine: Engine, mlflow: MLflow, study: ledger.Row) -> None:
+def _make_parent(ledger: Ledger, mlflow: MLflow, study: store.Row) -> None:
     tags = {"maskray.study": study["id"], "maskray.owner": study["owner"]}
     experiment = mlflow.experiment(
         study["id"], {**tags, "mlflow.note.content": study["spec"]["question"]}
@@ -67,8 +68,8 @@ def _make_parent(engine: Engine, mlflow: MLflow, study: ledger.Row) -> None:
             experiment, study["name"], {**tags, "maskray.parent": study["id"]}, study["created_at"]
         )
         mlflow.put_artifact(run, "study.yaml", study["study_yaml"].encode())
-    with engine.begin() as connection:
-        connection.execute(
+    with ledger.writing() as transaction:
+        transaction.execute(
             update(STUDIES)
             .where(STUDIES.c.id == study["id"])
             .values(mlflow_experiment=study["id"], mlflow_run_id=run)
@@ -76,14 +77,14 @@ def _make_parent(engine: Engine, mlflow: MLflow, study: ledger.Row) -> None:
 
 
 def close_runs(
-    engine: Engine, mlflow: MLflow, now: float, ship: Callable[[str], None] | None = None
+    ledger: Ledger, mlflow: MLflow, now: float, ship: Callable[[str], None] | None = None
 ) -> int:
     """Ends the MLflow runs of trials and studies that are over, as a kill leaves them RUNNING. How many it ended.
 
     ship: sends what a trial could not send while it ran, given its folder; by default as `maskray sync` does.
     """
     ended = 0
-    with ledger.reading(engine) as connection:
+    with ledger.reading() as transaction:
         columns = (
             TRIALS.c.id,
             TRIALS.c.state,
@@ -101,15 +102,15 @@ def close_runs(
             .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
             .where(TRIALS.c.mlflow_closed.is_(False), TRIALS.c.state.in_(FINAL_STATES))
         )
-        trials = list(connection.execute(query).mappings())
+        trials = list(transaction.execute(query).mappings())
     for trial in trials:
         with _apart(f"trial {trial['id']}"):
-            ended += _close_trial(engine, mlflow, trial, now, ship or _ship)
-    return ended + _close_parents(engine, mlflow, now)
+            ended += _close_trial(ledger, mlflow, trial, now, ship or _ship)
+    return ended + _close_parents(ledger, mlflow, now)
 
 
 def _close_trial(
-    engine: Engine, mlflow: MLflow, trial: ledger.Row, now: float, ship: Callable[[str], None]
+    ledger: Ledger, mlflow: MLflow, trial: store.Row, now: float, ship: Callable[[str], None]
 ) -> int:
     ended, run_id = 0, ""
     if trial["mlflow_experiment"] and not trial["cached_from"]:
@@ -120,8 +121,8 @@ def _close_trial(
             run_id = str(run["info"]["run_id"])
             ended += _close(mlflow, run, trial, now)
     values = {"mlflow_closed": True, **({"mlflow_run_id": run_id} if run_id else {})}
-    with engine.begin() as connection:
-        ledger.move_trial(connection, trial["id"], FINAL_STATES, values)
+    with ledger.writing() as transaction:
+        store.move_trial(transaction, trial["id"], FINAL_STATES, values)
     return ended
 
 
@@ -154,7 +155,7 @@ def _ship(folder: str) -> None:
         )
 
 
-def _close(mlflow: MLflow, run: dict[str, object], trial: ledger.Row, now: float) -> int:
+def _close(mlflow: MLflow, run: dict[str, object], trial: store.Row, now: float) -> int:
     info = run["info"]
     assert isinstance(info, dict)
     tags = {tag["key"]: tag["value"] for tag in _tags(run)}
@@ -174,8 +175,8 @@ def _tags(run: dict[str, object]) -> list[dict[str, str]]:
     return list(data.get("tags", [])) if isinstance(data, dict) else []
 
 
-def _close_parents(engine: Engine, mlflow: MLflow, now: float) -> int:
-    with ledger.reading(engine) as connection:
+def _close_parents(ledger: Ledger, mlflow: MLflow, now: float) -> int:
+    with ledger.reading() as transaction:
         query = select(
             STUDIES.c.id, STUDIES.c.state, STUDIES.c.ended_at, STUDIES.c.mlflow_run_id
         ).where(
@@ -183,16 +184,16 @@ def _close_parents(engine: Engine, mlflow: MLflow, now: float) -> int:
             STUDIES.c.mlflow_run_id != "",
             STUDIES.c.state.in_(_ENDED_STUDY),
         )
-        studies = list(connection.execute(query).mappings())
+        studies = list(transaction.execute(query).mappings())
     for study in studies:
         with _apart(f"study {study['id']}"):
-            with ledger.reading(engine) as connection:
-                (view,) = study_views(connection, {}, study["id"])
+            with ledger.reading() as transaction:
+                (view,) = study_views(transaction, {}, study["id"])
             at = study["ended_at"] or now
             mlflow.log_metrics(study["mlflow_run_id"], study_metrics(view), at)
             mlflow.end_run(study["mlflow_run_id"], _STATUS[study["state"]], at)
-            with engine.begin() as connection:
-                connection.execute(
+            with ledger.writing() as transaction:
+                transaction.execute(
                     update(STUDIES).where(STUDIES.c.id == study["id"]).values(mlflow_closed=True)
                 )
     return len(studies)
@@ -218,13 +219,13 @@ def study_metrics(view: StudyView) -> dict[str, float]:
     }
 
 
-def send_webhooks(engine: Engine, url: str) -> None:
+def send_webhooks(ledger: Ledger, url: str) -> None:
     """Tells `url` of each study that is over, until it answers with success."""
-    with ledger.reading(engine) as connection:
+    with ledger.reading() as transaction:
         query = select(
             STUDIES.c.id, STUDIES.c.name, STUDIES.c.owner, STUDIES.c.state, STUDIES.c.ended_at
         ).where(STUDIES.c.webhook_sent.is_(False), STUDIES.c.state.in_(_ENDED_STUDY))
-        studies = list(connection.execute(query).mappings())
+        studies = list(transaction.execute(query).mappings())
     for study in studies:
         body = {**study, "study": study["id"]}
         try:
@@ -242,7 +243,7 @@ def send_webhooks(engine: Engine, url: str) -> None:
                 "webhook of study %s: %s; tried again later", study["id"], type(error).__name__
             )
             return  # nobody is there
-        with engine.begin() as connection:
-            connection.execute(
+        with ledger.writing() as transaction:
+            transaction.execute(
                 update(STUDIES).where(STUDIES.c.id == study["id"]).values(webhook_sent=True)
             )

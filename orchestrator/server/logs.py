@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastapi import HTTPException
-from sqlalchemy import Engine, select
+from sqlalchemy import select
 
 from contract.answers import LogPage
 from contract.attempt import LOG_FILE
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger import store
+from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import ATTEMPTS
 from orchestrator.schedule.reconcile import DRIVER_LOG
 from orchestrator.settings import service_files
@@ -18,7 +19,7 @@ _PAGE_BYTES = 256 << 10
 
 
 def read_log(
-    engine: Engine,
+    ledger: Ledger,
     driver_log: Callable[[str], str],
     trial: str,
     attempt: int,
@@ -26,15 +27,15 @@ def read_log(
     offset: int,
 ) -> LogPage:
     """At most 256 KiB from `offset` on. `driver_log(submission id)` is what Ray has of a driver that still runs."""
-    with ledger.reading(engine) as connection:
-        row = ledger.trial_row(connection, trial)
+    with ledger.reading() as transaction:
+        row = store.trial_row(transaction, trial)
         if row is None:
             raise HTTPException(404, f"trial {trial!r}: there is none")
-        study = ledger.study_row(connection, row["study"])
+        study = store.study_row(transaction, row["study"])
         assert study is not None
         number = attempt or row["attempts"]
         query = select(ATTEMPTS).where(ATTEMPTS.c.trial == trial, ATTEMPTS.c.number == number)
-        tried = connection.execute(query).mappings().first()
+        tried = transaction.execute(query).mappings().first()
     if tried is None:
         if attempt:
             raise HTTPException(

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from sqlalchemy import Engine, select
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy import select
 
 from contract.answers import Check, Staging
 from contract.command import run_command
@@ -31,8 +30,9 @@ from orchestrator.cluster import staging
 from orchestrator.cluster.doctor import examine
 from orchestrator.cluster.jobs import Cluster, UnreachableError
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger import store
 from orchestrator.ledger import users as auth
+from orchestrator.ledger.opening import Ledger, LedgerError, reason
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.local import stack
 from orchestrator.local.connect import write_service_record
@@ -75,13 +75,13 @@ class Service:
     """One service's threads: HTTP (uvicorn), the loop (the main thread), books (MLflow, webhooks) and the lease."""
 
     def __init__(
-        self, settings: ServiceSettings, engine: Engine, holder: str, ray_token: str
+        self, settings: ServiceSettings, ledger: Ledger, holder: str, ray_token: str
     ) -> None:
         self.settings = settings
         self._ray_token = ray_token  # of a cluster that is not local
-        self.engine = engine
+        self.ledger = ledger
         self.holder = holder
-        self.loop = Reconciler(engine, settings)
+        self.loop = Reconciler(ledger, settings)
         self.failed = ""
         self._ending = threading.Event()
         self._wake = threading.Event()
@@ -123,8 +123,8 @@ class Service:
             return ""  # the log is still there once Ray answers again
 
     def put_report(self, study: str, files: Mapping[str, bytes]) -> None:
-        with ledger.reading(self.engine) as connection:
-            row = ledger.study_row(connection, study)
+        with self.ledger.reading() as transaction:
+            row = store.study_row(transaction, study)
         if row is None or not row["mlflow_run_id"] or self._mlflow is None:
             return
         try:
@@ -210,8 +210,8 @@ class Service:
                 self._patience.answered()
         except UnreachableError as error:
             self._note_unreachable(error)
-        except DatabaseError as error:
-            LOG.warning("ledger: %s; tried again", " ".join(str(error.orig).split()))
+        except LedgerError as error:
+            LOG.warning("ledger: %s; tried again", reason(error))
         except OSError as error:
             LOG.warning("storage or network: %s; tried again", error)
         except Exception:  # a service that ended would help nobody
@@ -255,7 +255,7 @@ class Service:
                     turn()
                 except TrackingDownError as error:
                     LOG.warning("%s", error)
-                except (DatabaseError, OSError) as error:
+                except (LedgerError, OSError) as error:
                     LOG.warning("books: %s", " ".join(str(error).split())[:500])
                 except Exception:
                     LOG.exception("bookkeeping failed; tried again")
@@ -275,22 +275,22 @@ class Service:
                 return
             self._mlflow, self.loop.tracking_uri = mlflow, uri
         if self._mlflow is not None:
-            bookkeeping.make_parents(self.engine, self._mlflow)
-            bookkeeping.close_runs(self.engine, self._mlflow, time.time())
+            bookkeeping.make_parents(self.ledger, self._mlflow)
+            bookkeeping.close_runs(self.ledger, self._mlflow, time.time())
 
     def _turn_webhooks(self) -> None:
         if self.settings.webhook:
-            bookkeeping.send_webhooks(self.engine, self.settings.webhook)
+            bookkeeping.send_webhooks(self.ledger, self.settings.webhook)
 
     def _keep_lease(self) -> None:
         renewed = time.monotonic()
         while not self._ending.wait(_LEASE_EVERY_S):
             try:
-                held = ledger.renew_lease(self.engine, self.holder, time.time())
+                held = store.renew_lease(self.ledger, self.holder, time.time())
                 renewed = time.monotonic()
-            except DatabaseError as error:
-                LOG.warning("lease: %s", " ".join(str(error.orig).split()))
-                held = time.monotonic() - renewed < ledger.LEASE_S
+            except LedgerError as error:
+                LOG.warning("lease: %s", reason(error))
+                held = time.monotonic() - renewed < store.LEASE_S
             if not held:
                 LOG.error("another service took the ledger: ending without touching anything")
                 os._exit(1)
@@ -298,7 +298,7 @@ class Service:
     def _idle(self) -> bool:
         if time.monotonic() - self._touched < 60 * self.settings.idle_minutes:
             return False
-        with ledger.reading(self.engine) as connection:
+        with self.ledger.reading() as transaction:
             query = (
                 select(TRIALS.c.id)
                 .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
@@ -308,7 +308,7 @@ class Service:
                 )
                 .limit(1)
             )
-            return connection.execute(query).first() is None
+            return transaction.execute(query).first() is None
 
 
 def serve(settings: ServiceSettings, first_token: str = "") -> int:
@@ -325,15 +325,15 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
     LOG.addFilter(SeldomTwice())
     for noisy in ("httpx", "alembic", "uvicorn.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    engine = ledger.open_ledger(settings.ledger or f"sqlite:///{home / 'ledger.db'}")
+    ledger = Ledger(settings.ledger or f"sqlite:///{home / 'ledger.db'}")
     holder = secrets.token_hex(16)
-    ledger.take_lease(engine, holder, time.time())
+    store.take_lease(ledger, holder, time.time())
     try:
-        _set_first_admin(engine, settings, first_token)
+        _set_first_admin(ledger, settings, first_token)
         listener = _listen(settings, bool(first_token or settings.token_file))
         path = settings.ray_token_file
         ray_token = Path(path).read_text().strip() if path else os.environ.get("RAY_AUTH_TOKEN", "")
-        service = Service(settings, engine, holder, ray_token)
+        service = Service(settings, ledger, holder, ray_token)
         server = uvicorn.Server(
             uvicorn.Config(
                 build_app(service, _version()),
@@ -355,12 +355,12 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
             stack.end_mlflow(settings)
         (home / "service.json").unlink(missing_ok=True)
     finally:
-        ledger.drop_lease(engine, holder)
-        engine.dispose()
+        store.drop_lease(ledger, holder)
+        ledger.close()
     return 0
 
 
-def _set_first_admin(engine: Engine, settings: ServiceSettings, first_token: str) -> None:
+def _set_first_admin(ledger: Ledger, settings: ServiceSettings, first_token: str) -> None:
     path = Path(settings.token_file) if settings.token_file else Path(settings.home) / "token"
     token = first_token or own_token(path)
     if len(token) < 16:
@@ -368,8 +368,8 @@ def _set_first_admin(engine: Engine, settings: ServiceSettings, first_token: str
         raise ValueError(f"{where}: a token has at least 16 characters; take a longer random one")
     if not first_token and settings.token_file and path.stat().st_mode & 0o077:
         raise ValueError(f"{path}: others can read it; chmod 600 it")
-    with engine.begin() as connection:
-        auth.set_user(connection, "admin", "admin", token, time.time())
+    with ledger.writing() as transaction:
+        auth.set_user(transaction, "admin", "admin", token, time.time())
 
 
 def _listen(settings: ServiceSettings, has_token: bool) -> socket.socket:

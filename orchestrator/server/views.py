@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import func, select
 
-from contract.answers import AttemptView, QueueEntry, StudyView, TrialView
+from contract.answers import AttemptView, EventView, QueueEntry, StudyView, TrialView
 from contract.study import Submission
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger import queries, store
+from orchestrator.ledger.opening import Transaction
 from orchestrator.ledger.tables import ATTEMPTS, STUDIES, TRIALS
 from orchestrator.schedule.decide import Wait
 from orchestrator.schedule.gang import needs
@@ -20,7 +21,7 @@ _PAUSED = "its study is paused"
 
 
 def study_views(
-    connection: Connection, waits: Mapping[str, Wait], study: str = "", with_trials: bool = True
+    transaction: Transaction, waits: Mapping[str, Wait], study: str = "", with_trials: bool = True
 ) -> list[StudyView]:
     """All studies, newest last, or the one; without their trials' attempts unless it is the one."""
     query = select(STUDIES).order_by(STUDIES.c.created_at, STUDIES.c.id)
@@ -30,17 +31,17 @@ def study_views(
     if study:
         query = query.where(STUDIES.c.id == study)
         trials = trials.where(TRIALS.c.study == study)
-        attempts = _attempts(connection, study)
+        attempts = _attempts(transaction, study)
     counting = select(TRIALS.c.study, TRIALS.c.state, func.count()).group_by(
         TRIALS.c.study, TRIALS.c.state
     )
     counts: dict[str, dict[str, int]] = {}
-    for of, state, count in connection.execute(
+    for of, state, count in transaction.execute(
         counting.where(TRIALS.c.study == study) if study else counting
     ):
         counts.setdefault(of, {})[state] = count
     by_study: dict[str, list[TrialView]] = {}
-    for row in connection.execute(trials).mappings() if with_trials else ():
+    for row in transaction.execute(trials).mappings() if with_trials else ():
         by_study.setdefault(row["study"], []).append(
             _trial_view(row, waits, attempts.get(row["id"], []))
         )
@@ -59,7 +60,7 @@ def study_views(
             counts=counts.get(row["id"], {}),
             trials=_with_pause(row["state"], by_study.get(row["id"], [])),
         )
-        for row in connection.execute(query).mappings()
+        for row in transaction.execute(query).mappings()
     ]
 
 
@@ -70,7 +71,7 @@ def _with_pause(state: str, trials: list[TrialView]) -> list[TrialView]:
 
 
 def _trial_view(
-    row: ledger.Row, waits: Mapping[str, Wait], attempts: list[AttemptView]
+    row: store.Row, waits: Mapping[str, Wait], attempts: list[AttemptView]
 ) -> TrialView:
     wait = waits.get(row["id"])
     live = row["state"] in ("starting", "running", "stopping")
@@ -99,7 +100,7 @@ def _trial_view(
     )
 
 
-def _why(row: ledger.Row, wait: Wait | None) -> str:
+def _why(row: store.Row, wait: Wait | None) -> str:
     if row["state"] == "queued":
         return wait.why if wait is not None else "waits for the cluster"
     return {
@@ -109,7 +110,7 @@ def _why(row: ledger.Row, wait: Wait | None) -> str:
     }.get(row["wish"], "")
 
 
-def _attempts(connection: Connection, study: str) -> dict[str, list[AttemptView]]:
+def _attempts(transaction: Transaction, study: str) -> dict[str, list[AttemptView]]:
     query = (
         select(ATTEMPTS)
         .join(TRIALS, TRIALS.c.id == ATTEMPTS.c.trial)
@@ -117,14 +118,14 @@ def _attempts(connection: Connection, study: str) -> dict[str, list[AttemptView]
         .order_by(ATTEMPTS.c.trial, ATTEMPTS.c.number)
     )
     found: dict[str, list[AttemptView]] = {}
-    for row in connection.execute(query).mappings():
+    for row in transaction.execute(query).mappings():
         fields = {name: row[name] for name in AttemptView.model_fields}
         found.setdefault(row["trial"], []).append(AttemptView(**fields))
     return found
 
 
-def submission_of(connection: Connection, study: str) -> Submission | None:
-    row = ledger.study_row(connection, study)
+def submission_of(transaction: Transaction, study: str) -> Submission | None:
+    row = store.study_row(transaction, study)
     if row is None:
         return None
     query = select(TRIALS).where(TRIALS.c.study == study).order_by(TRIALS.c.position)
@@ -135,7 +136,7 @@ def submission_of(connection: Connection, study: str) -> Submission | None:
             "study_yaml": row["study_yaml"],
             "trials": [
                 {name: trial[name] for name in names}
-                for trial in connection.execute(query).mappings()
+                for trial in transaction.execute(query).mappings()
             ],
             "code": row["code"],
             "storage": row["storage"],
@@ -146,7 +147,7 @@ def submission_of(connection: Connection, study: str) -> Submission | None:
     )
 
 
-def queue(connection: Connection, waits: Mapping[str, Wait]) -> dict[str, Sequence[QueueEntry]]:
+def queue(transaction: Transaction, waits: Mapping[str, Wait]) -> dict[str, Sequence[QueueEntry]]:
     """What runs, and what waits in the order in which it would start."""
     columns = (
         STUDIES.c.id,
@@ -159,13 +160,13 @@ def queue(connection: Connection, waits: Mapping[str, Wait]) -> dict[str, Sequen
     live = select(*columns).where(STUDIES.c.state.in_(("active", "paused")))
     ordered = live.order_by(STUDIES.c.created_at, STUDIES.c.id)
     studies = {
-        row["id"]: (index, row) for index, row in enumerate(connection.execute(ordered).mappings())
+        row["id"]: (index, row) for index, row in enumerate(transaction.execute(ordered).mappings())
     }
     wants = {study: needs(gang_of(row["spec"])) for study, (_, row) in studies.items()}
     query = select(
         TRIALS.c.id, TRIALS.c.key, TRIALS.c.study, TRIALS.c.state, TRIALS.c.wish, TRIALS.c.position
     ).where(TRIALS.c.state.in_(("queued", "starting", "running", "stopping")))
-    rows = [row for row in connection.execute(query).mappings() if row["study"] in studies]
+    rows = [row for row in transaction.execute(query).mappings() if row["study"] in studies]
     rows.sort(key=lambda row: (studies[row["study"]][0], row["position"]))
     entries = [_entry(row, studies[row["study"]][1], wants[row["study"]], waits) for row in rows]
     waiting = [entry for entry in entries if entry.state == "queued"]
@@ -177,7 +178,7 @@ def queue(connection: Connection, waits: Mapping[str, Wait]) -> dict[str, Sequen
     }
 
 
-def _entry(row: ledger.Row, study: ledger.Row, wants: str, waits: Mapping[str, Wait]) -> QueueEntry:
+def _entry(row: store.Row, study: store.Row, wants: str, waits: Mapping[str, Wait]) -> QueueEntry:
     wait = waits.get(row["id"]) if row["state"] == "queued" else None
     paused = row["state"] == "queued" and study["state"] == "paused"
     return QueueEntry(
@@ -192,6 +193,22 @@ def _entry(row: ledger.Row, study: ledger.Row, wants: str, waits: Mapping[str, W
         needs=wants,
         why=_PAUSED if paused else _why(row, wait),
     )
+
+
+def events(transaction: Transaction, after: int, study: str = "") -> list[EventView]:
+    """The next events of all studies or of one, oldest first."""
+    return [
+        EventView(
+            id=row.id,
+            at=row.at,
+            study=row.study,
+            trial=row.trial,
+            attempt=row.attempt,
+            kind=row.kind,
+            cause=row.cause,
+        )
+        for row in queries.events_after(transaction, after, study)
+    ]
 
 
 def in_words(value: Any) -> str:

@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from orchestrator.client import Client, Connection
-from orchestrator.ledger import store as ledger
 from orchestrator.ledger import users as auth
+from orchestrator.ledger.opening import Ledger
 from orchestrator.local import connect as local
 from orchestrator.local.processes import find_child, free_ports, own_token
 from orchestrator.server.bookkeeping import send_webhooks
@@ -139,12 +139,12 @@ def test_a_taken_port_is_named(processes, tmp_path):
 
 def test_it_ends_itself_when_idle_but_not_while_a_trial_waits(processes, tmp_path):
     file = settings_file(tmp_path / "home", idle_minutes=0.0005)
-    with ledger_of(tmp_path / "home") as engine:
+    with ledger_of(tmp_path / "home") as ledger:
         from orchestrator.server import accept
         from orchestrator.settings import ServiceSettings
 
         settings = ServiceSettings.model_validate_json(file.read_text())
-        study, _ = accept.accept(engine, settings, submission(plan("a")), "admin", time.time())
+        study, _ = accept.accept(ledger, settings, submission(plan("a")), "admin", time.time())
         process = start(processes, file)
         with connected(process, tmp_path / "home") as client:
             assert client.study(study).state == "active"
@@ -175,16 +175,16 @@ def test_webhooks_are_sent_once_and_until_they_are_taken(tmp_path):
     from orchestrator.server import accept
     from orchestrator.settings import ServiceSettings
 
-    with ledger_of(tmp_path) as engine:
+    with ledger_of(tmp_path) as ledger:
         study, _ = accept.accept(
-            engine, ServiceSettings(home=str(tmp_path)), submission(plan("a")), "ann", 1.0
+            ledger, ServiceSettings(home=str(tmp_path)), submission(plan("a")), "ann", 1.0
         )
-        send_webhooks(engine, f"http://127.0.0.1:{server.server_port}")
+        send_webhooks(ledger, f"http://127.0.0.1:{server.server_port}")
         assert seen == [], "it still waits"
-        with engine.begin() as connection:
+        with ledger.writing() as connection:
             steer.cancel_study(connection, study, "ann", 2.0)
         for _ in range(3):
-            send_webhooks(engine, f"http://127.0.0.1:{server.server_port}")
+            send_webhooks(ledger, f"http://127.0.0.1:{server.server_port}")
     server.shutdown()
     thread.join()
     server.server_close()
@@ -215,12 +215,12 @@ def test_looking_for_a_service_starts_none(monkeypatch, tmp_path):
 class ledger_of:  # noqa: N801 - reads as a function
     def __init__(self, home: Path) -> None:
         home.mkdir(exist_ok=True)
-        self.engine = ledger.open_ledger(f"sqlite:///{home / 'ledger.db'}")
-        with self.engine.begin() as connection:
+        self.ledger = Ledger(f"sqlite:///{home / 'ledger.db'}")
+        with self.ledger.writing() as connection:
             auth.set_user(connection, "ann", "submit", "t" * 20, 1.0)
 
     def __enter__(self) -> Any:
-        return self.engine
+        return self.ledger
 
     def __exit__(self, *_: object) -> None:
-        self.engine.dispose()
+        self.ledger.close()

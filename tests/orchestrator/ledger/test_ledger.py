@@ -8,11 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import Engine, insert, select, text, update
+from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
 from orchestrator.ledger import commands as steer
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger import store
+from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import ATTEMPTS, EVENTS, METADATA, STUDIES, TRIALS
 from orchestrator.server import accept, views
 from orchestrator.settings import ServiceSettings
@@ -27,48 +28,48 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ledger]:
     if request.param == "sqlite":
-        engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+        ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     else:
-        engine = ledger.open_ledger(request.getfixturevalue("postgres"))
-    yield engine
-    with engine.begin() as connection:
+        ledger = Ledger(request.getfixturevalue("postgres"))
+    yield ledger
+    with ledger.writing() as transaction:
         for table in reversed(METADATA.sorted_tables):
-            connection.execute(table.delete())
-    engine.dispose()
+            transaction.execute(table.delete())
+    ledger.close()
 
 
 @pytest.fixture
-def house(engine: Engine, tmp_path: Path) -> SimpleNamespace:
+def house(ledger: Ledger, tmp_path: Path) -> SimpleNamespace:
     settings = ServiceSettings(home=str(tmp_path))
 
     def submit(*plans, **fields):
         return accept.accept(
-            engine, settings, submission(*plans, **fields), fields.get("owner", "ann"), time.time()
+            ledger, settings, submission(*plans, **fields), fields.get("owner", "ann"), time.time()
         )
 
-    return SimpleNamespace(engine=engine, submit=submit)
+    return SimpleNamespace(ledger=ledger, submit=submit)
 
 
-def states(engine: Engine) -> list[str]:
-    with ledger.reading(engine) as connection:
-        return list(connection.execute(select(TRIALS.c.state).order_by(TRIALS.c.id)).scalars())
+def states(ledger: Ledger) -> list[str]:
+    with ledger.reading() as transaction:
+        return list(transaction.execute(select(TRIALS.c.state).order_by(TRIALS.c.id)).scalars())
 
 
-def test_migrations_and_tables_agree(engine):
+def test_migrations_and_tables_agree(ledger):
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    with engine.connect() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
+    with ledger.engine.connect() as transaction:
+        context = MigrationContext.configure(transaction, opts={"compare_type": True})
         assert compare_metadata(context, METADATA) == []
 
 
 def test_migrating_twice_changes_nothing(house):
     house.submit(plan("a"))
-    ledger.migrate(house.engine)
-    assert states(house.engine) == ["queued"]
+    house.ledger.migrate()
+    assert states(house.ledger) == ["queued"]
 
 
 def test_one_idempotency_key_is_one_study(house):
@@ -86,10 +87,10 @@ def test_one_idempotency_key_is_one_study(house):
 def test_an_attempt_starts_once_and_only_from_the_queue(house):
     study, _ = house.submit(plan("a"))
     trial = f"{study}-000"
-    assert ledger.start_attempt(house.engine, trial, 1.0, "free") == 1
-    assert ledger.start_attempt(house.engine, trial, 1.0, "free") == 0
-    with pytest.raises(IntegrityError), house.engine.begin() as connection:
-        connection.execute(
+    assert store.start_attempt(house.ledger, trial, 1.0, "free") == 1
+    assert store.start_attempt(house.ledger, trial, 1.0, "free") == 0
+    with pytest.raises(IntegrityError), house.ledger.writing() as transaction:
+        transaction.execute(
             insert(ATTEMPTS).values(
                 trial=trial, number=1, submission_id="other", state="running", started_at=1.0
             )
@@ -99,13 +100,13 @@ def test_an_attempt_starts_once_and_only_from_the_queue(house):
 def test_a_move_names_where_it_starts_and_which_attempt(house):
     study, _ = house.submit(plan("a"))
     trial = f"{study}-000"
-    ledger.start_attempt(house.engine, trial, 1.0, "free")
-    with house.engine.begin() as connection:
-        assert not ledger.move_trial(connection, trial, ["queued"], {"state": "done"})
-        assert not ledger.move_trial(connection, trial, ["starting"], {"state": "done"}, attempt=2)
-        assert ledger.move_trial(connection, trial, ["starting"], {"state": "done"}, attempt=1)
-        assert not ledger.move_trial(
-            connection, trial, ["starting"], {"state": "failed"}, attempt=1
+    store.start_attempt(house.ledger, trial, 1.0, "free")
+    with house.ledger.writing() as transaction:
+        assert not store.move_trial(transaction, trial, ["queued"], {"state": "done"})
+        assert not store.move_trial(transaction, trial, ["starting"], {"state": "done"}, attempt=2)
+        assert store.move_trial(transaction, trial, ["starting"], {"state": "done"}, attempt=1)
+        assert not store.move_trial(
+            transaction, trial, ["starting"], {"state": "failed"}, attempt=1
         )
 
 
@@ -115,92 +116,92 @@ def test_a_study_ends_once_with_its_last_trial(house):
         (f"{study}-000", "done", ""),
         (f"{study}-001", "failed", "failed"),
     ):
-        with house.engine.begin() as connection:
-            ledger.move_trial(connection, trial, ["queued"], {"state": state})
-            assert ledger.end_study_if_over(connection, study, 2.0) == expected
-            assert ledger.end_study_if_over(connection, study, 2.0) == ""
-    with ledger.reading(house.engine) as connection:
+        with house.ledger.writing() as transaction:
+            store.move_trial(transaction, trial, ["queued"], {"state": state})
+            assert store.end_study_if_over(transaction, study, 2.0) == expected
+            assert store.end_study_if_over(transaction, study, 2.0) == ""
+    with house.ledger.reading() as transaction:
         kinds = list(
-            connection.execute(select(EVENTS.c.kind).where(EVENTS.c.study == study)).scalars()
+            transaction.execute(select(EVENTS.c.kind).where(EVENTS.c.study == study)).scalars()
         )
     assert kinds == ["submitted", "study-failed"]
 
 
 def test_a_finished_identity_is_taken_unless_the_study_is_fresh(house):
     first, _ = house.submit(plan("a"))
-    with house.engine.begin() as connection:
+    with house.ledger.writing() as transaction:
         done = {"state": "done", "metrics": {"segm/AP": 0.5}}
-        ledger.move_trial(connection, f"{first}-000", ["queued"], done)
+        store.move_trial(transaction, f"{first}-000", ["queued"], done)
     second, _ = house.submit(plan("renamed"))
     fresh, _ = house.submit(plan("a"), fresh=True)
-    with ledger.reading(house.engine) as connection:
-        taken = views.study_views(connection, {}, second)[0]
+    with house.ledger.reading() as transaction:
+        taken = views.study_views(transaction, {}, second)[0]
         assert taken.state == "done"
         assert (taken.trials[0].state, taken.trials[0].cached_from) == ("done", f"{first}-000")
         assert taken.trials[0].metrics == {"segm/AP": 0.5}
         assert taken.trials[0].storage.endswith(f"{first}/{first}-000")
-        assert views.study_views(connection, {}, fresh)[0].trials[0].state == "queued"
+        assert views.study_views(transaction, {}, fresh)[0].trials[0].state == "queued"
 
 
-def test_a_second_service_waits_for_the_lease(engine):
+def test_a_second_service_waits_for_the_lease(ledger):
     now = time.time()
-    ledger.take_lease(engine, "first", now)
-    with engine.begin() as connection:  # a live process elsewhere
-        connection.execute(text("update lease set host = 'elsewhere'"))
+    store.take_lease(ledger, "first", now)
+    with ledger.writing() as transaction:  # a live process elsewhere
+        transaction.execute(text("update lease set host = 'elsewhere'"))
     with pytest.raises(RuntimeError, match="holds it for 30 s more"):
-        ledger.take_lease(engine, "second", now)
-    assert ledger.renew_lease(engine, "first", now)
-    ledger.take_lease(engine, "second", now + 31)
-    assert not ledger.renew_lease(engine, "first", now + 31), (
+        store.take_lease(ledger, "second", now)
+    assert store.renew_lease(ledger, "first", now)
+    store.take_lease(ledger, "second", now + 31)
+    assert not store.renew_lease(ledger, "first", now + 31), (
         "the first one learns that it lost the ledger"
     )
 
 
-def test_a_lease_of_a_dead_process_on_this_host_is_free_at_once(engine):
+def test_a_lease_of_a_dead_process_on_this_host_is_free_at_once(ledger):
     now = time.time()
-    ledger.take_lease(engine, "first", now)
+    store.take_lease(ledger, "first", now)
     with pytest.raises(RuntimeError, match="end that service first"):
-        ledger.take_lease(engine, "second", now)
-    with engine.begin() as connection:
-        connection.execute(text("update lease set process = '999999999@1.00'"))
-    ledger.take_lease(engine, "second", now)
+        store.take_lease(ledger, "second", now)
+    with ledger.writing() as transaction:
+        transaction.execute(text("update lease set process = '999999999@1.00'"))
+    store.take_lease(ledger, "second", now)
 
 
 def test_steering_moves_only_what_can_move(house):
     study, _ = house.submit(plan("a"), plan("b", identity="b" * 64), plan("c", identity="c" * 64))
     first, second, third = (f"{study}-00{i}" for i in range(3))
-    ledger.start_attempt(house.engine, first, 1.0, "free")
-    with house.engine.begin() as connection:
-        assert steer.pause_study(connection, study, "ann", 1.0)
-        assert not steer.pause_study(connection, study, "ann", 1.0)
-    assert states(house.engine) == ["stopping", "queued", "queued"]
-    with house.engine.begin() as connection:
-        assert ledger.waiting_trials(connection) == []
-        assert steer.resume_study(connection, study, "ann", 2.0)
-        assert not steer.resume_study(connection, study, "ann", 2.0)
-        assert [row["id"] for row in ledger.waiting_trials(connection)] == [second, third]
-        assert steer.cancel_trial(connection, second, "ann", 3.0)
-        assert not steer.cancel_trial(connection, second, "ann", 3.0)
-        assert not steer.retry_trial(connection, first, "ann", 3.0)
-        assert steer.cancel_study(connection, study, "ann", 4.0)
-    assert states(house.engine) == ["stopping", "cancelled", "cancelled"]
-    with ledger.reading(house.engine) as connection:
-        assert ledger.trial_row(connection, first)["wish"] == "cancel"
-    with house.engine.begin() as connection:
+    store.start_attempt(house.ledger, first, 1.0, "free")
+    with house.ledger.writing() as transaction:
+        assert steer.pause_study(transaction, study, "ann", 1.0)
+        assert not steer.pause_study(transaction, study, "ann", 1.0)
+    assert states(house.ledger) == ["stopping", "queued", "queued"]
+    with house.ledger.writing() as transaction:
+        assert store.waiting_trials(transaction) == []
+        assert steer.resume_study(transaction, study, "ann", 2.0)
+        assert not steer.resume_study(transaction, study, "ann", 2.0)
+        assert [row["id"] for row in store.waiting_trials(transaction)] == [second, third]
+        assert steer.cancel_trial(transaction, second, "ann", 3.0)
+        assert not steer.cancel_trial(transaction, second, "ann", 3.0)
+        assert not steer.retry_trial(transaction, first, "ann", 3.0)
+        assert steer.cancel_study(transaction, study, "ann", 4.0)
+    assert states(house.ledger) == ["stopping", "cancelled", "cancelled"]
+    with house.ledger.reading() as transaction:
+        assert store.trial_row(transaction, first)["wish"] == "cancel"
+    with house.ledger.writing() as transaction:
         with pytest.raises(ValueError, match="cancel it before"):
-            steer.forget_study(connection, study, "ann", 5.0)
-        ledger.move_trial(connection, first, ["stopping"], {"state": "failed"})
-        assert ledger.end_study_if_over(connection, study, 5.0) == "failed"
-        assert not steer.cancel_study(connection, study, "ann", 6.0)
-        assert steer.retry_study(connection, study, "ann", 6.0)
-        assert not steer.retry_study(connection, study, "ann", 6.0)
-    assert states(house.engine) == ["queued", "queued", "queued"]
-    with house.engine.begin() as connection:
-        assert ledger.study_row(connection, study)["state"] == "active"
-        steer.cancel_study(connection, study, "ann", 7.0)
-        steer.forget_study(connection, study, "ann", 8.0)
-        assert views.study_views(connection, {}) == []
-        assert connection.execute(select(EVENTS.c.kind)).scalars().all() == ["study-forgotten"]
+            steer.forget_study(transaction, study, "ann", 5.0)
+        store.move_trial(transaction, first, ["stopping"], {"state": "failed"})
+        assert store.end_study_if_over(transaction, study, 5.0) == "failed"
+        assert not steer.cancel_study(transaction, study, "ann", 6.0)
+        assert steer.retry_study(transaction, study, "ann", 6.0)
+        assert not steer.retry_study(transaction, study, "ann", 6.0)
+    assert states(house.ledger) == ["queued", "queued", "queued"]
+    with house.ledger.writing() as transaction:
+        assert store.study_row(transaction, study)["state"] == "active"
+        steer.cancel_study(transaction, study, "ann", 7.0)
+        steer.forget_study(transaction, study, "ann", 8.0)
+        assert views.study_views(transaction, {}) == []
+        assert transaction.execute(select(EVENTS.c.kind)).scalars().all() == ["study-forgotten"]
 
 
 def test_many_trials_are_listed_whole_and_in_order(house):
@@ -210,23 +211,23 @@ def test_many_trials_are_listed_whole_and_in_order(house):
         )[0]
         for s in range(4)
     ]
-    with house.engine.begin() as connection:
-        connection.execute(update(TRIALS).where(TRIALS.c.position < 250).values(state="done"))
-    with ledger.reading(house.engine) as connection:
-        seen = views.study_views(connection, {})
+    with house.ledger.writing() as transaction:
+        transaction.execute(update(TRIALS).where(TRIALS.c.position < 250).values(state="done"))
+    with house.ledger.reading() as transaction:
+        seen = views.study_views(transaction, {})
         assert [len(view.trials) for view in seen] == [500] * 4
         assert [view.study for view in seen] == studies
-        assert len(views.queue(connection, {})["queue"]) == 1000
+        assert len(views.queue(transaction, {})["queue"]) == 1000
 
 
 def test_an_unknown_server_is_named_without_its_password():
     with pytest.raises(RuntimeError, match=r"\*\*\*@127.0.0.1:1/x.*is the database up") as caught:
-        ledger.open_ledger("postgresql+psycopg://me:secret@127.0.0.1:1/x")
+        Ledger("postgresql+psycopg://me:secret@127.0.0.1:1/x")
     assert "secret" not in str(caught.value)
 
 
 def test_studies_of_deleted_rows_leave_no_trials(house):
     study, _ = house.submit(plan("a"))
-    with house.engine.begin() as connection:
-        connection.execute(STUDIES.delete().where(STUDIES.c.id == study))
-    assert states(house.engine) == []
+    with house.ledger.writing() as transaction:
+        transaction.execute(STUDIES.delete().where(STUDIES.c.id == study))
+    assert states(house.ledger) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 from sqlalchemy import select, update
 
 from orchestrator.ledger import commands as steer
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.retention import apply_retention, plan_retention
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.server import accept
@@ -18,35 +18,35 @@ DAY = 86400.0
 
 
 def test_only_checkpoints_of_studies_long_over_go(tmp_path):
-    engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     settings = ServiceSettings(home=str(tmp_path))
     old, recent, live = (
-        accept.accept(engine, settings, submission(plan(name, identity(name))), "ann", 1.0)[0]
+        accept.accept(ledger, settings, submission(plan(name, identity(name))), "ann", 1.0)[0]
         for name in "abc"
     )
-    with engine.begin() as connection:
-        for folder in connection.execute(select(TRIALS.c.folder)).scalars():
+    with ledger.writing() as transaction:
+        for folder in transaction.execute(select(TRIALS.c.folder)).scalars():
             for name in ("checkpoints/0001", "artifacts"):
                 Path(folder, name).mkdir(parents=True)
                 Path(folder, name, "data").write_bytes(b"x" * 100)
         for study, at in ((old, 1 * DAY), (recent, 9 * DAY)):
-            steer.cancel_study(connection, study, "ann", at)
-    with ledger.reading(engine) as connection:
-        removals = plan_retention(connection, now=10 * DAY, checkpoints_days=7)
+            steer.cancel_study(transaction, study, "ann", at)
+    with ledger.reading() as transaction:
+        removals = plan_retention(transaction, now=10 * DAY, checkpoints_days=7)
     assert [(removal.study, removal.bytes) for removal in removals] == [(old, 100)]
     folder = Path(removals[0].folder)
     assert folder.exists(), "a plan deletes nothing"
-    with engine.begin() as connection:
-        steer.retry_trial(connection, removals[0].trial, "ann", 10 * DAY)
-    assert apply_retention(engine, removals, 10 * DAY, 7) == 0
+    with ledger.writing() as transaction:
+        steer.retry_trial(transaction, removals[0].trial, "ann", 10 * DAY)
+    assert apply_retention(ledger, removals, 10 * DAY, 7) == 0
     assert folder.exists(), "it goes on from there"
-    with engine.begin() as connection:
-        steer.cancel_study(connection, old, "ann", 1 * DAY)
-    assert apply_retention(engine, removals, 10 * DAY, 7) == 100
+    with ledger.writing() as transaction:
+        steer.cancel_study(transaction, old, "ann", 1 * DAY)
+    assert apply_retention(ledger, removals, 10 * DAY, 7) == 100
     assert not folder.exists()
     assert (folder.parent / "artifacts/data").exists()
-    with engine.begin() as connection:
-        assert plan_retention(connection, 10 * DAY, 7) == []
-        connection.execute(update(STUDIES).where(STUDIES.c.id == live).values(state="paused"))
-        assert [removal.study for removal in plan_retention(connection, 100 * DAY, 7)] == [recent]
-    engine.dispose()
+    with ledger.writing() as transaction:
+        assert plan_retention(transaction, 10 * DAY, 7) == []
+        transaction.execute(update(STUDIES).where(STUDIES.c.id == live).values(state="paused"))
+        assert [removal.study for removal in plan_retention(transaction, 100 * DAY, 7)] == [recent]
+    ledger.close()

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, select, update
+from sqlalchemy import select, update
 
 from contract.attempt import Outcome, Progress, Result
 from contract.study import Resources
 from orchestrator.cluster.jobs import Job, UnreachableError
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import commands as steer
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger import store
+from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import ATTEMPTS, EVENTS, STUDIES, TRIALS
 from orchestrator.schedule.reconcile import Reconciler
 from orchestrator.server import accept
@@ -140,15 +141,15 @@ class House:
         self.settings = ServiceSettings(
             home=str(home), mlflow="", ray="http://fake", limits=limits, **fields
         )
-        self.engine: Engine = ledger.open_ledger(f"sqlite:///{home / 'ledger.db'}")
+        self.ledger: Ledger = Ledger(f"sqlite:///{home / 'ledger.db'}")
         self.cluster = FakeCluster()
-        self.loop = Reconciler(self.engine, self.settings)
+        self.loop = Reconciler(self.ledger, self.settings)
         self.now = 1000.0
 
     def submit(self, *plans: Any, **fields: Any) -> str:
         self.now += 1
         return accept.accept(
-            self.engine, self.settings, submission(*plans, **fields), "ann", self.now
+            self.ledger, self.settings, submission(*plans, **fields), "ann", self.now
         )[0]
 
     def tick(self, count: int = 1) -> None:
@@ -157,28 +158,28 @@ class House:
             self.loop.tick(self.cluster, self.now)  # type: ignore[arg-type]
 
     def trial(self, trial: str) -> Any:
-        with ledger.reading(self.engine) as connection:
-            return ledger.trial_row(connection, trial)
+        with self.ledger.reading() as transaction:
+            return store.trial_row(transaction, trial)
 
     def state(self, trial: str) -> str:
         return str(self.trial(trial)["state"])
 
     def kinds(self, trial: str) -> list[str]:
-        with ledger.reading(self.engine) as connection:
+        with self.ledger.reading() as transaction:
             return list(
-                connection.execute(select(EVENTS.c.kind).where(EVENTS.c.trial == trial)).scalars()
+                transaction.execute(select(EVENTS.c.kind).where(EVENTS.c.trial == trial)).scalars()
             )
 
     def act(self, action: Callable[..., None], target: str) -> None:
-        with self.engine.begin() as connection:
-            action(connection, target, "ann", self.now)
+        with self.ledger.writing() as transaction:
+            action(transaction, target, "ann", self.now)
 
 
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
     house = House(tmp_path)
     yield house
-    house.engine.dispose()
+    house.ledger.close()
 
 
 def test_a_trial_goes_from_the_queue_to_its_result(house):
@@ -224,7 +225,7 @@ def test_after_a_hang_the_next_attempt_keeps_off_the_node_and_the_one_after_a_lo
     folder = Path(house.trial(trial)["folder"])
     (folder / "attempts/1/nodes.json").write_text('["n0"]')
     broken = Outcome(
-        state="failed", error_class="collective", error="rank 0: connection closed by peer"
+        state="failed", error_class="collective", error="rank 0: transaction closed by peer"
     )
     house.cluster.end(f"{trial}-1", 1, broken, done=False)
     house.tick(2)
@@ -313,10 +314,10 @@ def test_of_the_same_run_twice_the_one_of_higher_priority_runs(house):
 @pytest.mark.parametrize("resources", [{"CPU": 0}, {"x": float("nan")}, {"x": -1.0}])
 def test_a_study_of_unsound_resources_stops_no_other(house, resources):
     bad = house.submit(plan("a", identity("bad")), priority=9)
-    with house.engine.begin() as connection:  # as an older version let it in
-        spec = ledger.study_row(connection, bad)["spec"]
+    with house.ledger.writing() as transaction:  # as an older version let it in
+        spec = store.study_row(transaction, bad)["spec"]
         spec["resources"]["custom_per_rank"] = resources
-        connection.execute(update(STUDIES).where(STUDIES.c.id == bad).values(spec=spec))
+        transaction.execute(update(STUDIES).where(STUDIES.c.id == bad).values(spec=spec))
     good = house.submit(plan("b", identity("good")))
     house.tick()
     assert house.state(f"{good}-000") == "starting"
@@ -361,9 +362,9 @@ def test_what_runs_in_a_paused_study_is_stopped(house):
     study = house.submit(plan("a"))
     house.tick(2)
     with (
-        house.engine.begin() as connection
+        house.ledger.writing() as transaction
     ):  # the pause of another database session that saw it queued
-        connection.execute(update(STUDIES).where(STUDIES.c.id == study).values(state="paused"))
+        transaction.execute(update(STUDIES).where(STUDIES.c.id == study).values(state="paused"))
     house.tick(2)
     assert (house.state(f"{study}-000"), house.cluster.stops) == ("stopping", [f"{study}-000-1"])
 
@@ -409,14 +410,14 @@ def test_a_missing_code_package_is_said(house):
 def test_a_study_waits_for_its_parent_run_but_not_for_ever(tmp_path):
     house = House(tmp_path, mlflow_wait_s=30)
     house.settings = house.settings.model_copy(update={"mlflow": "http://127.0.0.1:1"})
-    house.loop = Reconciler(house.engine, house.settings)
+    house.loop = Reconciler(house.ledger, house.settings)
     trial = f"{house.submit(plan('a'))}-000"
     house.tick()
     assert house.loop.admission.waits[trial].why == "waits for the MLflow server"
     house.now += 30
     house.tick()
     assert house.state(trial) == "starting"
-    house.engine.dispose()
+    house.ledger.close()
 
 
 def test_the_head_of_the_queue_becomes_a_capacity_request_until_it_runs(tmp_path):
@@ -441,7 +442,7 @@ def test_the_head_of_the_queue_becomes_a_capacity_request_until_it_runs(tmp_path
     house.tick()
     assert house.cluster.started == [f"{small}-000-1", f"{big}-000-1"]
     assert asked[1:] == [[]], "the request is taken back"
-    house.engine.dispose()
+    house.ledger.close()
 
 
 # --- a service that dies anywhere -----------------------------------------------------------------------------------
@@ -472,7 +473,7 @@ def test_every_trial_ends_exactly_once_whatever_dies(tmp_path_factory, faults):
             house.tick()
         except DiedError:
             house.loop = Reconciler(
-                house.engine, house.settings
+                house.ledger, house.settings
             )  # the next service knows the ledger alone
         live = [
             name.rpartition("-")[0]
@@ -519,31 +520,31 @@ def test_every_trial_ends_exactly_once_whatever_dies(tmp_path_factory, faults):
                     Outcome(state="stopped") if stopped else None,
                     not stopped,
                 )
-    with ledger.reading(house.engine) as connection:
+    with house.ledger.reading() as transaction:
         ended = list(
-            connection.execute(
+            transaction.execute(
                 select(EVENTS.c.trial).where(EVENTS.c.kind.in_(("done", "cancelled", "failed")))
             ).scalars()
         )
         assert sorted(ended) == trials, "each trial ends once"
-        assert connection.execute(select(STUDIES.c.state)).scalar() in ("done", "cancelled")
-        states = connection.execute(select(ATTEMPTS.c.state)).scalars().all()
-        assert not set(states) & set(ledger.LIVE_ATTEMPTS)
+        assert transaction.execute(select(STUDIES.c.state)).scalar() in ("done", "cancelled")
+        states = transaction.execute(select(ATTEMPTS.c.state)).scalars().all()
+        assert not set(states) & set(store.LIVE_ATTEMPTS)
     assert house.cluster.alive == {}, "nothing is left behind"
     twice = {name for name, starts in Counter(house.cluster.started).items() if starts > 1}
     # a head that forgets a job before the service has noted its start makes the service start it again: a claim's token
     # tells the two apart, should the first one live
     assert twice <= forgotten, "no attempt was started twice"
-    house.engine.dispose()
+    house.ledger.close()
 
 
 def test_the_queue_keeps_its_order_over_a_restart(house):
     house.cluster.cpus = 1
     low = house.submit(plan("low", identity("low")))
     high = house.submit(plan("high", identity("high")), priority=5)
-    with house.engine.begin() as connection:
-        connection.execute(update(TRIALS).values(queued_at=house.now))
-    house.loop = Reconciler(house.engine, house.settings)
+    with house.ledger.writing() as transaction:
+        transaction.execute(update(TRIALS).values(queued_at=house.now))
+    house.loop = Reconciler(house.ledger, house.settings)
     house.tick()
     assert house.cluster.started == [f"{high}-000-1"]
     house.cluster.end(f"{high}-000-1")

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from contract.answers import Check, StagedNode, Staging
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import store as ledger
 from orchestrator.ledger import users as auth
+from orchestrator.ledger.opening import Ledger
 from orchestrator.server.api import build_app
 from orchestrator.settings import ServiceSettings
 from tests.orchestrator.submissions import identity, plan, submission
@@ -36,10 +36,10 @@ class FakeHub:
 
     def __init__(self, home: Path, **settings: Any) -> None:
         self.settings = ServiceSettings(home=str(home), **settings)
-        self.engine = ledger.open_ledger(f"sqlite:///{home / 'ledger.db'}")
+        self.ledger = Ledger(f"sqlite:///{home / 'ledger.db'}")
         self.ended = False
         self.reports: dict[str, dict[str, bytes]] = {}
-        with self.engine.begin() as connection:
+        with self.ledger.writing() as connection:
             for name, role in (
                 ("root", "admin"),
                 ("ann", "submit"),
@@ -92,7 +92,7 @@ class FakeHub:
 def hub(tmp_path: Path) -> Iterator[FakeHub]:
     hub = FakeHub(tmp_path)
     yield hub
-    hub.engine.dispose()
+    hub.ledger.close()
 
 
 class Http:
@@ -251,7 +251,7 @@ def test_a_growing_cluster_refuses_what_its_largest_shape_will_never_hold(tmp_pa
         "the whole cluster holds 32 CPUs on 2 nodes at its largest",
     )
     refused(post(http, resources={"ranks": 17, "max_nodes": 1}), 400, "at its largest")
-    hub.engine.dispose()
+    hub.ledger.close()
 
 
 def test_what_a_database_cannot_hold_is_refused(http):
@@ -318,7 +318,7 @@ def test_studies_name_paths_inside_the_roots_only(tmp_path, value, allowed):
             assert response.status_code == 200, response.text
         else:
             refused(response, 400, "outside the service's roots")
-    hub.engine.dispose()
+    hub.ledger.close()
 
 
 @pytest.mark.parametrize("uri", ["s3://key:secret@bucket/coco", "gs://token@bucket/coco"])
@@ -376,7 +376,7 @@ def test_a_staging_names_a_uri_that_the_service_may_read(tmp_path):
     )
     refused(http.get(f"/v1/staging/stage-{1:016x}", headers=by("eve")), 404, "stage again")
     refused(http.get("/v1/staging/doctor-1", headers=by("eve")), 400, "name")
-    hub.engine.dispose()
+    hub.ledger.close()
 
 
 @pytest.mark.parametrize("names", [("a", "a/b"), ("x" * 300,), (".",)])
@@ -434,7 +434,7 @@ def test_a_query_cannot_lead_out_of_the_roots(tmp_path):
         assert (
             http.post("/v1/staging", headers=by("ann"), json={"uris": [uri]}).status_code == status
         )
-    hub.engine.dispose()
+    hub.ledger.close()
 
 
 def test_a_code_package_is_kept_under_its_hash(http):

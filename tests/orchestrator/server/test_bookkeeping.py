@@ -12,7 +12,8 @@ from sqlalchemy import update
 
 from contract.answers import StudyView
 from contract.attempt import SPOOL_CURSOR, SPOOL_RECORDS
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger import store
+from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.server import accept
 from orchestrator.server.bookkeeping import close_runs, send_webhooks, study_metrics
@@ -73,14 +74,14 @@ class FakeMLflow:
 
 
 def test_what_a_trial_could_not_send_is_sent_before_its_run_is_closed(tmp_path: Path) -> None:
-    engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     settings = ServiceSettings(home=str(tmp_path))
     study, _ = accept.accept(
-        engine, settings, submission(plan("a"), plan("b", "b" * 64)), "ann", 1.0
+        ledger, settings, submission(plan("a"), plan("b", "b" * 64)), "ann", 1.0
     )
-    with engine.begin() as connection:
-        connection.execute(update(TRIALS).values(state="done"))
-        connection.execute(update(STUDIES).values(mlflow_experiment=study))
+    with ledger.writing() as transaction:
+        transaction.execute(update(TRIALS).values(state="done"))
+        transaction.execute(update(STUDIES).values(mlflow_experiment=study))
     left, sent = (tmp_path / "studies" / study / f"{study}-00{i}" for i in range(2))
     for folder in (left, sent):
         spool = Spool(folder / "spool")
@@ -90,26 +91,26 @@ def test_what_a_trial_could_not_send_is_sent_before_its_run_is_closed(tmp_path: 
     (sent / SPOOL_CURSOR).write_text(json.dumps({"bytes": (sent / SPOOL_RECORDS).stat().st_size}))
     mlflow, shipped = FakeMLflow(), list[str]()
     for _ in range(2):
-        close_runs(engine, mlflow, 2.0, shipped.append)  # type: ignore[arg-type]
+        close_runs(ledger, mlflow, 2.0, shipped.append)  # type: ignore[arg-type]
     assert shipped == [str(left)]
     assert mlflow.ended == ["FINISHED", "FINISHED"]
-    engine.dispose()
+    ledger.close()
 
 
 def test_what_mlflow_refuses_of_one_trial_holds_up_no_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     settings = ServiceSettings(home=str(tmp_path))
     many = submission(*(plan(f"a{number}") for number in range(250)))
     studies = [
-        accept.accept(engine, settings, sent, "ann", 1.0)[0]
+        accept.accept(ledger, settings, sent, "ann", 1.0)[0]
         for sent in (many, submission(plan("a")))
     ]
-    with engine.begin() as connection:
-        connection.execute(update(TRIALS).values(state="done"))
+    with ledger.writing() as transaction:
+        transaction.execute(update(TRIALS).values(state="done"))
         for study in studies:
-            connection.execute(
+            transaction.execute(
                 update(STUDIES).where(STUDIES.c.id == study).values(mlflow_experiment=study)
             )
 
@@ -120,27 +121,27 @@ def test_what_mlflow_refuses_of_one_trial_holds_up_no_other(
             return name
 
     mlflow = Refusing()
-    close_runs(engine, mlflow, 2.0, lambda _: None)  # type: ignore[arg-type]
+    close_runs(ledger, mlflow, 2.0, lambda _: None)  # type: ignore[arg-type]
     assert mlflow.ended == ["FINISHED"]
     assert f"trial {studies[0]}-000: status 400, experiment is deleted" in caplog.text
-    with ledger.reading(engine) as connection:
+    with ledger.reading() as transaction:
         closed = [
-            ledger.trial_row(connection, f"{study}-000")["mlflow_closed"] for study in studies
+            store.trial_row(transaction, f"{study}-000")["mlflow_closed"] for study in studies
         ]
     assert closed == [False, True]
-    engine.dispose()
+    ledger.close()
 
 
 def test_a_webhook_that_refuses_one_study_is_told_of_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
     settings = ServiceSettings(home=str(tmp_path))
     studies = [
-        accept.accept(engine, settings, submission(plan("a")), "ann", at)[0] for at in (1.0, 2.0)
+        accept.accept(ledger, settings, submission(plan("a")), "ann", at)[0] for at in (1.0, 2.0)
     ]
-    with engine.begin() as connection:
-        connection.execute(update(STUDIES).values(state="done", ended_at=3.0))
+    with ledger.writing() as transaction:
+        transaction.execute(update(STUDIES).values(state="done", ended_at=3.0))
     told: list[str] = []
 
     def post(url: str, json: dict[str, Any], **_: Any) -> httpx.Response:
@@ -151,6 +152,6 @@ def test_a_webhook_that_refuses_one_study_is_told_of_the_others(
 
     monkeypatch.setattr(httpx, "post", post)
     for _ in range(2):
-        send_webhooks(engine, "http://hook")
+        send_webhooks(ledger, "http://hook")
     assert told == [*studies, studies[0]]
-    engine.dispose()
+    ledger.close()

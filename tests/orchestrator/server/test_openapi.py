@@ -24,7 +24,7 @@ def app(tmp_path: Path) -> Iterator[FastAPI]:
     body = submission(plan("a", identity("a"))).model_dump_json()
     assert Http(app).post("/v1/studies", content=body, headers=by("ann")).status_code == 200
     yield app
-    hub.engine.dispose()
+    hub.ledger.close()
 
 
 def test_no_request_that_the_description_allows_is_a_server_error(app: FastAPI) -> None:

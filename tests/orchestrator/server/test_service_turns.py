@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.ledger import store as ledger
+from orchestrator.ledger.opening import Ledger
 from orchestrator.server.service import SeldomTwice, Service
 from orchestrator.settings import ServiceSettings
 
@@ -15,9 +15,9 @@ from orchestrator.settings import ServiceSettings
 @pytest.fixture
 def service(tmp_path: Path):
     settings = ServiceSettings(home=str(tmp_path), ray="http://127.0.0.1:1", mlflow="")
-    engine = ledger.open_ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
-    yield Service(settings, engine, "me", "")
-    engine.dispose()
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    yield Service(settings, ledger, "me", "")
+    ledger.close()
 
 
 def test_an_unforeseen_error_in_a_turn_is_told_and_the_service_lives(service, monkeypatch, caplog):

@@ -1,0 +1,110 @@
+"""Opening the database: SQLite or PostgreSQL, brought to the newest migration."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from sqlalchemy import Connection, Engine, create_engine, event, insert, select
+from sqlalchemy.exc import DatabaseError
+
+from orchestrator.ledger.tables import ABOUT
+
+if TYPE_CHECKING:
+    from sqlalchemy.pool import ConnectionPoolEntry
+
+Transaction: TypeAlias = Connection  # what the queries and the changes take
+LedgerError = DatabaseError  # the database is down, locked or refuses; `reason` gives its words
+
+
+class Ledger:
+    """What was asked for, what was tried, and what came of it. The ledger, not Ray, is the truth.
+
+    Every change is one transaction, together with the event that records it.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Raises RuntimeError if the database cannot be opened."""
+        self.engine = _sqlite(url) if url.startswith("sqlite:///") else _server(url)
+        try:
+            self.migrate()
+        except DatabaseError as error:
+            shown = self.engine.url.render_as_string(hide_password=True)
+            raise RuntimeError(
+                f"ledger {shown}: {reason(error)}; is the database up and this user allowed in?"
+            ) from error
+
+    def reading(self) -> AbstractContextManager[Transaction]:
+        """A consistent view that never waits for a writer."""
+        return _reading(self.engine)
+
+    def writing(self) -> AbstractContextManager[Transaction]:
+        """Commits at the end of the block, or undoes all of it if the block raises."""
+        return self.engine.begin()
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def migrate(self) -> None:
+        """Brings the tables to the newest migration; does nothing where they are."""
+        # alembic takes 0.2 s to import and only this method needs it
+        from alembic import command
+        from alembic.config import Config
+
+        config = Config()
+        config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+        with self.writing() as transaction:
+            config.attributes["connection"] = transaction
+            command.upgrade(config, "head")
+
+    def name(self) -> str:
+        """A random name that tells this ledger's jobs from those of others; the first call gives it."""
+        with self.reading() as transaction:
+            known = transaction.execute(select(ABOUT.c.ledger)).scalar()
+        if known is None:
+            known = secrets.token_hex(8)
+            with self.writing() as transaction:
+                transaction.execute(insert(ABOUT).values(id=1, ledger=known))
+        return str(known)
+
+
+def reason(error: LedgerError) -> str:
+    """The database's own words in one line."""
+    return " ".join(str(error.orig).split())
+
+
+@contextmanager
+def _reading(engine: Engine) -> Iterator[Transaction]:
+    with engine.connect().execution_options(read=True) as connection, connection.begin():
+        yield connection
+
+
+def _server(url: str) -> Engine:
+    # The HTTP threads, the loop, the books and the lease each hold a connection at times. `pre_ping` replaces
+    # connections that a restart of the database broke.
+    return create_engine(url, pool_pre_ping=True, pool_size=10)
+
+
+def _sqlite(url: str) -> Engine:
+    Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": 30})
+    event.listen(engine, "connect", _sqlite_settings)
+    event.listen(engine, "begin", _sqlite_begin)
+    return engine
+
+
+def _sqlite_settings(connection: Any, _entry: ConnectionPoolEntry) -> None:
+    connection.isolation_level = None  # transactions begin in _sqlite_begin alone
+    # WAL lets readers go on while one writes. FULL: a commit survives a loss of power.
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _sqlite_begin(connection: Connection) -> None:
+    # A transaction that reads first and then writes would fail with "locked" if another one wrote between the two, so
+    # a writer takes the lock when it begins.
+    reads = connection.get_execution_options().get("read")
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
