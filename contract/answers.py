@@ -67,7 +67,10 @@ class EventView(BaseModel):
 
 
 class ActedView(StudyView):
-    """A study after a person cancelled, paused, resumed or retried it; `changed`: whether that did anything."""
+    """A study after a person cancelled, paused, resumed or retried it.
+
+    changed: whether that did anything.
+    """
 
     changed: bool
 
@@ -106,7 +109,8 @@ class Check(BaseModel):
 class StagedNode(BaseModel):
     """What `maskray data stage` did on one node. done, total: files.
 
-    bytes, cache, evicted (files of other datasets): once it is done; without a cache all was there already.
+    bytes, cache, evicted (files of other datasets): known once it is done. Without a cache all
+    files were there already.
     """
 
     node: str  # Ray's id, empty for this machine

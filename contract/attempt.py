@@ -85,10 +85,10 @@ Tracking: TypeAlias = Annotated[NoTracking | MLflowTracking, Field(discriminator
 
 
 class RunSpec(Record):
-    """One attempt of one trial: what the service hands to `python -m workers.ray_entry --spec FILE`.
+    """One attempt of one trial. `python -m workers.ray_entry --spec FILE` reads it.
 
-    The package of another version may read it, and refuses a field that it does not know. So fields at their default
-    are not written.
+    The package of another version may read it, and refuses a field that it does not know. So the
+    service writes no field that is at its default.
     """
 
     run: RunConfig

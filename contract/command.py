@@ -1,4 +1,4 @@
-"""How every command ends: what a person did wrong is one line and exit 2, what the world did is one line and exit 1."""
+"""How every command ends: in one line, with exit 2 for a person's mistake and 1 for the world's."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from contract.words import one_line
+
 SUCCESS, WORK_FAILED, INPUT_WRONG = 0, 1, 2
 
 
 def run_command(command: Callable[[], int], argv: Sequence[str]) -> int:
-    """Calls `command` and returns its exit status; prints errors as the flags `--json` and `--debug` in `argv` ask.
+    """Calls `command`, prints its error as `--json` and `--debug` in `argv` ask, gives its status.
 
-    ValueError and FileNotFoundError are a person's input (exit 2), RuntimeError and other OSErrors the world's (1).
+    ValueError and FileNotFoundError are a person's input (exit 2), RuntimeError and other OSErrors
+    the world's (exit 1).
     """
     try:
         return command()
@@ -36,28 +39,21 @@ def run_command(command: Callable[[], int], argv: Sequence[str]) -> int:
 
 
 def run_app(app: Any, argv: Sequence[str], program: str) -> int:
-    """Runs a typer application on `argv`; misuse of the command line is a person's error like any other."""
+    """Runs a typer application on `argv`. To misuse the command line is a person's error too."""
     from typer.exceptions import TyperException
 
     def command() -> int:
         try:
             status = app(args=list(argv), prog_name=program, standalone_mode=False)
         except TyperException as error:
-            if (
-                type(error).__name__ == "NoArgsIsHelpError"
-            ):  # typer does not export it; its message is the help
-                print(error.format_message(), file=sys.stderr)
+            if type(error).__name__ == "NoArgsIsHelpError":  # typer does not export it
+                print(error.format_message(), file=sys.stderr)  # the help
                 return INPUT_WRONG
             message = error.format_message().removesuffix(".").replace("Value error, ", "")
             raise ValueError(f"{message}; see {program} --help") from None
         return status if isinstance(status, int) else SUCCESS
 
     return run_command(command, argv)
-
-
-def one_line(error: BaseException) -> str:
-    """The message of `error` on one line; pydantic's are expected to have been explained by then."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _report(error: BaseException, status: int, argv: Sequence[str]) -> int:

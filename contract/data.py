@@ -37,7 +37,7 @@ class ColourJitter(Record):
 class DataConfig(Record):
     """Training and validation shards and the path from a stored image to a padded batch.
 
-    The test-time image size belongs to the model (`model.image`); here are only the training-time scales.
+    The test-time image size belongs to the model (`model.image`); the training scales are here.
     """
 
     train: str = Field(min_length=1)  # folder or pyarrow.fs URI with a manifest
@@ -77,15 +77,14 @@ class ManifestHeader(BaseModel):
     num_images: int
     num_annotations: int
     num_shards: int
-    categories: tuple[
-        dict[str, Any], ...
-    ]  # COCO category records, in the order of their dense labels
+    # COCO category records, in the order of their dense labels
+    categories: tuple[dict[str, Any], ...]
     has_masks: bool
     has_keypoints: bool
 
     @classmethod
     def parse(cls, text: str | bytes) -> ManifestHeader:
-        """Raises ValueError if the text is not a manifest, OtherSchemaError if it is one of another schema."""
+        """Raises ValueError if the text is no manifest, OtherSchemaError for another schema."""
         try:
             header = cls.model_validate(json.loads(text))
         except ValueError as error:  # pydantic's errors are ValueErrors too
@@ -94,7 +93,7 @@ class ManifestHeader(BaseModel):
             ) from error
         if header.schema_version != SCHEMA_VERSION:
             raise OtherSchemaError(
-                f"manifest has schema {header.schema_version}, this version reads {SCHEMA_VERSION}; "
-                'pack the data again with "maskray data pack"'
+                f"manifest has schema {header.schema_version}, this version reads "
+                f'{SCHEMA_VERSION}; pack the data again with "maskray data pack"'
             )
         return header

@@ -1,4 +1,4 @@
-"""Files below a folder or a `pyarrow.fs` URI: the one way in which every room reads and writes them.
+"""Files below a folder or a `pyarrow.fs` URI. Every room reads and writes them through this class.
 
 A file appears whole or not at all. A flaky store is tried again; a full disk names its remedy.
 """
@@ -47,8 +47,9 @@ class Files:
 
     An instance holds the URI alone until its first use, so it can be pickled into any worker.
 
-    tries: how often an operation on a store is tried before it raises UnreachableStoreError. Every method raises
-    ValueError for a URI that nothing here can open, and OSError for what the file system refuses.
+    tries: how often an operation is tried before it raises UnreachableStoreError. Every method
+    raises ValueError for a URI that nothing here can open, and OSError for what the file system
+    refuses.
     """
 
     def __init__(self, uri: str, tries: int = TRIES) -> None:
@@ -210,9 +211,9 @@ class Files:
     def replacing(self, path: str) -> Iterator[Sink]:
         """A sink whose bytes become the file `path` when the block ends.
 
-        An error in the block leaves the old file as it was. On a local path the bytes are written aside, synced and
-        renamed, and the folder is synced. On an object store they are one upload. Raises RuntimeError with the remedy
-        if the disk is full.
+        An error in the block leaves the old file as it was. On a local path the bytes are written
+        aside, synced and renamed, and the folder is synced. On an object store they are one upload.
+        Raises RuntimeError with the remedy if the disk is full.
         """
         with explained(self.name, path):
             if self.local is not None:
@@ -280,7 +281,7 @@ class Files:
 
 
 def retried(action: Callable[[], T], what: str, tries: int = TRIES) -> T:
-    """Calls `action` again after an OSError, with growing pauses; a lasting error is not tried again.
+    """Calls `action` again after an OSError, with growing pauses; a lasting error is raised.
 
     Raises UnreachableStoreError after the last try.
     """
@@ -296,7 +297,7 @@ def retried(action: Callable[[], T], what: str, tries: int = TRIES) -> T:
                 raise UnreachableStoreError(
                     f"{what}: {error}; tried {tries} times; is the store reachable?"
                 ) from error
-            # many ranks meet the same failure: the random factor keeps them from coming back together
+            # many ranks meet the same failure; chance keeps them from coming back together
             time.sleep(FIRST_PAUSE_S * 2**attempt * (0.5 + random.random()))
     raise AssertionError("unreachable")
 
@@ -339,14 +340,14 @@ class HashingSink:
 
 @contextmanager
 def explained(where: str, path: str) -> Iterator[None]:
-    """Within the block a full disk raises RuntimeError with what was written where and the remedy."""
+    """Within the block a full disk raises RuntimeError: what was written, where, and the remedy."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             raise RuntimeError(
-                f"no space left on {where} while writing {path}; free some, or lower loop.keep_checkpoints; "
-                "the run then resumes from its last checkpoint"
+                f"no space left on {where} while writing {path}; free some, or lower "
+                "loop.keep_checkpoints; the run then resumes from its last checkpoint"
             ) from error
         raise
 
@@ -386,7 +387,7 @@ def file_sha256(path: Path) -> str:
 @contextmanager
 def _replacing_local(target: Path) -> Iterator[Sink]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Two writers of one file may be two threads of one process: a name of the process alone would be shared.
+    # Two writers may be threads of one process, so the process alone does not make a name unique.
     aside = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         with aside.open("wb") as file:

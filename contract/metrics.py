@@ -1,6 +1,6 @@
 """The metrics that an evaluation computes, by kind of result: the one list of their names.
 
-A metric is `KIND/STATISTIC`. Evaluation computes these names, a study asks for them, a report shows them.
+A metric is `KIND/STATISTIC`. Evaluation computes it, a study asks for it, a report shows it.
 """
 
 from __future__ import annotations

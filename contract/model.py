@@ -1,7 +1,7 @@
 """Every arm of the paper as frozen records: one union per choice, one field per switch.
 
-Only `model.build` reads these; modules take plain arguments. Sources: Mask R-CNN (arXiv 1703.06870 v3),
-Faster R-CNN (1506.01497), FPN (1612.03144), MNC for RoIWarp (1512.04412).
+Only `model.build` reads these; modules take plain arguments. Sources: Mask R-CNN (arXiv 1703.06870
+v3), Faster R-CNN (1506.01497), FPN (1612.03144), MNC for RoIWarp (1512.04412).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 
 from contract.record import Record
 
-# Far above any network's: what lies beyond is a slip of the pen, told here and not by the allocator.
+# Far above any network's. What lies beyond is a slip of the pen: this message names it, the
+# allocator's would not.
 _MOST_CHANNELS, _MOST_LAYERS, _MOST_PX, _MOST_BOXES = 16_384, 64, 65_536, 100_000
 
 
@@ -40,7 +41,8 @@ class GroupNorm(Record):
             64 % value
         ):  # the stem has 64 channels, and every other normed width of every backbone is a multiple
             raise ValueError(
-                "must divide the 64 channels of the backbone's stem; choose 1, 2, 4, 8, 16, 32 or 64"
+                "must divide the 64 channels of the backbone's stem; "
+                "choose 1, 2, 4, 8, 16, 32 or 64"
             )
         return value
 
@@ -61,13 +63,15 @@ class ResNet(Record):
     frozen_stages: int = Field(
         2, ge=0, le=5
     )  # 0 trains all, 1 freezes the stem, 2 the stem and res2, ...
-    stride_in_1x1: bool = False  # where a downsampling bottleneck puts its stride; detectron2's MSRA weights need True
+    # where a downsampling bottleneck puts its stride; detectron2's MSRA weights need True
+    stride_in_1x1: bool = False
 
     @model_validator(mode="after")
     def _has_1x1(self) -> ResNet:
         if self.stride_in_1x1 and self.depth < 50:
             raise ValueError(
-                f"stride_in_1x1 is about bottlenecks, ResNet-{self.depth} has none; depths 50 and 101 do"
+                f"stride_in_1x1 is about bottlenecks, ResNet-{self.depth} has none; "
+                "depths 50 and 101 do"
             )
         return self
 
@@ -136,14 +140,16 @@ class ImageInput(Record):
     def _short_is_not_longer(self) -> ImageInput:
         if self.max_side_px < self.short_side_px:
             raise ValueError(
-                f"max_side_px = {self.max_side_px} is below short_side_px = {self.short_side_px}, which would then "
-                "have no effect; raise the one or lower the other"
+                f"max_side_px = {self.max_side_px} is below short_side_px = {self.short_side_px}, "
+                "which would then have no effect; raise the one or lower the other"
             )
         return self
 
 
 class C4(Record):
-    """RPN and RoIs on res4 (stride 16); res5 is the RoI head, on 7 x 7 at stride 1 (Mask R-CNN, section 4).
+    """RPN and RoIs on res4 (stride 16); res5 is the RoI head, on 7 x 7 at stride 1.
+
+    See Mask R-CNN, section 4.
 
     The released code (Detectron, detectron2) crops 14 x 14 and lets res5 halve it: `roi_side` 14.
     """
@@ -168,7 +174,8 @@ class Conv5(Record):
 class FPN(Record):
     """Feature pyramid; a RoI's level is floor(4 + log2(sqrt(wh) / 224)), clamped to `roi_strides`.
 
-    The RPN reads every map and, up to the length of `anchors.sizes_px`, coarser ones that halve the last (P6).
+    The RPN reads every map. Up to the length of `anchors.sizes_px` it also reads coarser ones, each
+    of which halves the last (P6).
     """
 
     kind: Literal["fpn"] = "fpn"
@@ -200,7 +207,7 @@ AnchorRatio: TypeAlias = Annotated[float, Field(ge=1e-3, le=1e3)]
 
 
 class Anchors(Record):
-    """Anchor sides in pixels, one tuple per level of the layout (finest first), and height/width ratios."""
+    """Anchor sides in pixels, a tuple per level (finest first), and height/width ratios."""
 
     sizes_px: tuple[AnchorSizes, ...] = Field(
         ((32,), (64,), (128,), (256,), (512,)), min_length=1, max_length=8
@@ -216,8 +223,8 @@ class Anchors(Record):
             self.rounded and round(size / ratio**0.5 / 2) == 0
         ):  # half a side, as the anchors are rounded
             raise ValueError(
-                f"rounded to whole pixels, the anchor of {size} px in sizes_px has no area at the most oblong of "
-                f"ratios {self.ratios}; give larger sizes or leave rounded off"
+                f"rounded to whole pixels, the anchor of {size} px in sizes_px has no area at the "
+                f"most oblong of ratios {self.ratios}; give larger sizes or leave rounded off"
             )
         return self
 
@@ -255,8 +262,8 @@ class RPN(Record):
     def _samples_are_of_both_kinds(self) -> RPN:
         if self.positive_iou < self.negative_iou:
             raise ValueError(
-                f"positive_iou = {self.positive_iou} is below negative_iou = {self.negative_iou}: an anchor between "
-                "them would be both; raise the one or lower the other"
+                f"positive_iou = {self.positive_iou} is below negative_iou = {self.negative_iou}: "
+                "an anchor between them would be both; raise the one or lower the other"
             )
         _check_positives("batch_per_image", self.batch_per_image, self.positive_fraction)
         return self
@@ -265,8 +272,8 @@ class RPN(Record):
 def _check_positives(name: str, size: int, fraction: float) -> None:
     if int(size * fraction) == 0:  # as `model.matching.sample` counts them
         raise ValueError(
-            f"{name} = {size} with positive_fraction = {fraction} leaves room for no positive, so no box would be "
-            "learnt; their product must be at least 1"
+            f"{name} = {size} with positive_fraction = {fraction} leaves room for no positive, so "
+            "no box would be learnt; their product must be at least 1"
         )
 
 
@@ -277,7 +284,10 @@ class EndToEnd(Record):
 
 
 class FixedProposals(Record):
-    """Proposals by image id from a file of `maskray proposals`: arms of one backbone share them, as in the paper."""
+    """Proposals by image id from a file of `maskray proposals`.
+
+    Arms of one backbone share them, as in the paper.
+    """
 
     kind: Literal["fixed"] = "fixed"
     uri: str = Field(min_length=1)
@@ -300,7 +310,8 @@ class RoIAlign(Record):
     def _samples_are_fixed_for_max(self) -> RoIAlign:
         if self.reduce == "max" and self.samples == 0:
             raise ValueError(
-                "roi.samples = 0 (as many as the bin has cells) works with reduce 'mean' only; give 1 or more"
+                "roi.samples = 0 (as many as the bin has cells) works with reduce 'mean' only; "
+                "give 1 or more"
             )
         return self
 
@@ -312,7 +323,10 @@ class RoIPool(Record):
 
 
 class RoIWarp(Record):
-    """The RoI is quantised as in RoIPool, then sampled bilinearly, then reduced (MNC, as compared in Table 2c)."""
+    """The RoI is quantised as in RoIPool, then sampled bilinearly, then reduced.
+
+    From MNC, as Table 2c compares it.
+    """
 
     kind: Literal["warp"] = "warp"
     reduce: Literal["mean", "max"] = "mean"
@@ -365,7 +379,10 @@ class BoxInference(Record):
 
 
 class FCNMask(Record):
-    """Convolutions, one deconvolution, a 1 x 1 predictor (Fig. 4). `convs` is 4 for FPN and C5, 0 after res5."""
+    """Convolutions, one deconvolution, a 1 x 1 predictor (Fig. 4).
+
+    `convs` is 4 for FPN and C5, and 0 after res5.
+    """
 
     kind: Literal["fcn"] = "fcn"
     convs: int = Field(4, ge=0, le=_MOST_LAYERS)
@@ -373,7 +390,10 @@ class FCNMask(Record):
 
 
 class MLPMask(Record):
-    """Fully connected layers predicting 28 x 28 masks (Table 2e); `layers` counts the hidden ones before the output."""
+    """Fully connected layers that predict 28 x 28 masks (Table 2e).
+
+    `layers` counts the hidden ones before the output.
+    """
 
     kind: Literal["mlp"] = "mlp"
     layers: Literal[2, 3] = 2
@@ -384,7 +404,10 @@ MaskHead: TypeAlias = Annotated[FCNMask | MLPMask, Field(discriminator="kind")]
 
 
 class SigmoidMask(Record):
-    """Independent per-class masks: per-pixel sigmoid, binary loss on the true class alone (section 3)."""
+    """Independent masks per class: a sigmoid per pixel, a binary loss on the true class alone.
+
+    See section 3.
+    """
 
     inferences: ClassVar[tuple[str, ...]] = ()  # one way alone, which needs no name
 
@@ -397,7 +420,10 @@ SoftmaxInference: TypeAlias = Literal["probability", "argmax", "versus_backgroun
 
 
 class SoftmaxMask(Record):
-    """Per-pixel softmax over the K classes and background (Table 2b; targets and inference are not in the paper)."""
+    """A softmax per pixel over the K classes and background (Table 2b).
+
+    The paper defines neither the targets nor the inference.
+    """
 
     inferences: ClassVar[tuple[str, ...]] = get_args(SoftmaxInference)  # all are evaluated
 
@@ -481,15 +507,17 @@ class ModelConfig(Record):
                 else f"backbone.frozen_stages = {self.backbone.frozen_stages}"
             )
             raise ValueError(
-                f"{what} needs pretrained weights, weights.kind is 'none'; choose norm 'gn' and 0 stages"
+                f"{what} needs pretrained weights, weights.kind is 'none'; "
+                "choose norm 'gn' and 0 stages"
             )
         group_norm = not isinstance(self.backbone, VGG16) and isinstance(
             self.backbone.norm, GroupNorm
         )
         if isinstance(self.weights, TorchvisionWeights) and group_norm:
             raise ValueError(
-                "torchvision's ImageNet weights belong to batch-norm, backbone.norm.kind is 'gn'; choose 'frozen_bn' "
-                "or 'bn', or weights.kind 'none', or a file of a network with group norm"
+                "torchvision's ImageNet weights belong to batch-norm, backbone.norm.kind is 'gn'; "
+                "choose 'frozen_bn' or 'bn', or weights.kind 'none', or a file of a network with "
+                "group norm"
             )
         self._check_conventions()
         self._check_layout()
@@ -497,7 +525,10 @@ class ModelConfig(Record):
         return self
 
     def _check_conventions(self) -> None:
-        """Of a whole detector's weights, those without which they mean nothing; fine-tuning may change the others."""
+        """The conventions without which a whole detector's weights mean nothing.
+
+        Fine-tuning may change the others.
+        """
         if not isinstance(self.weights, FileWeights) or self.weights.layout not in (
             "torchvision",
             "detectron2",
@@ -527,13 +558,15 @@ class ModelConfig(Record):
         vgg, conv5 = isinstance(self.backbone, VGG16), isinstance(self.layout, Conv5)
         if vgg != conv5:
             raise ValueError(
-                f"backbone '{self.backbone.kind}' cannot have layout '{self.layout.kind}': 'vgg16' has one "
-                "stride-16 map, which is layout 'conv5', and only it has; residual networks take 'c4', 'c5' or 'fpn'"
+                f"backbone '{self.backbone.kind}' cannot have layout '{self.layout.kind}': 'vgg16' "
+                "has one stride-16 map, which is layout 'conv5', and only it has; residual "
+                "networks take 'c4', 'c5' or 'fpn'"
             )
         levels = len(self.anchors.sizes_px)
         if isinstance(self.layout, FPN) and levels < len(self.layout.strides):
             raise ValueError(
-                f"anchors.sizes_px has {levels} level(s), fewer than the {len(self.layout.strides)} maps of the pyramid"
+                f"anchors.sizes_px has {levels} level(s), fewer than the "
+                f"{len(self.layout.strides)} maps of the pyramid"
             )
         if not isinstance(self.layout, FPN) and levels != 1:
             raise ValueError(
@@ -541,7 +574,8 @@ class ModelConfig(Record):
             )
         if len({len(sizes) for sizes in self.anchors.sizes_px}) != 1:
             raise ValueError(
-                "anchors.sizes_px must have equally many sizes on every level: the RPN head is shared"
+                "anchors.sizes_px must have equally many sizes on every level: "
+                "the RPN head is shared"
             )
         if isinstance(self.layout, C4) and self.backbone.frozen_stages > 4:
             raise ValueError(
@@ -551,7 +585,8 @@ class ModelConfig(Record):
     def _check_heads(self) -> None:
         if isinstance(self.layout, C4) != isinstance(self.box_head, Res5Head):
             raise ValueError(
-                f"layout '{self.layout.kind}' cannot have box_head '{self.box_head.kind}': 'res5' is C4's"
+                f"layout '{self.layout.kind}' cannot have box_head '{self.box_head.kind}': "
+                "'res5' is C4's"
             )
         if isinstance(self.box_head, VGGHead) and not isinstance(self.backbone, VGG16):
             raise ValueError(
@@ -561,5 +596,6 @@ class ModelConfig(Record):
             after_res5 = isinstance(self.layout, C4)
             if after_res5 and self.mask.head.convs:
                 raise ValueError(
-                    f"mask.head.convs = {self.mask.head.convs}: after C4's res5 the mask head has 0 (Fig. 4, left)"
+                    f"mask.head.convs = {self.mask.head.convs}: after C4's res5 the mask head has "
+                    "0 (Fig. 4, left)"
                 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
+
+from pydantic import JsonValue
 
 from contract.model import (
     C4,
@@ -68,7 +69,8 @@ _R50_FPN_TORCHVISION = _changed(
     mask=MaskBranch(paste="torchvision"),
 )
 
-# Detectron2's model zoo: BGR pixels that are not divided by a deviation, Caffe's ResNet, as many samples as cells.
+# Detectron2's model zoo: BGR pixels that are not divided by a deviation, Caffe's ResNet, and in
+# RoIAlign as many samples as a bin has cells.
 _DETECTRON2: dict[str, object] = {
     "backbone": ResNet(stride_in_1x1=True),
     "image": ImageInput(mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), channels="bgr"),
@@ -162,7 +164,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The named architecture of `PRESETS`. Raises ValueError with the nearest name, or all that there are."""
+    """The named architecture. Raises ValueError with the nearest name, or all that there are."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(PRESETS))}"
@@ -170,10 +172,11 @@ def preset(name: str) -> ModelConfig:
     return PRESETS[name]
 
 
-# Where a preset's recipe differs from the defaults above, which are Mask R-CNN's (section 3.1): 160k steps of 16
-# images, rate 0.02, divided by 10 at 120k, weight decay 1e-4, momentum 0.9, images of 800 px.
-_RECIPES: dict[str, dict[str, Any]] = {
-    # Faster R-CNN (1506.01497), section 4.2: 240k steps at 0.003 and 80k at 0.0003, 8 images, 600 px.
+# Where a preset's recipe differs from the defaults in `contract.recipe`. Those are Mask R-CNN's
+# (section 3.1): 160k steps of 16 images, rate 0.02, divided by 10 at 120k, weight decay 1e-4,
+# momentum 0.9, images of 800 px.
+_RECIPES: dict[str, dict[str, JsonValue]] = {
+    # Faster R-CNN (1506.01497), section 4.2: 240k steps at 0.003, 80k at 0.0003, 8 images, 600 px.
     "vgg16-faster-rcnn": {
         "data": {"short_sides_px": [600], "max_side_px": 1000},
         "optimiser": {"kind": "sgd", "lr": 0.003, "weight_decay": 5e-4, "norm_weight_decay": 0.0},
@@ -212,8 +215,8 @@ _RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def run_preset(name: str) -> dict[str, Any]:
-    """The preset's architecture with the paper's recipe for it, as data without `data.train` and `data.val`."""
+def run_preset(name: str) -> dict[str, JsonValue]:
+    """The preset's architecture with the paper's recipe, as data; it names no datasets."""
     return {
         "model": preset(name).model_dump(mode="json"),
         "data": {},

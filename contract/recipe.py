@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from contract.data import DataConfig
 from contract.model import ModelConfig
@@ -36,7 +36,10 @@ Optimiser: TypeAlias = Annotated[SGD | AdamW, Field(discriminator="kind")]
 
 
 class StepSchedule(Record):
-    """The rate times `factor` at each drop, after a linear warm-up (the paper: 160k steps, drop at 120k)."""
+    """The rate times `factor` at each drop, after a linear warm-up.
+
+    The paper drops at 120k of its 160k steps.
+    """
 
     kind: Literal["step"] = "step"
     drop_steps: tuple[int, ...] = (120_000,)
@@ -53,7 +56,7 @@ class CosineSchedule(Record):
 
 
 class OneCycle(Record):
-    """Cosine up to the full rate over `rise` of the steps, cosine down to `final_factor` of it after."""
+    """Cosine up to the full rate over `rise` of the steps, then down to `final_factor` of it."""
 
     kind: Literal["one_cycle"] = "one_cycle"
     rise: float = Field(0.25, gt=0, lt=1)
@@ -67,7 +70,10 @@ Schedule: TypeAlias = Annotated[
 
 
 class Guard(Record):
-    """What happens when the loss is not finite or jumps: back to the last good checkpoint, then on as `action` says."""
+    """When the loss is not finite or jumps, the run returns to its last good checkpoint.
+
+    It then goes on as `action` says.
+    """
 
     action: Literal["skip_window", "lower_rate"] = "skip_window"
     spike_factor: float = Field(
@@ -100,7 +106,7 @@ class LoopConfig(Record):
 
 
 class RunConfig(Record):
-    """One training run: everything that its numbers depend on, apart from the bytes of data, weights and sources."""
+    """One training run: all that its numbers depend on but bytes of data, weights and sources."""
 
     seed: int = Field(0, ge=0)
     model: ModelConfig = ModelConfig()
@@ -110,30 +116,36 @@ class RunConfig(Record):
     loop: LoopConfig = LoopConfig()
 
 
-def apply_overrides(run: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of nested `run` with dotted paths set. Setting a `kind` to another one drops the old kind's fields.
+def apply_overrides(
+    run: Mapping[str, JsonValue], overrides: Mapping[str, JsonValue]
+) -> dict[str, JsonValue]:
+    """A copy of nested `run` with dotted paths set.
+
+    To set a `kind` to another one drops the old kind's fields.
 
     Raises ValueError if a path runs through a value that is not a record.
     """
     result = copied(run)
+    # outer paths first, and a `kind` before its fields: the fields then land in the new record
     for path, value in sorted(
         overrides.items(), key=lambda item: (item[0].count("."), not item[0].endswith("kind"))
     ):
         *parents, leaf = path.split(".")
         node = result
         for depth, part in enumerate(parents):
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
+            below = node.setdefault(part, {})
+            if not isinstance(below, dict):
                 raise ValueError(
-                    f"{path}: {'.'.join(parents[: depth + 1])} is {node!r}, it has no fields"
+                    f"{path}: {'.'.join(parents[: depth + 1])} is {below!r}, it has no fields"
                 )
+            node = below
         if leaf == "kind" and node.get("kind") != value:
             node.clear()
         node[leaf] = copied(value) if isinstance(value, Mapping) else value
     return result
 
 
-def copied(data: Mapping[str, Any]) -> dict[str, Any]:
+def copied(data: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     return {
         key: copied(value) if isinstance(value, Mapping) else value for key, value in data.items()
     }

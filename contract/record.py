@@ -13,10 +13,11 @@ class _Sparse(BaseModel):
     """A value that can be written without the fields at their default."""
 
     def sparse(self) -> dict[str, Any]:
-        """JSON data of the fields that differ from their default, and of `kind`, which names a record of a union.
+        """JSON data of the fields that differ from their default, and of `kind`.
 
-        Service and code package may be of different versions. A version that adds a field with a default then still
-        writes what an older one reads, and reads what an older one wrote.
+        The service and a code package may be of different versions. A version that adds a field
+        with a default then still writes what an older one reads, and reads what an older one wrote.
+        `kind` stays, because it names the record of a union.
         """
         data: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
@@ -42,7 +43,7 @@ def _sparse(value: Any) -> Any:
 
 
 class Record(_Sparse):
-    """An immutable value with validated fields; a field it does not have is an error, and so is nan or inf."""
+    """An immutable value with validated fields. It takes no unknown field, no nan and no inf."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -61,7 +62,10 @@ class Record(_Sparse):
 
 
 class Message(_Sparse):
-    """What another version may have written: unknown fields are ignored, missing ones take their default."""
+    """What another version may have written.
+
+    Unknown fields are ignored, missing ones take their default.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -70,7 +74,10 @@ AnyRecord = TypeVar("AnyRecord", bound=BaseModel)
 
 
 def parse_record(record: type[AnyRecord], data: Any, where: str) -> AnyRecord:
-    """Validates nested data as `record`. Raises ValueError of one line: `where`, path, value, nearest valid name."""
+    """Validates nested data as `record`.
+
+    Raises ValueError of one line: `where`, the path, the value, the nearest valid name.
+    """
     try:
         return record.model_validate(data)
     except ValidationError as error:
@@ -103,7 +110,10 @@ def _explain(record: type[BaseModel], data: Any, problem: Any) -> str:
 
 
 def _without_union_tags(data: Any, location: Sequence[Any]) -> list[Any]:
-    """Pydantic follows the name of a union's field by the tag it chose; people do not write that tag in a path."""
+    """The location as people write it.
+
+    Pydantic puts the tag that it chose behind the name of a union's field.
+    """
     parts: list[Any] = []
     node, at_union = data, False
     for step in location:
@@ -120,7 +130,10 @@ def _without_union_tags(data: Any, location: Sequence[Any]) -> list[Any]:
 
 
 def field_names(record: type[BaseModel], parts: Sequence[Any], data: Any) -> list[str]:
-    """The fields of the record that `parts` lead to in `data`; of a union, those of the `kind` in `data`."""
+    """The fields of the record that `parts` lead to in `data`.
+
+    Of a union they are those of the `kind` in `data`.
+    """
     current: list[type[BaseModel]] = [record]
     node = data
     for part in parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, JsonValue, field_validator
 
 from contract.record import Record
 
@@ -21,11 +21,11 @@ _LEAST, _MOST = 1e-4, 1e6  # of a resource: Ray's unit, and far more than a rank
 
 
 class Baseline(Record):
-    """Where the arms start: a preset or a run file, with dotted overrides. Exactly one of the two is set."""
+    """Where the arms start: either a preset or a run file, with dotted overrides."""
 
     preset: str = ""
     file: str = ""
-    set: dict[str, Any] = {}
+    set: dict[str, JsonValue] = {}
 
 
 class Resources(Record):
@@ -58,12 +58,17 @@ class Resources(Record):
 
 
 class Study(Record):
-    """A baseline, named factors with named levels (each a set of dotted overrides), a design and seeds."""
+    """A baseline, named factors with named levels, a design and seeds.
+
+    A level is a set of dotted overrides.
+    """
 
     name: str = Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     question: str = ""
     baseline: Baseline
-    factors: dict[str, dict[str, dict[str, Any]]] = {}  # factor -> level -> dotted path -> value
+    factors: dict[
+        str, dict[str, dict[str, JsonValue]]
+    ] = {}  # factor -> level -> dotted path -> value
     design: Literal["grid", "one_at_a_time"] = "grid"
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     resources: Resources = Resources()
@@ -107,7 +112,7 @@ class TrialPlan(Record):
     seed: int
     baseline: bool  # the arm that the others are compared with
     identity: str = Field(pattern=r"^[0-9a-f]{64}$")
-    run: dict[str, Any]
+    run: dict[str, JsonValue]
     tags: dict[str, str] = {}
 
 
@@ -117,7 +122,7 @@ class Submission(Record):
     study: Study
     study_yaml: str = Field(max_length=1_000_000)
     trials: tuple[TrialPlan, ...] = Field(min_length=1)
-    code: str = ""  # SHA-256 of the uploaded package; empty runs the code that the service was installed with
+    code: str = ""  # SHA-256 of the uploaded package; empty runs the service's own code
     storage: str = ""  # where trial folders go; empty is the service's own
     warnings: tuple[str, ...] = ()  # repeated in the report
     idempotency_key: str = Field("", max_length=200)

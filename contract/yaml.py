@@ -1,13 +1,18 @@
-"""YAML that a stranger may have written: plain data only, bounded in size, every error one line with its place."""
+"""YAML that a stranger may have written: run files, studies and settings are read here alone.
+
+Plain data only, bounded in size; every error is one line with its place.
+"""
 
 from __future__ import annotations
 
 import math
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import JsonValue
 
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000  # counted after aliases are expanded
@@ -27,8 +32,11 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: Path) -> tuple[dict[str, Any], str]:
-    """The mapping in the file and its text. Raises ValueError or FileNotFoundError with the file and the line."""
+def read_yaml(path: Path) -> tuple[dict[str, JsonValue], str]:
+    """The mapping in the file, and its text.
+
+    Raises ValueError or FileNotFoundError with the file and the line.
+    """
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; give a YAML file")
     if not path.is_file():
@@ -36,7 +44,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], str]:
     with path.open("rb") as file:
         raw = file.read(MAX_BYTES + 1)
     if len(raw) > MAX_BYTES:
-        raise ValueError(f"{path}: larger than {MAX_BYTES:,} bytes, no study needs that")
+        raise ValueError(f"{path}: larger than {MAX_BYTES:,} bytes, no run or study needs that")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -44,22 +52,29 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], str]:
     return parse_yaml(text, str(path)), text
 
 
-def parse_yaml(text: str, where: str) -> dict[str, Any]:
+def parse_yaml(text: str, where: str) -> dict[str, JsonValue]:
     """The mapping that `text` holds. `where` opens every error."""
+    loaded = parse_value(text, where)
+    if loaded is None:
+        raise ValueError(f"{where}: is empty")
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{where}: expected fields like 'name: ...', got {type(loaded).__name__}")
+    return loaded
+
+
+def parse_value(text: str, where: str) -> JsonValue:
+    """The value that `text` holds, None for an empty text. `where` opens every error."""
     try:
         _refuse_tags(text, where)
         root = yaml.compose(text, Loader=_Loader)
         if root is None:
-            raise ValueError(f"{where}: is empty")
+            return None
         _measure(root, where, {}, 0)
-        loaded = _plain(root, _Loader(""), where, "")
+        return _plain(root, _Loader(""), where, "")
     except yaml.YAMLError as error:
         raise ValueError(f"{where}{_place(error)}: {_problem(error)}") from None
     except RecursionError:
         raise ValueError(f"{where}: nested deeper than {MAX_DEPTH} levels") from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{where}: expected fields like 'name: ...', got {type(loaded).__name__}")
-    return loaded
 
 
 def _refuse_tags(text: str, where: str) -> None:
@@ -97,12 +112,12 @@ def _measure(node: yaml.Node, where: str, sizes: dict[int, int], depth: int) -> 
     return size
 
 
-def _plain(node: yaml.Node, scalars: Any, where: str, path: str) -> Any:
+def _plain(node: yaml.Node, scalars: yaml.SafeLoader, where: str, path: str) -> JsonValue:
     place = f"{where}, line {node.start_mark.line + 1}"
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, scalars, where, f"{path}[{i}]") for i, item in enumerate(node.value)]
     if isinstance(node, yaml.MappingNode):
-        result: dict[str, Any] = {}
+        result: dict[str, JsonValue] = {}
         for key_node, value_node in node.value:
             key = _key(key_node, place if path == "" else f"{place}: {path}")
             below = f"{path}.{key}" if path else key
@@ -113,18 +128,16 @@ def _plain(node: yaml.Node, scalars: Any, where: str, path: str) -> Any:
             result[key] = _plain(value_node, scalars, where, below)
         return result
     try:
-        value = scalars.construct_object(node)
+        value: JsonValue | date = scalars.construct_object(node)
     except ValueError as error:
         raise ValueError(f"{place}: {path}: {error}") from None
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{place}: {path}: {node.value} is not a finite number")
-    if value is not None and not isinstance(value, str | int | float | bool):
-        return str(node.value)  # a date: as it was written
-    return value
+    return str(node.value) if isinstance(value, date) else value  # a date as it was written
 
 
 def _key(node: yaml.Node, place: str) -> str:
-    """Names are text; a bare 2 stays "2", but a bare `on` or `no` has already lost its spelling for a reader."""
+    """A name as text: a bare 2 is "2". A bare `on` is refused, since YAML reads a boolean."""
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError(f"{place}: a name must be text")
     if node.tag == "tag:yaml.org,2002:merge":

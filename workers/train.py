@@ -25,10 +25,11 @@ from contract.attempt import (
     Progress,
     RunSpec,
 )
-from contract.command import one_line, run_command
+from contract.command import run_command
 from contract.files import Files
 from contract.presets import run_preset
 from contract.recipe import apply_overrides, parse_run
+from contract.words import one_line
 
 
 def main(argv: Sequence[str]) -> int:

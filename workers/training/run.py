@@ -14,8 +14,8 @@ from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
 from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
-from contract.command import one_line
 from contract.files import Files
+from contract.words import one_line
 from pipelines.shards.dataset import Dataset
 from workers.tracking.journal import NOTHING, Journal, SilentJournal
 from workers.tracking.scribe import Scribe

@@ -25,8 +25,8 @@ from contract.attempt import (
     OUTCOME_FILE,
     Outcome,
 )
-from contract.command import one_line
 from contract.files import Files
+from contract.words import one_line
 from workers.trial.checkpoints import FencedError
 
 ErrorClass = Literal["none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"]
