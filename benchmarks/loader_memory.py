@@ -1,13 +1,17 @@
-"""Memory of a loader's workers over an epoch, and of packing, with as many records as COCO's train2017.
+"""Memory of the loader's workers over an epoch, and of packing, with as many records as train2017.
 
     python benchmarks/loader_memory.py --json
 
-118,287 images and 860,001 annotations are simulated: every image is the same small JPEG, every annotation a polygon of
-its own. Counted is private memory (USS: what would be freed if the process ended). `ours` is what the largest worker
-holds above an empty worker (the same process and imports, nothing loaded), at most over the epoch; `peer` is the same
-in its first tenth, so a ratio near 1 says flat. The blocks of the batches in flight are not in it: their size follows
-from the canvas and the prefetching, not from the dataset; what they add at most is `in_flight_mib`.
-`pack_mib` is the peak of all packing processes, `pack_tenth_mib` the same with a tenth of the records.
+118,287 images and 860,001 annotations are simulated: every image is the same small JPEG, every
+annotation has its own polygon. Memory is private memory (USS: what the end of the process frees).
+
+- `ours` is what the largest worker holds above an empty worker (the same process and imports,
+  nothing loaded), at most over the epoch. `peer` is the same in the first tenth of the epoch. A
+  ratio near 1 says that memory stays flat.
+- `in_flight_mib` is the most that the blocks of the batches in flight add. They are not in `ours`:
+  their size follows from the canvas and the prefetching, not from the dataset.
+- `pack_mib` is the peak of all packing processes, `pack_tenth_mib` the same with a tenth of the
+  records.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ BATCH = 16
 
 
 def simulate(folder: Path, num_images: int, num_annotations: int) -> Path:
-    """The annotation file beside images/one.jpg; written piece by piece."""
+    """Writes images/one.jpg, and the annotation file piece by piece. Returns that file."""
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)).save(folder / "images/one.jpg")
@@ -81,7 +85,7 @@ def private_mib(process: psutil.Process) -> float:
 def pack_in_processes(
     folder: Path, annotations: Path, workers: int, shard_mib: float
 ) -> tuple[float, float]:
-    """Runs the command; its seconds, and the most private memory that its processes held together, in MiB."""
+    """Runs `data pack`. Returns its seconds, and the peak of its private memory in MiB."""
     options = {"annotations": annotations, "images": folder / "images", "out": folder / "packed"}
     options |= {"workers": workers, "shard-mib": f"{shard_mib:.4f}"}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -102,18 +106,18 @@ def pack_in_processes(
 
 
 def worker_mib(iterator: Any) -> tuple[float, float]:
-    """Of the largest worker: private memory without the blocks of batches, and that of the blocks."""
-    found = []
+    """Private memory of the largest worker without its blocks of batches, and of those blocks."""
+    workers = []
     for worker in iterator._workers:
         process = psutil.Process(worker.pid)
         maps = [entry for entry in process.memory_maps() if "maskray-batch" in entry.path]
         blocks = sum(entry.private_clean + entry.private_dirty for entry in maps) / 2**20
-        found.append((private_mib(process) - blocks, blocks))
-    return max(found)
+        workers.append((private_mib(process) - blocks, blocks))
+    return max(workers)
 
 
-class Nothing:
-    """A source of workers that load nothing."""
+class EmptySource:
+    """A source whose workers load nothing."""
 
     def load(self, *_: Any) -> list[Batch]:
         return []
@@ -123,29 +127,31 @@ class Nothing:
 
 
 def empty_worker_mib() -> float:
-    stream: _Stream[int] = _Stream(Nothing(), 1)
+    stream: _Stream[int] = _Stream(EmptySource(), 1)
     numbers = stream.iterate(range(3))
     next(numbers)
-    found, _ = worker_mib(stream._running[0])
+    private, _ = worker_mib(stream._running[0])
     stream.close()
-    return found
+    return private
 
 
 def epoch(packed: Path, workers: int) -> tuple[list[float], float, float]:
-    """The largest worker's private memory at 20 moments of an epoch, at most of its blocks (MiB), images/s."""
+    """Runs an epoch. Returns the largest worker's private memory at 20 moments, in MiB,
+    the most that its blocks held, and images/s.
+    """
     stream = opened(packed, workers, SIDE, SIDE * 2, BATCH)
-    last, found, in_flight_mib = stream.steps_per_epoch - 1, [], 0.0
+    last, over_epoch, in_flight_mib = stream.steps_per_epoch - 1, [], 0.0
     started = time.perf_counter()
     for step in stream:
         if step.step % max(1, last // 20) == 0:
             private, blocks = worker_mib(stream._stream._running[0])
-            found.append(private)
+            over_epoch.append(private)
             in_flight_mib = max(in_flight_mib, blocks)
         if step.step == last:
             break
     seconds = time.perf_counter() - started
     stream.close()
-    return found, in_flight_mib, (last + 1) * BATCH / seconds
+    return over_epoch, in_flight_mib, (last + 1) * BATCH / seconds
 
 
 def main() -> None:
@@ -168,21 +174,19 @@ def main() -> None:
             peaks.append(peak)
             size = annotations.stat().st_size / 2**20
             if not args.json:
-                print(
-                    f"packed {int(NUM_IMAGES * scale)} images in {seconds:.0f} s, peak {peak:.0f} MiB",
-                    flush=True,
-                )
+                images = int(NUM_IMAGES * scale)
+                print(f"packed {images} images in {seconds:.0f} s, peak {peak:.0f} MiB", flush=True)
         empty = empty_worker_mib()
-        found, in_flight_mib, rate = epoch(folder / "packed", args.workers)
-    tenth = max(found[: max(1, len(found) // 10)])
+        over_epoch, in_flight_mib, rate = epoch(folder / "packed", args.workers)
+    tenth = max(over_epoch[: max(1, len(over_epoch) // 10)])
     result = {
         "name": "loader-memory",
-        "ours": max(found) - empty,
+        "ours": max(over_epoch) - empty,
         "peer": tenth - empty,
-        "ratio": (tenth - empty) / (max(found) - empty),
+        "ratio": (tenth - empty) / (max(over_epoch) - empty),
         "unit": "MiB private (USS) above an empty worker",
         "empty_worker_mib": empty,
-        "over_the_epoch_mib": [round(value - empty, 1) for value in found],
+        "over_the_epoch_mib": [round(value - empty, 1) for value in over_epoch],
         "in_flight_mib": in_flight_mib,
         "images_per_s": rate,
         "pack_mib": peaks[1],

@@ -1,14 +1,17 @@
-"""What tracking, a dead tracking server and checkpoints cost a step; whether memory stays flat.
+"""What tracking, a dead tracking server and checkpoints cost a step, and whether memory stays flat.
 
-    python benchmarks/overhead.py [--part tracking|memory] [--pairs 2] [--memory-steps 5000] [--json]
+    python benchmarks/overhead.py --part tracking --pairs 2 [--json]
+    python benchmarks/overhead.py --part memory --memory-steps 5000 [--json]
 
-The `tiny` preset on one thread: 8 images of 128 px a step, metrics averaged over 50 steps, as by default. Four arms
-alternate in one process: untracked, tracked, tracked with a dead server, and untracked with a checkpoint at step 50.
-Each is timed over one window of 50 steps. All take the same steps on the same images, so the untracked run is the peer.
+The `tiny` preset trains on one thread: 8 images of 128 px a step, metrics averaged over 50 steps,
+as by default. Four arms alternate in one process: untracked, tracked, tracked with a dead server,
+and untracked with a checkpoint at step 50. Each is timed over one window of 50 steps. All arms take
+the same steps on the same images, so the untracked run is the peer.
 
-Two runs of the same steps differ by more than tracking costs, so it is also counted directly: an untracked run spools
-the same records, and what a tracked one adds is the CPU time of its shipper thread. Likewise a checkpoint costs what
-the five steps after it take longer than the same steps without one.
+Two runs of the same steps differ by more than tracking costs. So tracking is also counted directly:
+an untracked run spools the same records, and a tracked run adds the CPU time of its shipper thread.
+In the same way a checkpoint costs what the five steps after it take longer than the same steps
+without a checkpoint.
 """
 
 from __future__ import annotations
@@ -52,7 +55,7 @@ MEMORY_LOG = 50
 
 @dataclass(frozen=True)
 class Mark:
-    """At a report of training: CPU seconds of the process and of its shipper, wall seconds, resident memory."""
+    """Taken at a report of progress. CPU seconds are of the process and of its shipper thread."""
 
     cpu_s: float
     shipper_s: float
@@ -61,7 +64,7 @@ class Mark:
 
 
 class Stopwatch:
-    """Marks by step. step_s: wall seconds of every step, as the run itself noted them."""
+    """Takes a mark at each report. step_s: wall seconds of every step, from the run's series."""
 
     def __init__(self) -> None:
         self.marks: dict[int, Mark] = {}
@@ -84,13 +87,13 @@ class Stopwatch:
                 print(f"step {progress.step}: {mark}", file=sys.stderr, flush=True)
 
     def per_step(self, name: str) -> float:
-        """Seconds of a step over the window that is timed."""
+        """Seconds of a step, mean over the timed window."""
         began, ended = (getattr(self.marks[step], name) for step in (FIRST, LAST))
         return float(ended - began) / (LAST - FIRST)
 
 
 def synthetic(folder: Path, side: int) -> dict[str, Any]:
-    """Overrides that name a training and a small validation set of images of `side` px."""
+    """Packs a training and a small validation set of images of `side` px. Overrides name them."""
     synthesise(folder, num_images=60, size=side, seed=0)
     for name in ("train", "val"):
         annotations = [folder / "annotations" / f"instances_{name}.json"]
@@ -100,7 +103,7 @@ def synthetic(folder: Path, side: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
-    """An MLflow server of its own for the length of the block; its address."""
+    """Runs an MLflow server for the length of the block. Gives its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -143,7 +146,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 
 def measured(overrides: dict[str, Any], tracking: Tracking) -> Stopwatch:
-    """One run of the tiny preset from beginning to end."""
+    """Runs the tiny preset from beginning to end."""
     run = parse_run(apply_overrides(run_preset("tiny"), overrides), "benchmark")
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
@@ -156,7 +159,7 @@ def measured(overrides: dict[str, Any], tracking: Tracking) -> Stopwatch:
 
 
 def tracking_cost(folder: Path, pairs: int) -> dict[str, Any]:
-    """CPU and wall seconds a step of every arm."""
+    """CPU and wall seconds a step of every arm, and what a checkpoint costs."""
     base = {
         **synthetic(folder / "data", 128),
         "loop.steps": STEPS,
@@ -171,12 +174,12 @@ def tracking_cost(folder: Path, pairs: int) -> dict[str, Any]:
             "checkpoints": ({**base, "loop.checkpoint_every_steps": 50}, NoTracking()),
         }
         measured({**base, "loop.steps": 20}, on)  # imports MLflow and warms the caches
-        found = alternated(arms, pairs)
+        watches_of = alternated(arms, pairs)
     costs = [
         sum(with_one.step_s[step] - without.step_s[step] for step in range(51, 56))
-        for with_one, without in zip(found["checkpoints"], found["off"], strict=True)
+        for with_one, without in zip(watches_of["checkpoints"], watches_of["off"], strict=True)
     ]
-    window_s = statistics.median(watch.per_step("wall_s") for watch in found["off"]) * (
+    window_s = statistics.median(watch.per_step("wall_s") for watch in watches_of["off"]) * (
         LAST - FIRST
     )
     return {
@@ -185,7 +188,7 @@ def tracking_cost(folder: Path, pairs: int) -> dict[str, Any]:
         **{
             f"{name}_per_step": {
                 a: statistics.median(w.per_step(name) for w in watches)
-                for a, watches in found.items()
+                for a, watches in watches_of.items()
             }
             for name in ("cpu_s", "wall_s", "shipper_s")
         },
@@ -195,7 +198,7 @@ def tracking_cost(folder: Path, pairs: int) -> dict[str, Any]:
 
 
 def memory_growth(folder: Path, steps: int) -> dict[str, Any]:
-    """Resident memory over a run of one 64 px image a step; its slope over the last three quarters."""
+    """Resident memory over a run of one 64 px image a step; its slope after the first quarter."""
     overrides = {
         **synthetic(folder / "data", 64),
         "data.short_sides_px": [64],
@@ -227,7 +230,7 @@ def memory_growth(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def shares(watch: Stopwatch) -> dict[str, float]:
-    """CPU seconds a step after the first hundred, and the shipper's part of them."""
+    """CPU seconds a step after the first hundred steps, and the shipper's part of them."""
     steps = [step for step in watch.marks if step >= 100]
     began, ended = watch.marks[steps[0]], watch.marks[steps[-1]]
     cpu_s, shipper_s = ended.cpu_s - began.cpu_s, ended.shipper_s - began.shipper_s
@@ -242,12 +245,12 @@ def shares(watch: Stopwatch) -> dict[str, float]:
 def alternated(
     arms: dict[str, tuple[dict[str, Any], Tracking]], pairs: int
 ) -> dict[str, list[Stopwatch]]:
-    """Each arm once a round, the order turned around every other round."""
-    found: dict[str, list[Stopwatch]] = {arm: [] for arm in arms}
+    """Runs each arm once a round, in reverse order every other round."""
+    watches: dict[str, list[Stopwatch]] = {arm: [] for arm in arms}
     for number in range(pairs):
         for arm in list(arms)[:: 1 if number % 2 == 0 else -1]:
             watch = measured(*arms[arm])
-            found[arm].append(watch)
+            watches[arm].append(watch)
             seconds = ", ".join(
                 f"{name} {watch.per_step(name):.5f}" for name in ("cpu_s", "wall_s", "shipper_s")
             )
@@ -257,7 +260,7 @@ def alternated(
                 file=sys.stderr,
                 flush=True,
             )
-    return found
+    return watches
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Programs in turns: what the benchmarks share, so that a drift of the machine meets all of them alike."""
+"""What the benchmarks share: they run in turns, so that a drift of the machine meets all alike."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ T = TypeVar("T")
 def in_turns(
     calls: Mapping[str, Callable[[], T]], rounds: int, warm_up: int = 0
 ) -> dict[str, list[T]]:
-    """What each call returned in `rounds` rounds, one after the other within a round, after `warm_up` more."""
-    found: dict[str, list[T]] = {name: [] for name in calls}
+    """Makes each call once a round. Returns what each returned, without the `warm_up` rounds."""
+    values: dict[str, list[T]] = {name: [] for name in calls}
     for number in range(warm_up + rounds):
         for name, call in calls.items():
             value = call()
             if number >= warm_up:
-                found[name].append(value)
-    return found
+                values[name].append(value)
+    return values
 
 
 def seconds(
     call: Callable[[], object], finish: Callable[[], object] = lambda: None
 ) -> Callable[[], float]:
-    """A call that returns how long it took; `finish` waits for a device."""
+    """Wraps `call` to return its seconds. `finish` waits for a device."""
 
     def timed() -> float:
         start = time.perf_counter()
@@ -41,7 +41,10 @@ def seconds(
 def report(
     name: str, rates: Mapping[str, list[float]], device: str, as_json: bool, **more: Any
 ) -> None:
-    """Medians of the rates (more is better) of "ours" and "peer", and their ratio; the last line is a JSON object."""
+    """Prints the medians of the rates "ours" and "peer" (more is better) and their ratio.
+
+    The last line is a JSON object.
+    """
     ours, peer = statistics.median(rates["ours"]), statistics.median(rates["peer"])
     pairs = len(rates["ours"])
     result = {
@@ -52,6 +55,7 @@ def report(
     }
     if not as_json:
         print(
-            f"{name}: ours {result['ours']}, peer {result['peer']}, ratio {result['ratio']} ({pairs} pairs)"
+            f"{name}: ours {result['ours']}, peer {result['peer']}, "
+            f"ratio {result['ratio']} ({pairs} pairs)"
         )
     print(json.dumps({**result, "device": device, "pairs": pairs, **more}))

@@ -1,8 +1,9 @@
-"""Images/s of the tiny preset on 1 and 2 ranks of one thread each, and the share of a step that communication takes.
+"""Images/s of the tiny preset on 2 ranks beside 1 rank, one thread each.
 
     python benchmarks/scaling.py [--steps 20] [--json]
 
-Each rank takes the same images alone, then with its gradients reduced, alternating; the difference is communication.
+It also gives the share of a step that communication takes. Each rank takes the same images alone,
+then with its gradients reduced over the ranks, in turns. The difference is communication.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ IMAGES_PER_RANK = 4
 
 
 def rank_program(data: str, steps: int) -> None:
-    """Measures on this rank and prints one JSON line on rank 0."""
+    """Measures on this rank. Rank 0 prints one line of JSON."""
     import torch
 
     from contract.presets import run_preset
@@ -78,8 +79,8 @@ def launched(data: Path, ranks: int, steps: int) -> dict[str, Any]:
     output = subprocess.run(
         command, env=environment, check=True, stdout=subprocess.PIPE, text=True
     ).stdout
-    found: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    return found
+    report: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
+    return report
 
 
 def main() -> None:
@@ -111,11 +112,12 @@ def main() -> None:
             stdout=subprocess.PIPE,
         )
         one, two = (launched(Path(folder), ranks, arguments.steps) for ranks in (1, 2))
-    rates = [found["global_batch"] / found["together"] for found in (one, two)]
+    rates = [report["global_batch"] / report["together"] for report in (one, two)]
     share = 1 - two["alone"] / two["together"]
     if not arguments.json:
         print(
-            f"1 rank {rates[0]:.1f} images/s, 2 ranks {rates[1]:.1f} images/s, {share:.1%} of a step is communication"
+            f"1 rank {rates[0]:.1f} images/s, 2 ranks {rates[1]:.1f} images/s, "
+            f"{share:.1%} of a step is communication"
         )
     line = {
         "name": "images/s on 2 ranks against 1, one thread each",

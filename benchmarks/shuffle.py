@@ -1,11 +1,12 @@
-"""How good the shuffle within a bounded window of shards is, beside a full shuffle of all images.
+"""How good is a shuffle within a window of shards, beside a full shuffle of all images?
 
     python benchmarks/shuffle.py --json
 
-118,287 images in 290 shards, as train2017 at 64 MiB a shard. Both orders pass through the same aspect-ratio blocks.
-`labels`: the worst case, a file sorted by one of 80 labels. How far the labels of a batch, and of 256 batches in a row,
-are from those of the whole, as total variation; 0 is perfect. `ratio` is that of a batch, full over windowed: 1 is as
-good as a full shuffle.
+There are 118,287 images in 290 shards, as in train2017 at 64 MiB a shard. Both orders pass through
+the same aspect-ratio blocks. The `labels` figures are of the worst case, a file that is sorted by
+one of 80 labels. They say how far the labels of a batch, and of 256 batches in a row, are from
+those of the whole file, as total variation; 0 is perfect. `ratio` is that of a batch, full over
+windowed: 1 is as good as a full shuffle.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NUM_IMAGES, SHARDS, LABELS, BATCH, WINDOW, BLOCK, RUN = 118_287, 290, 80, 16, 16
 
 
 class SimulatedIndex:
-    """What `Order` asks of an index, for images of COCO's most frequent sizes."""
+    """The part of an index that `Order` calls. The images have COCO's most frequent sizes."""
 
     def __init__(self) -> None:
         self.starts = np.linspace(0, NUM_IMAGES, SHARDS + 1).astype(np.int64)
@@ -100,15 +101,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     index = SimulatedIndex()
-    found = [
+    runs = [
         (measures(index, seed, WINDOW), measures(index, seed, SHARDS)) for seed in range(args.pairs)
     ]
     table = {
         name: {
-            "windowed": statistics.median(ours[name] for ours, _ in found),
-            "full": statistics.median(full[name] for _, full in found),
+            "windowed": statistics.median(ours[name] for ours, _ in runs),
+            "full": statistics.median(full[name] for _, full in runs),
         }
-        for name in found[0][0]
+        for name in runs[0][0]
     }
     ours, peer = table["labels_of_a_batch"]["windowed"], table["labels_of_a_batch"]["full"]
     result = {

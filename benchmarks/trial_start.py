@@ -1,12 +1,15 @@
-"""From submit to the first step: a trial on the local service beside a bare TorchTrainer, alternating, on one Ray head.
+"""Seconds from submit to a trial's first step, beside a bare TorchTrainer on the same Ray head.
 
-The bare one is what a person would write without maskray: `python script.py` on the same head, which calls
-`TorchTrainer(...).fit()` with the same model, the same data and the same ranks and ends after one step. It shares
-nothing with the service but the head, and has no ledger, no tracking, no checkpoint. Both clocks begin when the person
-presses return and stop when rank 0 has taken its first optimiser step.
+    python benchmarks/trial_start.py [--pairs 4] [--json]
 
-Beside the times: memory that only this process holds (USS) of the service, and of what a running trial adds to its
-ranks, which is its driver and Ray's supervisor of the job.
+The bare one is what a person writes without maskray: `python script.py` on the same head. It calls
+`TorchTrainer(...).fit()` with the same model, data and ranks, and ends after one step. It shares
+nothing with the service but the head. It has no ledger, no tracking and no checkpoint. Both clocks
+begin when the person presses return and stop when rank 0 has taken its first optimiser step. The
+two alternate; the figures are medians.
+
+Beside the times it reports private memory (USS) of the service, and of what a running trial adds to
+its ranks: its driver, and Ray's supervisor of the job.
 """
 
 from __future__ import annotations
@@ -38,11 +41,11 @@ RANKS = 1
 PATIENCE_S = 240.0
 
 
-# --- the peer -------------------------------------------------------------------------------------------------------
+# --- the peer -----------------------------------------------------------------------------------
 
 
 def bare(run: dict[str, Any], out: str) -> None:
-    """A script of one's own: one worker group, one step."""
+    """A script without maskray: one worker group, one step."""
     import ray
     from ray.train import RunConfig as TrainRunConfig
     from ray.train import ScalingConfig
@@ -88,10 +91,12 @@ def bare_step(config: dict[str, Any]) -> None:
     loader.close()
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------
+# --- measuring ----------------------------------------------------------------------------------
 
 
-class House:
+class LocalSystem:
+    """A folder with a dataset and a local service. `close` removes both."""
+
     def __init__(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="mr"))
         self.home = self.root / ".maskray"
@@ -119,14 +124,14 @@ class House:
     def until(self, condition: Any) -> Any:
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
-            found = condition()
-            if found:
-                return found
+            value = condition()
+            if value:
+                return value
             time.sleep(0.02)
         raise RuntimeError(f"not within {PATIENCE_S:.0f} s; see {self.home}/service-process.log")
 
     def ours(self, number: int) -> tuple[float, dict[str, float]]:
-        """Seconds to the first step as rank 0 wrote it down, and MiB while the trial runs."""
+        """Seconds to the first step by rank 0's progress file, and MiB while the trial runs."""
         plan = TrialPlan(
             key=f"t{number}", arm={}, seed=0, baseline=True, identity="c" * 64, run=self.run
         )
@@ -208,21 +213,19 @@ def main() -> int:
     if arguments.bare:
         bare(json.loads(Path(arguments.bare[0]).read_text()), arguments.bare[1])
         return 0
-    house = House()
+    system = LocalSystem()
     times: dict[str, list[float]] = {"ours": [], "bare": []}
     try:
-        house.ours(0)  # the first one also waits for MLflow to start
+        system.ours(0)  # not counted: the first trial also waits for MLflow to start
         for number in range(1, arguments.pairs + 1):
-            seconds, memory = house.ours(number)
+            seconds, memory = system.ours(number)
             times["ours"].append(seconds)
-            times["bare"].append(house.bare(number))
+            times["bare"].append(system.bare(number))
             if not arguments.json:
-                print(
-                    f"pair {number}: ours {times['ours'][-1]:.1f} s, bare {times['bare'][-1]:.1f} s",
-                    flush=True,
-                )
+                last = {name: f"{values[-1]:.1f} s" for name, values in times.items()}
+                print(f"pair {number}: ours {last['ours']}, bare {last['bare']}", flush=True)
     finally:
-        house.close()
+        system.close()
     ours, peer = (statistics.median(times[name]) for name in ("ours", "bare"))
     line = {
         "name": "seconds from submit to the first step of a trial, beside a bare TorchTrainer",

@@ -1,4 +1,4 @@
-"""The import table of the design, enforced on syntax trees: imports inside functions count like any other."""
+"""The import table of CONTRIBUTING, enforced on syntax trees. Imports in functions count too."""
 
 from __future__ import annotations
 
@@ -43,75 +43,78 @@ def module_of(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Every module that the file names, wherever the import stands; `from a import b` names `a` and `a.b`."""
-    found: set[str] = set()
+    """Every module that the file names; `from a import b` names `a` and `a.b`."""
+    modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 package = path.relative_to(ROOT).parts[: -node.level]
                 base = ".".join([*package, base]).rstrip(".")
-            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+            modules |= {base} | {f"{base}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "importlib.import_module",
             "__import__",
         ):
-            found |= {
+            modules |= {
                 arg.value
                 for arg in node.args[:1]
                 if isinstance(arg, ast.Constant) and isinstance(arg.value, str)
             }
-    return found
+    return modules
 
 
-def names(found: set[str], package: str) -> set[str]:
-    return {name for name in found if name == package or name.startswith(f"{package}.")}
+def names(modules: set[str], package: str) -> set[str]:
+    """Those of `modules` that are `package` or inside it."""
+    return {name for name in modules if name == package or name.startswith(f"{package}.")}
 
 
-def ours(found: set[str], rooms: tuple[str, ...], modules: tuple[str, ...] = ()) -> set[str]:
+def ours(imported: set[str], rooms: tuple[str, ...], modules: tuple[str, ...] = ()) -> set[str]:
     """Imports of ours outside the allowed `rooms` and single `modules`."""
-    inside = {name for room in OURS for name in names(found, room)}
+    inside = {name for room in OURS for name in names(imported, room)}
     permitted = {name for allowed in (*rooms, *modules) for name in names(inside, allowed)}
-    packages = {
-        module.partition(".")[0] for module in modules
-    }  # `from model import structures` names `model` too
+    # `from model import structures` names `model` too
+    packages = {module.partition(".")[0] for module in modules}
     return inside - permitted - packages
 
 
 def offences(path: Path) -> set[str]:
-    found = imports(path)
+    """The modules that the file imports although its room must not."""
+    imported = imports(path)
     room = path.relative_to(ROOT).parts[0]
     match room:
         case "contract":
             foreign = {
-                name for name in found if name.partition(".")[0] not in {*CONTRACT_MAY, "contract"}
+                name
+                for name in imported
+                if name.partition(".")[0] not in {*CONTRACT_MAY, "contract"}
             }
             return foreign - names(foreign, "pyarrow")
         case "model":
-            bad = ours(found, ("contract", "model")) | names(found, "torch.distributed")
-            return bad | names(found, "ray") | names(found, "mlflow")
+            bad = ours(imported, ("contract", "model")) | names(imported, "torch.distributed")
+            return bad | names(imported, "ray") | names(imported, "mlflow")
         case "pipelines":
-            bad = ours(found, ("contract", "pipelines"), ("model.structures",))
-            return bad | names(found, "ray") | names(found, "mlflow")
+            bad = ours(imported, ("contract", "pipelines"), ("model.structures",))
+            return bad | names(imported, "ray") | names(imported, "mlflow")
         case "workers":
-            bad = ours(found, ("contract", "model", "pipelines", "workers"))
-            bad |= set() if path.name == "ray_entry.py" else names(found, "ray")
-            return bad | (set() if path.name == "mlflow_target.py" else names(found, "mlflow"))
+            bad = ours(imported, ("contract", "model", "pipelines", "workers"))
+            bad |= set() if path.name == "ray_entry.py" else names(imported, "ray")
+            return bad | (set() if path.name == "mlflow_target.py" else names(imported, "mlflow"))
         case _:
-            bad = ours(found, ("contract", "orchestrator")) | names(found, "torch")
-            bad |= names(found, "torchvision")
-            return bad | (set() if path.name == "jobs.py" else names(found, "ray"))
+            bad = ours(imported, ("contract", "orchestrator")) | names(imported, "torch")
+            bad |= names(imported, "torchvision")
+            return bad | (set() if path.name == "jobs.py" else names(imported, "ray"))
 
 
 @pytest.mark.parametrize("room", OURS)
 def test_no_room_imports_what_it_must_not(room: str) -> None:
     assert len(sources(room)) > 2
     bad = {
-        str(path.relative_to(ROOT)): sorted(found)
+        str(path.relative_to(ROOT)): sorted(modules)
         for path in sources(room)
-        if (found := offences(path))
+        if (modules := offences(path))
     }
     assert not bad
 
@@ -128,6 +131,12 @@ def test_nothing_heavy_is_loaded_at_import(module: str) -> None:
 @pytest.mark.parametrize("name", ["utils", "common", "misc", "helpers"])
 def test_there_are_no_drawers(name: str) -> None:
     assert not [path for room in OURS for path in (ROOT / room).rglob(f"{name}.py")]
+
+
+def test_no_folder_holds_more_than_fifteen_modules() -> None:
+    folders = {path.parent for room in OURS for path in sources(room)}
+    crowded = {folder for folder in folders if len(list(folder.glob("[a-z]*.py"))) > 15}
+    assert not crowded
 
 
 def test_rooms_import_without_ray_and_mlflow() -> None:

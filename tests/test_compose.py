@@ -1,4 +1,4 @@
-"""The compose file and the image are what they promise: closed ports, no default secrets, health checks."""
+"""The compose file keeps its promises: closed ports, no default secrets, health checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study on real COCO images through every room: pack, submit, Ray, DDP training, MLflow, report."""
+"""A study on real COCO images in every room: pack, submit, Ray, DDP training, MLflow, report."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def house() -> Iterator[House]:
 
 
 def pack_subset(house: House, coco_mini: Path, split: str, num_images: int, out: str) -> None:
-    """Packs the first images of a split that have annotations, as `maskray data pack` would the whole."""
+    """Packs the first images of a split that have annotations."""
     whole = json.loads((coco_mini / "annotations" / f"instances_{split}2017.json").read_text())
     with_objects = {annotation["image_id"] for annotation in whole["annotations"]}
     images = [image for image in whole["images"] if image["id"] in with_objects][:num_images]
@@ -196,7 +196,8 @@ def test_a_trial_that_raises_is_reported_and_the_others_finish(house, coco_mini)
     assert shown["trials"][1]["error"] == lost["error"]
     database = sqlite3.connect(next(house.folder.glob(".maskray/**/mlflow.db")))
     failed = database.execute(
-        "select status from runs join tags using (run_uuid) where key = 'maskray.trial' and value = ?",
+        "select status from runs join tags using (run_uuid) "
+        "where key = 'maskray.trial' and value = ?",
         (lost["trial"],),
     )
     assert failed.fetchone() == ("FAILED",)
