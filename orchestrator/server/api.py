@@ -21,8 +21,9 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from contract.answers import (
-    ActedView,
+    ChangedStudy,
     Check,
+    ClusterView,
     EventPage,
     Info,
     LogPage,
@@ -71,7 +72,7 @@ class Hub(Protocol):
 
     def waits(self) -> Mapping[str, Wait]: ...
     def nodes(self) -> list[Node]: ...
-    def cluster(self) -> dict[str, Any]: ...
+    def cluster(self) -> ClusterView: ...
     def tracking_uri(self) -> str: ...
     def driver_log(self, submission_id: str) -> str: ...
     def examine(self) -> list[Check]: ...
@@ -195,13 +196,13 @@ def build_app(hub: Hub, version: str) -> FastAPI:
     @app.post("/v1/studies/{study}/{action}")
     def act_on_study(
         study: StudyPath, action: Literal["cancel", "pause", "resume", "retry"], who: Submitter
-    ) -> ActedView:
+    ) -> ChangedStudy:
         """The study after it, and whether there was anything to change."""
         with hub.ledger.writing() as transaction:
             _own_study(transaction, study, who)
             changed = _STUDY_ACTIONS[action](transaction, study, who.name, time.time())
         hub.wake()
-        return ActedView(**_view(hub, study).model_dump(), changed=changed)
+        return ChangedStudy(**_view(hub, study).model_dump(), changed=changed)
 
     @app.delete("/v1/studies/{study}")
     def forget(study: StudyPath, who: Submitter) -> dict[str, Any]:
