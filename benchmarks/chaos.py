@@ -142,7 +142,7 @@ class LocalSystem:
             made = client.submit(
                 Submission(study=study, study_yaml=f"name: {name}\n", trials=(plan,), fresh=True)
             )
-        return str(made["study"])
+        return made.study
 
     def until(self, what: str, condition: Callable[[StudyView], Any], study: str) -> StudyView:
         deadline = time.monotonic() + PATIENCE_S

@@ -114,7 +114,7 @@ class LocalSystem:
         steps = {"loop.steps": 2, "loop.global_batch": 2, "loop.log_every_steps": 1}
         self.run = apply_overrides(run_preset("tiny"), data | steps)
         self.client = Client(local.ensure_local_service(self.root))
-        self.until(lambda: self.client.info().cluster["nodes"])
+        self.until(lambda: self.client.info().cluster.nodes)
 
     def close(self) -> None:
         self.client.close()
@@ -142,12 +142,12 @@ class LocalSystem:
         made = self.client.submit(
             Submission(study=study, study_yaml="name: start\n", trials=(plan,), fresh=True)
         )
-        folder = self.home / "studies" / made["study"] / f"{made['study']}-000"
+        folder = self.home / "studies" / made.study / f"{made.study}-000"
         at = self.until(lambda: _first_step(folder / "progress.json"))
         memory = self.memory()
-        self.until(lambda: self.client.study(made["study"]).state != "active")
-        if self.client.study(made["study"]).state != "done":
-            raise RuntimeError(self.client.study(made["study"]).trials[0].error)
+        self.until(lambda: self.client.study(made.study).state != "active")
+        if self.client.study(made.study).state != "done":
+            raise RuntimeError(self.client.study(made.study).trials[0].error)
         return at - begin, memory
 
     def bare(self, number: int) -> float:

@@ -1,15 +1,70 @@
-"""What the service answers over HTTP."""
+"""What the service takes and what it answers over HTTP: one record for each JSON object.
+
+A field's name is the key on the wire, and the order of the fields is the order of the keys.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
+from contract.attempt import Event, Progress
 from contract.study import StudyState, TrialState
 
+Role: TypeAlias = Literal["read", "submit", "admin"]
+StudyAction: TypeAlias = Literal["cancel", "pause", "resume", "retry"]
+TrialAction: TypeAlias = Literal["cancel", "retry"]
 
-class AttemptView(BaseModel):
+
+class Answer(BaseModel):
+    """A frozen record. It ignores unknown fields, so a client reads a newer service's answers."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+# --- bodies of requests ---------------------------------------------------------------------------
+
+
+class Priority(BaseModel):
+    """The place of a study in the queue; the larger number goes first."""
+
+    priority: int = Field(ge=-100, le=100)
+
+
+class Retention(BaseModel):
+    """Which checkpoints may go. Without `apply` the service only lists them."""
+
+    checkpoints_days: float = Field(30.0, ge=0, le=36500)  # since the end of their study
+    apply: bool = False
+
+
+# The nodes fetch these with their own credentials. A local path would mean another file on each
+# node, and a NUL character fits neither a command line nor PostgreSQL.
+RemoteUri: TypeAlias = Annotated[str, Field(max_length=2000, pattern=r"^(s3|gs|gcs)://[^\x00]+$")]
+
+
+class StageRequest(BaseModel):
+    """The datasets of one study; the cache must hold all of them at once."""
+
+    uris: tuple[RemoteUri, ...] = Field(min_length=1, max_length=100)
+    cache_gib: float = Field(20.0, ge=0.001, le=1e6)
+
+
+class NewUser(BaseModel):
+    role: Role
+
+
+# --- studies and trials ---------------------------------------------------------------------------
+
+
+class Submitted(Answer):
+    study: str  # id
+    created: bool  # False: the idempotency key named a study that exists already
+    trials: int
+
+
+class AttemptView(Answer):
     number: int
     state: str
     submission_id: str
@@ -19,7 +74,21 @@ class AttemptView(BaseModel):
     step: int = 0
 
 
-class TrialView(BaseModel):
+def _none_if_empty(value: object) -> object:
+    return value or None
+
+
+def _empty_if_none(value: Progress | None) -> dict[str, Any]:
+    return value.model_dump() if value is not None else {}
+
+
+# The ledger and the wire say {} before the first step; the code says None.
+LastProgress: TypeAlias = Annotated[
+    Progress | None, BeforeValidator(_none_if_empty), PlainSerializer(_empty_if_none)
+]
+
+
+class TrialView(Answer):
     trial: str  # id, also the name of its folder
     key: str
     study: str
@@ -31,17 +100,17 @@ class TrialView(BaseModel):
     metrics: dict[str, float] = {}
     error: str = ""
     error_class: str = ""
-    why: str = ""  # why it waits, in words
-    cached_from: str = ""
+    why: str = ""  # why the trial waits, in words
+    cached_from: str = ""  # the trial that has the result
     identity: str = ""
     storage: str = ""
     mlflow_run_id: str = ""
-    progress: dict[str, Any] = {}  # contract.attempt.Progress
-    events: list[dict[str, Any]] = []  # contract.attempt.Event: resumes, rollbacks, preemptions
+    progress: LastProgress = None
+    events: list[Event] = []  # resumes, rollbacks, preemptions
     attempt_list: list[AttemptView] = []
 
 
-class StudyView(BaseModel):
+class StudyView(Answer):
     study: str  # id
     name: str
     owner: str
@@ -49,14 +118,72 @@ class StudyView(BaseModel):
     priority: int
     created_at: float
     storage: str
-    spec: dict[str, Any]  # contract.study.Study
+    # A contract.study.Study as it was submitted. Not parsed here: a study that an older version
+    # accepted must stay visible when today's record refuses it.
+    spec: dict[str, Any]
     warnings: list[str] = []
     mlflow_experiment: str = ""
     counts: dict[str, int] = {}  # trials by state
     trials: list[TrialView] = []
 
 
-class EventView(BaseModel):
+class StudyList(Answer):
+    studies: list[StudyView]
+
+
+class ChangedStudy(StudyView):
+    """A study after a person cancelled, paused, resumed or retried it."""
+
+    changed: bool  # False: there was nothing to change
+
+
+class ChangedTrial(Answer):
+    trial: str
+    action: TrialAction
+    changed: bool  # False: there was nothing to change
+
+
+class Forgotten(Answer):
+    study: str
+    forgotten: bool = True
+
+
+class ReportKept(Answer):
+    study: str
+    files: int
+
+
+class Finished(Answer):
+    finished: dict[str, str]  # identity -> the trial that has its result
+
+
+class CodeKept(Answer):
+    code: str  # SHA-256 of the package
+    bytes: int
+
+
+# --- queue, events, logs --------------------------------------------------------------------------
+
+
+class QueueEntry(Answer):
+    trial: str
+    key: str
+    study: str
+    study_name: str
+    owner: str
+    state: TrialState
+    priority: int
+    position: int  # 1 starts next; 0 for a trial that runs
+    needs: str  # "2 ranks x 1 CPU"
+    why: str
+
+
+class QueueView(Answer):
+    running: list[QueueEntry]
+    queue: list[QueueEntry]
+
+
+class EventView(Answer):
     id: int
     at: float
     study: str
@@ -66,39 +193,89 @@ class EventView(BaseModel):
     cause: str
 
 
-class ActedView(StudyView):
-    """A study after a person cancelled, paused, resumed or retried it.
-
-    changed: whether that did anything.
-    """
-
-    changed: bool
+class EventPage(Answer):
+    events: list[EventView]
+    next: int  # the last id; the next request asks for what comes after it
 
 
-class QueueEntry(BaseModel):
-    trial: str
-    key: str
-    study: str
-    study_name: str
-    owner: str
-    state: TrialState
-    priority: int
-    position: int  # 1 starts next; 0 for what is running
-    needs: str  # "2 ranks x 1 CPU"
-    why: str
+class LogPage(Answer):
+    text: str
+    next: int  # the offset to ask for next
+    done: bool  # the attempt is over: nothing will be added
+    attempt: int
+    rank: int
 
 
-class Info(BaseModel):
+# --- the service and its cluster ------------------------------------------------------------------
+
+
+class Health(Answer):
+    ok: bool = True
+    version: str
+
+
+class NodeView(Answer):
+    id: str
+    total: dict[str, float]
+    free: dict[str, float]
+
+
+class ClusterView(Answer):
+    state: str  # in words: "ready", "the cluster is starting", ...
+    nodes: list[NodeView]
+
+
+class Info(Answer):
     version: str
     mlflow_uri: str  # as a browser on this machine opens it; empty without tracking
     storage: str
-    cluster: dict[str, Any]  # nodes with their total and free resources
+    cluster: ClusterView
     user: str
-    role: Literal["read", "submit", "admin"]
+    role: Role
 
 
-class Check(BaseModel):
-    """One line of `maskray doctor`. `remedy` is empty where it passes."""
+class UserView(Answer):
+    name: str
+    role: Role
+    created_at: float
+
+
+class UserList(Answer):
+    users: list[UserView]
+
+
+class NewToken(Answer):
+    """The token is shown this once: the ledger keeps its hash alone."""
+
+    user: str
+    role: Role
+    token: str
+
+
+class UserRemoved(Answer):
+    user: str
+    removed: bool = True
+
+
+class RemovalView(Answer):
+    """A folder of checkpoints that a retention policy lets go."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    study: str
+    trial: str
+    folder: str
+    bytes: int
+
+
+class Collected(Answer):
+    removals: list[RemovalView]
+    applied: bool
+    freed_bytes: int
+
+
+class Check(Answer):
+    """One line of `maskray doctor`. `remedy` is empty where the check passes."""
 
     name: str
     ok: bool
@@ -106,11 +283,15 @@ class Check(BaseModel):
     remedy: str = ""
 
 
-class StagedNode(BaseModel):
+class Checks(Answer):
+    checks: list[Check]
+
+
+class StagedNode(Answer):
     """What `maskray data stage` did on one node. done, total: files.
 
-    bytes, cache, evicted (files of other datasets): known once it is done. Without a cache all
-    files were there already.
+    bytes, cache, evicted (files of other datasets): known once the node is done.
+    An empty cache says that the dataset was there already.
     """
 
     node: str  # Ray's id, empty for this machine
@@ -124,24 +305,16 @@ class StagedNode(BaseModel):
     error: str = ""
 
 
-class Staging(BaseModel):
+class Staging(Answer):
     staging: str  # id
     nodes: list[StagedNode]
 
 
-class QueueView(BaseModel):
-    running: list[QueueEntry]
-    queue: list[QueueEntry]
+class Ending(Answer):
+    ending: bool = True
 
 
-class LogPage(BaseModel):
-    text: str
-    next: int  # the offset to ask for next
-    done: bool  # the attempt is over: nothing will be added
-    attempt: int
-    rank: int
+class Refusal(Answer):
+    """The body of every answer that is no success."""
 
-
-class EventPage(BaseModel):
-    events: list[EventView]
-    next: int
+    detail: str  # one line

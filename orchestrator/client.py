@@ -8,38 +8,78 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict, TypeVar, Unpack
 
 import httpx
+from pydantic import BaseModel
 
 from contract.answers import (
-    ActedView,
+    ChangedStudy,
+    ChangedTrial,
     Check,
+    Checks,
+    CodeKept,
+    Collected,
+    Ending,
     EventPage,
+    Finished,
+    Forgotten,
+    Health,
     Info,
     LogPage,
+    NewToken,
     QueueView,
+    Refusal,
+    ReportKept,
     Staging,
+    StudyAction,
+    StudyList,
     StudyView,
+    Submitted,
+    TrialAction,
+    UserList,
+    UserRemoved,
+    UserView,
 )
 from contract.study import Submission
+
+_TRIES = 4  # a service that restarts listens again within 0.3 + 0.6 + 1.2 s
+_IDENTITIES_A_REQUEST = 100  # of 64 characters each: the URL stays below 8 KiB
+_LONG_S = 300.0  # for an upload
+
+AnyAnswer = TypeVar("AnyAnswer", bound=BaseModel)
+_Fields: TypeAlias = Mapping[str, str | float | Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Connection:
-    """Where a service listens, and the token to show it. `root` is None for one that is not this folder's own."""
+    """Where a service listens, and the token to show it.
+
+    root: the folder that the service belongs to; None for a service that is configured by its URL.
+    """
 
     url: str
     token: str
     root: Path | None = None
 
 
+class _Options(TypedDict, total=False):
+    """What a request may carry, as httpx names it."""
+
+    params: _Fields
+    json: _Fields
+    content: bytes
+    headers: Mapping[str, str]
+    timeout: float
+
+
 class Client:
-    """Raises ValueError for what the service refuses, RuntimeError for a service that does not answer."""
+    """Raises ValueError if the service refuses a request, RuntimeError if it does not answer."""
 
     def __init__(self, connection: Connection, timeout_s: float = 60.0) -> None:
         self.connection = connection
         headers = {"Authorization": f"Bearer {connection.token}"}
+        # trust_env=False: no proxy and no .netrc of the environment comes in between.
         self._http = httpx.Client(
             base_url=connection.url, headers=headers, timeout=timeout_s, trust_env=False
         )
@@ -53,139 +93,141 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def health(self) -> dict[str, Any]:
-        return dict(self._call("GET", "/v1/health"))
+    def health(self) -> Health:
+        return self._call(Health, "GET", "/v1/health")
 
     def info(self) -> Info:
-        return Info.model_validate(self._call("GET", "/v1/info"))
+        return self._call(Info, "GET", "/v1/info")
 
-    def submit(self, submission: Submission) -> dict[str, Any]:
-        """{"study": id, "created": whether it is new, "trials": how many}"""
+    def submit(self, submission: Submission) -> Submitted:
         body = submission.model_dump_json().encode()
-        return dict(
-            self._call(
-                "POST", "/v1/studies", content=body, headers={"Content-Type": "application/json"}
-            )
-        )
+        headers = {"Content-Type": "application/json"}
+        return self._call(Submitted, "POST", "/v1/studies", content=body, headers=headers)
 
     def studies(self, trials: bool = True) -> list[StudyView]:
         """All studies; without `trials` only with their counts by state."""
-        found = self._call("GET", "/v1/studies", params={"trials": trials})["studies"]
-        return [StudyView.model_validate(view) for view in found]
+        return self._call(StudyList, "GET", "/v1/studies", params={"trials": trials}).studies
 
     def study(self, study: str) -> StudyView:
-        return StudyView.model_validate(self._call("GET", f"/v1/studies/{study}"))
+        return self._call(StudyView, "GET", f"/v1/studies/{study}")
 
     def submission(self, study: str) -> Submission:
-        return Submission.model_validate(self._call("GET", f"/v1/studies/{study}/submission"))
+        return self._call(Submission, "GET", f"/v1/studies/{study}/submission")
 
     def events(self, study: str = "", after: int = 0, wait_s: float = 0.0) -> EventPage:
-        params: Mapping[str, str | float] = {"study": study, "after": after, "wait_s": wait_s}
-        return EventPage.model_validate(
-            self._call("GET", "/v1/events", params=params, timeout=wait_s + 30)
+        """Events after the id `after`; without any the service waits for one up to `wait_s`."""
+        return self._call(
+            EventPage,
+            "GET",
+            "/v1/events",
+            params={"study": study, "after": after, "wait_s": wait_s},
+            timeout=wait_s + 30,
         )
 
-    def act_on_study(self, study: str, action: str) -> ActedView:
-        """`action`: cancel, pause, resume or retry."""
-        return ActedView.model_validate(self._call("POST", f"/v1/studies/{study}/{action}"))
+    def act_on_study(self, study: str, action: StudyAction) -> ChangedStudy:
+        return self._call(ChangedStudy, "POST", f"/v1/studies/{study}/{action}")
 
-    def act_on_trial(self, trial: str, action: str) -> bool:
-        """`action`: cancel or retry. Whether there was anything to change."""
-        return bool(self._call("POST", f"/v1/trials/{trial}/{action}")["changed"])
+    def act_on_trial(self, trial: str, action: TrialAction) -> ChangedTrial:
+        return self._call(ChangedTrial, "POST", f"/v1/trials/{trial}/{action}")
 
-    def set_priority(self, study: str, priority: int) -> None:
-        self._call("POST", f"/v1/studies/{study}/priority", json={"priority": priority})
+    def set_priority(self, study: str, priority: int) -> StudyView:
+        path = f"/v1/studies/{study}/priority"
+        return self._call(StudyView, "POST", path, json={"priority": priority})
 
-    def forget(self, study: str) -> None:
-        self._call("DELETE", f"/v1/studies/{study}")
+    def forget(self, study: str) -> Forgotten:
+        return self._call(Forgotten, "DELETE", f"/v1/studies/{study}")
 
     def queue(self) -> QueueView:
-        return QueueView.model_validate(self._call("GET", "/v1/queue"))
+        return self._call(QueueView, "GET", "/v1/queue")
 
     def logs(self, trial: str, attempt: int = 0, rank: int = 0, offset: int = 0) -> LogPage:
-        """A part of a rank's log from `offset` bytes on; attempt 0 is the newest, rank -1 the driver."""
-        params: Mapping[str, int] = {"attempt": attempt, "rank": rank, "offset": offset}
-        return LogPage.model_validate(self._call("GET", f"/v1/trials/{trial}/logs", params=params))
+        """A part of a rank's log from `offset` bytes on.
+
+        attempt: 0 is the newest. rank: -1 is the driver, which starts the ranks.
+        """
+        params = {"attempt": attempt, "rank": rank, "offset": offset}
+        return self._call(LogPage, "GET", f"/v1/trials/{trial}/logs", params=params)
 
     def has_code(self, sha256: str) -> bool:
         return self._send("HEAD", f"/v1/code/{sha256}").status_code == 200
 
     def upload_code(self, sha256: str, data: bytes) -> None:
-        """Sends a package once; the service knows it by its hash from then on."""
+        """Sends a package unless the service has it; the service knows packages by their hash."""
         if not self.has_code(sha256):
-            self._call("PUT", f"/v1/code/{sha256}", content=data, timeout=300.0)
+            self._call(CodeKept, "PUT", f"/v1/code/{sha256}", content=data, timeout=_LONG_S)
 
     def finished(self, identities: Sequence[str]) -> dict[str, str]:
-        """Identity -> the trial that has its result, for those that have one."""
-        found: dict[str, str] = {}
-        for start in range(0, len(identities), 100):
-            part = list(identities[start : start + 100])
-            found |= self._call("GET", "/v1/finished", params={"identity": part})["finished"]
-        return found
+        """Identity -> the trial that has its result, for the identities that have one."""
+        trials: dict[str, str] = {}
+        for start in range(0, len(identities), _IDENTITIES_A_REQUEST):
+            part = list(identities[start : start + _IDENTITIES_A_REQUEST])
+            answer = self._call(Finished, "GET", "/v1/finished", params={"identity": part})
+            trials |= answer.finished
+        return trials
 
-    def upload_report(self, study: str, folder: Path) -> None:
+    def upload_report(self, study: str, folder: Path) -> ReportKept:
         """Keeps the files of a report with the study, and as artifacts of its MLflow run."""
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
                 archive.write(path, path.relative_to(folder).as_posix())
-        self._call("PUT", f"/v1/studies/{study}/report", content=packed.getvalue(), timeout=300.0)
+        path_there = f"/v1/studies/{study}/report"
+        return self._call(ReportKept, "PUT", path_there, content=packed.getvalue(), timeout=_LONG_S)
 
-    def users(self) -> list[dict[str, Any]]:
-        return list(self._call("GET", "/v1/users")["users"])
+    def users(self) -> list[UserView]:
+        return self._call(UserList, "GET", "/v1/users").users
 
-    def set_user(self, name: str, role: str) -> str:
-        """The new token of a user, shown this once."""
-        return str(self._call("PUT", f"/v1/users/{name}", json={"role": role})["token"])
+    def set_user(self, name: str, role: str) -> NewToken:
+        """Gives a user a role and a new token, which the service shows this once."""
+        return self._call(NewToken, "PUT", f"/v1/users/{name}", json={"role": role})
 
-    def remove_user(self, name: str) -> None:
-        self._call("DELETE", f"/v1/users/{name}")
+    def remove_user(self, name: str) -> UserRemoved:
+        return self._call(UserRemoved, "DELETE", f"/v1/users/{name}")
 
-    def collect_garbage(self, checkpoints_days: float, apply: bool = False) -> dict[str, Any]:
-        """{"removals": [{"study", "trial", "folder", "bytes"}], "applied", "freed_bytes"}; only told unless `apply`."""
+    def collect_garbage(self, checkpoints_days: float, apply: bool = False) -> Collected:
+        """Removes the checkpoints of studies that ended long ago; without `apply` it lists them."""
         body = {"checkpoints_days": checkpoints_days, "apply": apply}
-        return dict(self._call("POST", "/v1/gc", json=body, timeout=600.0))
+        return self._call(Collected, "POST", "/v1/gc", json=body, timeout=600.0)
 
     def examine(self) -> list[Check]:
-        """What `maskray doctor` prints; takes as long as the slowest node needs to start a process."""
-        return [
-            Check.model_validate(check)
-            for check in self._call("POST", "/v1/doctor", timeout=600.0)["checks"]
-        ]
+        """What `maskray doctor` prints; lasts as long as the slowest node starts a process."""
+        return self._call(Checks, "POST", "/v1/doctor", timeout=600.0).checks
 
     def stage(self, uris: Sequence[str], cache_gib: float) -> Staging:
-        """Starts filling every node's cache with remote datasets."""
-        body = {"uris": list(uris), "cache_gib": cache_gib}
-        return Staging.model_validate(self._call("POST", "/v1/staging", json=body, timeout=150.0))
+        """Starts to fill every node's cache with remote datasets."""
+        body: _Fields = {"uris": list(uris), "cache_gib": cache_gib}
+        return self._call(Staging, "POST", "/v1/staging", json=body, timeout=150.0)
 
     def staging(self, name: str) -> Staging:
-        return Staging.model_validate(self._call("GET", f"/v1/staging/{name}"))
+        return self._call(Staging, "GET", f"/v1/staging/{name}")
 
-    def shut_down(self) -> None:
-        self._call("POST", "/v1/shutdown")
+    def shut_down(self) -> Ending:
+        return self._call(Ending, "POST", "/v1/shutdown")
 
-    def _call(self, method: str, path: str, **options: Any) -> Any:
+    def _call(
+        self, answer: type[AnyAnswer], method: str, path: str, **options: Unpack[_Options]
+    ) -> AnyAnswer:
         response = self._send(method, path, **options)
         if response.status_code == 200:
-            return response.json()
+            return answer.model_validate_json(response.content)
         try:
-            detail = str(response.json()["detail"])
-        except (ValueError, KeyError, TypeError):
+            detail = Refusal.model_validate_json(response.content).detail
+        except ValueError:  # a proxy in between answers in words of its own
             detail = f"status {response.status_code}"
         if response.status_code < 500:
             raise ValueError(detail)
         raise RuntimeError(f"service {self.connection.url}: {detail}")
 
-    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
-        for attempt in range(4):
+    def _send(self, method: str, path: str, **options: Unpack[_Options]) -> httpx.Response:
+        for attempt in range(_TRIES):
             try:
                 return self._http.request(method, path, **options)
-            except httpx.ConnectError as error:
-                if attempt == 3:
+            except httpx.ConnectError as error:  # nothing was sent, so a second try is safe
+                if attempt == _TRIES - 1:
                     raise RuntimeError(
                         f"service {self.connection.url} does not answer ({error}); is it running?"
                     ) from error
-                time.sleep(0.3 * 2**attempt)  # a service that is being restarted listens again soon
+                time.sleep(0.3 * 2**attempt)
             except httpx.HTTPError as error:
                 raise RuntimeError(
                     f"service {self.connection.url}: {error or type(error).__name__}"

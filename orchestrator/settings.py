@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from contract.files import Files, join
 from contract.record import Record
+from contract.yaml import parse_yaml
 
 
 def has_credentials(uri: str) -> bool:
@@ -96,6 +97,19 @@ class ServiceSettings(Record):
                     "(AWS_..., MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
                 )
         return value
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, by name; not validated, since options may still replace some.
+
+    Raises ValueError, one line, if the file is not plain YAML that holds settings by name.
+    """
+    text = path.read_text()
+    lines = (line.strip() for line in text.splitlines())
+    # `parse_yaml` refuses an empty document, but a file with every setting commented out is sound.
+    if all(not line or line.startswith("#") for line in lines):
+        return {}
+    return parse_yaml(text, str(path))
 
 
 def storage_root(settings: ServiceSettings) -> str:

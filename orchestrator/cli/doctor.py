@@ -5,15 +5,17 @@ from __future__ import annotations
 import typer
 
 from contract.command import SUCCESS, WORK_FAILED
-from orchestrator.cli.options import Debug, Json, print_json
+from orchestrator.cli.options import AsJson, Debug, print_json
 
 
 def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def doctor(json: Json = False, debug: Debug = False) -> int:
-    """Check on every node what a multi-node run needs; each line passes or says the remedy. 1 if one does not."""
+def doctor(json: AsJson = False, debug: Debug = False) -> int:
+    """Check on every node what a multi-node run needs; each line passes or says the remedy.
+    1 if one does not.
+    """
     from orchestrator.local.connect import connected_client
 
     checks = connected_client().examine()

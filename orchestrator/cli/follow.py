@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from contract.answers import StudyView, TrialView
+from contract.attempt import Progress
 from contract.study import FINAL_STATES
 from orchestrator.cli.options import print_json
 from orchestrator.cli.tables import duration, study_table
@@ -18,10 +19,11 @@ from orchestrator.client import Client
 
 _POLL_S = 1.0
 _LINE_EVERY_S = 15.0  # between two lines of progress of one trial where there is no terminal
+_SHOWN = ("bbox/AP", "segm/AP", "segm/AP75", "keypoints/AP")
 
 
 def follow(client: Client, study: str, mode: Literal["live", "json", "silent"]) -> StudyView:
-    """Shows `study` until its state is final or paused; returns its last view."""
+    """Shows `study` until its state is final or paused. Returns its last view."""
     if mode == "live" and sys.stderr.isatty():
         with Live(console=Console(stderr=True), auto_refresh=False) as live:
             return _poll(client, study, lambda view: live.update(study_table(view), refresh=True))
@@ -44,49 +46,47 @@ def _poll(client: Client, study: str, show: Callable[[StudyView], None]) -> Stud
 
 
 class _Lines:
-    """Calls `emit(line, trial)` for each trial whose state changed, or whose last line is old."""
+    """Calls `emit(line, trial)` for each trial whose state changed or whose last line is old."""
 
     def __init__(self, emit: Callable[[str, TrialView], None]) -> None:
         self._emit = emit
-        self._said: dict[str, tuple[str, float]] = {}
+        self._last: dict[str, tuple[str, float]] = {}
 
     def __call__(self, view: StudyView) -> None:
         for trial in view.trials:
-            state, at = self._said.get(trial.trial, ("", 0.0))
+            state, at = self._last.get(trial.trial, ("", 0.0))
             now = time.monotonic()
-            moving = (
-                trial.state not in FINAL_STATES and trial.progress and now - at >= _LINE_EVERY_S
-            )
-            if trial.state != state or moving:
-                self._said[trial.trial] = (trial.state, now)
+            going_on = trial.state not in FINAL_STATES and trial.progress is not None
+            if trial.state != state or (going_on and now - at >= _LINE_EVERY_S):
+                self._last[trial.trial] = (trial.state, now)
                 self._emit(_line(view, trial), trial)
 
 
 def _line(view: StudyView, trial: TrialView) -> str:
     done = sum(other.state in FINAL_STATES for other in view.trials)
     words = [f"[{done}/{len(view.trials)}]", trial.key, trial.state]
-    progress = trial.progress
     if trial.cached_from:
         words.append(f"(taken from trial {trial.cached_from})")
     if trial.state in FINAL_STATES:
         words += [
             f"{name} {100 * value:.1f}"
             for name, value in trial.metrics.items()
-            if name in _SHOWN and value >= 0
+            if name in _SHOWN and value >= 0  # -1: there was nothing to evaluate
         ]
         words += [trial.error] if trial.error else []
     elif trial.state == "queued" and trial.why:
         words.append(f"({trial.why})")
-    elif progress:
-        words += [str(progress["phase"]), f"step {progress['step']}/{progress['steps']}"]
-        words += [f"loss {progress['loss']:.3f}"] if progress.get("loss") is not None else []
-        words += [f"{progress['images_per_s']:.1f} img/s"] if progress.get("images_per_s") else []
-        words += (
-            [f"{duration(progress['seconds_left'])} left"]
-            if progress.get("seconds_left") is not None
-            else []
-        )
+    elif trial.progress is not None:
+        words += _progress_words(trial.progress)
     return " ".join(words)
 
 
-_SHOWN = ("bbox/AP", "segm/AP", "segm/AP75", "keypoints/AP")
+def _progress_words(progress: Progress) -> list[str]:
+    words = [progress.phase, f"step {progress.step}/{progress.steps}"]
+    if progress.loss is not None:
+        words.append(f"loss {progress.loss:.3f}")
+    if progress.images_per_s:  # 0.0 before the first interval ends: nothing was measured yet
+        words.append(f"{progress.images_per_s:.1f} img/s")
+    if progress.seconds_left is not None:
+        words.append(f"{duration(progress.seconds_left)} left")
+    return words

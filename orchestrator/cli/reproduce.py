@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from contract.command import SUCCESS, WORK_FAILED
-from orchestrator.cli.options import Debug, Json, print_json, say
-from orchestrator.cli.steering import TrialId
+from orchestrator.cli.options import AsJson, Debug, TrialId, print_json, say
 
 if TYPE_CHECKING:
     from contract.answers import StudyView, TrialView
@@ -25,12 +24,14 @@ def reproduce(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Once more, although it was reproduced before.")
     ] = False,
-    json: Json = False,
+    json: AsJson = False,
     debug: Debug = False,
 ) -> int:
-    """Run a finished trial's record and code again; ends with 0 if the metrics agree, with 1 if they do not."""
+    """Run a finished trial's record and code again; ends with 0 if the metrics agree,
+    with 1 if they do not.
+    """
     from orchestrator.cli.follow import follow
-    from orchestrator.cli.names import trial_id
+    from orchestrator.cli.ids import trial_id
     from orchestrator.local.connect import connected_client
     from orchestrator.results.reproduce import agreement, reproduction
 
@@ -42,45 +43,41 @@ def reproduce(
         raise ValueError(
             f"trial {original.trial}: its code package is gone from the service's storage"
         )
-    study = client.submit(again)["study"]
+    study = client.submit(again).study
     say(f"trial {original.trial} runs again as study {study}")
     try:
         ended = follow(client, study, mode="silent" if json else "live")
     except KeyboardInterrupt:
         say(
-            f'it goes on; "maskray reproduce {original.trial}" follows it again, "maskray cancel {study}" ends it'
+            f'it goes on; "maskray reproduce {original.trial}" follows it again, '
+            f'"maskray cancel {study}" ends it'
         )
         raise
-    found = ended.trials[0]
-    if found.state != "done":
+    second = ended.trials[0]
+    if second.state != "done":
         raise RuntimeError(
-            f"study {study} is {ended.state}{f': {found.error}' if found.error else ''}; "
+            f"study {study} is {ended.state}{f': {second.error}' if second.error else ''}; "
             f'"maskray retry {study}" goes on with it, --fresh starts anew'
         )
-    result = agreement(original, found, view)
+    result = agreement(original, second, view)
     if json:
-        print_json(
-            {
-                "trial": original.trial,
-                "reproduction": found.trial,
-                "study": study,
-                **result.as_json(),
-            }
-        )
+        names = {"trial": original.trial, "reproduction": second.trial, "study": study}
+        print_json({**names, **result.as_json()})
     else:
-        _show(original, found, result)
+        _show(original, second, result)
     return SUCCESS if result.agrees else WORK_FAILED
 
 
 def _original(client: Client, trial: str) -> tuple[TrialView, StudyView]:
-    """The trial that ran, and its study: a result that was taken over is reproduced where it was made."""
+    """The trial that ran, and its study. A cached trial leads to the one that made its result."""
     view = client.study(trial.rpartition("-")[0])
-    found = next(one for one in view.trials if one.trial == trial)
-    if not found.cached_from:
-        return found, view
+    named = next(one for one in view.trials if one.trial == trial)
+    source = named.cached_from
+    if not source:
+        return named, view
     known = {one.study for one in client.studies(trials=False)}
-    source = found.cached_from
-    return _original(client, source) if source.rpartition("-")[0] in known else (found, view)
+    # A person may have forgotten the source's study; the cached trial holds the same result.
+    return _original(client, source) if source.rpartition("-")[0] in known else (named, view)
 
 
 def _show(trial: TrialView, again: TrialView, result: Agreement) -> None:
@@ -94,12 +91,12 @@ def _show(trial: TrialView, again: TrialView, result: Agreement) -> None:
     print(aligned(["metric", trial.trial, again.trial, "allowed", ""], rows, left=1))
     if result.same_weights is not None:
         print(f"last weights: {'equal' if result.same_weights else 'different'}")
-    verdict = {
+    conclusion = {
         True: f"reproduced: {result.rule}",
         False: f"not reproduced: they should agree {result.rule}",
         None: "not known: too few seeds of this arm have a result to say what a difference means",
     }
-    print(verdict[result.agrees])
+    print(conclusion[result.agrees])
 
 
 def _number(value: float | None) -> str:

@@ -1,16 +1,18 @@
-"""Commands about the service itself: serve, down, ui, user."""
+"""Commands about the service itself: serve, down, ui, user, gc."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from contract.command import SUCCESS
-from orchestrator.cli.options import Debug, Json, print_json, say
+from orchestrator.cli.options import AsJson, Debug, print_json, print_result, say
+
+_MIB = 1 << 20
 
 
 def register(app: typer.Typer) -> None:
@@ -39,14 +41,16 @@ def serve(
     check: Annotated[
         bool, typer.Option("--check", help="Check the settings, print them and end.")
     ] = False,
-    json: Json = False,
+    json: AsJson = False,
     debug: Debug = False,
 ) -> int:
-    """Run the service in the foreground. Ctrl-C ends it; trials on a Ray cluster that is not its own go on."""
+    """Run the service in the foreground.
+    Ctrl-C ends it; trials on a Ray cluster that is not its own go on.
+    """
     from contract.record import parse_record
-    from orchestrator.settings import ServiceSettings
+    from orchestrator.settings import ServiceSettings, read_settings
 
-    given = {
+    options = {
         "home": str(home.absolute()),
         "host": host,
         "ledger": ledger,
@@ -55,29 +59,30 @@ def serve(
         "mlflow": mlflow,
         "mlflow_public": mlflow_public,
     }
-    chosen = _read(settings) | {name: value for name, value in given.items() if value}
-    if port >= 0:
+    chosen = read_settings(settings) if settings is not None else {}
+    chosen |= {name: value for name, value in options.items() if value}
+    if port >= 0:  # 0 is a port of its own meaning, so an option left out is -1
         chosen["port"] = port
     record = parse_record(ServiceSettings, chosen, str(settings or "serve"))
     if check:
-        print_json(record.model_dump()) if json else print(record.model_dump_json(indent=2))
+        print_result(record, record.model_dump_json(indent=2), json)
         return SUCCESS
     from orchestrator.server.service import serve as run
 
     return run(record, first_token=os.environ.get("MASKRAY_TOKEN", ""))
 
 
-def down(json: Json = False, debug: Debug = False) -> None:
-    """End this folder's local service, its Ray head and its MLflow server. What ran is taken up by the next one."""
+def down(json: AsJson = False, debug: Debug = False) -> None:
+    """End this folder's local service, its Ray head and its MLflow server.
+    What ran is taken up by the next one.
+    """
     from orchestrator.local.connect import shut_down
 
     ended = shut_down(Path.cwd())
-    print_json({"ended": ended}) if json else print(
-        "ended" if ended else "nothing was running here"
-    )
+    print_result({"ended": ended}, "ended" if ended else "nothing was running here", json)
 
 
-def ui(json: Json = False, debug: Debug = False) -> None:
+def ui(json: AsJson = False, debug: Debug = False) -> None:
     """Print the MLflow UI's URL, and open it in a browser where there is a screen."""
     from orchestrator.local.connect import connected_client
 
@@ -86,22 +91,21 @@ def ui(json: Json = False, debug: Debug = False) -> None:
         raise RuntimeError(
             "the service runs without MLflow; start it with --mlflow URI or --mlflow local"
         )
-    if json:
-        print_json({"mlflow": uri})
+    print_result({"mlflow": uri}, uri, json)
+    has_screen = bool(os.environ.get("DISPLAY")) or sys.platform == "darwin"
+    if json or not sys.stdout.isatty() or not has_screen:
         return
-    print(uri)
-    if sys.stdout.isatty() and (os.environ.get("DISPLAY") or sys.platform == "darwin"):
-        import webbrowser
+    import webbrowser
 
-        if not webbrowser.open(uri):
-            say("no browser could be opened; the URL is above")
+    if not webbrowser.open(uri):
+        say("no browser could be opened; the URL is above")
 
 
 def user(
     name: Annotated[str, typer.Argument(help="Name of the user.")],
     role: Annotated[str, typer.Option(help="read, submit or admin.")] = "submit",
     remove: Annotated[bool, typer.Option("--remove", help="Take the user's access away.")] = False,
-    json: Json = False,
+    json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Give a user a new token (printed this once), or take it away. Needs an admin's token."""
@@ -109,13 +113,10 @@ def user(
 
     client = connected_client()
     if remove:
-        client.remove_user(name)
-        print_json({"user": name, "removed": True}) if json else print(
-            f"user {name} has no access any more"
-        )
+        print_result(client.remove_user(name), f"user {name} has no access any more", json)
         return
-    token = client.set_user(name, role)
-    print_json({"user": name, "role": role, "token": token}) if json else print(token)
+    made = client.set_user(name, role)
+    print_result(made, made.token, json)
 
 
 def gc(
@@ -125,32 +126,20 @@ def gc(
     apply: Annotated[
         bool, typer.Option("--apply", help="Remove; without it the list is only shown.")
     ] = False,
-    json: Json = False,
+    json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Remove the checkpoints of studies that ended long ago; results, weights and reports stay. Shows first."""
+    """Remove the checkpoints of studies that ended long ago; results, weights and reports stay.
+    Shows first.
+    """
     from orchestrator.local.connect import connected_client
 
-    found = connected_client().collect_garbage(checkpoints_days, apply)
+    answer = connected_client().collect_garbage(checkpoints_days, apply)
     if json:
-        print_json(found)
+        print_json(answer)
         return
-    for removal in found["removals"]:
-        print(f"{removal['bytes'] / 2**20:10.1f} MiB  {removal['folder']}")
-    total = sum(removal["bytes"] for removal in found["removals"])
-    verb = "removed" if found["applied"] else "would be removed (--apply does it)"
-    print(f"{total / 2**20:10.1f} MiB in {len(found['removals'])} folders {verb}")
-
-
-def _read(settings: Path | None) -> dict[str, Any]:
-    if settings is None:
-        return {}
-    import yaml
-
-    try:
-        read = yaml.safe_load(settings.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{settings}: not YAML: {error}") from None
-    if not isinstance(read, dict):
-        raise ValueError(f"{settings}: must hold settings by name")
-    return read
+    for removal in answer.removals:
+        print(f"{removal.bytes / _MIB:10.1f} MiB  {removal.folder}")
+    total = sum(removal.bytes for removal in answer.removals)
+    verb = "removed" if answer.applied else "would be removed (--apply does it)"
+    print(f"{total / _MIB:10.1f} MiB in {len(answer.removals)} folders {verb}")

@@ -10,12 +10,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from contract.command import SUCCESS, WORK_FAILED
-from orchestrator.cli.options import Code, Data, Debug, Json, StudyFile, StudyId, print_json, say
+from orchestrator.cli.options import (
+    AsJson,
+    Code,
+    Data,
+    Debug,
+    StudyFile,
+    StudyId,
+    print_json,
+    print_result,
+    say,
+)
 
 if TYPE_CHECKING:
-    from contract.answers import StudyView
+    from pydantic import BaseModel
+
+    from contract.answers import StudyView, Submitted
     from contract.study import Submission
     from orchestrator.client import Client
+    from orchestrator.study.code_package import CodePackage
 
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Run trials anew that have a finished result.")
@@ -38,7 +51,7 @@ def register(app: typer.Typer) -> None:
 
 
 def plan(
-    study: StudyFile, data: Data = "", code: Code = "", json: Json = False, debug: Debug = False
+    study: StudyFile, data: Data = "", code: Code = "", json: AsJson = False, debug: Debug = False
 ) -> None:
     """Show what a study would run: trials, ranks, identities, what is cached. Starts nothing."""
     from orchestrator.local.connect import running_client
@@ -48,9 +61,9 @@ def plan(
     client = running_client()
     finished = client.finished([trial.identity for trial in submission.trials]) if client else {}
     speeds = measured_speeds(submission.study.name, client.studies()) if client else {}
-    gangs = gangs_at_once(submission.study, client.info().cluster["nodes"]) if client else 0
+    gangs = gangs_at_once(submission.study, client.info().cluster.nodes) if client else 0
     result = make_plan(submission, finished, speeds, gangs)
-    print_json(result.as_json()) if json else print(result.text())
+    print_result(result.as_json(), result.text(), json)
 
 
 def submit(
@@ -59,12 +72,12 @@ def submit(
     code: Code = "",
     fresh: Fresh = False,
     key: Key = "",
-    json: Json = False,
+    json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Submit a study and return at once with its id."""
     _, accepted = _submit(study, data, code, fresh, key)
-    print_json(accepted) if json else print(accepted["study"])
+    print_result(accepted, accepted.study, json)
 
 
 def run(
@@ -74,95 +87,96 @@ def run(
     fresh: Fresh = False,
     key: Key = "",
     out: Out = None,
-    json: Json = False,
+    json: AsJson = False,
     debug: Debug = False,
 ) -> int:
-    """Submit a study, follow it to the end and print its table. Interrupting leaves the study running."""
+    """Submit a study, follow it to the end and print its table.
+    Interrupting leaves the study running.
+    """
     from orchestrator.cli.follow import follow
 
     client, accepted = _submit(study, data, code, fresh, key)
-    study_id = accepted["study"]
-    say(f"study {study_id}: {accepted['trials']} trials")
+    study_id = accepted.study
+    say(f"study {study_id}: {accepted.trials} trials")
     try:
         view = follow(client, study_id, mode="silent" if json else "live")
     except KeyboardInterrupt:
         say(
-            f'the study goes on; "maskray watch {study_id}" follows it, "maskray cancel {study_id}" ends it'
+            f'the study goes on; "maskray watch {study_id}" follows it, '
+            f'"maskray cancel {study_id}" ends it'
         )
         raise
     page, table = _report(client, view, out)
     if json:
         print_json({**_outcome(view), "report": str(page)})
     else:
-        print(table)
-        print(f"\nreport: {page}\nMLflow: {client.info().mlflow_uri} (if it has ended: maskray ui)")
+        uri = client.info().mlflow_uri
+        print(f"{table}\n\nreport: {page}\nMLflow: {uri} (if it has ended: maskray ui)")
     return SUCCESS if view.state == "done" else WORK_FAILED
 
 
-def report(study: StudyId, out: Out = None, json: Json = False, debug: Debug = False) -> None:
+def report(study: StudyId, out: Out = None, json: AsJson = False, debug: Debug = False) -> None:
     """Write a study's report (HTML, CSV, JSON) and print its table; works while the study runs."""
-    from orchestrator.cli.names import study_id
+    from orchestrator.cli.ids import study_id
     from orchestrator.local.connect import connected_client
 
     client = connected_client()
     view = client.study(study_id(client, study))
     page, table = _report(client, view, out)
-    if json:
-        print_json({**_outcome(view), "report": str(page)})
-    else:
-        print(table)
-        print(f"\nreport: {page}")
+    text = f"{table}\n\nreport: {page}"
+    print_result({**_outcome(view), "report": str(page)}, text, json)
 
 
 def schema(
     what: Annotated[str, typer.Argument(metavar="study|run", help="Which record to describe.")],
-    json: Json = False,
+    json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Print the JSON Schema of a study or a run file, for editors."""
     from contract.recipe import RunConfig
     from contract.study import Study
 
-    records: dict[str, Any] = {"study": Study, "run": RunConfig}
+    records: dict[str, type[BaseModel]] = {"study": Study, "run": RunConfig}
     if what not in records:
         raise ValueError(f"schema {what!r}: there are 'study' and 'run'")
     described = records[what].model_json_schema()
-    print_json(described) if json else print(jsonlib.dumps(described, indent=2))
+    print_result(described, jsonlib.dumps(described, indent=2), json)
 
 
 def _prepare(
     study: Path, data: str, code: str, fresh: bool = False, key: str = ""
-) -> tuple[Submission, Any]:
+) -> tuple[Submission, CodePackage]:
+    """The submission as the code that travels expands it, and that code."""
     from contract.study import Submission
     from orchestrator.study.code_package import package
     from orchestrator.study.read import read_study
     from orchestrator.travel import expand_with_its_code
 
     record, text = read_study(study)
-    bundle = package(Path.cwd(), code)
-    expansion = expand_with_its_code(record, data=data, root=Path.cwd(), code=bundle)
+    sources = package(Path.cwd(), code)
+    expansion = expand_with_its_code(record, data=data, root=Path.cwd(), code=sources)
     submission = Submission(
         study=record,
         study_yaml=text,
         trials=expansion.trials,
-        code=bundle.sha256,
+        code=sources.sha256,
         warnings=expansion.warnings,
+        # A request that is sent twice after a lost answer is still one study.
         idempotency_key=key or uuid.uuid4().hex,
         fresh=fresh,
     )
     for warning in expansion.warnings:
         say(f"warning: {warning}")
-    return submission, bundle
+    return submission, sources
 
 
-def _submit(
-    study: Path, data: str, code: str, fresh: bool, key: str
-) -> tuple[Client, dict[str, Any]]:
+def _submit(study: Path, data: str, code: str, fresh: bool, key: str) -> tuple[Client, Submitted]:
     from orchestrator.local.connect import connected_client
 
-    submission, bundle = _prepare(study, data, code, fresh, key)
+    submission, sources = _prepare(study, data, code, fresh, key)
     client = connected_client()
-    client.upload_code(bundle.sha256, bundle.data)
+    # The service refuses a study whose code it does not have yet.
+    client.upload_code(sources.sha256, sources.data)
     return client, client.submit(submission)
 
 

@@ -1,4 +1,4 @@
-"""What `status`, `watch` and `queue` show a person."""
+"""The tables that `status`, `watch` and `queue` print for a person."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from contract.answers import QueueEntry, StudyView, TrialView
+from contract.attempt import Progress
 from contract.study import FINAL_STATES
 
 _STYLES = {
@@ -87,14 +88,12 @@ def study_table(view: StudyView) -> RenderableType:
     )
     notes: list[Text] = []
     for trial in view.trials:
-        progress = trial.progress if trial.state not in FINAL_STATES else {}
+        # A trial that is over keeps its last progress; its metrics say more.
+        progress = trial.progress if trial.state not in FINAL_STATES else None
         table.add_row(
             trial.key,
             Text(_state(trial), _STYLES.get(trial.state, "")),
-            f"{progress['step']}/{progress['steps']}" if progress else "",
-            number(progress.get("loss"), 3),
-            number(progress.get("images_per_s"), 1),
-            duration(progress.get("seconds_left")),
+            *(_progress_cells(progress) if progress is not None else ("",) * 4),
             number(_points(trial, "bbox/AP"), 1),
             number(_points(trial, "segm/AP"), 1),
         )
@@ -102,25 +101,33 @@ def study_table(view: StudyView) -> RenderableType:
             notes.append(Text(f"{trial.key}: {trial.error}", "red"))
         elif trial.state == "queued" and trial.why:
             notes.append(Text(f"{trial.key} waits: {trial.why.removeprefix('waits ')}", "dim"))
-        notes.extend(
-            Text(f"{trial.key}: {event.get('text', event.get('kind'))}", "yellow")
-            for event in trial.events
-        )
+        notes.extend(Text(f"{trial.key}: {event.text}", "yellow") for event in trial.events)
     notes.extend(Text(f"warning: {warning}", "yellow") for warning in view.warnings)
     title = Text(f"{view.name} ({view.study}): {view.state}", "bold")
     return Group(title, table, *notes)
 
 
+def _progress_cells(progress: Progress) -> tuple[str, str, str, str]:
+    return (
+        f"{progress.step}/{progress.steps}",
+        number(progress.loss, 3),
+        number(progress.images_per_s, 1),
+        duration(progress.seconds_left),
+    )
+
+
 def _state(trial: TrialView) -> str:
     if trial.cached_from:
         return f"{trial.state} (earlier result)"
-    if trial.state == "running" and trial.progress.get("phase") in ("evaluating", "finishing"):
-        return str(trial.progress["phase"])
+    phase = trial.progress.phase if trial.progress is not None else "starting"
+    if trial.state == "running" and phase in ("evaluating", "finishing"):
+        return phase  # the step stands still then, which looks like a trial that hangs
     return f"{trial.state} (attempt {trial.attempts})" if trial.attempts > 1 else trial.state
 
 
 def _points(trial: TrialView, metric: str) -> float | None:
     value = trial.metrics.get(metric)
+    # -1 says that there was nothing to evaluate.
     return None if value is None or value < 0 else 100 * value
 
 

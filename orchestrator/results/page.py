@@ -207,9 +207,7 @@ def _notes(view: StudyView, comparison: Comparison) -> str:
 def _trials(view: StudyView) -> str:
     rows = []
     for trial in view.trials:
-        events = ", ".join(
-            f"{event.get('kind', '')} at step {event.get('step', '?')}" for event in trial.events
-        )
+        events = ", ".join(f"{event.kind} at step {event.step}" for event in trial.events)
         cells = [
             trial.key,
             trial.trial,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from contract.answers import StudyView
+from contract.answers import NodeView, StudyView
 from contract.recipe import RunConfig
 from contract.study import Study, Submission, TrialPlan
 from orchestrator.results.checkpoint_size import checkpoint_bytes
@@ -137,9 +137,9 @@ def make_plan(
     )
 
 
-def gangs_at_once(study: Study, nodes: Sequence[Mapping[str, Any]]) -> int:
+def gangs_at_once(study: Study, nodes: Sequence[NodeView]) -> int:
     """How many trials of the study the cluster holds when it is empty; 0 if it holds none, or no node is known."""
-    free = {node["id"]: dict(node["total"]) for node in nodes}
+    free = {node.id: dict(node.total) for node in nodes}
     gang, count = gang_of(study.model_dump()), 0
     while (placement := fit(gang, free)) is not None:
         take(free, gang, placement)

@@ -89,7 +89,7 @@ def as_json(study: StudyView, facts: Facts, comparison: Comparison) -> dict[str,
                         "seed": trial.seed,
                         "state": trial.state,
                         "error": trial.error,
-                        "events": trial.events,
+                        "events": [event.model_dump() for event in trial.events],
                         "images_seen": images_seen(facts.trials[trial.trial].run),
                     }
                     for trial in arm.trials

@@ -114,9 +114,9 @@ def _mark(trial: TrialView) -> str:
         reason = f": {trial.error}" if trial.error else ""
         diverged = "diverged" if trial.error_class == "diverged" else trial.state
         parts.append(f"{diverged}{reason}")
-    kinds = [str(event.get("kind", "")) for event in trial.events]
+    kinds = [event.kind for event in trial.events]
     for kind in dict.fromkeys(kind for kind in kinds if "rollback" in kind or "rolled" in kind):
-        steps = ", ".join(str(e.get("step", "?")) for e in trial.events if e.get("kind") == kind)
+        steps = ", ".join(str(event.step) for event in trial.events if event.kind == kind)
         parts.append(f"rolled back after a bad loss (step {steps})")
     return f"{trial.key}: {'; '.join(parts)}" if parts else ""
 

@@ -19,12 +19,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from sqlalchemy import select
 
-from contract.answers import Check, Staging
+from contract.answers import Check, ClusterView, NodeView, Staging
 from contract.command import run_command
 from orchestrator.cluster import staging
 from orchestrator.cluster.doctor import examine
@@ -105,12 +104,12 @@ class Service:
         total["GPU"] = float(self.settings.ray_gpus) if self.settings.ray_gpus >= 0 else math.inf
         return [Node("local", total, total)]
 
-    def cluster(self) -> dict[str, Any]:
+    def cluster(self) -> ClusterView:
         nodes = [
-            {"id": node.id, "total": dict(node.total), "free": dict(node.free)}
+            NodeView(id=node.id, total=dict(node.total), free=dict(node.free))
             for node in self.loop.nodes
         ]
-        return {"state": self.loop.cluster_words, "nodes": nodes}
+        return ClusterView(state=self.loop.cluster_words, nodes=nodes)
 
     def tracking_uri(self) -> str:
         return self._tracking_uri

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from contract.answers import NodeView
 from contract.study import Resources
 from orchestrator.local.processes import end_processes, free_ports, marked_processes, own_token
 from tests.orchestrator.services import service_client, start_service
@@ -104,8 +105,8 @@ class House:
         self.client = service_client(settings, root / "log")
         self.until("head", lambda: len(self.nodes()) == 1)
 
-    def nodes(self) -> list[dict[str, Any]]:
-        return list(self.client.info().cluster["nodes"])
+    def nodes(self) -> list[NodeView]:
+        return self.client.info().cluster.nodes
 
     def until(self, what: str, condition: Any) -> Any:
         return wait_until(what, condition, self.root / "log")
@@ -133,9 +134,7 @@ def house() -> Iterator[House]:
 
 def test_the_cluster_grows_for_the_head_of_the_queue_and_shrinks_again(house):
     resources = Resources(ranks=4, cpus_per_rank=0.5, gpus_per_rank=1)
-    study = house.client.submit(submission(plan("g", identity("grow")), resources=resources))[
-        "study"
-    ]
+    study = house.client.submit(submission(plan("g", identity("grow")), resources=resources)).study
     house.until("growth", lambda: len(house.nodes()) == 3)
     house.until("its end", lambda: house.client.study(study).state not in ("active", "paused"))
     trial = house.client.study(study).trials[0]

@@ -79,7 +79,7 @@ class House:
         }  # fmt: skip
         self.service = start_service(settings, environment, self.log)
         self.client = service_client(settings, root / "nodes.log")
-        self.until("nodes", lambda: len(self.client.info().cluster["nodes"]) == 3)
+        self.until("nodes", lambda: len(self.client.info().cluster.nodes) == 3)
 
     def close(self) -> None:
         for process in (self.service, self.nodes):
@@ -118,7 +118,7 @@ class House:
         resources = Resources(
             ranks=ranks, cpus_per_rank=0.5, gpus_per_rank=1, max_nodes=fields.pop("max_nodes", 0)
         )
-        return str(self.client.submit(submission(*plans, resources=resources, **fields))["study"])
+        return str(self.client.submit(submission(*plans, resources=resources, **fields)).study)
 
     def until(self, what: str, condition: Callable[[], Any]) -> Any:
         return wait_until(what, condition, self.root / "nodes.log")
@@ -137,7 +137,7 @@ class House:
                 (
                     t
                     for t in self.client.study(study).trials[:1]
-                    if t.progress.get("attempt") == attempt
+                    if t.progress is not None and t.progress.attempt == attempt
                 ),
                 None,
             ),
@@ -180,8 +180,8 @@ def test_a_dataset_is_staged_on_every_node(house, monkeypatch, capsys):
         refused = json.loads(capsys.readouterr().out)
     finally:
         server.stop()
-    nodes = house.client.info().cluster["nodes"]
-    assert {node["node"] for node in told["nodes"]} == {node["id"] for node in nodes}
+    nodes = house.client.info().cluster.nodes
+    assert {node["node"] for node in told["nodes"]} == {node.id for node in nodes}
     assert {node["state"] for node in told["nodes"]} == {"done"}
     cache = {node["cache"] for node in told["nodes"]}.pop()
     assert (
@@ -261,7 +261,7 @@ def test_a_node_that_is_preempted_is_drained_and_its_trial_goes_on_elsewhere(hou
     assert "taken away" in trial.attempt_list[0].cause
     house.ask(kill=node)
     house.replace(node)
-    house.until("nodes", lambda: len(house.client.info().cluster["nodes"]) == 3)
+    house.until("nodes", lambda: len(house.client.info().cluster.nodes) == 3)
 
 
 def test_after_a_broken_collective_the_next_attempt_sits_elsewhere(house):
@@ -312,7 +312,7 @@ def training(house) -> Callable[[str], str]:
     made = plan("real", identity("real")).model_copy(update={"run": run})
     resources = Resources(ranks=2, cpus_per_rank=1, custom_per_rank={"whole": 1})
     return lambda name: str(
-        house.client.submit(submission(made, resources=resources, name=name, fresh=True))["study"]
+        house.client.submit(submission(made, resources=resources, name=name, fresh=True)).study
     )
 
 
@@ -329,11 +329,15 @@ def _weights(house: House, study: str, attempts: int) -> str:
     return str(json.loads((Path(trial.storage) / "result.json").read_text())["weights_sha256"])
 
 
+def _phase(trial: TrialView) -> str:
+    return trial.progress.phase if trial.progress is not None else ""
+
+
 REACHED: dict[str, Callable[[TrialView], bool]] = {
-    "starting": lambda trial: trial.progress.get("phase") == "starting",
-    "training": lambda trial: trial.progress.get("step", 0) >= 6,
+    "starting": lambda trial: _phase(trial) == "starting",
+    "training": lambda trial: trial.progress is not None and trial.progress.step >= 6,
     "checkpoint": lambda trial: any(Path(trial.storage).glob("checkpoints/*")),
-    "finishing": lambda trial: trial.progress.get("phase") in ("evaluating", "finishing"),
+    "finishing": lambda trial: _phase(trial) in ("evaluating", "finishing"),
 }
 
 

@@ -149,11 +149,10 @@ def test_a_study_runs_its_errors_are_classed_and_mlflow_and_logs_keep_it(house, 
         ),
     )
     made = client.submit(submission(*plans, code=sha256, name="first", idempotency_key="once"))
-    assert client.submit(submission(*plans, code=sha256, name="first", idempotency_key="once")) == {
-        **made,
-        "created": False,
-    }
-    view = house.ended(client, made["study"])
+    assert client.submit(submission(*plans, code=sha256, name="first", idempotency_key="once")) == (
+        made.model_copy(update={"created": False})
+    )
+    view = house.ended(client, made.study)
 
     good, wrong = view.trials
     assert (view.state, good.state, wrong.state) == ("failed", "done", "failed")
@@ -174,7 +173,7 @@ def test_a_study_runs_its_errors_are_classed_and_mlflow_and_logs_keep_it(house, 
     assert (spec["name"], spec["ranks"], spec["tracking"]["experiment"]) == ("good", 1, view.study)
 
     again = client.submit(submission(plans[0], name="again"))
-    cached = client.study(again["study"])
+    cached = client.study(again.study)
     assert (cached.state, cached.trials[0].cached_from) == ("done", good.trial)
 
     report = house.root / "report"
@@ -200,7 +199,7 @@ def test_a_trial_is_reproduced_once_and_a_difference_is_told(house, client):
         plan("same", identity("same"), seed=1),
         plan("drifts", identity("drifts"), drift=str(house.root / "drift")),
     )
-    study = house.ended(client, client.submit(submission(*plans, name="first"))["study"])
+    study = house.ended(client, client.submit(submission(*plans, name="first")).study)
     same, drifts = study.trials
 
     found, status = house.maskray("reproduce", same.trial)
@@ -249,7 +248,7 @@ def test_ray_demands_its_token_and_no_secret_is_in_a_command_line_a_log_or_a_dat
     house, client
 ):
     ended = house.ended(
-        client, client.submit(submission(plan("quiet", identity("quiet")), name="quiet"))["study"]
+        client, client.submit(submission(plan("quiet", identity("quiet")), name="quiet")).study
     )
     assert ended.state == "done"
     url = recorded_child("ray", house.home).url
@@ -276,9 +275,7 @@ def test_ray_demands_its_token_and_no_secret_is_in_a_command_line_a_log_or_a_dat
 
 def test_a_study_is_paused_resumed_and_cancelled_at_a_checkpoint(house, client):
     gate = house.gate("pause")
-    study = client.submit(submission(plan("p", identity("p"), gate=str(gate)), name="pause"))[
-        "study"
-    ]
+    study = client.submit(submission(plan("p", identity("p"), gate=str(gate)), name="pause")).study
     house.stepping(client, study)
     assert client.act_on_study(study, "pause").state == "paused"
     house.until("pause", lambda: client.study(study).trials[0].state == "queued")
@@ -299,7 +296,7 @@ def test_a_killed_service_takes_up_what_ran_and_a_cancel_given_meanwhile(house, 
     """The service dies by SIGKILL while one trial trains and another waits; both end once, in their order."""
     gate = house.gate("kill")
     plans = [plan(name, identity(name), gate=str(gate)) for name in ("k0", "k1", "k2")]
-    study = client.submit(submission(*plans, name="kill", max_parallel=1))["study"]
+    study = client.submit(submission(*plans, name="kill", max_parallel=1)).study
     trial = house.stepping(client, study)
     ray = recorded_child("ray", house.home)
     service = recorded_child("service", house.home)
@@ -325,7 +322,7 @@ def test_a_killed_driver_and_a_killed_head_cost_an_attempt_each_and_no_more(hous
     gate = house.gate("head")
     study = client.submit(
         submission(plan("h", identity("h"), gate=str(gate), steps=4), name="head")
-    )["study"]
+    ).study
     os.kill(house.pid(house.stepping(client, study)), signal.SIGKILL)
     trial = house.stepping(client, study, attempt=2)
     head = recorded_child("ray", house.home)
@@ -349,9 +346,7 @@ def test_a_killed_driver_and_a_killed_head_cost_an_attempt_each_and_no_more(hous
 
 def test_down_leaves_no_process_and_the_next_service_goes_on(house, client):
     gate = house.gate("down")
-    study = client.submit(submission(plan("d", identity("d"), gate=str(gate)), name="down"))[
-        "study"
-    ]
+    study = client.submit(submission(plan("d", identity("d"), gate=str(gate)), name="down")).study
     trial = house.stepping(client, study)
     url = client.connection.url
     assert local.shut_down(house.root)

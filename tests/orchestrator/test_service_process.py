@@ -83,9 +83,9 @@ def test_it_answers_while_ray_does_not_and_takes_studies(processes, tmp_path):
     process = start(processes, settings_file(home))
     with connected(process, home) as client:
         made = client.submit(submission(plan("a")))
-        view = client.study(made["study"])
+        view = client.study(made.study)
         assert (view.state, view.trials[0].state) == ("active", "queued")
-        assert client.info().cluster["nodes"] == []
+        assert client.info().cluster.nodes == []
         command = " ".join(psutil.Process(process.pid).cmdline())
         assert own_token(home / "token") not in command
     assert stat.S_IMODE((home / "token").stat().st_mode) == 0o600
@@ -95,7 +95,7 @@ def test_a_second_service_on_the_same_ledger_refuses_until_the_first_is_dead(pro
     shared = f"sqlite:///{tmp_path / 'shared.db'}"
     first = start(processes, settings_file(tmp_path / "one", ledger=shared))
     with connected(first, tmp_path / "one") as client:
-        study = client.submit(submission(plan("a")))["study"]
+        study = client.submit(submission(plan("a"))).study
     second = start(processes, settings_file(tmp_path / "two", ledger=shared))
     output, _ = second.communicate(timeout=120)
     assert second.returncode == 1

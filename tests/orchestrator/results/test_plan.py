@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from contract.answers import StudyView
+from contract.answers import NodeView, StudyView
 from contract.presets import preset
 from contract.study import Submission
 from orchestrator.results.checkpoint_size import parameters
@@ -50,9 +50,9 @@ def test_the_whole_study_at_the_clusters_size(tmp_path: Path) -> None:
 
 
 def test_how_many_trials_run_at_once_follows_from_the_nodes(tmp_path: Path) -> None:
-    def nodes(*gpus: int) -> list[dict[str, Any]]:
+    def nodes(*gpus: int) -> list[NodeView]:
         return [
-            {"id": f"n{i}", "total": {"CPU": 64, "GPU": count}, "free": {}}
+            NodeView(id=f"n{i}", total={"CPU": 64, "GPU": count}, free={})
             for i, count in enumerate(gpus)
         ]
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from contract.answers import TrialView
+from contract.attempt import Event
 from orchestrator.results.statistics import (
     compare,
     difference,
@@ -136,7 +137,7 @@ def test_a_diverged_seed_withholds_the_verdict_and_is_marked() -> None:
 
 def test_a_rollback_marks_a_trial_that_counts() -> None:
     trials = two_arms([0.1], [0.3])
-    trials[1].events.append({"at": 0.0, "kind": "rollback", "step": 70, "text": ""})
+    trials[1].events.append(Event(at=0.0, kind="rollback", step=70, text=""))
     arm = compare(trials, ["segm/AP"]).arms[1]
     assert arm.marks == ("roi=align/seed-0: rolled back after a bad loss (step 70)",)
     assert arm.metrics["segm/AP"].mean == 0.3

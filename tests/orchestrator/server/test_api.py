@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from contract.answers import Check, StagedNode, Staging
+from contract.answers import Check, ClusterView, StagedNode, Staging
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import users as auth
 from orchestrator.ledger.opening import Ledger
@@ -54,8 +54,8 @@ class FakeHub:
     def nodes(self) -> list[Node]:
         return NODES
 
-    def cluster(self) -> dict[str, Any]:
-        return {"state": "ready", "nodes": []}
+    def cluster(self) -> ClusterView:
+        return ClusterView(state="ready", nodes=[])
 
     def tracking_uri(self) -> str:
         return "http://127.0.0.1:1"

@@ -16,12 +16,11 @@ def study_id(client: Client, name: str) -> str:
         raise ValueError(f"study {name!r}: there are no studies yet")
     if name == "last":
         return views[-1].study
-    named = [view.study for view in views if name in (view.study, view.name)]
-    if not named:
-        raise ValueError(
-            f"study {name!r}: not known{_nearest(name, [view.study for view in views])}; maskray status lists them"
-        )
-    return named[-1]
+    matches = [view.study for view in views if name in (view.study, view.name)]
+    if not matches:
+        hint = _nearest(name, [view.study for view in views])
+        raise ValueError(f"study {name!r}: not known{hint}; maskray status lists them")
+    return matches[-1]
 
 
 def trial_id(client: Client, name: str) -> str:
@@ -29,41 +28,40 @@ def trial_id(client: Client, name: str) -> str:
     study, _, key = name.partition(":")
     if key:
         trials = client.study(study_id(client, study)).trials
-        found = [trial.trial for trial in trials if trial.key == key]
+        matches = [trial.trial for trial in trials if trial.key == key]
         known = [trial.key for trial in trials]
     else:
-        known = _trials_beside(client, name)
-        found = [trial for trial in known if trial == name]
-    if not found and not key and name in _names_of_studies(client):
+        known = _siblings(client, name)
+        matches = [trial for trial in known if trial == name]
+    if not matches and not key and name in _names_of_studies(client):
         raise ValueError(
-            f"trial {name!r}: that is a study; name one of its trials: {name}:KEY (see maskray status)"
+            f"trial {name!r}: that is a study; name one of its trials: {name}:KEY "
+            "(see maskray status)"
         )
-    if not found:
+    if not matches:
         raise ValueError(f"trial {name!r}: not known{_nearest(key or name, known)}")
-    return found[0]
+    return matches[0]
 
 
 def is_trial(client: Client, name: str) -> bool:
-    return ":" in name or name in _trials_beside(client, name)
+    return ":" in name or name in _siblings(client, name)
 
 
 def _names_of_studies(client: Client) -> set[str]:
-    return {"last"} | {
-        name for view in client.studies(trials=False) for name in (view.study, view.name)
-    }
+    views = client.studies(trials=False)
+    return {"last"} | {name for view in views for name in (view.study, view.name)}
 
 
-def _trials_beside(client: Client, name: str) -> list[str]:
-    """The ids of the study that `name` would be a trial of: ids are STUDY-NUMBER. Of all studies if there is none."""
-    study = name.rpartition("-")[0]
+def _siblings(client: Client, name: str) -> list[str]:
+    """The trials of the study that `name` would belong to, or of all studies if there is none."""
+    study = name.rpartition("-")[0]  # a trial's id is STUDY-NUMBER
     studies = {view.study for view in client.studies(trials=False)}
     if study in studies:
         return [trial.trial for trial in client.study(study).trials]
-    return (
-        []
-        if name in studies
-        else [trial.trial for view in client.studies() for trial in view.trials]
-    )
+    if name in studies:
+        return []
+    # Only a mistyped id comes here: the list of all trials is long, and serves the hint alone.
+    return [trial.trial for view in client.studies() for trial in view.trials]
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Commands of the other rooms, run as their own programs: this room knows neither tensors nor shards."""
+"""Commands of the other rooms. Each runs as its own program, because this room imports no torch."""
 
 from __future__ import annotations
 
@@ -8,32 +8,35 @@ from typing import NoReturn
 
 import typer
 
-_FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+# The program that takes over reads its own arguments, `--help` included.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 def register(app: typer.Typer) -> None:
     app.command(
         "data",
-        context_settings=_FORWARD,
+        context_settings=_PASS_ON,
         help="Make, pack, verify, show, export and stage datasets.",
     )(_data)
-    app.command("eval", context_settings=_FORWARD, help="Score a COCO results file.")(_eval)
-    app.command("train", context_settings=_FORWARD, help="Train one run here, without Ray.")(_train)
+    app.command("eval", context_settings=_PASS_ON, help="Score a COCO results file.")(_eval)
+    app.command("train", context_settings=_PASS_ON, help="Train one run here, without Ray.")(_train)
     app.command(
-        "proposals", context_settings=_FORWARD, help="Write a trained run's proposals to a file."
+        "proposals", context_settings=_PASS_ON, help="Write a trained run's proposals to a file."
     )(_proposals)
     app.command(
-        "sync", context_settings=_FORWARD, help="Send to MLflow what a run could not send."
+        "sync", context_settings=_PASS_ON, help="Send to MLflow what a run could not send."
     )(_sync)
 
 
 def _data(context: typer.Context) -> int:
     if context.args[:1] != ["stage"]:
         become("pipelines", "data", *context.args)
+    # Staging alone asks the service for its nodes, so it starts in this room.
     from orchestrator.cli.stage import stage_app
 
+    arguments = context.args[1:]
     return int(
-        stage_app(args=context.args[1:], prog_name="maskray data stage", standalone_mode=False) or 0
+        stage_app(args=arguments, prog_name="maskray data stage", standalone_mode=False) or 0
     )
 
 
@@ -55,5 +58,5 @@ def _sync(context: typer.Context) -> None:
 
 def become(module: str, *arguments: str) -> NoReturn:
     """Replaces this process, so that signals, streams and the exit status are the program's own."""
-    sys.stdout.flush()
+    sys.stdout.flush()  # exec drops what Python still buffers
     os.execv(sys.executable, [sys.executable, "-m", module, *arguments])

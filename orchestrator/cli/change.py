@@ -1,0 +1,91 @@
+"""Commands that change a study or a trial: cancel, pause, resume, retry, priority, forget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from orchestrator.cli.options import AsJson, Debug, StudyId, print_result
+
+if TYPE_CHECKING:
+    from contract.answers import StudyAction
+
+Target = Annotated[
+    str, typer.Argument(metavar="STUDY_ID", help="A study; cancel and retry take a trial too.")
+]
+
+_HELP: Mapping[StudyAction, str] = {
+    "cancel": "End a study: running trials checkpoint and stop, waiting ones never start.",
+    "pause": "Stop a study's trials at a checkpoint; they keep their place.",
+    "resume": "Go on with a paused study.",
+    "retry": "Run a study's failed trials again.",
+}
+
+_EFFECT: Mapping[StudyAction, str] = {
+    "cancel": "is being cancelled",
+    "pause": "is being paused",
+    "resume": "goes on",
+    "retry": "is tried again",
+}
+
+
+def register(app: typer.Typer) -> None:
+    for action, text in _HELP.items():
+        app.command(action, help=text)(_action_command(action))
+    # A negative priority looks like an option; click must pass it on as the argument.
+    app.command(context_settings={"ignore_unknown_options": True})(priority)
+    app.command()(forget)
+
+
+def _action_command(action: StudyAction) -> Callable[..., None]:
+    def command(target: Target, json: AsJson = False, debug: Debug = False) -> None:
+        from orchestrator.cli.ids import is_trial, study_id, trial_id
+        from orchestrator.local.connect import connected_client
+
+        client = connected_client()
+        if (action == "cancel" or action == "retry") and is_trial(client, target):
+            trial = client.act_on_trial(trial_id(client, target), action)
+            words = _sentence(f"trial {trial.trial}", action, trial.changed, "")
+            print_result(trial, words, json)
+            return
+        view = client.act_on_study(study_id(client, target), action)
+        result = {"study": view.study, "action": action, "changed": view.changed}
+        words = _sentence(f"study {view.study}", action, view.changed, view.state)
+        print_result({**result, "state": view.state}, words, json)
+
+    return command
+
+
+def _sentence(thing: str, action: StudyAction, changed: bool, state: str) -> str:
+    if changed:
+        return f"{thing} {_EFFECT[action]}"
+    why = f"it is {state}" if state else "its state does not allow it"
+    return f"{thing} stays as it is, there is nothing to {action}: {why}"
+
+
+def priority(
+    study: StudyId,
+    value: Annotated[int, typer.Argument(min=-100, max=100, help="Larger goes first.")],
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Change a study's priority."""
+    from orchestrator.cli.ids import study_id
+    from orchestrator.local.connect import connected_client
+
+    client = connected_client()
+    view = client.set_priority(study_id(client, study), value)
+    text = f"study {view.study} has priority {value}"
+    print_result({"study": view.study, "priority": value}, text, json)
+
+
+def forget(study: StudyId, json: AsJson = False, debug: Debug = False) -> None:
+    """Remove a finished study from the ledger; its files stay."""
+    from orchestrator.cli.ids import study_id
+    from orchestrator.local.connect import connected_client
+
+    client = connected_client()
+    answer = client.forget(study_id(client, study))
+    print_result(answer, f"study {answer.study} is forgotten; its files stay", json)

@@ -1,0 +1,59 @@
+"""Every error as the service answers it: {"detail": one line} with a status code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic_core import ErrorDetails
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.base import RequestResponseEndpoint
+
+from contract.answers import Refusal
+from orchestrator.cluster.jobs import UnreachableError
+from orchestrator.server.views import in_words
+
+
+def absent(what: str, name: str) -> HTTPException:
+    return HTTPException(404, f"{what} {name!r}: there is none")
+
+
+def explain(problems: Sequence[ErrorDetails]) -> str:
+    """The first problem of a body or a parameter: where it is, and what is wrong."""
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {in_words(first['msg'])}"
+
+
+def add_errors(app: FastAPI) -> None:
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(_: Request, error: StarletteHTTPException) -> JSONResponse:
+        return _refusal(error.status_code, in_words(error.detail), error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return _refusal(400, explain(error.errors()))
+
+    # Whatever the rooms below refuse of a person's input is a ValueError.
+    @app.exception_handler(ValueError)
+    async def wrong(_: Request, error: ValueError) -> JSONResponse:
+        return _refusal(400, in_words(error))
+
+    # An OSError comes from the storage: like Ray, it may answer the next request.
+    @app.exception_handler(UnreachableError)
+    @app.exception_handler(OSError)
+    async def unreachable(_: Request, error: UnreachableError | OSError) -> JSONResponse:
+        return _refusal(503, in_words(error))
+
+    @app.middleware("http")
+    async def no_nul(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        # PostgreSQL holds no NUL character, and nothing of ours has one.
+        if "\0" in request.url.path or "%00" in str(request.url):
+            return _refusal(400, "the address holds a NUL character")
+        return await call_next(request)
+
+
+def _refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(Refusal(detail=detail).model_dump(), status, headers)

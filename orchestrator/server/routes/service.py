@@ -1,0 +1,49 @@
+"""The service itself: health, info, retention, shutdown."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import APIRouter, Request
+
+from contract.answers import Collected, Ending, Health, Info, RemovalView, Retention
+from orchestrator.ledger.retention import apply_retention, plan_retention
+from orchestrator.server.access import ADMIN, HubOfApp, Reader
+from orchestrator.settings import storage_root
+
+router = APIRouter(prefix="/v1")
+
+
+@router.get("/health")
+def health(request: Request) -> Health:
+    """The one route without a token: it says no more than that the service answers."""
+    return Health(version=request.app.version)
+
+
+@router.get("/info")
+def info(request: Request, hub: HubOfApp, user: Reader) -> Info:
+    return Info(
+        version=request.app.version,
+        mlflow_uri=hub.settings.mlflow_public or hub.tracking_uri(),
+        storage=storage_root(hub.settings),
+        cluster=hub.cluster(),
+        user=user.name,
+        role=user.role,
+    )
+
+
+@router.post("/gc", dependencies=ADMIN)
+def collect(body: Retention, hub: HubOfApp) -> Collected:
+    """Lists the checkpoints that a retention policy lets go; with `apply` it deletes them."""
+    now, days = time.time(), body.checkpoints_days
+    with hub.ledger.reading() as transaction:
+        removals = plan_retention(transaction, now, days)
+    freed = apply_retention(hub.ledger, removals, now, days) if body.apply else 0
+    listed = [RemovalView.model_validate(removal) for removal in removals]
+    return Collected(removals=listed, applied=body.apply, freed_bytes=freed)
+
+
+@router.post("/shutdown", dependencies=ADMIN)
+def shutdown(hub: HubOfApp) -> Ending:
+    hub.end()
+    return Ending()

@@ -1,0 +1,163 @@
+"""Studies: submitting, looking, changing, and their reports."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.concurrency import run_in_threadpool
+from pydantic import JsonValue, ValidationError
+
+from contract.answers import (
+    ChangedStudy,
+    Forgotten,
+    Priority,
+    ReportKept,
+    StudyAction,
+    StudyList,
+    StudyView,
+    Submitted,
+)
+from contract.study import Submission
+from orchestrator.ledger import commands
+from orchestrator.ledger.opening import Transaction
+from orchestrator.ledger.users import User
+from orchestrator.server import accept, views
+from orchestrator.server.access import READ, HubOfApp, Id, Submitter, own_study
+from orchestrator.server.errors import absent, explain
+from orchestrator.server.hub import Hub
+from orchestrator.server.uploads import (
+    MAX_REPORT,
+    MAX_SUBMISSION,
+    body_of,
+    check_report_names,
+    report_files,
+)
+from orchestrator.settings import service_files
+
+router = APIRouter(prefix="/v1/studies")
+
+_ACTIONS: Mapping[StudyAction, Callable[[Transaction, str, str, float], bool]] = {
+    "cancel": commands.cancel_study,
+    "pause": commands.pause_study,
+    "resume": commands.resume_study,
+    "retry": commands.retry_study,
+}
+_LARGEST_SEED = 2**31  # the ledger keeps seeds in an SQL integer of 32 bits
+
+
+@router.post("")
+async def submit(request: Request, hub: HubOfApp, user: Submitter) -> Submitted:
+    # The body is parsed in a worker thread: a large submission must not hold up other requests.
+    body = await body_of(request, MAX_SUBMISSION)
+    return await run_in_threadpool(_submit, hub, body, user)
+
+
+@router.get("", dependencies=READ)
+def studies(hub: HubOfApp, trials: bool = True) -> StudyList:
+    """`trials=false` gives their counts by state alone, which stays quick with thousands."""
+    with hub.ledger.reading() as transaction:
+        every = views.study_views(transaction, hub.waits(), with_trials=trials)
+    return StudyList(studies=every)
+
+
+@router.get("/{study}", dependencies=READ)
+def study(study: Id, hub: HubOfApp) -> StudyView:
+    return _view(hub, study)
+
+
+@router.get("/{study}/submission", dependencies=READ)
+def submission(study: Id, hub: HubOfApp) -> Submission:
+    with hub.ledger.reading() as transaction:
+        sent = views.submission_of(transaction, study)
+    if sent is None:
+        raise absent("study", study)
+    return sent
+
+
+# Before the route of `{action}`, which would otherwise take the word for an action.
+@router.post("/{study}/priority")
+def priority(study: Id, body: Priority, hub: HubOfApp, user: Submitter) -> StudyView:
+    with hub.ledger.writing() as transaction:
+        own_study(transaction, study, user)
+        commands.set_priority(transaction, study, body.priority, user.name, time.time())
+    hub.wake()
+    return _view(hub, study)
+
+
+@router.post("/{study}/{action}")
+def act_on_study(study: Id, action: StudyAction, hub: HubOfApp, user: Submitter) -> ChangedStudy:
+    """The study after the action, and whether there was anything to change."""
+    with hub.ledger.writing() as transaction:
+        own_study(transaction, study, user)
+        changed = _ACTIONS[action](transaction, study, user.name, time.time())
+    hub.wake()
+    return ChangedStudy(**_view(hub, study).model_dump(), changed=changed)
+
+
+@router.delete("/{study}")
+def forget(study: Id, hub: HubOfApp, user: Submitter) -> Forgotten:
+    with hub.ledger.writing() as transaction:
+        own_study(transaction, study, user)
+        commands.forget_study(transaction, study, user.name, time.time())
+    return Forgotten(study=study)
+
+
+@router.put("/{study}/report")
+async def report(study: Id, request: Request, hub: HubOfApp, user: Submitter) -> ReportKept:
+    files = report_files(await body_of(request, MAX_REPORT))
+    return await run_in_threadpool(_keep_report, hub, study, files, user)
+
+
+def _submit(hub: Hub, body: bytes, user: User) -> Submitted:
+    try:
+        sent = Submission.model_validate_json(body)
+    except ValidationError as error:
+        raise HTTPException(400, explain(error.errors(include_url=False))) from None
+    _refuse_what_sql_cannot_hold(sent)
+    accept.check(sent, hub.settings, hub.nodes())
+    name, created = accept.accept(hub.ledger, hub.settings, sent, user.name, time.time())
+    hub.wake()
+    return Submitted(study=name, created=created, trials=len(sent.trials))
+
+
+def _refuse_what_sql_cannot_hold(sent: Submission) -> None:
+    if not all(math.isfinite(value) for trial in sent.trials for value in _floats(trial.run)):
+        raise HTTPException(400, "submission: a number is not finite")
+    if "\\u0000" in sent.model_dump_json():
+        raise HTTPException(400, "submission: a text holds a NUL character")
+    for trial in sent.trials:
+        if not -_LARGEST_SEED <= trial.seed < _LARGEST_SEED:
+            raise HTTPException(
+                400,
+                f"trial {trial.key}: its seed {trial.seed} is larger than {_LARGEST_SEED - 1}",
+            )
+
+
+def _floats(value: JsonValue) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _floats(item)
+
+
+def _view(hub: Hub, study: str) -> StudyView:
+    with hub.ledger.reading() as transaction:
+        matches = views.study_views(transaction, hub.waits(), study)
+    if not matches:
+        raise absent("study", study)
+    return matches[0]
+
+
+def _keep_report(hub: Hub, study: str, files: Mapping[str, bytes], user: User) -> ReportKept:
+    with hub.ledger.reading() as transaction:
+        row = own_study(transaction, study, user)
+    check_report_names(files)
+    storage = service_files(row.storage)
+    for name, data in files.items():
+        storage.write(f"{study}/report/{name}", data)
+    hub.put_report(study, files)
+    return ReportKept(study=study, files=len(files))

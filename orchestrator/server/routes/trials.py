@@ -1,0 +1,55 @@
+"""Trials: cancelling and retrying one, its logs, and which identities have a result."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from contract.answers import ChangedTrial, Finished, LogPage, TrialAction
+from orchestrator.ledger import commands, queries
+from orchestrator.ledger.opening import Transaction
+from orchestrator.server.access import READ, HubOfApp, Id, Submitter, own_study
+from orchestrator.server.errors import absent
+from orchestrator.server.logs import read_log
+
+router = APIRouter(prefix="/v1")
+
+_ACTIONS: Mapping[TrialAction, Callable[[Transaction, str, str, float], bool]] = {
+    "cancel": commands.cancel_trial,
+    "retry": commands.retry_trial,
+}
+
+
+@router.post("/trials/{trial}/{action}")
+def act_on_trial(trial: Id, action: TrialAction, hub: HubOfApp, user: Submitter) -> ChangedTrial:
+    with hub.ledger.writing() as transaction:
+        row = queries.trial_row(transaction, trial)
+        if row is None:
+            raise absent("trial", trial)
+        own_study(transaction, row.study, user)
+        changed = _ACTIONS[action](transaction, trial, user.name, time.time())
+    hub.wake()
+    return ChangedTrial(trial=trial, action=action, changed=changed)
+
+
+@router.get("/trials/{trial}/logs", dependencies=READ)
+def logs(
+    trial: Id,
+    hub: HubOfApp,
+    attempt: Annotated[int, Query(ge=0, le=1_000_000)] = 0,
+    rank: Annotated[int, Query(ge=-1, le=100_000)] = 0,
+    offset: Annotated[int, Query(ge=0, le=1 << 50)] = 0,
+) -> LogPage:
+    """attempt: 0 is the newest. rank: -1 is the driver. offset: in bytes."""
+    return read_log(hub.ledger, hub.driver_log, trial, attempt, rank, offset)
+
+
+@router.get("/finished", dependencies=READ)
+def finished(hub: HubOfApp, identity: Annotated[list[str], Query(max_length=1000)]) -> Finished:
+    """The trials that have a result of their own, by identity."""
+    with hub.ledger.reading() as transaction:
+        rows = queries.finished_by_identity(transaction, identity)
+    return Finished(finished={key: row.id for key, row in rows.items()})
