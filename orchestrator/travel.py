@@ -75,10 +75,10 @@ def _ask(folder: Path, request: Request) -> Expansion:
     origin = request.code.origin
     # An older package reads these four fields by name, so they are written at any value.
     question = {
-        "study": request.study.model_dump(mode="json", exclude_defaults=True),
+        "study": request.study.sparse(),
         "data": request.data,
         "root": request.root,
-        "code": request.code.model_dump(mode="json"),
+        "code": request.code.sparse(),
     }
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator.travel"],
@@ -108,9 +108,7 @@ def main() -> int:
     code = CodePackage(data=b"", **dict(request.code))
     expansion = expand(request.study, data=request.data, root=Path(request.root), code=code)
     answer = {
-        "trials": [
-            trial.model_dump(mode="json", exclude_defaults=True) for trial in expansion.trials
-        ],
+        "trials": [trial.sparse() for trial in expansion.trials],
         "warnings": expansion.warnings,
     }
     print(json.dumps(answer))
