@@ -31,8 +31,10 @@ _RES5_CHANNELS = 2048
 
 
 def checkpoint_bytes(run: RunConfig) -> float:
-    """What the kept checkpoints, the best and the last weights of one finished trial take, in bytes."""
-    weights = 4 * parameters(run.model)
+    """The bytes of one finished trial: its kept checkpoints, its best and its last weights."""
+    weights = 4 * parameters(
+        run.model
+    )  # fp32: autocast lowers the precision of operations, not of weights
     states = 2 if isinstance(run.optimiser, AdamW) else 1  # moments as large as the weights
     average = 1 if run.loop.ema_decay else 0
     return weights * ((1 + states + average) * run.loop.keep_checkpoints + 2)

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from contract.answers import TrialView
+from orchestrator.results.cells import arm_label
 from orchestrator.results.facts import Facts
 from orchestrator.results.plots import Curve
 from orchestrator.results.statistics import Comparison
-from orchestrator.results.table import arm_label
 from orchestrator.settings import service_files
 
+# The page holds everything in one file that people mail to each other.
 MAX_PICTURE_BYTES = 4 * 2**20
 MAX_PICTURES = 12
 MAX_CURVES = 60
-_PNG, _JPEG = b"\x89PNG", b"\xff\xd8"
+_PNG, _JPEG = b"\x89PNG", b"\xff\xd8"  # how files of these kinds begin
+
+
+@dataclass(frozen=True)
+class Picture:
+    """`kind` is the media type of `data`."""
+
+    caption: str
+    kind: str
+    data: bytes
+
+    @property
+    def url(self) -> str:
+        """The picture itself as a URL: the page fetches nothing."""
+        return f"data:{self.kind};base64,{base64.b64encode(self.data).decode()}"
 
 
 def loss_curves(facts: Facts, comparison: Comparison) -> list[Curve]:
     """The total loss of every finished trial whose series is there."""
-    from pyarrow import parquet
+    from pyarrow import parquet  # heavy: a text table does without it
 
     curves: list[Curve] = []
     for arm in comparison.arms:
@@ -30,31 +47,30 @@ def loss_curves(facts: Facts, comparison: Comparison) -> list[Curve]:
                 continue
             table = parquet.read_table(io.BytesIO(raw))
             if {"step", "loss"} <= set(table.column_names):
-                steps, values = table["step"].to_pylist(), table["loss"].to_pylist()
+                steps, values = (table.column(name).to_pylist() for name in ("step", "loss"))
                 curves.append(Curve(trial.key, arm_label(arm), arm.baseline, steps, values))
     return curves
 
 
-def pictures(facts: Facts, comparison: Comparison) -> list[tuple[str, str, bytes]]:
-    """(caption, media type, bytes) of the first trial of each arm that drew its validation images."""
-    found: list[tuple[str, str, bytes]] = []
-    for arm in comparison.arms[:MAX_PICTURES]:
-        picture = _first_picture(facts, arm.trials)
-        if picture is not None:
-            found.append(picture)
-    return found
+def pictures(facts: Facts, comparison: Comparison) -> list[Picture]:
+    """The picture of the first trial of each arm that drew its validation images."""
+    chosen = (_first_picture(facts, arm.trials) for arm in comparison.arms[:MAX_PICTURES])
+    return [picture for picture in chosen if picture is not None]
 
 
-def _first_picture(facts: Facts, trials: Sequence[TrialView]) -> tuple[str, str, bytes] | None:
+def _first_picture(facts: Facts, trials: Sequence[TrialView]) -> Picture | None:
     for trial in trials:
         raw = _artifact(facts, trial, "picture/last")
+        # By its bytes, not by its name: an SVG, for one, could hold a script.
         if raw is not None and len(raw) <= MAX_PICTURE_BYTES and raw.startswith((_PNG, _JPEG)):
-            return trial.key, "image/png" if raw.startswith(_PNG) else "image/jpeg", raw
+            kind = "image/png" if raw.startswith(_PNG) else "image/jpeg"
+            return Picture(trial.key, kind, raw)
     return None
 
 
 def _artifact(facts: Facts, trial: TrialView, name: str) -> bytes | None:
-    path = str(facts.trials[trial.trial].result.get("artifacts", {}).get(name, ""))
+    path = facts.trials[trial.trial].result.artifacts.get(name, "")
+    # A result is a stranger's input: it names files below its own folder only.
     if not path or ".." in path.split("/") or path.startswith("/"):
-        return None  # a result names files below its own folder only
+        return None
     return service_files(trial.storage).read_part(path)

@@ -11,15 +11,18 @@ from contract.answers import NodeView, StudyView
 from contract.recipe import RunConfig
 from contract.study import Study, Submission, TrialPlan
 from orchestrator.results.checkpoint_size import checkpoint_bytes
-from orchestrator.results.facts import images_seen
 from orchestrator.results.table import aligned
+from orchestrator.results.trial_files import SeenRun, seen
 from orchestrator.schedule.gang import fit, take
 from orchestrator.schedule.run_spec import gang_of
 
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """hours: of training, 0 where no speed is known. cached: the trial whose result is taken, or empty."""
+    """hours: of training, 0 where no speed is known.
+
+    cached: the trial whose result is taken; empty if this one runs.
+    """
 
     trial: TrialPlan
     ranks: int
@@ -29,9 +32,10 @@ class PlannedTrial:
 
 @dataclass(frozen=True)
 class Plan:
-    """gpu_hours, longest_h and whole_h cover the trials that would run at a known speed; `unknown` counts the others.
+    """gpu_hours, longest_h and whole_h cover the trials that would run at a known speed.
 
-    whole_h: from the first start to the last end at the cluster's size, 0 where that is not known.
+    `unknown` counts the others. whole_h: from the first start to the last end at the cluster's
+    size, 0 where that is not known.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Plan:
     disk_gib: float
 
     def as_json(self) -> dict[str, Any]:
+        """The answer of `maskray plan --json`; null where a time is not known."""
         return {
             "study": self.name,
             "trials": [
@@ -74,6 +79,7 @@ class Plan:
         }
 
     def text(self) -> str:
+        """What `maskray plan` prints."""
         rows = [
             [
                 planned.trial.key + (" (baseline)" if planned.trial.baseline else ""),
@@ -87,16 +93,19 @@ class Plan:
         table = aligned(["trial", "identity", "ranks", "hours", ""], rows, left=2)
         to_run = sum(not planned.cached for planned in self.trials)
         lines = [
-            f"{len(self.trials)} trials, {to_run} to run, {self.ranks_at_once} ranks if all run at once"
+            f"{len(self.trials)} trials, {to_run} to run, "
+            f"{self.ranks_at_once} ranks if all run at once"
         ]
         if self.unknown:
             lines.append(
-                f"time: not known for {self.unknown} trials, no trial of these arms has been measured yet"
+                f"time: not known for {self.unknown} trials, "
+                "no trial of these arms has been measured yet"
             )
         elif to_run:
             whole = f", {self.whole_h:.1f} h for the study on this cluster" if self.whole_h else ""
             lines.append(
-                f"time: {self.longest_h:.1f} h for the longest trial{whole}, {self.gpu_hours:.1f} GPU-hours in all"
+                f"time: {self.longest_h:.1f} h for the longest trial{whole}, "
+                f"{self.gpu_hours:.1f} GPU-hours in all"
             )
         lines.append(f"disk: about {self.disk_gib:.1f} GiB of checkpoints and weights")
         return "\n".join([table, "", *lines])
@@ -108,9 +117,11 @@ def make_plan(
     speeds: Mapping[str, float] | None = None,
     gangs: int = 0,
 ) -> Plan:
-    """finished: identity -> trial with a result. speeds: arm of a trial's key -> images/s of its gang, if measured.
+    """What the submission costs.
 
-    gangs: how many trials of this study the cluster can hold at once; 0 if that is not known.
+    finished: identity -> trial with a result. speeds: arm of a trial's key -> images/s of its gang,
+    if measured. gangs: how many trials of this study the cluster can hold at once; 0 if that is not
+    known.
     """
     resources, planned = submission.study.resources, []
     disk = gpu_hours = longest = 0.0
@@ -118,7 +129,7 @@ def make_plan(
     for trial in submission.trials:
         cached = "" if submission.fresh else finished.get(trial.identity, "")
         speed = (speeds or {}).get(_arm_of(trial.key), 0.0)
-        hours = images_seen(trial.run) / speed / 3600 if speed else 0.0
+        hours = seen(SeenRun, trial.run).images / speed / 3600 if speed else 0.0
         planned.append(PlannedTrial(trial, resources.ranks, cached, hours))
         if cached:
             continue
@@ -138,7 +149,10 @@ def make_plan(
 
 
 def gangs_at_once(study: Study, nodes: Sequence[NodeView]) -> int:
-    """How many trials of the study the cluster holds when it is empty; 0 if it holds none, or no node is known."""
+    """How many trials of the study the cluster holds when it is empty.
+
+    0 if it holds none, or if no node is known.
+    """
     free = {node.id: dict(node.total) for node in nodes}
     gang, count = gang_of(study.model_dump()), 0
     while (placement := fit(gang, free)) is not None:
@@ -148,7 +162,7 @@ def gangs_at_once(study: Study, nodes: Sequence[NodeView]) -> int:
 
 
 def whole_hours(hours: Sequence[float], gangs: int) -> float:
-    """When the last trial ends if the longest start first and each takes the gang that is free first."""
+    """When the last trial ends if each starts on the gang that is free first, the longest first."""
     free_at = [0.0] * gangs
     for length in sorted(hours, reverse=True):
         heapq.heapreplace(free_at, free_at[0] + length)
@@ -156,7 +170,8 @@ def whole_hours(hours: Sequence[float], gangs: int) -> float:
 
 
 def measured_speeds(study: str, views: Sequence[StudyView]) -> dict[str, float]:
-    """Images/s by arm from finished trials of earlier submissions of the study of that name, the latest last."""
+    """Images/s by arm, from finished trials of earlier submissions of the study of that name."""
+    # The latest comes last and so wins: it ran the newest code.
     return {
         _arm_of(trial.key): trial.metrics["images_per_s"]
         for view in sorted(views, key=lambda view: view.created_at)
@@ -167,4 +182,4 @@ def measured_speeds(study: str, views: Sequence[StudyView]) -> dict[str, float]:
 
 
 def _arm_of(key: str) -> str:
-    return key.rpartition("/")[0]
+    return key.rpartition("/")[0]  # a key is "factor=level,factor=level/seed-0"

@@ -1,4 +1,4 @@
-"""Plots of a report as inline SVG that takes its text colour from the page, so that it reads in the dark too."""
+"""Plots of a report as inline SVG; their text has the page's colour, also on a dark page."""
 
 from __future__ import annotations
 
@@ -12,21 +12,15 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from orchestrator.results.cells import arm_label, metric_label
 from orchestrator.results.statistics import Arm
-from orchestrator.results.table import arm_label, metric_label
 
 _INK = "#010203"  # replaced by the page's text colour
 _BASELINE = "#e0813a"
-_COLOURS = (
-    "#3b82c4",
-    "#4aa564",
-    "#c2577f",
-    "#8f74c9",
-    "#a98f3c",
-    "#4aa5a5",
-    "#b56a4c",
-)  # all read on white and on black
-_MIN_SPAN_POINTS = 1.0
+# All of them read on white and on black.
+_COLOURS = ("#3b82c4", "#4aa564", "#c2577f", "#8f74c9", "#a98f3c", "#4aa5a5", "#b56a4c")
+_MIN_SPAN_POINTS = 1.0  # of the axis of AP: a hundredth of a point must not fill the figure
+_LOG_FROM = 20.0  # largest loss over smallest: a linear axis would flatten the end of training
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: sharp, small and searchable
     "text.parse_math": False,  # names of arms are not formulas
@@ -54,14 +48,17 @@ class Curve:
 
 
 def arms_plot(arms: Sequence[Arm], metric: str) -> str:
-    """One line an arm: seeds as dots, the mean as a bar, its interval as whiskers. Empty without numbers."""
+    """One line for each arm: seeds as dots, the mean as a bar, its interval as whiskers.
+
+    Empty without numbers.
+    """
     shown = [arm for arm in arms if metric in arm.metrics]
     if not shown:
         return ""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 0.9 + 0.42 * len(shown)))
         axes = figure.subplots()
-        for row, arm in enumerate(reversed(shown)):
+        for row, arm in enumerate(reversed(shown)):  # matplotlib counts rows from below
             summary, colour = arm.metrics[metric], _BASELINE if arm.baseline else _COLOURS[0]
             if not math.isnan(summary.low):
                 axes.plot(
@@ -115,7 +112,10 @@ def loss_plot(curves: Sequence[Curve]) -> str:
 def smooth(
     steps: Sequence[float], values: Sequence[float], points: int = 150
 ) -> tuple[list[float], list[float]]:
-    """Means of equally long stretches, at most `points` of them; values that are not finite are left out."""
+    """Steps and values as means of equally long stretches, at most `points` of them.
+
+    Values that are not finite are left out.
+    """
     pairs = [
         (s, v) for s, v in zip(steps, values, strict=True) if v is not None and math.isfinite(v)
     ]
@@ -128,7 +128,8 @@ def smooth(
 
 def _log_if_wide(axes: Axes, curves: Sequence[Curve]) -> None:
     values = [v for curve in curves for v in smooth(curve.steps, curve.values)[1]]
-    if values and min(values) > 0 and max(values) > 20 * min(values):
+    # A logarithm needs positive values; a loss with a negative term has none to show.
+    if values and min(values) > 0 and max(values) > _LOG_FROM * min(values):
         axes.set_yscale("log")
 
 
@@ -144,6 +145,7 @@ def _svg(figure: Figure, salt: str, title: str) -> str:
             metadata={"Date": None, "Title": title},
         )
     text = buffer.getvalue()
+    # From the element on: a page holds no XML declaration.
     return (
         text[text.index("<svg") :]
         .replace(_INK, "currentColor")

@@ -6,14 +6,17 @@ import csv
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from contract.answers import StudyView
-from orchestrator.results.facts import Facts, gather, images_seen
-from orchestrator.results.statistics import Arm, Comparison, Difference, Summary, compare
-from orchestrator.results.table import arm_label, notes_of, text_report
+from orchestrator.results.cells import arm_label
+from orchestrator.results.facts import Facts, arm_key, gather
+from orchestrator.results.statistics import Arm, Comparison, Verdict, compare_arms
+from orchestrator.results.table import notes_of, text_report
 
 
 @dataclass(frozen=True)
@@ -26,18 +29,21 @@ class Report:
 
 
 def build_report(study: StudyView, folder: Path) -> Report:
-    """Writes report.html, table.txt, table.csv and report.json into `folder`, from what the trials left so far."""
-    from orchestrator.results.page import html_page
+    """Writes the report of what the trials left so far.
+
+    `folder` gets report.html, table.txt, table.csv and report.json.
+    """
+    from orchestrator.results.page import html_page  # loads matplotlib
 
     facts = gather(study)
-    comparison = compare(study.trials, facts.study.metrics, facts.machinery_only)
+    comparison = compare_arms(study.trials, facts.study.metrics, facts.machinery_only)
     table = text_report(study, facts, comparison)
+    data = report_json(study, facts, comparison).model_dump(mode="json")
     files = {
         "report.html": html_page(study, facts, comparison),
         "table.txt": table + "\n",
         "table.csv": csv_text(comparison),
-        "report.json": json.dumps(as_json(study, facts, comparison), indent=2, allow_nan=False)
-        + "\n",
+        "report.json": json.dumps(data, indent=2, allow_nan=False) + "\n",
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
@@ -45,64 +51,48 @@ def build_report(study: StudyView, folder: Path) -> Report:
     return Report(folder, folder / "report.html", table)
 
 
+# --- table.csv --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CsvRow:
+    """One trial and metric; the names of the fields are the head of the file."""
+
+    arm: str
+    baseline: bool
+    seed: int
+    trial: str
+    state: str
+    metric: str = ""
+    value: float | str = ""
+    difference: float | str = ""  # to the baseline's trial of the same seed
+
+
 def csv_text(comparison: Comparison) -> str:
-    """One line a trial and metric: the raw numbers for one's own statistics."""
+    """One line for each trial and metric: the raw numbers for one's own statistics."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["arm", "baseline", "seed", "trial", "state", "metric", "value", "difference"])
-    for arm in comparison.arms:
-        for trial in arm.trials:
-            row = [_cell(arm_label(arm)), arm.baseline, trial.seed, _cell(trial.trial), trial.state]
-            if not trial.metrics:
-                writer.writerow([*row, "", "", ""])
-            for metric, value in trial.metrics.items():
-                found = arm.differences.get(metric)
-                paired = (
-                    found.by_seed.get(trial.seed, "") if found and trial.state == "done" else ""
-                )
-                writer.writerow([*row, _cell(metric), value, paired])
+    writer.writerow(field.name for field in fields(CsvRow))
+    for row in _csv_rows(comparison):
+        writer.writerow(astuple(row))
     return buffer.getvalue()
 
 
-def as_json(study: StudyView, facts: Facts, comparison: Comparison) -> dict[str, Any]:
-    """Everything that the table says, as fractions; null where there is no number."""
-    return {
-        "study": study.study,
-        "name": study.name,
-        "question": facts.study.question,
-        "state": study.state,
-        "machinery_only": comparison.machinery_only,
-        "no_paper": facts.no_paper,
-        "notes": notes_of(study, comparison),
-        "arms": [
-            {
-                "arm": arm.arm,
-                "baseline": arm.baseline,
-                "metrics": {name: _summary(summary) for name, summary in arm.metrics.items()},
-                "differences": {
-                    name: _difference(found) for name, found in arm.differences.items()
-                },
-                "paper": _paper(facts, arm),
-                "trials": [
-                    {
-                        "trial": trial.trial,
-                        "seed": trial.seed,
-                        "state": trial.state,
-                        "error": trial.error,
-                        "events": [event.model_dump() for event in trial.events],
-                        "images_seen": images_seen(facts.trials[trial.trial].run),
-                    }
-                    for trial in arm.trials
-                ],
-            }
-            for arm in comparison.arms
-        ],
-    }
-
-
-def _paper(facts: Facts, arm: Arm) -> dict[str, dict[str, float]]:
-    row = facts.papers.get(tuple(arm.arm.items()))
-    return {"metrics": row.metrics, "gains": row.gains} if row and not facts.no_paper else {}
+def _csv_rows(comparison: Comparison) -> list[CsvRow]:
+    rows: list[CsvRow] = []
+    for arm in comparison.arms:
+        for trial in arm.trials:
+            bare = CsvRow(
+                _cell(arm_label(arm)), arm.baseline, trial.seed, _cell(trial.trial), trial.state
+            )
+            rows += [] if trial.metrics else [bare]
+            for metric, value in trial.metrics.items():
+                paired = arm.differences.get(metric)
+                # Differences pair finished trials; one that failed may still have metrics.
+                pairs = paired.by_seed if paired and trial.state == "done" else {}
+                difference = pairs.get(trial.seed, "")
+                rows.append(replace(bare, metric=_cell(metric), value=value, difference=difference))
+    return rows
 
 
 def _cell(text: str) -> str:
@@ -110,29 +100,108 @@ def _cell(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
-def _summary(summary: Summary) -> dict[str, Any]:
-    values = {
-        "mean": summary.mean,
-        "deviation": summary.deviation,
-        "low": summary.low,
-        "high": summary.high,
-    }
-    return {
-        **{key: _finite(value) for key, value in values.items()},
-        "by_seed": _by_seed(summary.by_seed),
-    }
-
-
-def _difference(found: Difference) -> dict[str, Any]:
-    values = {"mean": found.mean, "low": found.low, "high": found.high, "p": found.p}
-    values |= {"p_adjusted": found.p_adjusted, "p_flips": found.p_flips}
-    cleaned: dict[str, Any] = {key: _finite(value) for key, value in values.items()}
-    return {**cleaned, "verdict": found.verdict, "by_seed": _by_seed(found.by_seed)}
-
-
-def _by_seed(values: dict[int, float]) -> dict[str, float]:
-    return {str(seed): value for seed, value in values.items()}
+# --- report.json ------------------------------------------------------------------------------
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]  # null where there is no number
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+
+class SummaryJson(_Part):
+    """`orchestrator.results.statistics.Summary`; AP as fractions here and below."""
+
+    mean: Number
+    deviation: Number
+    low: Number
+    high: Number
+    by_seed: dict[int, float]
+
+
+class DifferenceJson(_Part):
+    """`orchestrator.results.statistics.Difference`."""
+
+    mean: Number
+    low: Number
+    high: Number
+    p: Number
+    p_adjusted: Number
+    p_flips: Number
+    verdict: Verdict
+    by_seed: dict[int, float]
+
+
+class TrialJson(_Part):
+    trial: str
+    seed: int
+    state: str
+    error: str
+    events: list[dict[str, Any]]
+    images_seen: int
+
+
+class ArmJson(_Part):
+    arm: dict[str, str]
+    baseline: bool
+    metrics: dict[str, SummaryJson]
+    differences: dict[str, DifferenceJson]
+    paper: dict[str, dict[str, float]]  # "metrics" and "gains", empty without a paper column
+    trials: list[TrialJson]
+
+
+class ReportJson(_Part):
+    """Everything that the table says."""
+
+    study: str
+    name: str
+    question: str
+    state: str
+    machinery_only: str
+    no_paper: str
+    notes: list[str]
+    arms: list[ArmJson]
+
+
+def report_json(study: StudyView, facts: Facts, comparison: Comparison) -> ReportJson:
+    """Everything that the table says, as fractions; null where there is no number."""
+    return ReportJson(
+        study=study.study,
+        name=study.name,
+        question=facts.study.question,
+        state=study.state,
+        machinery_only=comparison.machinery_only,
+        no_paper=facts.no_paper,
+        notes=notes_of(study, comparison),
+        arms=[_arm_json(facts, arm) for arm in comparison.arms],
+    )
+
+
+def _arm_json(facts: Facts, arm: Arm) -> ArmJson:
+    row = None if facts.no_paper else facts.papers.get(arm_key(arm.arm))
+    trials = [
+        TrialJson(
+            trial=trial.trial,
+            seed=trial.seed,
+            state=trial.state,
+            error=trial.error,
+            events=trial.events,
+            images_seen=facts.trials[trial.trial].run.images,
+        )
+        for trial in arm.trials
+    ]
+    return ArmJson(
+        arm=arm.arm,
+        baseline=arm.baseline,
+        metrics={name: SummaryJson.model_validate(one) for name, one in arm.metrics.items()},
+        differences={
+            name: DifferenceJson.model_validate(one) for name, one in arm.differences.items()
+        },
+        paper={"metrics": dict(row.metrics), "gains": dict(row.gains)} if row else {},
+        trials=trials,
+    )

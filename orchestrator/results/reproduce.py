@@ -1,7 +1,8 @@
 """A finished trial once more: its record and its code as a new study, and whether the two agree.
 
-On the CPU a run is a function of its record, its code and its number of ranks: everything must be equal to the bit. On
-a GPU sums may be taken in another order; there two runs agree if they differ by no more than two seeds of the arm do.
+On the CPU a run is a function of its record, its code and its number of ranks: everything must be
+equal to the bit. On a GPU sums may be taken in another order; there two runs agree if they differ
+by no more than two seeds of the arm do.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from contract.answers import StudyView, TrialView
-from contract.attempt import RESULT_FILE
 from contract.study import Study, Submission
 from orchestrator.results.statistics import CONFIDENCE, summarise, t_quantile
-from orchestrator.settings import service_files
+from orchestrator.results.trial_files import read_result
 
 TAG = "maskray.reproduces"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One metric of the two runs. `allowed`: the difference up to which they agree, None where it is not known."""
+    """One metric of the two runs.
+
+    `allowed`: the difference up to which they agree, None where it is not known.
+    """
 
     metric: str
     before: float | None
@@ -32,6 +35,7 @@ class Pair:
 
     @property
     def agrees(self) -> bool | None:
+        """None where one seed alone says nothing about a difference."""
         if self.before == self.after:
             return True
         if self.before is None or self.after is None:
@@ -41,7 +45,10 @@ class Pair:
 
 @dataclass(frozen=True)
 class Agreement:
-    """`same_weights`: None where a hash cannot be read or does not count. `agrees`: None is not known."""
+    """`same_weights`: None where a hash cannot be read or does not count.
+
+    `agrees`: None is not known.
+    """
 
     rule: str
     pairs: tuple[Pair, ...]
@@ -49,6 +56,7 @@ class Agreement:
     agrees: bool | None
 
     def as_json(self) -> dict[str, Any]:
+        """The answer of `maskray reproduce --json`."""
         pairs = [{**asdict(pair), "agrees": pair.agrees} for pair in self.pairs]
         return {
             "agrees": self.agrees,
@@ -59,9 +67,10 @@ class Agreement:
 
 
 def reproduction(trial: TrialView, original: Submission, fresh: bool) -> Submission:
-    """The study of one trial that runs `trial` again. Asked for twice it is one study, unless `fresh`.
+    """The study of one trial that runs `trial` again.
 
-    Raises ValueError if the trial has no result to compare with.
+    Submitted twice it is one study, unless `fresh`. Raises ValueError if the trial has no result to
+    compare with.
     """
     if trial.state != "done":
         raise ValueError(
@@ -69,10 +78,11 @@ def reproduction(trial: TrialView, original: Submission, fresh: bool) -> Submiss
         )
     plan = next(plan for plan in original.trials if plan.key == trial.key)
     changes = {
-        "name": f"again-{original.study.name}"[:80],
+        "name": f"again-{original.study.name}"[:80],  # the longest that a study's name may be
         "question": f"does trial {trial.trial} come out the same again?",
         "seeds": (plan.seed,),
         "max_parallel": 0,
+        # One trial is no table, least of all beside the paper's.
         "paper_table": "",
         "paper_rows": {},
     }
@@ -83,13 +93,16 @@ def reproduction(trial: TrialView, original: Submission, fresh: bool) -> Submiss
         code=original.code,
         warnings=original.warnings,
         idempotency_key=uuid.uuid4().hex if fresh else f"reproduces {trial.trial}",
-        fresh=True,
+        fresh=True,  # otherwise the service would take the result that is to be reproduced
     )
 
 
 def agreement(trial: TrialView, again: TrialView, study: StudyView) -> Agreement:
-    """Compares the results of two finished trials. `study`: of the first one, whose other seeds are the measure."""
-    exact = not study.spec["resources"]["gpus_per_rank"]
+    """Compares the results of two finished trials.
+
+    `study` is the study of the first one: on a GPU its other seeds are the measure.
+    """
+    exact = not Study.model_validate(study.spec).resources.gpus_per_rank
     names = sorted({name for one in (trial, again) for name in one.metrics if "/" in name})
     spread = {} if exact else _spreads(trial, study.trials, names)
     pairs = tuple(
@@ -115,27 +128,32 @@ def agreement(trial: TrialView, again: TrialView, study: StudyView) -> Agreement
     )
 
 
-def _all(found: Sequence[bool | None]) -> bool | None:
-    if any(value is False for value in found):
+def _all(answers: Sequence[bool | None]) -> bool | None:
+    """True if all are and there is one, False if one is; otherwise it is not known."""
+    if any(answer is False for answer in answers):
         return False
-    return None if not found or None in found else True
+    return None if not answers or None in answers else True
 
 
 def _spreads(
     trial: TrialView, trials: Sequence[TrialView], names: Sequence[str]
 ) -> Mapping[str, float]:
-    """The difference that 95% of pairs of seeds stay within, for metrics that at least two seeds have."""
-    arm, found = _of_the_arm(trial, trials), {}
+    """The difference that 95% of pairs of seeds stay within, by metric.
+
+    A metric that fewer than two seeds have is left out.
+    """
+    arm, spreads = _of_the_arm(trial, trials), {}
     for name in names:
         by_seed = {
             other.seed: other.metrics[name] for other in arm if other.metrics.get(name, -1.0) >= 0
         }
         if len(by_seed) > 1:
             deviation = summarise(by_seed).deviation
-            found[name] = (
+            # The difference of two runs has twice the variance of one.
+            spreads[name] = (
                 t_quantile((1 + CONFIDENCE) / 2, len(by_seed) - 1) * deviation * math.sqrt(2)
             )
-    return found
+    return spreads
 
 
 def _of_the_arm(trial: TrialView, trials: Sequence[TrialView]) -> list[TrialView]:
@@ -145,7 +163,6 @@ def _of_the_arm(trial: TrialView, trials: Sequence[TrialView]) -> list[TrialView
 def _weights(trial: TrialView) -> str:
     """The hash of the last weights; empty where the trial's folder cannot be read from here."""
     try:
-        result = service_files(trial.storage).read_object(RESULT_FILE)
+        return read_result(trial).weights_sha256
     except OSError:
         return ""
-    return str(result.get("weights_sha256", "")) if result is not None else ""

@@ -1,7 +1,7 @@
-"""What the numbers of a study allow one to say: means over seeds, differences paired by seed, intervals, verdicts.
+"""What the numbers of a study allow one to say: means, paired differences, intervals, verdicts.
 
-Arms are paired by seed because a seed fixes the sample order, the augmentation and the initial weights of the parts
-that two arms share: the difference within a seed has less noise than the arms themselves.
+Arms are paired by seed because a seed fixes the sample order, the augmentation and the initial
+weights of the parts that two arms share: the difference within a seed has less noise than the arms.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from contract.answers import TrialView
+from orchestrator.results.trial_files import events_of
 
 MIN_PAIRS = 3  # paired seeds below which no verdict is given
 CONFIDENCE = 0.95
+MIN_EXACT_PAIRS = 6  # two of 2^6 patterns are 0.03, two of 2^5 are 0.06
 MAX_EXACT_PAIRS = 16  # sign flips are enumerated up to here: 65,536 of them
 
 Verdict = Literal["", "better", "worse", "not shown"]
@@ -23,7 +25,10 @@ Verdict = Literal["", "better", "worse", "not shown"]
 
 @dataclass(frozen=True)
 class Summary:
-    """One metric of one arm, in its own unit (fractions for AP). `low`, `high`: interval of the mean, or NaN."""
+    """One metric of one arm, in its own unit (fractions for AP).
+
+    `low`, `high`: interval of the mean, NaN below two seeds.
+    """
 
     by_seed: dict[int, float]
     mean: float
@@ -34,10 +39,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Arm minus baseline over the seeds that both have. NaN where too few pairs allow no such number.
+    """Arm minus baseline over the seeds that both have; NaN where the pairs are too few.
 
-    p: two-sided paired t test. p_adjusted: Holm over the study's arms, per metric; the verdict rests on it.
-    p_flips: exact sign-flip test, which assumes no normality but needs six pairs to be able to reach 0.05.
+    p: two-sided paired t test. p_adjusted: Holm over the study's arms, per metric; the verdict
+    rests on it. p_flips: exact sign-flip test, which assumes no normality but needs six pairs to be
+    able to reach 0.05.
     """
 
     by_seed: dict[int, float]
@@ -64,30 +70,42 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All arms in the study's order. `machinery_only` says why no verdict is given, empty if verdicts are."""
+    """All arms in the study's order.
+
+    `machinery_only` says why there are no verdicts; it is empty if there are.
+    """
 
     arms: tuple[Arm, ...]
     machinery_only: str
 
+    @property
+    def baseline(self) -> Arm | None:
+        return next((arm for arm in self.arms if arm.baseline), None)
 
-def compare(
+
+def compare_arms(
     trials: Sequence[TrialView], metrics: Sequence[str], machinery_only: str = ""
 ) -> Comparison:
-    """Groups trials into arms and compares each with the baseline arm. `machinery_only` withholds every verdict."""
+    """Groups trials into arms and compares each with the baseline arm.
+
+    `machinery_only` withholds every verdict. Metrics beside `metrics` follow in alphabetical order.
+    """
     groups: dict[tuple[tuple[str, str], ...], list[TrialView]] = {}
     for trial in trials:
         groups.setdefault(tuple(trial.arm.items()), []).append(trial)
+    # A name without "/" is a speed or a loss, not an evaluation: no arm is better by it.
     names = [*metrics, *sorted({m for t in trials for m in t.metrics if "/" in m} - set(metrics))]
     arms = [_arm(group, names) for group in groups.values()]
-    reference = next((arm for arm in arms if arm.baseline), None)
-    if reference is None:
-        return Comparison(tuple(arms), machinery_only)
+    comparison = Comparison(tuple(arms), machinery_only)
+    baseline = comparison.baseline
+    if baseline is None:
+        return comparison
     compared = [
-        arm if arm.baseline else replace(arm, differences=_differences(arm, reference))
+        arm if arm.baseline else replace(arm, differences=_differences(arm, baseline))
         for arm in arms
     ]
     if not machinery_only:
-        compared = _with_verdicts(compared, reference, names)
+        compared = _with_verdicts(compared, baseline, names)
     return Comparison(tuple(compared), machinery_only)
 
 
@@ -108,7 +126,7 @@ def _exists(value: float | None) -> bool:
 
 
 def _mark(trial: TrialView) -> str:
-    """What a reader of the table must know of a trial: how it ended, and what its loop went through."""
+    """What a reader of the table must know of a trial: how it ended, what its loop went through."""
     parts = []
     if trial.state != "done":
         reason = f": {trial.error}" if trial.error else ""
@@ -121,7 +139,7 @@ def _mark(trial: TrialView) -> str:
     return f"{trial.key}: {'; '.join(parts)}" if parts else ""
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------
+# --- statistics -------------------------------------------------------------------------------
 
 
 def summarise(by_seed: Mapping[int, float]) -> Summary:
@@ -141,6 +159,7 @@ def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
     if len(values) < 2:
         p = math.nan
     elif deviation == 0:
+        # t would divide by zero: equal differences are certain, and no difference is none.
         p = 1.0 if mean == 0 else 0.0
     else:
         p = t_two_sided(mean / (deviation / math.sqrt(len(values))), len(values) - 1)
@@ -148,7 +167,7 @@ def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
 
 
 def _moments(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean, sample standard deviation, half width of the interval of the mean; NaN below two values."""
+    """Mean, sample standard deviation, half width of the mean's interval; NaN below two values."""
     n = len(values)
     mean = math.fsum(values) / n
     if n < 2:
@@ -158,9 +177,14 @@ def _moments(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def sign_flip_p(values: Sequence[float]) -> float:
-    """Share of all sign patterns whose sum is at least as far from zero; NaN where it could not reach 0.05."""
-    if not 6 <= len(values) <= MAX_EXACT_PAIRS:
+    """Share of all sign patterns whose sum is at least as far from zero.
+
+    NaN below six values, where even the most extreme pattern has a share above 0.05, and above
+    MAX_EXACT_PAIRS.
+    """
+    if not MIN_EXACT_PAIRS <= len(values) <= MAX_EXACT_PAIRS:
         return math.nan
+    # The factor lets the observed pattern count itself: sums of floats may differ by rounding.
     observed = abs(math.fsum(values)) * (1 - 1e-12)
     signs = itertools.product((-1, 1), repeat=len(values))
     extreme = sum(
@@ -181,7 +205,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def t_two_sided(t: float, df: int) -> float:
-    """P(|T| >= |t|) of Student's t: the regularised incomplete beta I_x(df/2, 1/2) at x = df / (df + t^2)."""
+    """P(|T| >= |t|) of Student's t.
+
+    It is the regularised incomplete beta I_x(df/2, 1/2) at x = df / (df + t^2).
+    """
     return _incomplete_beta(df / 2, 0.5, df / (df + t * t))
 
 
@@ -190,7 +217,7 @@ def t_quantile(probability: float, df: int) -> float:
     low, high = 0.0, 1.0
     while t_two_sided(high, df) / 2 > 1 - probability:
         high *= 2
-    for _ in range(100):
+    for _ in range(100):  # halves the interval until floats have no number between its ends
         middle = (low + high) / 2
         low, high = (
             (middle, high) if t_two_sided(middle, df) / 2 > 1 - probability else (low, middle)
@@ -205,13 +232,14 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
     front = math.exp(
         math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
     )
+    # The fraction converges fast on one side of this point; symmetry gives the other side.
     if x > (a + 1) / (a + b + 2):
         return 1 - front * _beta_fraction(b, a, 1 - x) / b
     return front * _beta_fraction(a, b, x) / a
 
 
 def _beta_fraction(a: float, b: float, x: float) -> float:
-    tiny = 1e-300
+    tiny = 1e-300  # stands for a zero that the next line would divide by
     c, d = 1.0, 1 - (a + b) * x / (a + 1)
     d = 1 / (d if abs(d) > tiny else tiny)
     result = d
@@ -229,29 +257,30 @@ def _beta_fraction(a: float, b: float, x: float) -> float:
     return result
 
 
-# --- verdicts -------------------------------------------------------------------------------------------------------
+# --- verdicts ---------------------------------------------------------------------------------
 
 
-def _differences(arm: Arm, reference: Arm) -> dict[str, Difference]:
-    found = {}
+def _differences(arm: Arm, baseline: Arm) -> dict[str, Difference]:
+    differences = {}
     for metric, summary in arm.metrics.items():
-        if metric in reference.metrics:
-            pair = difference(summary.by_seed, reference.metrics[metric].by_seed)
-            if pair is not None:
-                found[metric] = pair
-    return found
+        if metric in baseline.metrics:
+            paired = difference(summary.by_seed, baseline.metrics[metric].by_seed)
+            if paired is not None:
+                differences[metric] = paired
+    return differences
 
 
-def _with_verdicts(arms: Sequence[Arm], reference: Arm, metrics: Sequence[str]) -> list[Arm]:
+def _with_verdicts(arms: Sequence[Arm], baseline: Arm, metrics: Sequence[str]) -> list[Arm]:
+    """`arms` with p values adjusted over the arms of each metric, and the verdicts that follow."""
     results = list(arms)
     for metric in metrics:
         rows = [i for i, arm in enumerate(results) if metric in arm.differences]
         adjusted = holm([results[i].differences[metric].p for i in rows])
         for i, p in zip(rows, adjusted, strict=True):
-            found = results[i].differences[metric]
-            whole = _complete(results[i]) and _complete(reference)
-            verdict = _verdict(found, p) if whole and len(found.by_seed) >= MIN_PAIRS else ""
-            changed = replace(found, p_adjusted=p, verdict=verdict)
+            paired = results[i].differences[metric]
+            whole = _complete(results[i]) and _complete(baseline)
+            verdict = _verdict(paired, p) if whole and len(paired.by_seed) >= MIN_PAIRS else ""
+            changed = replace(paired, p_adjusted=p, verdict=verdict)
             results[i] = replace(
                 results[i], differences={**results[i].differences, metric: changed}
             )
@@ -259,11 +288,14 @@ def _with_verdicts(arms: Sequence[Arm], reference: Arm, metrics: Sequence[str]) 
 
 
 def _complete(arm: Arm) -> bool:
-    """Seeds that ended badly are not missing at random: without them an arm looks better than it is."""
+    """Whether every seed finished.
+
+    Seeds that ended badly are not missing at random: without them an arm looks better than it is.
+    """
     return all(trial.state == "done" for trial in arm.trials)
 
 
-def _verdict(found: Difference, p: float) -> Verdict:
+def _verdict(paired: Difference, p: float) -> Verdict:
     if p >= 1 - CONFIDENCE:
-        return "not shown"
-    return "better" if found.mean > 0 else "worse"
+        return "not shown"  # which is not "equal": the seeds may be too few
+    return "better" if paired.mean > 0 else "worse"

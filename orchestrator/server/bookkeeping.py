@@ -22,7 +22,7 @@ from contract.study import FINAL_STATES
 from orchestrator.ledger import store
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import STUDIES, TRIALS
-from orchestrator.results.statistics import compare
+from orchestrator.results.statistics import compare_arms
 from orchestrator.server.mlflow import MLflow, TrackingRefusedError
 from orchestrator.server.views import study_views
 from orchestrator.settings import service_files
@@ -202,7 +202,7 @@ def _close_parents(ledger: Ledger, mlflow: MLflow, now: float) -> int:
 def study_metrics(view: StudyView) -> dict[str, float]:
     """Means over seeds and differences from the baseline, each with its interval, by MLflow's metric names."""
     found: dict[str, float] = {}
-    for arm in compare(view.trials, view.spec["metrics"]).arms:
+    for arm in compare_arms(view.trials, view.spec["metrics"]).arms:
         label = ".".join(f"{factor}-{level}" for factor, level in arm.arm.items()) or "baseline"
         for metric, summary in arm.metrics.items():
             name = f"{label}/{metric}"

@@ -1,7 +1,6 @@
-"""The code that travels with a study: the submitter's own tree as one content-addressed zip.
+"""The code of a study: the submitter's own tree as one zip that is named by its content.
 
-The packages stand at the top of the zip, so that Ray can take it as a working directory. Stored without
-compression: the bytes, and so the name, then depend on the sources alone, not on a zlib version.
+The packages stand at the top of the zip, so that Ray can take it as a working directory.
 """
 
 from __future__ import annotations
@@ -16,47 +15,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from pydantic import BaseModel
+
 PACKAGES = ("contract", "model", "pipelines", "workers", "orchestrator")
-SOURCES_OF_A_RUN = (
-    "contract",
-    "model",
-    "pipelines",
-    "workers",
-)  # what a trial's numbers can depend on
-LEFT_OUT = (
-    "tests",
-    "docs",
-    "benchmarks",
-    "studies",
-    ".ci",
-    ".github",
-)  # top-level folders that no run imports
+# What a trial's numbers can depend on. The orchestrator only starts it and reads what it leaves.
+SOURCES_OF_A_RUN = tuple(name for name in PACKAGES if name != "orchestrator")
+# Top-level folders that no run imports.
+LEFT_OUT = ("tests", "docs", "benchmarks", "studies", ".ci", ".github")
+# An untracked file of another kind may be data, or a secret like `.env`: it stays at home.
 UNTRACKED_KINDS = (
-    ".py",
-    ".pyi",
-    ".json",
-    ".yaml",
-    ".yml",
-    ".toml",
-    ".mako",
-    ".c",
-    ".cc",
-    ".cpp",
-    ".cu",
-    ".cuh",
-    ".h",
+    *(".py", ".pyi", ".json", ".yaml", ".yml", ".toml", ".mako", ".j2"),
+    *(".c", ".cc", ".cpp", ".cu", ".cuh", ".h"),
 )
 PROJECT = "maskray"  # the name in pyproject.toml by which a tree is recognised
-# What the service and `maskray submit` start in the package. An older tree has other packages, and these too.
+# What the service and `maskray submit` start in the package, so what makes one. A tree of another
+# version may have other packages and other files in them, but it has these.
 ENTRY_POINTS = ("workers/ray_entry.py", "orchestrator/travel.py")
-MAX_MIB = 64
+MAX_MIB = 64  # the service keeps every package, and each node of the cluster unpacks it
 
 
 @dataclass(frozen=True)
 class CodePackage:
-    """`sha256` names `data`, the zip. `source_hash` covers the sources that a trial's numbers can depend on.
+    """`sha256` names `data`, the zip. `source_hash` covers what a trial's numbers can depend on.
 
-    `origin` says in words where it came from; `commit` is empty outside git, and ends in "-dirty" if the tree differs.
+    `origin` says in words where it came from. `commit` is empty outside git, and ends in "-dirty"
+    if the tree differs from it.
     """
 
     sha256: str
@@ -67,10 +50,11 @@ class CodePackage:
 
 
 def package(root: Path, ref: str = "") -> CodePackage:
-    """The tree around `root`, or its commit `ref`; the installed sources when `root` is in no maskray tree.
+    """The tree around `root`, or its commit `ref`.
 
-    Takes tracked files and untracked ones of a source kind that git does not ignore. Raises ValueError if `ref` is
-    no commit, if a link leaves the tree, or if the whole is too large to send.
+    Takes tracked files, and untracked ones of a source kind that git does not ignore. Without a
+    maskray tree around `root` it takes the installed sources. Raises ValueError if `ref` is no
+    commit, if a link leaves the tree, or if the whole is too large to send.
     """
     tree = _tree_around(root)
     if tree is None:
@@ -89,7 +73,7 @@ def package(root: Path, ref: str = "") -> CodePackage:
 
 
 def source_hash(files: Mapping[str, bytes]) -> str:
-    """SHA-256 over names and bytes of the run's sources: tests, docs and the orchestrator do not count."""
+    """SHA-256 over names and bytes of the run's sources, not of tests, docs or the orchestrator."""
     digest = hashlib.sha256()
     for name in sorted(files):
         if name.partition("/")[0] in SOURCES_OF_A_RUN:
@@ -115,6 +99,8 @@ def _pack(files: Mapping[str, bytes], origin: str, commit: str) -> CodePackage:
             f"largest: {named}; keep data out of git's sight (.gitignore)"
         )
     buffer = io.BytesIO()
+    # Stored without compression, with one date and one mode: the bytes, and so the name, depend on
+    # the sources alone, not on a version of zlib or on when the files were checked out.
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(files):
             entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
@@ -125,7 +111,7 @@ def _pack(files: Mapping[str, bytes], origin: str, commit: str) -> CodePackage:
     return CodePackage(hashlib.sha256(data).hexdigest(), data, source_hash(files), origin, commit)
 
 
-# --- where files come from ------------------------------------------------------------------------------------------
+# --- where files come from --------------------------------------------------------------------
 
 
 def _tree_around(root: Path) -> Path | None:
@@ -137,69 +123,78 @@ def _tree_around(root: Path) -> Path | None:
     return top if _project_name(top) == PROJECT else None
 
 
+class _Project(BaseModel):
+    name: str = ""
+
+
+class _PyProject(BaseModel):
+    """Of a tree's `pyproject.toml`, what tells ours from others."""
+
+    project: _Project = _Project()
+
+
 def _project_name(tree: Path) -> str:
     """The name in the tree's `pyproject.toml`; empty if it has none that can be read."""
     try:
-        project = tomllib.loads((tree / "pyproject.toml").read_text(encoding="utf-8")).get(
-            "project", {}
-        )
-    except (OSError, ValueError):
+        text = (tree / "pyproject.toml").read_text(encoding="utf-8")
+        return _PyProject.model_validate(tomllib.loads(text)).project.name
+    except (OSError, ValueError):  # pydantic's errors and TOML's are ValueErrors too
         return ""
-    return str(project.get("name", "")) if isinstance(project, dict) else ""
 
 
 def _installed() -> dict[str, bytes]:
+    """The packages beside the one that this module belongs to, without what Python compiled."""
     top = Path(__file__).resolve().parents[2]
-    found: dict[str, bytes] = {}
-    for package_name in PACKAGES:
-        for path in (top / package_name).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
-                found[path.relative_to(top).as_posix()] = path.read_bytes()
-    return found
+    return {
+        path.relative_to(top).as_posix(): path.read_bytes()
+        for name in PACKAGES
+        for path in (top / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
 
 
 def _files_of_tree(tree: Path) -> dict[str, bytes]:
     tracked = _names(_git(tree, "ls-files", "-z", "--cached"))
     untracked = _names(_git(tree, "ls-files", "-z", "--others", "--exclude-standard"))
     wanted = [*tracked, *(name for name in untracked if name.endswith(UNTRACKED_KINDS))]
-    found: dict[str, bytes] = {}
-    for name in filter(_travels, wanted):
+    files: dict[str, bytes] = {}
+    for name in filter(_is_packed, wanted):
         path = tree / name
+        # The link's target may be a key or a dataset of somebody else's.
         if path.is_symlink() and not path.resolve().is_relative_to(tree.resolve()):
             raise ValueError(
                 f"{path}: a link that leaves the tree cannot travel with a study; copy its target"
             )
         if path.is_file():  # a tracked file may be deleted, or be a submodule's folder
-            found[name] = path.read_bytes()
-    return found
+            files[name] = path.read_bytes()
+    return files
 
 
 def _files_of_commit(tree: Path, commit: str) -> dict[str, bytes]:
     archive = _git(tree, "archive", "--format=tar", commit)
-    found: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for member in tar:
             content = tar.extractfile(member) if member.isfile() else None
-            if content is not None and _travels(member.name):
-                found[member.name] = content.read()
-    return found
+            if content is not None and _is_packed(member.name):
+                files[member.name] = content.read()
+    return files
 
 
-def _travels(name: str) -> bool:
+def _is_packed(name: str) -> bool:
     return PurePosixPath(name).parts[0] not in LEFT_OUT
 
 
 def _names(listing: bytes) -> list[str]:
+    # Names in a tree are bytes and need not be UTF-8; this keeps each as it is.
     return [name for name in listing.decode("utf-8", "surrogateescape").split("\0") if name]
 
 
 def _commit(tree: Path, ref: str) -> str:
+    # A reference is a person's text: one that starts with "--" must not become an option of git.
+    verify = ("rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
     try:
-        return (
-            _git(tree, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{ref}^{{commit}}")
-            .decode()
-            .strip()
-        )
+        return _git(tree, *verify).decode().strip()
     except RuntimeError:
         raise ValueError(
             f"--code {ref}: {tree} has no such commit; see 'git log' and 'git branch'"
@@ -214,6 +209,7 @@ def _head(tree: Path) -> str:
 
 
 def _git(where: Path, *arguments: str) -> bytes:
+    """What git prints. Raises RuntimeError with its last words, FileNotFoundError without git."""
     command = ["git", "-C", str(where), *arguments]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode != 0:

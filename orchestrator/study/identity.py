@@ -22,7 +22,8 @@ from contract.model import (
 from contract.recipe import RunConfig
 from contract.record import nearest
 
-# torchvision's ImageNet checkpoints: (backbone, name) -> (file, recipe). A file's name holds the start of its SHA-256.
+# torchvision's ImageNet checkpoints: (backbone, name) -> (file, recipe). A file's name holds the
+# start of its SHA-256, so the name is enough: nothing is downloaded to plan a study.
 _OLD, _NEW = "original", "2021 (long, with mixup and EMA)"
 TORCHVISION_CHECKPOINTS: dict[tuple[str, str], tuple[str, str]] = {
     ("resnet18", "IMAGENET1K_V1"): ("resnet18-f37072fd.pth", _OLD),
@@ -38,6 +39,8 @@ TORCHVISION_CHECKPOINTS: dict[tuple[str, str], tuple[str, str]] = {
     ("resnext101_64x4d", "IMAGENET1K_V1"): ("resnext101_64x4d-173b62eb.pth", _NEW),
     ("vgg16", "IMAGENET1K_V1"): ("vgg16-397923af.pth", _OLD),
 }
+
+_CHUNK = 2**22  # bytes read at once: files of weights may be larger than what is free in memory
 
 
 def backbone_name(model: ModelConfig) -> str:
@@ -63,7 +66,10 @@ def weights_recipe(model: ModelConfig) -> str:
 
 
 def weights_identity(model: ModelConfig) -> str:
-    """The initial weights as text that changes with their bytes. Raises ValueError if there are none such."""
+    """The initial weights as text that changes with their bytes.
+
+    Raises ValueError if the file, or torchvision's checkpoint of that name, does not exist.
+    """
     match model.weights:
         case NoWeights():
             return "none"
@@ -85,7 +91,8 @@ def proposals_identity(model: ModelConfig) -> str:
         return _sha256(_chunks_of_uri(uri))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model.proposals.uri: {uri} cannot be read ({error}); write it with 'maskray proposals'"
+            f"model.proposals.uri: {uri} cannot be read ({error}); "
+            "write it with 'maskray proposals'"
         ) from None
 
 
@@ -100,22 +107,27 @@ def identity(
 ) -> str:
     """SHA-256 of the run and of all bytes that it depends on, as 64 hex digits.
 
-    manifests: hashes of the training and the validation manifest. Places of files do not count, their bytes do.
-    The number of ranks counts only under trained batch-norm, whose statistics are per rank.
+    manifests: hashes of the training and the validation manifest. Places of files do not count,
+    their bytes do. The number of ranks counts only under trained batch-norm, whose statistics are
+    per rank.
     """
-    record = run.model_dump(mode="json")
-    del record["data"]["train"], record["data"]["val"]
-    record["model"]["weights"] = weights
-    record["model"]["proposals"] = proposals
-    backbone = run.model.backbone
-    per_rank = not isinstance(backbone, VGG16) and isinstance(backbone.norm, BatchNorm)
+    # Another path to the same manifest is the same trial: the manifest's hash counts in its place.
+    record = run.model_dump(mode="json", exclude={"data": {"train", "val"}})
+    # The hash of weights and proposals stands for their whole record, for the same reason.
+    record["model"] |= {"weights": weights, "proposals": proposals}
     everything = {
         "run": record,
         "manifests": manifests,
         "sources": source_hash,
-        "ranks": ranks if per_rank else 0,
+        "ranks": ranks if trains_batch_norm(run) else 0,
     }
     return hashlib.sha256(canonical(everything).encode()).hexdigest()
+
+
+def trains_batch_norm(run: RunConfig) -> bool:
+    """Whether each rank takes statistics of its own, so that the numbers depend on their number."""
+    backbone = run.model.backbone
+    return not isinstance(backbone, VGG16) and isinstance(backbone.norm, BatchNorm)
 
 
 def canonical(data: Any) -> str:
@@ -130,7 +142,8 @@ def _checkpoint(model: ModelConfig, name: str) -> tuple[str, str]:
     if (backbone, name) not in TORCHVISION_CHECKPOINTS:
         known = [n for b, n in TORCHVISION_CHECKPOINTS if b == backbone]
         raise ValueError(
-            f"model.weights.name: torchvision has no {name} weights of {backbone}; {nearest(name, known)}"
+            f"model.weights.name: torchvision has no {name} weights of {backbone}; "
+            f"{nearest(name, known)}"
         )
     return TORCHVISION_CHECKPOINTS[backbone, name]
 
@@ -144,7 +157,7 @@ def _sha256(chunks: Iterator[bytes]) -> str:
 
 def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        while chunk := file.read(2**22):
+        while chunk := file.read(_CHUNK):
             yield chunk
 
 
@@ -152,9 +165,9 @@ def _chunks_of_uri(uri: str) -> Iterator[bytes]:
     if "://" not in uri:
         yield from _chunks(Path(uri))
         return
-    from pyarrow import fs
+    from pyarrow import fs  # heavy: needed only for proposals in a bucket
 
     filesystem, path = fs.FileSystem.from_uri(uri)
     with filesystem.open_input_stream(path) as stream:
-        while chunk := stream.read(2**22):
+        while chunk := stream.read(_CHUNK):
             yield chunk

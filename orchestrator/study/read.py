@@ -1,28 +1,22 @@
-"""A study file: read safely, checked as far as that is possible without data, errors in one line."""
+"""A study file: read safely and checked as far as that is possible without data."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from contract.metrics import check_metric
-from contract.presets import run_preset
-from contract.recipe import apply_overrides, parse_run
 from contract.record import nearest, parse_record
 from contract.study import Study
 from contract.yaml import read_yaml
+from orchestrator.study.paper import paper_tables
 
-_NAME = re.compile(
-    r"[^=,/\x00-\x1f]{1,60}"
-)  # factors and levels are joined as "factor=level,factor=level/seed-0"
+# A trial's key joins factors and levels as "factor=level,factor=level/seed-0".
+_NAME = re.compile(r"[^=,/\x00-\x1f]{1,60}")
 
 
 def read_study(path: Path) -> tuple[Study, str]:
-    """The study and the text of its file. Raises ValueError (one line) for whatever a person wrote wrong."""
+    """The study and the text of its file. Raises ValueError of one line for a mistake in it."""
     data, text = read_yaml(path)
     study = parse_record(Study, data, str(path))
     try:
@@ -33,19 +27,25 @@ def read_study(path: Path) -> tuple[Study, str]:
 
 
 def check_study(study: Study) -> None:
-    """What one record cannot check alone: names, levels, the paper's table, metric names."""
+    """Checks names, levels, metrics and the paper's table, which no field can check alone."""
     if bool(study.baseline.preset) == bool(study.baseline.file):
         raise ValueError("baseline: give either 'preset' or 'file', and one of them")
     for factor, levels in study.factors.items():
         if not levels:
             raise ValueError(f"factors.{factor}: has no levels, so the study would have no trials")
         for name in (factor, *levels):
+            # Spaces at the ends would make two names that a reader cannot tell apart.
             if not _NAME.fullmatch(name) or name != name.strip():
                 raise ValueError(
-                    f"factors.{factor}: the name {name!r} must be 1 to 60 characters without '=', ',' or '/'"
+                    f"factors.{factor}: the name {name!r} must be 1 to 60 characters "
+                    "without '=', ',' or '/'"
                 )
     for metric in study.metrics:
         check_metric(metric)
+    _check_paper(study)
+
+
+def _check_paper(study: Study) -> None:
     tables = paper_tables()
     if study.paper_table and study.paper_table not in tables:
         raise ValueError(
@@ -55,15 +55,19 @@ def check_study(study: Study) -> None:
         raise ValueError("paper_rows: has no effect without paper_table")
     for arm, row in study.paper_rows.items():
         parse_arm(arm, study)
-        rows = tables[study.paper_table]["rows"]
+        rows = tables[study.paper_table].rows
         if row not in rows:
             raise ValueError(
-                f"paper_rows.{arm}: table {study.paper_table} has no row {row!r}; {nearest(row, rows)}"
+                f"paper_rows.{arm}: table {study.paper_table} has no row {row!r}; "
+                f"{nearest(row, rows)}"
             )
 
 
 def parse_arm(text: str, study: Study) -> dict[str, str]:
-    """ "factor=level,factor=level" as a mapping; factors left out match every level. Raises ValueError."""
+    """ "factor=level,factor=level" as a mapping; a factor that it leaves out matches every level.
+
+    Raises ValueError for a factor or a level that the study does not have.
+    """
     arm: dict[str, str] = {}
     for part in filter(None, text.split(",")):
         factor, separator, level = (piece.strip() for piece in part.partition("="))
@@ -71,84 +75,10 @@ def parse_arm(text: str, study: Study) -> dict[str, str]:
             raise ValueError(
                 f"paper_rows: {part!r} is not 'factor=level'; {nearest(factor, study.factors)}"
             )
-        if level not in study.factors[factor]:
+        levels = study.factors[factor]
+        if level not in levels:
             raise ValueError(
-                f"paper_rows: {factor} has no level {level!r}; {nearest(level, study.factors[factor])}"
+                f"paper_rows: {factor} has no level {level!r}; {nearest(level, levels)}"
             )
         arm[factor] = level
     return arm
-
-
-def paper_tables() -> dict[str, Any]:
-    """The paper's tables by their number, as published."""
-    text = resources.files("orchestrator").joinpath("paper_tables.json").read_text(encoding="utf-8")
-    tables: dict[str, Any] = json.loads(text)["tables"]
-    return tables
-
-
-# --- the run that a study starts from -------------------------------------------------------------------------------
-
-UNSET = "unset"  # stands for a dataset that nobody has named yet
-
-
-def baseline_run(study: Study, root: Path) -> dict[str, Any]:
-    """The baseline as complete nested data, every default written out. `data.train` may still be UNSET.
-
-    Complete before the overrides: `optimiser.lr: 0.01` needs to know which optimiser it speaks of.
-    """
-    if study.baseline.preset:
-        try:
-            run = complete(run_preset(study.baseline.preset), "baseline")
-        except ValueError as error:
-            raise ValueError(f"baseline.preset: {error}") from None
-    else:
-        run = read_run(root / study.baseline.file)
-    return complete(
-        apply_overrides(run, check_paths(study.baseline.set, "baseline.set")), "baseline.set"
-    )
-
-
-def read_run(path: Path) -> dict[str, Any]:
-    """A run file as complete nested data; it may name a `preset` beside the fields that it changes."""
-    data, _ = read_yaml(path)
-    name = data.pop("preset", "")
-    try:
-        preset = run_preset(str(name)) if name else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: preset: {error}") from None
-    start = complete(preset, str(path))
-    return complete(apply_overrides(start, dict(_leaves(data))), str(path))
-
-
-def complete(run: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`run` with every default written out, as JSON data. Raises ValueError for what does not validate."""
-    data = (
-        {**run, "data": {"train": UNSET, "val": UNSET, **run.get("data", {})}}
-        if _is_open(run)
-        else run
-    )
-    return parse_run(data, where).model_dump(mode="json")
-
-
-def check_paths(overrides: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """`overrides`, if each path could be one. Raises ValueError."""
-    for path in overrides:
-        if not path or any(not part for part in path.split(".")):
-            raise ValueError(f"{where}: {path!r} is not a dotted path like 'model.roi.kind'")
-        if path == "seed":
-            raise ValueError(f"{where}: seed: a study's seeds stand in its 'seeds'")
-    return overrides
-
-
-def _is_open(run: Mapping[str, Any]) -> bool:
-    return isinstance(run.get("data", {}), Mapping)
-
-
-def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in data.items():
-        path = f"{prefix}{key}"
-        found += (
-            _leaves(value, f"{path}.") if isinstance(value, Mapping) and value else [(path, value)]
-        )
-    return found

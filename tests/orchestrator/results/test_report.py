@@ -15,11 +15,12 @@ from PIL import Image
 from pyarrow import parquet
 
 from contract.answers import StudyView, TrialView
-from orchestrator.results.facts import MIN_IMAGES_FOR_PAPER, paper_metrics
+from orchestrator.results.cells import metric_label, points
+from orchestrator.results.facts import MIN_IMAGES_FOR_PAPER
 from orchestrator.results.plots import smooth
 from orchestrator.results.report import Report, build_report
-from orchestrator.results.table import metric_label, points
-from orchestrator.study.read import baseline_run, paper_tables
+from orchestrator.study.baseline import BaselineRun
+from orchestrator.study.paper import paper_tables
 from tests.orchestrator.studies import finished, tiny_study
 
 POOL, ALIGN = {"roi": "RoIPool"}, {"roi": "RoIAlign"}
@@ -53,8 +54,8 @@ def paper_trial(
     folder = tmp_path / f"{arm['roi']}-{seed}"
     (folder / "attempts" / "1").mkdir(parents=True)
     overrides = {"preset": "r50-c4", "set": run}
-    config = baseline_run(tiny_study(baseline=overrides), tmp_path)
-    spec = {"run": config, "tags": {"maskray.val_images": str(images)}}
+    config = BaselineRun.of(tiny_study(baseline=overrides), tmp_path).run
+    spec = {"run": config.model_dump(mode="json"), "tags": {"maskray.val_images": str(images)}}
     (folder / "attempts" / "1" / "spec.json").write_text(json.dumps(spec))
     (folder / "result.json").write_text(json.dumps({"attempt": 1, "artifacts": {}}))
     return finished(
@@ -99,8 +100,8 @@ def test_one_seed_is_machinery_only(tmp_path: Path) -> None:
     trials = [trial for trial in paper_study(tmp_path) if trial.seed == 0]
     text = table(tmp_path, view(trials, seeds=[0], **PAPER))
     assert (
-        "Machinery only: one seed: this shows that the machinery works, it is no evidence about the arms."
-        in text
+        "Machinery only: one seed: this shows that the machinery works, "
+        "it is no evidence about the arms." in text
     )
     assert "No paper column: one seed." in text
     assert "better" not in text
@@ -193,11 +194,11 @@ def test_the_papers_gain_alone_is_a_gain(tmp_path: Path) -> None:
 
 def test_paper_metrics_have_our_names() -> None:
     tables = paper_tables()
-    assert paper_metrics(tables["2d"], "RoIPool")["bbox/AP75"] == pytest.approx(0.269)
-    assert paper_metrics(tables["5"], "mask only") == pytest.approx(
+    assert tables["2d"].rows["RoIPool"].metrics["bbox/AP75"] == pytest.approx(0.269)
+    assert tables["5"].rows["mask only"].metrics == pytest.approx(
         {"bbox/AP": 0.536, "segm/AP": 0.458}
     )
-    assert paper_metrics(tables["6"], "RoIAlign")["keypoints/APl"] == pytest.approx(0.73)
+    assert tables["6"].rows["RoIAlign"].metrics["keypoints/APl"] == pytest.approx(0.73)
     assert metric_label("segm-argmax/AP") == "mask AP (argmax)"
 
 
@@ -210,7 +211,7 @@ def test_points_have_one_decimal_and_no_negative_zero() -> None:
     ]
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------
 
 
 def built(tmp_path: Path) -> Report:

@@ -73,7 +73,7 @@ def test_on_the_cpu_the_last_weights_count_where_they_can_be_read(tmp_path: Path
 
 
 def test_on_a_gpu_the_spread_of_the_seeds_of_the_arm_is_the_measure() -> None:
-    """Two seeds with values 1 apart: deviation sqrt(1/2), times sqrt(2), times t(0.975, 1) = 12.7062."""
+    """Two seeds 1 apart: deviation sqrt(1/2), times sqrt(2), times t(0.975, 1) = 12.7062."""
     arm = [done("t", 0, segm=0.30), done("t1", 1, segm=0.31)]
     other = [done("o", 0, arm="b", segm=0.9), done("o1", 1, arm="b", segm=0.1)]
     view = study(*arm, *other, gpus=1)

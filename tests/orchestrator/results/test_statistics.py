@@ -1,4 +1,4 @@
-"""Statistics against numbers worked out by hand and against published tables; verdicts only where they are due."""
+"""Statistics against numbers by hand and of published tables; verdicts only where they are due."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from contract.answers import TrialView
 from contract.attempt import Event
 from orchestrator.results.statistics import (
-    compare,
+    compare_arms,
     difference,
     holm,
     sign_flip_p,
@@ -112,7 +112,7 @@ def two_arms(pool: list[float], align: list[float]) -> list[TrialView]:
 
 
 def verdict(trials: list[TrialView], machinery_only: str = "") -> str:
-    return compare(trials, ["segm/AP"], machinery_only).arms[1].differences["segm/AP"].verdict
+    return compare_arms(trials, ["segm/AP"], machinery_only).arms[1].differences["segm/AP"].verdict
 
 
 def test_verdicts_follow_the_interval() -> None:
@@ -128,7 +128,7 @@ def test_two_pairs_or_a_short_schedule_give_no_verdict() -> None:
 
 def test_a_diverged_seed_withholds_the_verdict_and_is_marked() -> None:
     lost = finished(ALIGN, 3, state="failed", error_class="diverged", error="loss is nan at step 9")
-    comparison = compare([*two_arms([0.1, 0.1, 0.1], [0.3, 0.3, 0.3]), lost], ["segm/AP"])
+    comparison = compare_arms([*two_arms([0.1, 0.1, 0.1], [0.3, 0.3, 0.3]), lost], ["segm/AP"])
     arm = comparison.arms[1]
     assert arm.differences["segm/AP"].verdict == ""
     assert arm.marks == ("roi=align/seed-3: diverged: loss is nan at step 9",)
@@ -138,19 +138,19 @@ def test_a_diverged_seed_withholds_the_verdict_and_is_marked() -> None:
 def test_a_rollback_marks_a_trial_that_counts() -> None:
     trials = two_arms([0.1], [0.3])
     trials[1].events.append(Event(at=0.0, kind="rollback", step=70, text=""))
-    arm = compare(trials, ["segm/AP"]).arms[1]
+    arm = compare_arms(trials, ["segm/AP"]).arms[1]
     assert arm.marks == ("roi=align/seed-0: rolled back after a bad loss (step 70)",)
     assert arm.metrics["segm/AP"].mean == 0.3
 
 
 def test_nothing_to_evaluate_is_no_number() -> None:
-    arm = compare(two_arms([0.1], [-1.0]), ["segm/AP"]).arms[1]
+    arm = compare_arms(two_arms([0.1], [-1.0]), ["segm/AP"]).arms[1]
     assert not arm.metrics
     assert not arm.differences
 
 
 def test_without_a_baseline_there_are_no_differences() -> None:
-    comparison = compare([finished(ALIGN, 0, metrics={"segm/AP": 0.3})], ["segm/AP"])
+    comparison = compare_arms([finished(ALIGN, 0, metrics={"segm/AP": 0.3})], ["segm/AP"])
     assert not comparison.arms[0].differences
 
 

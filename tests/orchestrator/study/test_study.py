@@ -1,4 +1,4 @@
-"""A study file is plain data of bounded size, and every mistake in it is one line that names the place."""
+"""A study file is plain data of bounded size; a mistake in it is one line that names the place."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from contract.model import RoIPool
+from contract.recipe import SGD
 from contract.record import nearest
 from contract.yaml import MAX_BYTES, parse_yaml
-from orchestrator.study.read import baseline_run, paper_tables, read_run, read_study
+from orchestrator.study.baseline import BaselineRun, read_run
+from orchestrator.study.paper import paper_tables
+from orchestrator.study.read import read_study
 from tests.orchestrator.studies import tiny_study
 
 GOOD = "name: s\nbaseline: {preset: tiny}\n"
@@ -97,14 +101,10 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
 
 
 def test_a_baseline_is_complete_before_its_overrides(tmp_path: Path) -> None:
-    run = baseline_run(
-        tiny_study(baseline={"preset": "r50-fpn", "set": {"optimiser.lr": 0.01}}), tmp_path
-    )
-    assert {key: run["optimiser"][key] for key in ("kind", "lr", "momentum")} == {
-        "kind": "sgd",
-        "lr": 0.01,
-        "momentum": 0.9,
-    }
+    study = tiny_study(baseline={"preset": "r50-fpn", "set": {"optimiser.lr": 0.01}})
+    optimiser = BaselineRun.of(study, tmp_path).run.optimiser
+    assert isinstance(optimiser, SGD)
+    assert (optimiser.lr, optimiser.momentum) == (0.01, 0.9)
 
 
 def test_a_run_file_changes_its_preset(tmp_path: Path) -> None:
@@ -113,30 +113,32 @@ def test_a_run_file_changes_its_preset(tmp_path: Path) -> None:
         "preset: tiny\nloop: {steps: 7}\nmodel: {roi: {kind: pool}}\ndata: {train: t, val: v}\n"
     )
     run = read_run(path)
-    assert (run["loop"]["steps"], run["loop"]["global_batch"]) == (7, 8)
-    assert (run["model"]["roi"], run["data"]["train"]) == ({"kind": "pool"}, "t")
+    assert (run.loop.steps, run.loop.global_batch) == (7, 8)
+    assert (run.model.roi, run.data.train) == (RoIPool(), "t")
 
 
 def test_a_run_file_is_a_baseline(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("preset: tiny\nloop: {steps: 7}\n")
-    assert baseline_run(tiny_study(baseline={"file": "run.yaml"}), tmp_path)["loop"]["steps"] == 7
+    study = tiny_study(baseline={"file": "run.yaml"})
+    assert BaselineRun.of(study, tmp_path).run.loop.steps == 7
 
 
 def test_seeds_are_not_overrides(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a study's seeds stand in its 'seeds'"):
-        baseline_run(tiny_study(baseline={"preset": "tiny", "set": {"seed": 3}}), tmp_path)
+        BaselineRun.of(tiny_study(baseline={"preset": "tiny", "set": {"seed": 3}}), tmp_path)
 
 
 def test_an_unknown_preset_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no model preset 'tyni'"):
-        baseline_run(tiny_study(baseline={"preset": "tyni"}), tmp_path)
+        BaselineRun.of(tiny_study(baseline={"preset": "tyni"}), tmp_path)
     (tmp_path / "run.yaml").write_text("preset: tyni\n")
     with pytest.raises(
         ValueError, match=r"run.yaml: preset: no model preset 'tyni'; did you mean 'tiny'\?"
     ):
-        baseline_run(tiny_study(baseline={"file": "run.yaml"}), tmp_path)
+        BaselineRun.of(tiny_study(baseline={"file": "run.yaml"}), tmp_path)
 
 
 def test_the_paper_is_as_published() -> None:
-    assert paper_tables()["2c"]["rows"]["RoIAlign-ave"] == [30.3, 51.2, 31.5]
+    row = paper_tables()["2c"].rows["RoIAlign-ave"]
+    assert row.metrics == {"segm/AP": 0.303, "segm/AP50": 0.512, "segm/AP75": 0.315}
     assert nearest("2cc", ["2c", "5"]) == "did you mean '2c'?"

@@ -1,0 +1,196 @@
+"""The tables of a report as rows of cells: the text and the page show the same ones.
+
+AP in percent points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from contract.answers import StudyView
+from contract.metrics import MASK_INFERENCES
+from orchestrator.results.facts import Facts, arm_key
+from orchestrator.results.statistics import CONFIDENCE, Arm, Comparison, Difference, Summary
+from orchestrator.results.trial_files import events_of
+
+_GROUPS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`kind`: the style classes of the cell on the page."""
+
+    text: str
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    cells: tuple[Cell, ...]
+    baseline: bool = False  # the page marks this row
+
+    @classmethod
+    def of(cls, *texts: str) -> Row:
+        return cls(tuple(map(Cell, texts)))
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first `left` columns hold names and stand to the left, the others hold numbers."""
+
+    head: tuple[str, ...]
+    rows: tuple[Row, ...]
+    left: int
+
+
+def arms_table(comparison: Comparison, metrics: Sequence[str]) -> Table:
+    """A row for each arm: means over seeds with half intervals, each beside its difference."""
+    metrics = shown_metrics(comparison, metrics)
+    factors = list(comparison.arms[0].arm) if comparison.arms else []
+    head = [*(factors or ["arm"]), "seeds"]
+    for metric in metrics:
+        head += [metric_label(metric), "diff"]
+    rows = []
+    for arm in comparison.arms:
+        cells = [Cell(name) for name in arm.arm.values() or ("baseline",)]
+        cells.append(Cell(seeds_text(arm)))
+        for metric in metrics:
+            cells += [Cell(mean_text(arm.metrics.get(metric))), _difference_cell(arm, metric)]
+        rows.append(Row(tuple(cells), arm.baseline))
+    return Table(tuple(head), tuple(rows), max(1, len(factors)))
+
+
+def differences_table(comparison: Comparison, metrics: Sequence[str]) -> Table:
+    """A row for each arm and metric: the difference with its interval and verdict."""
+    rows = []
+    for arm in comparison.arms:
+        for metric in shown_metrics(comparison, metrics):
+            difference = arm.differences.get(metric)
+            if difference is not None:
+                names = Cell(arm_label(arm)), Cell(metric_label(metric))
+                rows.append(Row((*names, *_difference_cells(difference))))
+    interval = f"{100 * CONFIDENCE:.0f}% interval"
+    return Table(("arm", "metric", "diff", interval, "p", "seeds", "verdict"), tuple(rows), left=2)
+
+
+def softmax_table(comparison: Comparison) -> Table:
+    """Mask AP of softmax arms under every inference that was evaluated."""
+    rows = []
+    for arm in comparison.arms:
+        values = [arm.metrics.get(f"segm-{name}/AP") for name in MASK_INFERENCES]
+        if any(values):
+            configured = arm.metrics.get("segm/AP")
+            rows.append(Row.of(arm_label(arm), *map(mean_text, (configured, *values))))
+    names = (name.replace("_", " ") for name in MASK_INFERENCES)
+    return Table(("arm", "as configured", *names), tuple(rows), left=1)
+
+
+def paper_table(facts: Facts, comparison: Comparison) -> Table:
+    """Our means and differences beside the published ones, for the arms that have a row."""
+    baseline = comparison.baseline
+    base = facts.papers.get(arm_key(baseline.arm)) if baseline else None
+    rows = []
+    for arm in comparison.arms:
+        paper = facts.papers.get(arm_key(arm.arm))
+        if paper is None:
+            continue
+        gains = dict(paper.gains)
+        if base and not arm.baseline:
+            both = paper.metrics.keys() & base.metrics.keys()
+            gains |= {metric: paper.metrics[metric] - base.metrics[metric] for metric in both}
+        for metric in dict.fromkeys([*paper.metrics, *paper.gains]):
+            if metric in arm.metrics:
+                published = points(paper.metrics.get(metric, math.nan))
+                gain = "" if arm.baseline else points(gains.get(metric, math.nan), signed=True)
+                ours = mean_text(arm.metrics[metric])
+                difference = _difference_cell(arm, metric).text
+                names = arm_label(arm), metric_label(metric)
+                rows.append(Row.of(*names, ours, published, difference, gain))
+    head = ("arm", "metric", "ours", "paper", "diff", "paper's diff")
+    return Table(head, tuple(rows), left=2)
+
+
+def trials_table(view: StudyView) -> Table:
+    """A row for each trial: how it ran, and where its numbers can be looked up."""
+    rows = []
+    for trial in view.trials:
+        events = ", ".join(f"{event.kind} at step {event.at}" for event in events_of(trial))
+        ran = trial.key, trial.trial, trial.state, str(trial.attempts), events
+        rows.append(Row.of(*ran, trial.mlflow_run_id, trial.identity[:12]))
+    head = ("trial", "id", "state", "attempts", "events", "MLflow run", "identity")
+    return Table(head, tuple(rows), left=len(head))
+
+
+# --- texts ------------------------------------------------------------------------------------
+
+
+def arm_label(arm: Arm) -> str:
+    """ "roi align, masks sigmoid", or "baseline" where there are no factors."""
+    return ", ".join(f"{factor} {level}" for factor, level in arm.arm.items()) or "baseline"
+
+
+def metric_label(metric: str) -> str:
+    """ "segm/AP75" -> "mask AP75"."""
+    group, _, stat = metric.partition("/")
+    base, _, inference = group.partition("-")
+    return f"{_GROUPS.get(base, base)} {stat}" + (f" ({inference})" if inference else "")
+
+
+def shown_metrics(comparison: Comparison, metrics: Sequence[str]) -> list[str]:
+    """The study's columns that at least one arm has a number for, or all while there is none."""
+    present = [
+        metric for metric in metrics if any(metric in arm.metrics for arm in comparison.arms)
+    ]
+    return present or list(metrics)
+
+
+def points(value: float, signed: bool = False) -> str:
+    """A fraction as percent points with one decimal; "-" where there is no number."""
+    if math.isnan(value):
+        return "-"
+    text = f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
+    # A value that rounds to zero keeps its sign otherwise, and -0.0 reads like a loss.
+    return text.replace("-0.0", "+0.0") if signed else text.replace("-0.0", "0.0")
+
+
+def seeds_text(arm: Arm) -> str:
+    """ "3", or "2 of 3" where trials are missing, with a star where the notes say more."""
+    done = sum(trial.state == "done" for trial in arm.trials)
+    text = str(done) if done == len(arm.trials) else f"{done} of {len(arm.trials)}"
+    return f"{text}*" if arm.marks else text
+
+
+def mean_text(summary: Summary | None) -> str:
+    """The mean with half of its interval, which one seed does not have."""
+    if summary is None:
+        return "-"
+    half = (summary.high - summary.low) / 2
+    return points(summary.mean) if math.isnan(half) else f"{points(summary.mean)} ±{points(half)}"
+
+
+def _difference_cell(arm: Arm, metric: str) -> Cell:
+    if arm.baseline:
+        return Cell("", "quiet")
+    difference = arm.differences.get(metric)
+    if difference is None:
+        return Cell("-", "diff")
+    # "not shown" has no colour of its own: a difference that may be noise must not look like news.
+    colour = difference.verdict if difference.verdict in ("better", "worse") else ""
+    return Cell(points(difference.mean, signed=True), f"diff {colour}".strip())
+
+
+def _difference_cells(difference: Difference) -> list[Cell]:
+    """Difference, interval, p, pairs, verdict."""
+    low, high, p = difference.low, difference.high, difference.p_adjusted
+    interval = "-" if math.isnan(low) else f"{points(low, True)} to {points(high, True)}"
+    texts = points(difference.mean, True), interval, _p_text(p), str(len(difference.by_seed))
+    verdict = Cell(difference.verdict or "none", difference.verdict.replace(" ", "-"))
+    return [*map(Cell, texts), verdict]
+
+
+def _p_text(p: float) -> str:
+    if math.isnan(p):
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"  # three decimals would round it to zero

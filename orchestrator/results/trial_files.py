@@ -1,0 +1,100 @@
+"""What a trial left in its folder, as far as a report needs it.
+
+The code of the study wrote these files, which may be of another version than this one: unknown
+fields are ignored, missing ones have their defaults, and a file of another form counts as missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from contract.answers import TrialView
+from contract.attempt import RESULT_FILE, SPEC_FILE
+from contract.record import Message
+from orchestrator.settings import service_files
+
+
+class SeenLoop(Message):
+    steps: int = 0
+    global_batch: int = 0
+
+
+class SeenImage(Message):
+    short_side_px: int = 0
+
+
+class SeenModel(Message):
+    image: SeenImage = SeenImage()
+
+
+class SeenRun(Message):
+    """A `contract.recipe.RunConfig`, of which a report needs little; 0 is not known."""
+
+    loop: SeenLoop = SeenLoop()
+    model: SeenModel = SeenModel()
+
+    @property
+    def images(self) -> int:
+        """Training images of the whole run, repetitions counted; 0 if the run is not known."""
+        return self.loop.steps * self.loop.global_batch
+
+
+class SeenSpec(Message):
+    """A `contract.attempt.RunSpec`."""
+
+    run: SeenRun | None = None
+    tags: dict[str, str] = {}
+
+
+class SeenResult(Message):
+    """A `contract.attempt.Result`."""
+
+    attempt: int = 0
+    artifacts: dict[str, str] = {}  # name -> path relative to the trial's folder
+    weights_sha256: str = ""
+
+
+class SeenEvent(Message):
+    """A `contract.attempt.Event`, which marks a trial in every table."""
+
+    kind: str = ""
+    step: int | None = None
+
+    @property
+    def at(self) -> str:
+        return "?" if self.step is None else str(self.step)
+
+
+_Seen = TypeVar("_Seen", bound=Message)
+
+
+def seen(record: type[_Seen], data: Any) -> _Seen:
+    """`data` as far as `record` knows it; the record's defaults where it has another form."""
+    try:
+        return record.model_validate(data, from_attributes=True)
+    except ValidationError:
+        return record()
+
+
+def read_result(trial: TrialView) -> SeenResult:
+    """The trial's `result.json`. Raises OSError if its storage cannot be read at all."""
+    return seen(SeenResult, _read(trial.storage, RESULT_FILE))
+
+
+def read_spec(trial: TrialView, result: SeenResult) -> SeenSpec:
+    """The spec of the attempt that made `result`, or of the last one. Raises OSError likewise."""
+    attempt = result.attempt or max(trial.attempts, 1)
+    return seen(SeenSpec, _read(trial.storage, SPEC_FILE.format(attempt=attempt)))
+
+
+def events_of(trial: TrialView) -> list[SeenEvent]:
+    """What happened to the trial's loop, in order."""
+    return [seen(SeenEvent, event) for event in trial.events]
+
+
+def _read(folder: str, name: str) -> Mapping[str, Any]:
+    """Empty if the trial has no folder, or the file is not there, or half-written."""
+    return (service_files(folder).read_object(name) or {}) if folder else {}
