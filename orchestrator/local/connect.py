@@ -1,33 +1,41 @@
-"""The service of a folder: started detached by the first command that needs it, found by the others."""
+"""The service of a folder: started detached by the first command that needs it, found by others."""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import httpx
 
+from contract.record import parse_record
 from orchestrator.client import Client, Connection
 from orchestrator.local.processes import (
     ChildRecord,
+    end_processes,
     find_child,
     recorded_child,
+    remove_record,
     start_child,
     wait_until_gone,
+    write_child,
     write_private,
 )
-from orchestrator.settings import Limits, ServiceSettings
+from orchestrator.local.ray_head import python_path
+from orchestrator.settings import Limits, ServiceSettings, read_settings
 
 STATE = ".maskray"
 _START_S = 120.0  # on a starved machine; an idle one needs about two seconds
+_END_S = 30.0  # for a service to end its threads, its Ray head and its MLflow server
+
+# Two records of one process: `service-process` is written by whoever starts it, and `service` by
+# the service itself once it listens, with its URL.
+_STARTED, _LISTENING = "service-process", "service"
 
 
 def state_folder(root: Path | None = None) -> Path:
@@ -36,7 +44,7 @@ def state_folder(root: Path | None = None) -> Path:
 
 
 def local_settings(root: Path) -> ServiceSettings:
-    """The settings of `root`'s own service: those in .maskray/service.yaml, on top of what suits one machine."""
+    """The settings of `root`'s own service: .maskray/service.yaml on top of what suits a laptop."""
     home = state_folder(root)
     chosen = {
         "home": str(home),
@@ -48,18 +56,16 @@ def local_settings(root: Path) -> ServiceSettings:
     }
     file = home / "service.yaml"
     if file.exists():
-        import yaml
-
-        read = yaml.safe_load(file.read_text()) or {}
-        if not isinstance(read, dict):
-            raise ValueError(f"{file}: must hold settings by name")
-        chosen |= read
-    return ServiceSettings.model_validate(chosen)
+        chosen |= read_settings(file)
+    return parse_record(ServiceSettings, chosen, str(file))
 
 
 def connect() -> Connection:
-    """The service that commands talk to: MASKRAY_SERVER with MASKRAY_TOKEN, else this folder's own."""
-    configured = _configured()
+    """The service that commands talk to.
+
+    That is MASKRAY_SERVER with MASKRAY_TOKEN, else this folder's own service.
+    """
+    configured = _configured(os.environ)
     return configured if configured is not None else ensure_local_service(Path.cwd())
 
 
@@ -68,26 +74,25 @@ def connected_client() -> Client:
 
 
 def running_client() -> Client | None:
-    """A client of the service if there is one; starts nothing."""
-    configured = _configured()
-    if configured is not None:
-        return Client(configured)
-    found = _find(state_folder())
-    return Client(found) if found is not None else None
+    """A client of the service if one runs; starts nothing."""
+    connection = _configured(os.environ) or _find(state_folder())
+    return Client(connection) if connection is not None else None
 
 
-def _configured() -> Connection | None:
-    url = os.environ.get("MASKRAY_SERVER", "")
+def _configured(environment: Mapping[str, str]) -> Connection | None:
+    url = environment.get("MASKRAY_SERVER", "")
     if not url:
         return None
-    token = os.environ.get("MASKRAY_TOKEN", "").strip()
+    token = environment.get("MASKRAY_TOKEN", "").strip()
     if not token:
         raise ValueError(
             f"MASKRAY_SERVER is {url}, but MASKRAY_TOKEN is empty: set it to your token"
         )
+    # The HTTP library refuses such a header with a message that shows the token.
     if not re.fullmatch(r"[!-~]+", token):
         raise ValueError(
-            "MASKRAY_TOKEN: holds characters that no token has; set it to the one line that you were given"
+            "MASKRAY_TOKEN: holds characters that no token has; "
+            "set it to the one line that you were given"
         )
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"MASKRAY_SERVER: {url!r} is no URL; write http://HOST:PORT")
@@ -98,20 +103,16 @@ def ensure_local_service(root: Path) -> Connection:
     """The living service of `root`, started if there is none; Ray and MLflow come up behind it."""
     home = state_folder(root)
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _alone(home):
-        found = _find(home)
-        if found is not None:
-            return found
-        settings = local_settings(root)
-        source = str(Path(__file__).resolve().parents[2])
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH", "")])),
-        }
+    with _locked(home):
+        running = _find(home)
+        if running is not None:
+            return running
+        # In a file: every user of the machine can read a command line.
         file = home / "settings.json"
-        write_private(file, settings.model_dump_json())
+        write_private(file, local_settings(root).model_dump_json())
         command = [sys.executable, "-m", "orchestrator.server.service", str(file)]
-        child = start_child("service-process", command, environment, home, url="")
+        environment = {**os.environ, "PYTHONPATH": python_path()}
+        child = start_child(_STARTED, command, environment, home, url="")
         return _await(child, home)
 
 
@@ -126,41 +127,36 @@ def shut_down(root: Path) -> bool:
     if not home.is_dir():
         return False
     settings = ServiceSettings(home=str(home))
-    with _alone(home):
-        child = find_child("service", home)
-        found = _find(home) if child is not None else None
-        if child is not None and found is not None:
-            with Client(found) as client:
+    with _locked(home):
+        child = find_child(_LISTENING, home)
+        connection = _find(home)
+        if child is not None and connection is not None:
+            with Client(connection) as client:
                 client.shut_down()
-            wait_until_gone(child.pid, child.created, 30.0)
-        any_child = child is not None or any(
-            recorded_child(name, home) for name in ("ray", "mlflow")
-        )
-        for name in ("service", "service-process"):
-            _end(name, home)
+            wait_until_gone(child, _END_S)
+        left = [recorded_child(name, home) for name in ("ray", "mlflow")]
+        for name in (_LISTENING, _STARTED):
+            _end_process(name, home)
         stack.end_ray(settings)
         stack.end_mlflow(settings)
-    return any_child
+    return child is not None or any(left)
 
 
-def _end(name: str, home: Path) -> None:
-    """Ends a service process that did not end by itself, without what it started: that is ended by its marks."""
-    from orchestrator.local.processes import end_processes
-
+def _end_process(name: str, home: Path) -> None:
+    """Ends a service that did not end by itself, without its children: their marks name them."""
     child = recorded_child(name, home)
     if child is not None and child.alive():
         import psutil
 
         end_processes([psutil.Process(child.pid)], 10.0)
-    (home / f"{name}.json").unlink(missing_ok=True)
+    remove_record(name, home)
 
 
 def _find(home: Path) -> Connection | None:
-    child = find_child("service", home)
-    if child is None or not child.url:
+    child = find_child(_LISTENING, home)
+    if child is None or not child.url or not _healthy(child.url):
         return None
-    token = (home / "token").read_text().strip()
-    return Connection(child.url, token, home.parent) if _healthy(child.url) else None
+    return Connection(child.url, (home / "token").read_text().strip(), home.parent)
 
 
 def _healthy(url: str) -> bool:
@@ -173,13 +169,13 @@ def _healthy(url: str) -> bool:
 def _await(child: ChildRecord, home: Path) -> Connection:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
-        found = _find(home)
-        if found is not None:
-            return found
+        running = _find(home)
+        if running is not None:
+            return running
         if not child.alive():
             break
         time.sleep(0.1)
-    log = home / "service-process.log"
+    log = home / f"{_STARTED}.log"
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     raise RuntimeError(
         f"the local service did not start: {lines[-1] if lines else 'it said nothing'}; see {log}"
@@ -187,10 +183,10 @@ def _await(child: ChildRecord, home: Path) -> Connection:
 
 
 @contextmanager
-def _alone(home: Path) -> Iterator[None]:
+def _locked(home: Path) -> Iterator[None]:
     """Two commands at once start one service."""
     with (home / "start.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the end of the process releases it, even a kill
         yield
 
 
@@ -199,7 +195,5 @@ def write_service_record(home: Path, url: str) -> None:
     import psutil
 
     me = psutil.Process()
-    write_private(
-        home / "service.json",
-        json.dumps(asdict(ChildRecord("service", me.pid, me.create_time(), url))),
-    )
+    child = ChildRecord(name=_LISTENING, pid=me.pid, created=me.create_time(), url=url)
+    write_child(child, home)

@@ -1,4 +1,9 @@
-"""The processes that a local service starts, remembered in files so that its successor finds them."""
+"""The processes that a local service starts, remembered in files so that its successor finds them.
+
+Supervision is written by hand. The children outlive this process, and the service that comes after
+it takes them over. Ray starts the driver of each job in a session of its own, so no process group
+holds all of them: a mark in the environment names them.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +16,18 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
+from contract.record import Record, parse_record
 
-@dataclass(frozen=True)
-class ChildRecord:
+_MARK = "MASKRAY_MARK"  # a variable in the environment of every process that belongs to a service
+_SAME_START_S = 0.1  # two readings of one process's start time are closer than this
+_KILLED_S = 5.0  # for processes to be gone after SIGKILL
+
+
+class ChildRecord(Record):
     """A process by id and start time: an id alone may by now be another program's."""
 
     name: str
@@ -30,10 +39,9 @@ class ChildRecord:
     def alive(self) -> bool:
         try:
             process = psutil.Process(self.pid)
-            return (
-                process.status() != psutil.STATUS_ZOMBIE
-                and abs(process.create_time() - self.created) < 0.1
-            )
+            same = abs(process.create_time() - self.created) < _SAME_START_S
+            # A zombie has ended, and nobody has read its exit status yet.
+            return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
@@ -46,7 +54,10 @@ def start_child(
     url: str,
     folder: str = "",
 ) -> ChildRecord:
-    """Starts a program (by its path) that outlives this one; output in `home/NAME.log`, record in `home/NAME.json`."""
+    """Starts a program (by its path) that outlives this one.
+
+    Its output goes to `home`/NAME.log, its record to `home`/NAME.json.
+    """
     home.mkdir(parents=True, exist_ok=True)
     log = str(home / f"{name}.log")
     pid = os.posix_spawn(
@@ -58,11 +69,17 @@ def start_child(
             (os.POSIX_SPAWN_OPEN, 1, log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ],
-        setsid=True,
+        setsid=True,  # Ctrl-C in the terminal must not reach it
     )
-    child = ChildRecord(name, pid, psutil.Process(pid).create_time(), url, folder)
-    write_private(home / f"{name}.json", json.dumps(asdict(child)))
+    child = ChildRecord(
+        name=name, pid=pid, created=psutil.Process(pid).create_time(), url=url, folder=folder
+    )
+    write_child(child, home)
     return child
+
+
+def write_child(child: ChildRecord, home: Path) -> None:
+    write_private(_record_file(child.name, home), json.dumps(child.model_dump()))
 
 
 def find_child(name: str, home: Path) -> ChildRecord | None:
@@ -72,13 +89,18 @@ def find_child(name: str, home: Path) -> ChildRecord | None:
 
 
 def recorded_child(name: str, home: Path) -> ChildRecord | None:
-    path = home / f"{name}.json"
+    """The recorded process, alive or dead. Raises RuntimeError if its file is no record."""
+    path = _record_file(name, home)
     try:
-        return ChildRecord(**json.loads(path.read_text()))
+        return parse_record(ChildRecord, json.loads(path.read_text()), "its process")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise RuntimeError(f"{path}: {error}; delete the file") from error
+
+
+def remove_record(name: str, home: Path) -> None:
+    _record_file(name, home).unlink(missing_ok=True)
 
 
 def end_child(name: str, home: Path, wait_s: float = 10.0) -> None:
@@ -91,27 +113,32 @@ def end_child(name: str, home: Path, wait_s: float = 10.0) -> None:
         end_processes([*root.children(recursive=True), root], wait_s)
     if child.folder:
         shutil.rmtree(child.folder, ignore_errors=True)
-    (home / f"{name}.json").unlink(missing_ok=True)
+    remove_record(name, home)
+
+
+def marked(environment: Mapping[str, str], mark: str) -> dict[str, str]:
+    """The environment of a process that `marked_processes` finds, and so all that it starts."""
+    return {**environment, _MARK: mark}
 
 
 def marked_processes(mark: str) -> list[psutil.Process]:
-    """This user's processes that carry MASKRAY_MARK=`mark` in their environment, but for this one."""
-    found = []
+    """This user's processes that carry `mark` in their environment, except this process."""
+    matches = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get("MASKRAY_MARK") == mark:
-                found.append(process)
+            if process.pid != os.getpid() and process.environ().get(_MARK) == mark:
+                matches.append(process)
         except (psutil.AccessDenied, psutil.NoSuchProcess, OSError):
-            continue
-    return found
+            continue  # it is another user's, or it ended in between
+    return matches
 
 
 def end_processes(processes: Sequence[psutil.Process], wait_s: float) -> None:
-    """Asks them to end, and after `wait_s` makes them."""
+    """Asks processes to end, and kills those that still live after `wait_s`."""
     _signal(processes, signal.SIGTERM)
     _, left = psutil.wait_procs(processes, timeout=wait_s)
     _signal(left, signal.SIGKILL)
-    psutil.wait_procs(left, timeout=5)
+    psutil.wait_procs(left, timeout=_KILLED_S)
 
 
 def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
@@ -125,6 +152,7 @@ def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None
 def free_ports(count: int) -> list[int]:
     """Distinct ports that nobody listens on at 127.0.0.1 now."""
     with ExitStack() as stack:
+        # All are open at once: a closed one could be given out a second time.
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
             one.bind(("127.0.0.1", 0))
@@ -134,7 +162,8 @@ def free_ports(count: int) -> list[int]:
 def write_private(path: Path, text: str) -> None:
     """Writes a file that its owner alone can read, whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)  # a process of the same id may have died here
+    # O_EXCL: no link that another user put there is followed.
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(text)
@@ -148,14 +177,18 @@ def own_token(path: Path) -> str:
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_private(path, secrets.token_urlsafe(32))
-        return path.read_text().strip()
+        return path.read_text().strip()  # another process may have written its own in between
 
 
-def wait_until_gone(pid: int, created: float, wait_s: float) -> bool:
+def wait_until_gone(child: ChildRecord, wait_s: float) -> bool:
+    """Whether the process ends within `wait_s`."""
     deadline = time.monotonic() + wait_s
-    child = ChildRecord("", pid, created, "")
     while child.alive():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)
     return True
+
+
+def _record_file(name: str, home: Path) -> Path:
+    return home / f"{name}.json"

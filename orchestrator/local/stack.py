@@ -1,4 +1,4 @@
-"""A local service's own Ray head and MLflow server: found if they live, started if not, ended with everything."""
+"""A local service's own Ray head and MLflow server: found if they live, started if not."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from orchestrator.local.processes import (
     end_processes,
     find_child,
     free_ports,
+    marked,
     marked_processes,
     own_token,
     recorded_child,
@@ -26,22 +27,22 @@ _HANGS_S = 180.0  # a head that lives and does not answer for so long is ended
 
 
 @dataclass(frozen=True)
-class Local:
-    """What `ensure` found or started."""
+class Ensured:
+    """A process that lives now."""
 
     child: ChildRecord
-    started: bool
-    found_dead: bool = False  # there was one before, and it is gone
+    started: bool  # just now
+    replaced: bool = False  # one of an earlier time was recorded, and it is dead
 
 
-def ensure_ray(settings: ServiceSettings) -> Local:
-    """The living Ray head of this home. What a dead one left behind is ended first: its ranks may still write."""
+def ensure_ray(settings: ServiceSettings) -> Ensured:
+    """The living Ray head of this home, started if there is none."""
     home = Path(settings.home)
     living = find_child("ray", home)
     if living is not None:
-        return Local(living, started=False)
-    before = recorded_child("ray", home) is not None
-    end_ray(settings)
+        return Ensured(living, started=False)
+    replaced = recorded_child("ray", home) is not None
+    end_ray(settings)  # what a dead head left behind: its ranks may still write
     plan = HeadPlan(
         home=home,
         mark=ray_mark(home),
@@ -51,40 +52,40 @@ def ensure_ray(settings: ServiceSettings) -> Local:
         memory_mib=settings.ray_memory_mib,
         resources=settings.ray_resources,
     )
-    own_token(plan.token_file)
-    return Local(start_head(plan), started=True, found_dead=before)
+    own_token(plan.token_file)  # Ray reads the file when it starts
+    return Ensured(start_head(plan), started=True, replaced=replaced)
 
 
 def end_ray(settings: ServiceSettings, wait_s: float = 5.0) -> None:
     """Ends this home's head, and every process that it or a job of it started."""
-    home = Path(settings.home)
-    children = marked_processes(ray_mark(home))
-    end_child("ray", home, wait_s)
-    end_processes([process for process in children if process.is_running()], wait_s)
-    end_processes(marked_processes(ray_mark(home)), wait_s)
+    mark = ray_mark(Path(settings.home))
+    _end("ray", settings, mark, wait_s)
+    # What started while the others ended.
+    end_processes(marked_processes(mark), wait_s)
 
 
-def ensure_mlflow(settings: ServiceSettings) -> Local:
+def ensure_mlflow(settings: ServiceSettings) -> Ensured:
     """The living MLflow server of this home, on SQLite, artifacts in a folder beside it."""
     home = Path(settings.home)
     living = find_child("mlflow", home)
     if living is not None:
-        return Local(living, started=False)
+        return Ensured(living, started=False)
     before = recorded_child("mlflow", home)
     end_mlflow(settings)
     # The same port as before: running trials know the address.
     port = int(before.url.rsplit(":", 1)[1]) if before is not None else free_ports(1)[0]
-    return Local(start_mlflow(home, port), started=True, found_dead=before is not None)
+    return Ensured(start_mlflow(home, port), started=True, replaced=before is not None)
 
 
 def start_mlflow(home: Path, port: int) -> ChildRecord:
-    environment = {
-        **{
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("MLFLOW_", "MASKRAY_"))
-        },
-        "MASKRAY_MARK": mlflow_mark(home),
+    # Settings of another tracking server, or of the service itself, must not reach this one.
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MLFLOW_", "MASKRAY_"))
+    }
+    own = {
+        # Each running trial writes at the same time; SQLAlchemy's default is 5 and 10.
         "MLFLOW_SQLALCHEMYSTORE_POOL_SIZE": "20",
         "MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW": "40",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -92,20 +93,28 @@ def start_mlflow(home: Path, port: int) -> ChildRecord:
         "DO_NOT_TRACK": "true",
     }
     command = [
-        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-        "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}", "--artifacts-destination", str(home / "mlartifacts"),
-    ]  # fmt: skip
+        *(sys.executable, "-m", "mlflow", "server"),
+        *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"),
+        *("--artifacts-destination", str(home / "mlartifacts")),
+    ]
+    environment = marked({**clean, **own}, mlflow_mark(home))
     return start_child("mlflow", command, environment, home, url=f"http://127.0.0.1:{port}")
 
 
 def end_mlflow(settings: ServiceSettings, wait_s: float = 5.0) -> None:
-    home = Path(settings.home)
-    children = marked_processes(mlflow_mark(home))
-    end_child("mlflow", home, wait_s)
+    _end("mlflow", settings, mlflow_mark(Path(settings.home)), wait_s)
+
+
+def _end(name: str, settings: ServiceSettings, mark: str, wait_s: float) -> None:
+    # Listed before the parent ends: a process that has lost its parent is still found by its mark.
+    children = marked_processes(mark)
+    end_child(name, Path(settings.home), wait_s)
     end_processes([process for process in children if process.is_running()], wait_s)
 
 
 def local_cpus(settings: ServiceSettings) -> int:
+    # Not cpu_count: this process may be pinned to fewer CPUs than the machine has.
     return settings.ray_cpus or len(os.sched_getaffinity(0))
 
 
@@ -118,14 +127,11 @@ def mlflow_mark(home: Path) -> str:
 
 
 def ray_token_file(settings: ServiceSettings) -> Path:
-    return (
-        Path(settings.ray_token_file)
-        if settings.ray_token_file
-        else Path(settings.home) / "ray-token"
-    )
+    named = settings.ray_token_file
+    return Path(named) if named else Path(settings.home) / "ray-token"
 
 
-class Patience:
+class HangTimer:
     """Tells a head that is starting or busy from one that hangs."""
 
     def __init__(self) -> None:

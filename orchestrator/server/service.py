@@ -88,7 +88,7 @@ class Service:
         self._cluster: Cluster | None = None
         self._mlflow: MLflow | None = None
         self._tracking_uri = "" if settings.mlflow == "local" else settings.mlflow
-        self._patience = stack.Patience()
+        self._hang_timer = stack.HangTimer()
         self._examining = threading.Lock()
 
     # --- what the routes use (api.Hub) ---
@@ -206,7 +206,7 @@ class Service:
             self._ensure_cluster()
             if self._cluster is not None:
                 self.loop.tick(self._cluster, time.time())
-                self._patience.answered()
+                self._hang_timer.answered()
         except UnreachableError as error:
             self._note_unreachable(error)
         except LedgerError as error:
@@ -229,9 +229,9 @@ class Service:
             LOG.info(
                 "started a Ray head, dashboard %s%s",
                 local.child.url,
-                ", its predecessor is dead" * local.found_dead,
+                ", its predecessor is dead" * local.replaced,
             )
-            self._patience.answered()
+            self._hang_timer.answered()
             self.loop.cluster_words = "the cluster is starting"
         if self._cluster is None or self._cluster.url != local.child.url:
             if self._cluster is not None:
@@ -242,10 +242,10 @@ class Service:
         if self.loop.cluster_words == "ready":
             LOG.warning("%s", error)
             self.loop.cluster_words = f"the cluster does not answer: {error}"
-        if self.settings.ray == "local" and self._patience.over():
+        if self.settings.ray == "local" and self._hang_timer.over():
             LOG.warning("the Ray head hangs: ending it")
             stack.end_ray(self.settings)
-            self._patience.answered()
+            self._hang_timer.answered()
 
     def _keep_books(self) -> None:
         while not self._ending.is_set():

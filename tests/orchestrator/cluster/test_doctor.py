@@ -8,7 +8,7 @@ import pytest
 
 from contract.answers import Check
 from contract.probe import ClockReport, LinkReport, NodeReport
-from orchestrator.cluster.doctor import Seen, judge
+from orchestrator.cluster.doctor_checks import Examination, checks_of
 from orchestrator.cluster.nodes import Machine
 from workers.probe import partners
 
@@ -44,7 +44,7 @@ def lines(*reports: NodeReport, **fields: Any) -> dict[str, Check]:
         "storage_error": "",
         "service_lag_s": 0.0,
     }
-    return {check.name: check for check in judge(Seen(**(plain | fields)))}
+    return {check.name: check for check in checks_of(Examination(**(plain | fields)))}
 
 
 def test_a_sound_cluster_passes_every_line() -> None:
