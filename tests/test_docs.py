@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.main import get_command
 
 import orchestrator.cli.app
 import orchestrator.cli.stage
 import pipelines.__main__
+from contract.recipe import RunConfig
+from contract.study import Study
+from orchestrator.settings import ServiceSettings
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -116,6 +120,60 @@ def test_every_name_in_a_file_exists(path: Path) -> None:
     pairs = NAME.findall(path.read_text(encoding="utf-8"))
     assert pairs or path.name != "architecture.md"
     assert not [f"{file}:{name}" for file, name in pairs if name not in names(ROOT / file)]
+
+
+# --- fields of records --------------------------------------------------------------------------
+
+
+def fields(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Each property of a JSON Schema's node, in every alternative of a union."""
+    if "$ref" in node:
+        return fields(schema, schema["$defs"][node["$ref"].rpartition("/")[2]])
+    named: dict[str, list[dict[str, Any]]] = {}
+    for name, property_ in node.get("properties", {}).items():
+        named.setdefault(name, []).append(property_)
+    for alternative in [*node.get("anyOf", ()), *node.get("oneOf", ()), *node.get("allOf", ())]:
+        for name, properties in fields(schema, alternative).items():
+            named.setdefault(name, []).extend(properties)
+    return named
+
+
+def is_field(path: str) -> bool:
+    schema = RunConfig.model_json_schema()
+    nodes = [schema]
+    for name in path.split("."):
+        nodes = [below for node in nodes for below in fields(schema, node).get(name, ())]
+    return bool(nodes)
+
+
+@document
+def test_every_field_of_a_run_exists(path: Path) -> None:
+    parts = "|".join(RunConfig.model_fields)
+    named = set(
+        re.findall(rf"(?<!from )(?<![\w./])((?:{parts})(?:\.[a-z_][a-z_0-9]*)+)", path.read_text())
+    )
+    named -= {name for name in named if name.endswith((".py", ".md", ".yaml"))}
+    assert not [name for name in sorted(named) if not is_field(name)]
+
+
+@document
+def test_every_example_in_yaml_fits_its_record(path: Path) -> None:
+    for text in re.findall(r"```yaml\n(.*?)```", path.read_text(), re.DOTALL):
+        example = yaml.safe_load(text)
+        if "baseline" in example:
+            Study.model_validate(example)
+        elif "host" in example:
+            ServiceSettings.model_validate(example)
+        else:
+            assert not [name for name in leaves(example) if name != "preset" and not is_field(name)]
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 # --- commands -----------------------------------------------------------------------------------
