@@ -97,9 +97,11 @@ class Client:
         return self._call(Health, "GET", "/v1/health")
 
     def info(self) -> Info:
+        """Who asks, and what the service drives."""
         return self._call(Info, "GET", "/v1/info")
 
     def submit(self, submission: Submission) -> Submitted:
+        """Sends a study. The same idempotency key sent twice is one study."""
         body = submission.model_dump_json().encode()
         headers = {"Content-Type": "application/json"}
         return self._call(Submitted, "POST", "/v1/studies", content=body, headers=headers)
@@ -112,6 +114,7 @@ class Client:
         return self._call(StudyView, "GET", f"/v1/studies/{study}")
 
     def submission(self, study: str) -> Submission:
+        """A study with its trials as it was submitted."""
         return self._call(Submission, "GET", f"/v1/studies/{study}/submission")
 
     def events(self, study: str = "", after: int = 0, wait_s: float = 0.0) -> EventPage:
@@ -121,10 +124,11 @@ class Client:
             "GET",
             "/v1/events",
             params={"study": study, "after": after, "wait_s": wait_s},
-            timeout=wait_s + 30,
+            timeout=wait_s + 30,  # the service answers late on purpose
         )
 
     def act_on_study(self, study: str, action: StudyAction) -> ChangedStudy:
+        """The study after the action."""
         return self._call(ChangedStudy, "POST", f"/v1/studies/{study}/{action}")
 
     def act_on_trial(self, trial: str, action: TrialAction) -> ChangedTrial:
@@ -135,9 +139,11 @@ class Client:
         return self._call(StudyView, "POST", path, json={"priority": priority})
 
     def forget(self, study: str) -> Forgotten:
+        """Removes a study that is over from the ledger; its files stay."""
         return self._call(Forgotten, "DELETE", f"/v1/studies/{study}")
 
     def queue(self) -> QueueView:
+        """What runs, and what waits in the order in which it would start."""
         return self._call(QueueView, "GET", "/v1/queue")
 
     def logs(self, trial: str, attempt: int = 0, rank: int = 0, offset: int = 0) -> LogPage:
@@ -199,9 +205,11 @@ class Client:
         return self._call(Staging, "POST", "/v1/staging", json=body, timeout=150.0)
 
     def staging(self, name: str) -> Staging:
+        """How far a staging is, by its id."""
         return self._call(Staging, "GET", f"/v1/staging/{name}")
 
     def shut_down(self) -> Ending:
+        """Asks the service to end; it answers before it does."""
         return self._call(Ending, "POST", "/v1/shutdown")
 
     def _call(
@@ -222,7 +230,9 @@ class Client:
         for attempt in range(_TRIES):
             try:
                 return self._http.request(method, path, **options)
-            except httpx.ConnectError as error:  # nothing was sent, so a second try is safe
+            except httpx.ConnectError as error:
+                # Nothing was sent, so a second try is safe. After any other error the service may
+                # have done what was asked, and only the caller knows whether twice is once.
                 if attempt == _TRIES - 1:
                     raise RuntimeError(
                         f"service {self.connection.url} does not answer ({error}); is it running?"

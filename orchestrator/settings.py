@@ -1,4 +1,4 @@
-"""How one service is set up: where it listens, what it remembers in, and what it drives."""
+"""How one service is set up: where it listens, where it keeps its state, and what it drives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contract.yaml import parse_yaml
 
 
 def has_credentials(uri: str) -> bool:
-    """Whether `scheme://USER:PASSWORD@host` is what it looks like."""
+    """Whether a URI has the form `scheme://USER:PASSWORD@host`."""
     return "@" in uri.partition("://")[2].partition("/")[0]
 
 
@@ -22,18 +22,14 @@ class Limits(Record):
 
     running: int = Field(0, ge=0)  # trials at once over all users
     running_per_user: int = Field(0, ge=0)
-    ageing_s: float = Field(
-        3600.0, gt=0
-    )  # a waiting trial gains one point of priority in this time
-    backoff_s: float = Field(
-        30.0, ge=0
-    )  # before the second try of a failed attempt, doubled for each further one
-    stall_s: float = Field(
-        1800.0, gt=0
-    )  # an attempt whose step stands still for this long is started again
-    lost_without_progress: int = Field(
-        5, ge=1
-    )  # nodes lost in a row without a step gained before a trial is given up
+    # A waiting trial gains one point of priority in this time.
+    ageing_s: float = Field(3600.0, gt=0)
+    # Before the second try of a failed attempt; doubled for each further try.
+    backoff_s: float = Field(30.0, ge=0)
+    # An attempt whose step stands still for so long is started again.
+    stall_s: float = Field(1800.0, gt=0)
+    # Nodes lost in a row without a step gained, before a trial is given up.
+    lost_without_progress: int = Field(5, ge=1)
 
 
 class NodeShape(Record):
@@ -44,53 +40,46 @@ class NodeShape(Record):
 
 
 class ServiceSettings(Record):
-    """One service: where it listens, what it remembers in, and what it drives."""
+    """One service: where it listens, where it keeps its state, and what it drives."""
 
     host: str = "127.0.0.1"
     port: int = Field(8750, ge=0, le=65535)  # 0 takes a free one
-    home: str = Field(
-        min_length=1
-    )  # folder of the service's own files: token, logs, local Ray head and MLflow
+    # Folder of the service's own files: token, logs, local Ray head and MLflow.
+    home: str = Field(min_length=1)
     ledger: str = ""  # SQLAlchemy URL; empty is SQLite under `home`
     storage: str = ""  # folder or pyarrow.fs URI for trial folders; empty is `home`/studies
     ray: str = "local"  # URL of a Ray dashboard, or "local" for a head of its own
     ray_token_file: str = ""  # of a cluster that is not "local"; without it RAY_AUTH_TOKEN counts
-    autoscale: bool = (
-        False  # the cluster grows on request: what the head of the queue lacks is asked for
-    )
-    node_shapes: tuple[
-        NodeShape, ...
-    ] = ()  # what it can grow to; without them no study is refused for its size
+    # The cluster grows on request: the service asks for what the head of the queue lacks.
+    autoscale: bool = False
+    # What the cluster can grow to. Without shapes the service refuses no study for its size.
+    node_shapes: tuple[NodeShape, ...] = ()
     ray_cpus: int = Field(0, ge=0)  # of the local head; 0 is what the machine has
     ray_gpus: int = Field(-1, ge=-1)  # of the local head; -1 lets Ray look
-    ray_memory_mib: int = Field(
-        256, ge=80
-    )  # object store of the local head; trials pass next to nothing through it
+    # Object store of the local head. It is small, as trials pass next to nothing through it.
+    ray_memory_mib: int = Field(256, ge=80)
     ray_resources: dict[str, float] = {}  # custom resources of the local head
     mlflow: str = "local"  # URI of a tracking server, "local" for one of its own, empty for none
     mlflow_public: str = ""  # the same server as a person's browser opens it
-    mlflow_wait_s: float = Field(
-        90.0, ge=0
-    )  # a study starts without its parent run after this long
-    token_file: str = (
-        ""  # the first administrator's token, made with mode 0600 if absent; empty is `home`/token
-    )
-    idle_minutes: float = Field(
-        0.0, ge=0
-    )  # ends itself after this long with nothing to do and no client; 0 never
+    # A study starts without its parent run after this long.
+    mlflow_wait_s: float = Field(90.0, ge=0)
+    # The first administrator's token, made with mode 0600 if absent; empty is `home`/token.
+    token_file: str = ""
+    # The service ends itself after this long with nothing to do and no client; 0 is never.
+    idle_minutes: float = Field(0.0, ge=0)
     roots: tuple[str, ...] = ()  # folders and URIs that studies may name; empty allows every path
     entry: tuple[str, ...] = ("python", "-m", "workers.ray_entry")  # `--spec FILE` is appended
     environment: dict[str, str] = {}  # of every trial's processes
     grace_s: float = Field(60.0, gt=0)  # from asking a trial to stop to ending it by force
-    poll_s: float = Field(1.0, gt=0)
+    poll_s: float = Field(1.0, gt=0)  # between two turns of the loop
     max_code_mib: int = Field(64, ge=1)
     webhook: str = ""  # receives a JSON POST when a study ends
     limits: Limits = Limits()
 
     @field_validator("storage", "mlflow", "mlflow_public", "roots")
     @classmethod
-    def _without_credentials(cls, value: Any) -> Any:
-        for uri in value if isinstance(value, tuple) else (value,):
+    def _without_credentials(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for uri in (value,) if isinstance(value, str) else value:
             if has_credentials(uri):
                 raise ValueError(
                     "holds credentials, and every user may read it; use the environment "
@@ -118,8 +107,8 @@ def storage_root(settings: ServiceSettings) -> str:
 
 
 def service_files(folder: str) -> Files:
-    """The files of `folder` as the service reads them: its next tick looks again, so it does not wait long."""
-    return Files(folder, tries=2)
+    """The files of `folder` as the service reads them."""
+    return Files(folder, tries=2)  # no more: the loop's next turn looks again
 
 
 def code_files(settings: ServiceSettings) -> Files:
@@ -128,4 +117,5 @@ def code_files(settings: ServiceSettings) -> Files:
 
 
 def code_name(sha256: str) -> str:
+    """The file of a package among `code_files`."""
     return f"{sha256}.zip"

@@ -14,7 +14,7 @@ from contract.answers import StudyView, TrialView
 from contract.attempt import Progress
 from contract.study import FINAL_STATES
 from orchestrator.cli.options import print_json
-from orchestrator.cli.tables import duration, study_table
+from orchestrator.cli.tables import in_two_units, study_table
 from orchestrator.client import Client
 
 _POLL_S = 1.0
@@ -40,7 +40,7 @@ def _poll(client: Client, study: str, show: Callable[[StudyView], None]) -> Stud
     while True:
         view = client.study(study)
         show(view)
-        if view.state != "active":
+        if view.state != "active":  # a paused study may wait for days
             return view
         time.sleep(_POLL_S)
 
@@ -88,5 +88,5 @@ def _progress_words(progress: Progress) -> list[str]:
     if progress.images_per_s:  # 0.0 before the first interval ends: nothing was measured yet
         words.append(f"{progress.images_per_s:.1f} img/s")
     if progress.seconds_left is not None:
-        words.append(f"{duration(progress.seconds_left)} left")
+        words.append(f"{in_two_units(progress.seconds_left)} left")
     return words

@@ -44,6 +44,7 @@ def trial_id(client: Client, name: str) -> str:
 
 
 def is_trial(client: Client, name: str) -> bool:
+    """Whether `name` means a trial: a key behind a colon, or the id of one."""
     return ":" in name or name in _siblings(client, name)
 
 

@@ -39,6 +39,7 @@ def reproduce(
     original, view = _original(client, trial_id(client, trial))
     submission = client.submission(view.study)
     again = reproduction(original, submission, fresh)
+    # Without its own code the trial would run another version's, and prove nothing.
     if submission.code and not client.has_code(submission.code):
         raise ValueError(
             f"trial {original.trial}: its code package is gone from the service's storage"

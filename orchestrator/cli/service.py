@@ -69,6 +69,7 @@ def serve(
         return SUCCESS
     from orchestrator.server.service import serve as run
 
+    # The token comes in the environment: every user of the machine can read a command line.
     return run(record, first_token=os.environ.get("MASKRAY_TOKEN", ""))
 
 

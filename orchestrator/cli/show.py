@@ -88,10 +88,11 @@ def logs(
             parts.append(page.text)
         else:
             print(page.text, end="", flush=True)
+        # A page is full before the end of the log, so the end is where nothing was added.
         at_end = page.next == offset
         offset = page.next
         if not offset and not hinted:
-            hinted = True
+            hinted = True  # once: with --follow the same page is asked for again and again
             say(f"trial {trial}: {'nothing written' if page.attempt else 'not started'} yet")
         if at_end and (page.done or not follow):
             break

@@ -47,6 +47,7 @@ def stage(
     The nodes are those of the running service; without one it is this machine's cache that is
     filled. Name all datasets of a study at once: the cache must hold them together.
     """
+    # Folders are read where they are: there is nothing to fetch, so no service is asked.
     local = all("://" not in uri or uri.startswith("file://") for uri in uris)
     client = None if here or cache or local else running_client()
     if client is None:
@@ -89,6 +90,7 @@ def _follow(client: Client, staging: Staging, quiet: bool) -> Staging:
     with bars:
         tasks = {node.node: bars.add_task(_name(node), total=None) for node in staging.nodes}
         try:
+            # Polled: a job's progress is in its log, and Ray tells nobody of a new line.
             while any(node.state == "running" for node in staging.nodes):
                 time.sleep(_POLL_S)
                 try:

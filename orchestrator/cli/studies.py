@@ -58,7 +58,7 @@ def plan(
     from orchestrator.results.plan import gangs_at_once, make_plan, measured_speeds
 
     submission, _ = _prepare(study, data, code)
-    client = running_client()
+    client = running_client()  # a plan starts no service: without one nothing is cached either
     finished = client.finished([trial.identity for trial in submission.trials]) if client else {}
     speeds = measured_speeds(submission.study.name, client.studies()) if client else {}
     gangs = gangs_at_once(submission.study, client.info().cluster.nodes) if client else 0

@@ -32,7 +32,7 @@ def print_studies(views: Sequence[StudyView]) -> None:
     for view in views:
         done = sum(count for state, count in view.counts.items() if state in FINAL_STATES)
         state = Text(view.state, _STYLES.get(view.state, ""))
-        age = duration(time.time() - view.created_at)
+        age = in_two_units(time.time() - view.created_at)
         table.add_row(
             view.study,
             view.name,
@@ -86,7 +86,7 @@ def study_table(view: StudyView) -> RenderableType:
         box=None,
         pad_edge=False,
     )
-    notes: list[Text] = []
+    notes: list[Text] = []  # below the table, where a sentence has the whole width
     for trial in view.trials:
         # A trial that is over keeps its last progress; its metrics say more.
         progress = trial.progress if trial.state not in FINAL_STATES else None
@@ -112,7 +112,7 @@ def _progress_cells(progress: Progress) -> tuple[str, str, str, str]:
         f"{progress.step}/{progress.steps}",
         number(progress.loss, 3),
         number(progress.images_per_s, 1),
-        duration(progress.seconds_left),
+        in_two_units(progress.seconds_left),
     )
 
 
@@ -135,7 +135,7 @@ def number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def duration(seconds: float | None) -> str:
+def in_two_units(seconds: float | None) -> str:
     """Seconds in the two largest units: `1 h 20 min`, `3 min 5 s`."""
     if seconds is None:
         return ""

@@ -182,6 +182,7 @@ class Cluster:
             )
 
     def stop(self, submission_id: str) -> None:
+        """Asks Ray to end a job; it ends some time later, or is over already."""
         self._send("POST", f"/api/jobs/{submission_id}/stop")
 
     def forget(self, submission_id: str) -> None:

@@ -70,6 +70,7 @@ def connect() -> Connection:
 
 
 def connected_client() -> Client:
+    """A client of the service, which is started if this folder's own does not run."""
     return Client(connect())
 
 

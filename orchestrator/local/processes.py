@@ -37,6 +37,7 @@ class ChildRecord(Record):
     folder: str = ""  # deleted when the process is ended
 
     def alive(self) -> bool:
+        """Whether the process runs, and is the one that was recorded."""
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.created) < _SAME_START_S
@@ -79,6 +80,7 @@ def start_child(
 
 
 def write_child(child: ChildRecord, home: Path) -> None:
+    """Remembers a process for the service that comes after this one."""
     write_private(_record_file(child.name, home), json.dumps(child.model_dump()))
 
 

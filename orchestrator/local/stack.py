@@ -78,6 +78,7 @@ def ensure_mlflow(settings: ServiceSettings) -> Ensured:
 
 
 def start_mlflow(home: Path, port: int) -> ChildRecord:
+    """Starts an MLflow server on 127.0.0.1; it answers some seconds later."""
     # Settings of another tracking server, or of the service itself, must not reach this one.
     clean = {
         name: value
@@ -103,6 +104,7 @@ def start_mlflow(home: Path, port: int) -> ChildRecord:
 
 
 def end_mlflow(settings: ServiceSettings, wait_s: float = 5.0) -> None:
+    """Ends this home's MLflow server with all that it started."""
     _end("mlflow", settings, mlflow_mark(Path(settings.home)), wait_s)
 
 
@@ -114,6 +116,7 @@ def _end(name: str, settings: ServiceSettings, mark: str, wait_s: float) -> None
 
 
 def local_cpus(settings: ServiceSettings) -> int:
+    """CPUs of the local head."""
     # Not cpu_count: this process may be pinned to fewer CPUs than the machine has.
     return settings.ray_cpus or len(os.sched_getaffinity(0))
 
@@ -127,6 +130,7 @@ def mlflow_mark(home: Path) -> str:
 
 
 def ray_token_file(settings: ServiceSettings) -> Path:
+    """File of the local head's token."""
     named = settings.ray_token_file
     return Path(named) if named else Path(settings.home) / "ray-token"
 
@@ -141,4 +145,5 @@ class HangTimer:
         self._since = time.monotonic()
 
     def over(self) -> bool:
+        """Whether the head has not answered for too long."""
         return time.monotonic() - self._since > _HANGS_S

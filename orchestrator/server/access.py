@@ -35,7 +35,7 @@ def reader(request: Request, hub: HubOfApp) -> User:
             "no valid token: set MASKRAY_TOKEN to yours (`maskray user NAME` gives one)",
             {"WWW-Authenticate": "Bearer"},
         )
-    hub.touch()
+    hub.touch()  # only a client with a token keeps an idle service alive
     return user
 
 

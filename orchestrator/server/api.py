@@ -10,6 +10,7 @@ from orchestrator.server.routes import code, nodes, queue, service, studies, tri
 
 
 def build_app(hub: Hub, version: str) -> FastAPI:
+    """The application that a server runs for `hub`. version: of the installed maskray."""
     app = FastAPI(
         title="maskray", version=version, description="Studies of Mask R-CNN on a Ray cluster."
     )

@@ -13,24 +13,25 @@ from starlette.middleware.base import RequestResponseEndpoint
 
 from contract.answers import Refusal
 from orchestrator.cluster.jobs import UnreachableError
-from orchestrator.server.views import in_words
 
 
 def absent(what: str, name: str) -> HTTPException:
+    """The error for a study, a trial or a user that is not there."""
     return HTTPException(404, f"{what} {name!r}: there is none")
 
 
 def explain(problems: Sequence[ErrorDetails]) -> str:
     """The first problem of a body or a parameter: where it is, and what is wrong."""
     first = problems[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {in_words(first['msg'])}"
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
 def add_errors(app: FastAPI) -> None:
+    """Gives every error its answer: 400 for a request, 503 for a cluster or a storage."""
+
     @app.exception_handler(StarletteHTTPException)
     async def refused(_: Request, error: StarletteHTTPException) -> JSONResponse:
-        return _refusal(error.status_code, in_words(error.detail), error.headers)
+        return _refusal(error.status_code, str(error.detail), error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -39,13 +40,13 @@ def add_errors(app: FastAPI) -> None:
     # Whatever the rooms below refuse of a person's input is a ValueError.
     @app.exception_handler(ValueError)
     async def wrong(_: Request, error: ValueError) -> JSONResponse:
-        return _refusal(400, in_words(error))
+        return _refusal(400, str(error))
 
     # An OSError comes from the storage: like Ray, it may answer the next request.
     @app.exception_handler(UnreachableError)
     @app.exception_handler(OSError)
     async def unreachable(_: Request, error: UnreachableError | OSError) -> JSONResponse:
-        return _refusal(503, in_words(error))
+        return _refusal(503, str(error))
 
     @app.middleware("http")
     async def no_nul(request: Request, call_next: RequestResponseEndpoint) -> Response:
@@ -56,4 +57,5 @@ def add_errors(app: FastAPI) -> None:
 
 
 def _refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(Refusal(detail=detail).model_dump(), status, headers)
+    # The command line prints the detail as the one line of its error.
+    return JSONResponse(Refusal(detail=" ".join(detail.split())).model_dump(), status, headers)

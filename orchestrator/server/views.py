@@ -209,8 +209,3 @@ def events(transaction: Transaction, after: int, study: str = "") -> list[EventV
         )
         for row in queries.events_after(transaction, after, study)
     ]
-
-
-def in_words(value: Any) -> str:
-    """Anything as one line."""
-    return " ".join(str(value).split())

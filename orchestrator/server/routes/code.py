@@ -20,6 +20,7 @@ _SHA256 = re.compile(r"^[0-9a-f]{64}$")
 
 @router.head("/{sha256}", dependencies=READ)
 def has_code(sha256: str, hub: HubOfApp) -> Response:
+    """200 if the package is there, 404 if it is not."""
     _check_name(sha256)
     there = code_files(hub.settings).exists(code_name(sha256))
     return Response(status_code=200 if there else 404)
@@ -27,6 +28,7 @@ def has_code(sha256: str, hub: HubOfApp) -> Response:
 
 @router.put("/{sha256}", dependencies=SUBMIT)
 async def put_code(sha256: str, request: Request, hub: HubOfApp) -> CodeKept:
+    """Keeps a package of sources, a zip, under the hash of its bytes."""
     data = await body_of(request, hub.settings.max_code_mib << 20)
     _check_name(sha256)
     return await run_in_threadpool(_keep_code, hub.settings, sha256, data)

@@ -21,6 +21,7 @@ _LOOK_EVERY_S = 0.25  # at the ledger, for a request that waits for an event
 
 @router.get("/queue", dependencies=READ)
 def queue(hub: HubOfApp) -> QueueView:
+    """What runs, and what waits in the order in which it would start."""
     with hub.ledger.reading() as transaction:
         return QueueView.model_validate(views.queue(transaction, hub.waits()))
 

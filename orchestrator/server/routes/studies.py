@@ -50,6 +50,7 @@ _LARGEST_SEED = 2**31  # the ledger keeps seeds in an SQL integer of 32 bits
 
 @router.post("")
 async def submit(request: Request, hub: HubOfApp, user: Submitter) -> Submitted:
+    """Takes a study and queues its trials."""
     # The body is parsed in a worker thread: a large submission must not hold up other requests.
     body = await body_of(request, MAX_SUBMISSION)
     return await run_in_threadpool(_submit, hub, body, user)
@@ -70,6 +71,7 @@ def study(study: Id, hub: HubOfApp) -> StudyView:
 
 @router.get("/{study}/submission", dependencies=READ)
 def submission(study: Id, hub: HubOfApp) -> Submission:
+    """The study as it was submitted: `maskray reproduce` sends a part of it again."""
     with hub.ledger.reading() as transaction:
         sent = views.submission_of(transaction, study)
     if sent is None:
@@ -99,6 +101,7 @@ def act_on_study(study: Id, action: StudyAction, hub: HubOfApp, user: Submitter)
 
 @router.delete("/{study}")
 def forget(study: Id, hub: HubOfApp, user: Submitter) -> Forgotten:
+    """Removes a study that is over from the ledger; its files stay."""
     with hub.ledger.writing() as transaction:
         own_study(transaction, study, user)
         commands.forget_study(transaction, study, user.name, time.time())
@@ -107,6 +110,7 @@ def forget(study: Id, hub: HubOfApp, user: Submitter) -> Forgotten:
 
 @router.put("/{study}/report")
 async def report(study: Id, request: Request, hub: HubOfApp, user: Submitter) -> ReportKept:
+    """Keeps the files of a packed report beside the study's trials, and in MLflow."""
     files = report_files(await body_of(request, MAX_REPORT))
     return await run_in_threadpool(_keep_report, hub, study, files, user)
 
@@ -116,6 +120,7 @@ def _submit(hub: Hub, body: bytes, user: User) -> Submitted:
         sent = Submission.model_validate_json(body)
     except ValidationError as error:
         raise HTTPException(400, explain(error.errors(include_url=False))) from None
+    # PostgreSQL would refuse these with an error in the middle of the transaction.
     _refuse_what_sql_cannot_hold(sent)
     accept.check(sent, hub.settings, hub.nodes())
     name, created = accept.accept(hub.ledger, hub.settings, sent, user.name, time.time())

@@ -30,6 +30,7 @@ def set_user(
     hub: HubOfApp,
     user: Admin,
 ) -> NewToken:
+    """Gives a user a role and a new token, in place of any earlier ones."""
     # Administrators who demoted themselves could not undo it.
     if name == user.name:
         raise HTTPException(400, f"user {name}: is you; another administrator may change you")
