@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,25 @@ CONTRACT_MAY = {
     "yaml",
     "typer",
     *(name for name in sys.stdlib_module_names if name != "asyncio"),
+}
+# Each room's shelves (folders, and files beside them) from the ground up: a shelf imports those
+# before it and none after it. A new shelf takes its place here.
+SHELVES = {
+    "model": (
+        *("boxes", "initial", "losses", "pixels", "sample_hash", "structures", "cpu"),
+        *("matching", "backbone", "rpn", "roi", "branches", "detector", "build", "weights"),
+    ),
+    "pipelines": (
+        *("progress", "coco", "shards", "pack", "load", "evaluate", "inspect", "__main__"),
+    ),
+    "workers": (
+        *("trial", "tracking", "training"),
+        *("train", "ray_entry", "propose", "probe", "sync"),
+    ),
+    "orchestrator": (
+        *("settings", "client", "study", "travel", "ledger", "cluster", "schedule", "results"),
+        *("local", "server", "cli", "__main__"),
+    ),
 }
 HEAVY = (
     "torch",
@@ -119,6 +139,41 @@ def test_no_room_imports_what_it_must_not(room: str) -> None:
     assert not bad
 
 
+def shelf_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def climbs(path: Path) -> set[str]:
+    """What a file imports of its own room from a shelf above its own."""
+    room = path.relative_to(ROOT).parts[0]
+    order = SHELVES[room]
+    own = shelf_of(module_of(path))
+    assert own in order, f"{path}: give the shelf {own!r} its place in SHELVES"
+    above = {f"{room}.{shelf}" for shelf in order[order.index(own) + 1 :]}
+    return {name for shelf in above for name in names(imports(path), shelf)}
+
+
+@pytest.mark.parametrize("room", SHELVES)
+def test_no_shelf_imports_one_above_it(room: str) -> None:
+    files = [path for path in sources(room) if shelf_of(module_of(path))]
+    assert {shelf_of(module_of(path)) for path in files} == set(SHELVES[room])
+    assert not {str(path.relative_to(ROOT)): bad for path in files if (bad := climbs(path))}
+
+
+@pytest.mark.parametrize("room", OURS)
+def test_no_modules_import_each_other_in_a_circle(room: str) -> None:
+    modules = {module_of(path): imports(path) for path in sources(room)}
+    graph = {
+        name: {other for other in modules if other in found and other != name}
+        for name, found in modules.items()
+        if "." in name
+    }
+    # Packages are left out: each imports nothing, and `from a import b` names `a` too.
+    packages = {name for name in graph if any(other.startswith(f"{name}.") for other in graph)}
+    sorter = TopologicalSorter({name: found - packages for name, found in graph.items()})
+    sorter.prepare()  # raises CycleError with the modules of the circle
+
+
 @pytest.mark.parametrize("module", [*CONTRACT, "orchestrator.__main__"])
 def test_nothing_heavy_is_loaded_at_import(module: str) -> None:
     code = f"import sys, {module}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
@@ -183,6 +238,16 @@ def test_the_rules_bite(
     file.parent.mkdir(parents=True)
     file.write_text(text)
     assert bad in offences(file)
+
+
+def test_the_order_of_the_shelves_bites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    file = tmp_path / "orchestrator/ledger/x.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("def f():\n    from orchestrator.server import views\n")
+    assert climbs(file) == {"orchestrator.server", "orchestrator.server.views"}
+    file.write_text("from orchestrator.settings import Limits\n")
+    assert not climbs(file)
 
 
 @pytest.mark.parametrize(

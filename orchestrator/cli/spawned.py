@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from typing import NoReturn
-
 import typer
+
+from orchestrator.cli.programs import become
 
 # The program that takes over reads its own arguments, `--help` included.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -54,9 +52,3 @@ def _proposals(context: typer.Context) -> None:
 
 def _sync(context: typer.Context) -> None:
     become("workers.sync", *context.args)
-
-
-def become(module: str, *arguments: str) -> NoReturn:
-    """Replaces this process, so that signals, streams and the exit status are the program's own."""
-    sys.stdout.flush()  # exec drops what Python still buffers
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from contract.answers import StagedNode, Staging
 from contract.command import SUCCESS, WORK_FAILED
 from orchestrator.cli.options import AsJson, Debug, print_json, say
-from orchestrator.cli.spawned import become
+from orchestrator.cli.programs import become
 from orchestrator.client import Client
 from orchestrator.local.connect import running_client
 
