@@ -135,7 +135,7 @@ def main() -> None:
     )
     result = {
         "name": f"evaluation-of-{args.iou}-vs-pycocotools",
-        "engine": default_engine({"annotations": []}),
+        "engine": default_engine([]),
         "ours": time_ours,
         "peer": time_peer,
         "ratio": time_peer / time_ours,

@@ -1,4 +1,7 @@
-"""`python -m pipelines data ...` and `python -m pipelines eval ...`; the command `maskray` passes on to here."""
+"""`python -m pipelines data ...` and `... eval ...`. The command `maskray` passes both on to here.
+
+Imports are inside the commands: packing needs no torch, and help needs neither Arrow nor NumPy.
+"""
 
 from __future__ import annotations
 
@@ -51,13 +54,16 @@ def synth(
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Draw a synthetic COCO dataset: OUT/annotations/instances_{train,val}.json and OUT/images/{train,val}/."""
+    """Draw a synthetic COCO dataset.
+
+    It is OUT/annotations/instances_{train,val}.json and OUT/images/{train,val}/.
+    """
     from pipelines.pack.pack import PackOptions
     from pipelines.pack.pack import pack as pack_dataset
     from pipelines.pack.synth import synthesise
 
     with bar("drawing", as_json) as progress:
-        found = synthesise(
+        made = synthesise(
             out, num_images=images, size=size, seed=seed, keypoints=keypoints, progress=progress
         )
     packed = {}
@@ -69,11 +75,13 @@ def synth(
             "manifest": result.manifest.hash,
             "unchanged": result.unchanged,
         }
-    there = " (was there already, unchanged)" if found["unchanged"] else ""
-    text = f"{found['train']} training and {found['val']} validation images in {out}{there}"
+    settings = made.settings
+    unchanged = " (was there already, unchanged)" if made.unchanged else ""
+    text = f"{settings.train} training and {settings.val} validation images in {out}{unchanged}"
     if packed:
         text += f"\npacked: {out / 'train'} and {out / 'val'}"
-    return _done(as_json, {"out": str(out), **found, "packed": packed}, text)
+    content = {**asdict(settings), "unchanged": made.unchanged, "packed": packed}
+    return _done(as_json, {"out": str(out), **content}, text)
 
 
 @data.command()
@@ -95,7 +103,10 @@ def pack(
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
-    """Pack COCO JSON and images into shards. Interrupted, run it again: it goes on; once done it changes nothing."""
+    """Pack COCO JSON and images into shards.
+
+    After an interruption the same command goes on. Once all is packed it changes nothing.
+    """
     from pipelines.pack.pack import SKIPPED_NAME, PackOptions, default_workers
     from pipelines.pack.pack import pack as pack_dataset
 
@@ -104,7 +115,8 @@ def pack(
         packed = pack_dataset(annotations, images, out, options, progress)
     manifest = packed.manifest
     lines = [
-        f"{manifest.num_images} images, {manifest.num_annotations} annotations, {manifest.num_shards} shards: {out}"
+        f"{manifest.num_images} images, {manifest.num_annotations} annotations, "
+        f"{manifest.num_shards} shards: {out}"
     ]
     if packed.unchanged:
         lines.append("was there already, unchanged")
@@ -131,24 +143,15 @@ def verify(uri: Uri, as_json: Json = False, debug: Debug = False) -> int:
     from pipelines.inspect.verify import verify as verify_dataset
 
     with bar("verifying", as_json) as progress:
-        verdict = verify_dataset(uri, progress)
-    errors = [
-        {"shard": damage.shard, "row": damage.row, "error": damage.error}
-        for damage in verdict.errors
-    ]
-    content = {
-        "ok": not errors,
-        "shards": verdict.shards,
-        "samples": verdict.samples,
-        "errors": errors,
-    }
+        report = verify_dataset(uri, progress)
     lines = [
         f"{damage.shard}{'' if damage.row is None else f', row {damage.row}'}: {damage.error}"
-        for damage in verdict.errors
+        for damage in report.errors
     ]
-    summary = f"{verdict.shards} shards, {verdict.samples} samples: {f'{len(errors)} damaged' if errors else 'all whole'}"
-    _done(as_json, content, "\n".join([*lines, summary]))
-    return WORK_FAILED if errors else SUCCESS
+    state = f"{len(report.errors)} damaged" if report.errors else "all whole"
+    lines.append(f"{report.shards} shards, {report.samples} samples: {state}")
+    _done(as_json, {"ok": not report.errors, **asdict(report)}, "\n".join(lines))
+    return WORK_FAILED if report.errors else SUCCESS
 
 
 @data.command()
@@ -166,9 +169,10 @@ def show(
     from pipelines.shards.dataset import open_dataset
 
     dataset = open_dataset(uri)
-    content = summary(dataset)
-    lines = [f"{name:12} {content[name]}" for name in content if name != "categories"]
-    lines += [f"  {c['id']:>4} {c['name']:20} {c['annotations']}" for c in content["categories"]]
+    counts = summary(dataset)
+    content = asdict(counts)
+    lines = [f"{name:12} {value}" for name, value in content.items() if name != "categories"]
+    lines += [f"  {c.id:>4} {c.name:20} {c.annotations}" for c in counts.categories]
     if out is not None:
         ids = draw_samples(dataset, out, count=samples, seed=seed, masks=masks)
         content |= {"picture": str(out), "drawn": ids}
@@ -192,9 +196,8 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(coco))
     counts = {name: len(coco[name]) for name in ("images", "annotations", "categories")}
-    return _done(
-        as_json, {"out": str(out), **counts}, f"{counts['annotations']} annotations: {out}"
-    )
+    text = f"{len(coco['annotations'])} annotations: {out}"
+    return _done(as_json, {"out": str(out), **counts}, text)
 
 
 @data.command()
@@ -259,13 +262,13 @@ def evaluate(
     from pipelines.shards.dataset import open_dataset
 
     packed = "://" in gt or (Path(gt) / MANIFEST_NAME).exists()
-    found = evaluate_results(open_dataset(gt) if packed else gt, read_results(dt), iou)
-    lines = [f"{name:6} {value:.4f}" for name, value in found.stats.items()]
+    scores = evaluate_results(open_dataset(gt) if packed else gt, read_results(dt), iou)
+    lines = [f"{name:6} {value:.4f}" for name, value in scores.stats.items()]
+    content: dict[str, Any] = dict(scores.stats)
     if per_class:
-        lines += [f"  {name:20} {value:.4f}" for name, value in found.per_class["AP"].items()]
-    content: dict[str, Any] = dict(found.stats) | (
-        {"per_class": found.per_class} if per_class else {}
-    )
+        # AP alone for people: six columns of 80 rows are for a program.
+        lines += [f"  {name:20} {value:.4f}" for name, value in scores.per_class["AP"].items()]
+        content |= {"per_class": scores.per_class}
     return _done(as_json, content, "\n".join(lines))
 
 

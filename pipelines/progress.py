@@ -10,18 +10,22 @@ Progress = Callable[[int, int], None]
 
 
 def silent(_done: int, _total: int) -> None:
-    """Tells nobody."""
+    """Nobody looks."""
 
 
 @contextmanager
 def bar(what: str, quiet: bool, lines: bool = False) -> Iterator[Progress]:
-    """A bar on stderr if that is a terminal. With `lines`, for a log: "WHAT DONE/TOTAL" on stderr at each percent."""
+    """A bar on stderr if that is a terminal.
+
+    With `lines`, for a log: "WHAT DONE/TOTAL" on stderr at each percent.
+    """
     if lines:
         yield lambda done, total: _line(what, done, total)
         return
     if quiet or not sys.stderr.isatty():
         yield silent
         return
+    # Only here: a command that shows no bar starts without rich.
     from rich.console import Console
     from rich.progress import Progress as RichProgress
 

@@ -1,40 +1,74 @@
-"""What makes a COCO record unusable: each finding is a sentence and its remedy."""
+"""The edge where COCO JSON enters: a record is checked once, and becomes a type or is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeGuard
 
-Finding = tuple[str, str]  # what is wrong, what to do
-
+from pipelines.coco.records import (
+    CocoAnnotation,
+    CocoCategory,
+    CocoImage,
+    JsonObject,
+    JsonValue,
+    Polygons,
+    Rle,
+)
+from pipelines.coco.rle import run_lengths
 
 _LARGEST = 1e15  # pixels and areas; far beyond any image, and exact in doubles
 _FAR = 10.0  # image sides that a polygon may reach beyond the edge
+_IMAGE_FIELDS = {"id", "file_name", "width", "height"}
+_ANNOTATION_FIELDS = {
+    "id",
+    "image_id",
+    "category_id",
+    "bbox",
+    "area",
+    "iscrowd",
+    "segmentation",
+    "keypoints",
+    "num_keypoints",
+}
 
 
-def _is_int(value: Any, bits: int = 64) -> bool:
-    return (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and -(2 ** (bits - 1)) <= value < 2 ** (bits - 1)
-    )
+class UnusableError(ValueError):
+    """A record that cannot be used: what is wrong with it, and the remedy."""
+
+    def __init__(self, what: str, remedy: str):
+        super().__init__(f"{what}; {remedy}")
+        self.what, self.remedy = what, remedy
 
 
-def _are_numbers(values: Any) -> bool:
-    return isinstance(values, list) and set(map(type, values)) <= {int, float}
+@dataclass(frozen=True)
+class Problem:
+    """Something that a person must mend in the input, or allow to be skipped."""
+
+    file: str
+    kind: Literal["image", "annotation"]
+    id: int | float | str | None  # as the file has it, or words where it has none
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        what = self.what if len(self.what) < 300 else f"{self.what[:300]}..."
+        return f"{self.file}: {self.kind} {str(self.id)[:80]}: {what}; {self.remedy}"
 
 
-def _are_finite(values: Collection[Any]) -> bool:
-    """Of numbers. Integers may be too large for a float, so they are compared first; a NaN shows in the sum."""
-    return not values or (
-        min(values) >= -_LARGEST and max(values) <= _LARGEST and not isnan(sum(values))
-    )
+@dataclass(frozen=True, slots=True)
+class AnnotationKeys:
+    """What places an annotation in its dataset."""
+
+    id: int
+    image_id: int
+    category_id: int
 
 
-def shortened(value: Any) -> str:
-    """A value as a message shows it: told apart, but no longer than a line can bear."""
+def shortened(value: JsonValue) -> str:
+    """A value as messages show it, cut to what a line can hold."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
@@ -48,247 +82,302 @@ def check_file_to_write(out: Path) -> None:
         raise ValueError(f"{out}: {blocked[0]} is a file; give --out a path below folders")
 
 
+def is_int(value: JsonValue, bits: int = 64) -> TypeGuard[int]:
+    """A whole number that Arrow and SQLite can hold."""
+    # JSON's numbers have no bound, and in Python a bool is an int.
+    return (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and -(2 ** (bits - 1)) <= value < 2 ** (bits - 1)
+    )
+
+
+def _are_numbers(values: JsonValue) -> TypeGuard[list[float]]:
+    return isinstance(values, list) and set(map(type, values)) <= {int, float}
+
+
+def _are_lengths(values: JsonValue) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(is_int(value) and value >= 0 for value in values)
+
+
+def _are_finite(values: Collection[float]) -> bool:
+    # Integers may be too large for a float, so they are compared first; a NaN shows in the sum.
+    return not values or (
+        min(values) >= -_LARGEST and max(values) <= _LARGEST and not isnan(sum(values))
+    )
+
+
 def _unencodable(text: str) -> bool:
     """Half of a surrogate pair, which JSON can write and no file name can hold."""
     return any(0xD800 <= ord(character) < 0xE000 for character in text)
 
 
 def _is_path_below(name: str) -> bool:
+    # A name that leaves the folder would pack any file that this user can read.
     if name.startswith("/") or "\0" in name or _unencodable(name):
         return False
+    # 255 bytes are the longest name that common file systems take.
     return all(part != ".." and len(part.encode()) < 256 for part in name.split("/"))
 
 
-def check_image(record: Any) -> Finding | None:
-    """The fields of an image record that packing needs."""
-    if not isinstance(record, dict) or not _is_int(record.get("id")):
-        return "has no integer id of 64 bits", "give every image a whole number as id"
-    name = record.get("file_name")
+# --- records --------------------------------------------------------------------------------------
+
+
+def id_of(raw: JsonValue) -> int | float | str | None:
+    """What names a record in a message, whatever it is."""
+    if not isinstance(raw, dict):
+        return repr(raw)[:40]
+    value = raw.get("id", "without id")
+    return value if value is None or isinstance(value, int | float | str) else repr(value)
+
+
+def read_image(raw: JsonValue) -> CocoImage:
+    """An element of `images`. Raises UnusableError."""
+    fields, image_id = _identified(raw, "give every image a whole number as id")
+    name = fields.get("file_name")
     if not isinstance(name, str) or not name:
-        return "has no file_name", "name the image's file relative to --images"
+        raise UnusableError("has no file_name", "name the image's file relative to --images")
     if not _is_path_below(name):
-        return (
+        raise UnusableError(
             f"file_name {shortened(name)} is no path below --images",
             "name the image's file relative to --images",
         )
-    for side in ("width", "height"):
-        if not _is_int(record.get(side), 32) or record[side] <= 0:
-            return (
-                f"{side} is {shortened(record.get(side))}",
-                "write the size of the image file in pixels",
-            )
-    return None
+    width, height = (_side(side, fields.get(side)) for side in ("width", "height"))
+    return CocoImage(image_id, name, width, height, _others(fields, _IMAGE_FIELDS))
 
 
-def check_annotation_ids(record: Any) -> Finding | None:
-    """The fields that place an annotation; the rest is checked beside its image."""
-    if not isinstance(record, dict) or not _is_int(record.get("id")):
-        return "has no integer id of 64 bits", "give every annotation a whole number from 1 as id"
-    if record["id"] < 1:
-        return (
-            f"id {record['id']} is below 1",
-            "number annotations from 1: pycocotools takes id 0 for 'unmatched'",
+def _side(name: str, value: JsonValue) -> int:
+    if not is_int(value, 32) or value <= 0:
+        raise UnusableError(
+            f"{name} is {shortened(value)}", "write the size of the image file in pixels"
         )
-    for name in ("image_id", "category_id"):
-        if not _is_int(record.get(name)):
-            return (
-                f"{name} is {shortened(record.get(name))}",
-                f"give it the whole number of its {name.removesuffix('_id')}",
-            )
-    return None
+    return value
 
 
-def check_category_record(record: Any) -> Finding | None:
-    """The fields of a category that packing and evaluation need."""
-    if not isinstance(record, dict) or not _is_int(record.get("id")):
-        return "has no integer id of 64 bits", "mend the list of categories"
-    if not isinstance(record.get("name"), str) or _unencodable(record["name"]):
-        return f"name is {shortened(record.get('name'))}", "write its name as text"
-    points = record.get("keypoints", [])
-    if not isinstance(points, list) or not all(isinstance(name, str) for name in points):
-        return (
+def read_category(raw: JsonValue) -> CocoCategory:
+    """An element of `categories`. Raises UnusableError."""
+    fields, category_id = _identified(raw, "mend the list of categories")
+    name, points = fields.get("name"), fields.get("keypoints", [])
+    if not isinstance(name, str) or _unencodable(name):
+        raise UnusableError(f"name is {shortened(name)}", "write its name as text")
+    if not isinstance(points, list) or not all(isinstance(point, str) for point in points):
+        raise UnusableError(
             f"keypoints is {shortened(points)}",
             "write the names of its keypoints, or leave them out",
         )
-    return None
+    return CocoCategory(category_id, name, tuple(points))
 
 
-def check_annotation(
-    record: dict[str, Any], width: int, height: int, keypoints: int
-) -> Finding | None:
-    """Box, area, segmentation and keypoints of an annotation of a (width, height) image.
+def read_annotation_keys(raw: JsonValue) -> AnnotationKeys:
+    """The ids of an element of `annotations`. The rest is read once its image is known.
 
-    keypoints: how many keypoint types its category has. A box of zero width or height is COCO's own (train2017 has
-    one); it is kept for evaluation and never trains. So is one that reaches over the edge; training clips it.
+    Raises UnusableError.
     """
-    return (
-        _check_box(record.get("bbox"), width, height)
-        or _check_area(record)
-        or _check_segmentation(record.get("segmentation"), width, height)
-        or _check_keypoints(record, keypoints)
+    fields, annotation_id = _identified(raw, "give every annotation a whole number from 1 as id")
+    if annotation_id < 1:
+        raise UnusableError(
+            f"id {annotation_id} is below 1",
+            "number annotations from 1: pycocotools takes id 0 for 'unmatched'",
+        )
+    image_id, category_id = (_key(name, fields.get(name)) for name in ("image_id", "category_id"))
+    return AnnotationKeys(annotation_id, image_id, category_id)
+
+
+def _key(name: str, value: JsonValue) -> int:
+    if not is_int(value):
+        raise UnusableError(
+            f"{name} is {shortened(value)}",
+            f"give it the whole number of its {name.removesuffix('_id')}",
+        )
+    return value
+
+
+def read_annotation(
+    raw: JsonObject, image: CocoImage, keypoint_counts: Mapping[int, int]
+) -> CocoAnnotation:
+    """An element of `annotations` whose ids are checked, and which belongs to `image`.
+
+    keypoint_counts: category id -> how many keypoint types the category has. COCO's own train2017
+    has a box of zero width: such a box is kept for evaluation and never trains. A box that reaches
+    over the edge is kept too; training clips it. Raises UnusableError.
+    """
+    keys = read_annotation_keys(raw)
+    if keys.category_id not in keypoint_counts:
+        raise UnusableError(
+            f"category_id {keys.category_id} is not among the categories",
+            "add the category or drop the annotation",
+        )
+    width, height = image.width, image.height
+    return CocoAnnotation(
+        id=keys.id,
+        image_id=keys.image_id,
+        category_id=keys.category_id,
+        bbox=_box(raw.get("bbox"), width, height),
+        area=_area(raw.get("area")),
+        iscrowd=_crowd(raw.get("iscrowd", 0)),
+        segmentation=_segmentation(raw.get("segmentation"), width, height),
+        num_keypoints=_labelled_keypoints(raw),
+        keypoints=_keypoints(raw.get("keypoints"), keypoint_counts[keys.category_id]),
+        extra=_others(raw, _ANNOTATION_FIELDS),
     )
 
 
-def check_category(category_id: int, known: Collection[int]) -> Finding | None:
-    if category_id in known:
-        return None
-    return (
-        f"category_id {category_id} is not among the categories",
-        "add the category or drop the annotation",
-    )
+def _identified(raw: JsonValue, remedy: str) -> tuple[JsonObject, int]:
+    if isinstance(raw, dict) and is_int(number := raw.get("id")):
+        return raw, number
+    raise UnusableError("has no integer id of 64 bits", remedy)
 
 
-def _check_box(box: Any, width: int, height: int) -> Finding | None:
+def _others(fields: JsonObject, known: Collection[str]) -> JsonObject:
+    return {name: value for name, value in fields.items() if name not in known}
+
+
+# --- fields of an annotation ----------------------------------------------------------------------
+
+
+def _box(box: JsonValue, width: int, height: int) -> list[float]:
     if not _are_numbers(box) or len(box) != 4:
-        return f"bbox is {shortened(box)}", "write it as [x, y, width, height]"
+        raise UnusableError(f"bbox is {shortened(box)}", "write it as [x, y, width, height]")
     if not _are_finite(box):
-        return (
+        raise UnusableError(
             f"bbox {shortened(box)} is not finite",
             "compute it anew from the segmentation or drop the annotation",
         )
     x, y, w, h = box
+    # A side of zero is COCO's own; a negative one comes from corners in the wrong order.
     if w < 0 or h < 0:
-        return (
+        raise UnusableError(
             f"bbox {box} is inverted (negative side)",
             "write it as [x, y, width, height], not as two corners",
         )
     if x >= width or y >= height or x + w < 0 or x + w <= 0 < w or y + h < 0 or y + h <= 0 < h:
-        return (
+        raise UnusableError(
             f"bbox {box} lies off its {width} x {height} image",
             "mend the box or drop the annotation",
         )
-    return None
+    return list(map(float, box))  # the shard's column holds doubles
 
 
-def _check_area(record: dict[str, Any]) -> Finding | None:
-    area: Any = record.get("area")
-    if not _are_numbers([area]) or not _are_finite([area]) or area < 0:
-        return (
+def _area(area: JsonValue) -> float:
+    numbers = [area]
+    if not _are_numbers(numbers) or not _are_finite(numbers) or numbers[0] < 0:
+        raise UnusableError(
             f"area is {shortened(area)}",
             "write the object's area in pixels; evaluation sorts objects by it",
         )
-    if record.get("iscrowd", 0) not in (0, 1):
-        return f"iscrowd is {shortened(record['iscrowd'])}", "write 0 or 1"
-    return None
+    return float(numbers[0])
 
 
-def _check_segmentation(segmentation: Any, width: int, height: int) -> Finding | None:
-    if segmentation is None or segmentation == []:
+def _crowd(value: JsonValue) -> int:
+    # `true` and 1.0 equal 1; tools other than COCO's write them.
+    if isinstance(value, int | float) and value in (0, 1):
+        return int(value)
+    raise UnusableError(f"iscrowd is {shortened(value)}", "write 0 or 1")
+
+
+def _segmentation(value: JsonValue, width: int, height: int) -> Polygons | Rle | None:
+    if value is None:
         return None
-    if isinstance(segmentation, list):
-        return _check_polygons(segmentation, width, height)
-    if (
-        not isinstance(segmentation, dict)
-        or "counts" not in segmentation
-        or "size" not in segmentation
-    ):
-        return (
+    if isinstance(value, list):
+        return [_polygon(polygon, width, height) for polygon in value]
+    if not isinstance(value, dict) or "counts" not in value or "size" not in value:
+        raise UnusableError(
             "segmentation is neither polygons nor an RLE",
             "write [[x, y, ...], ...] or {'size', 'counts'}",
         )
-    size, counts = segmentation["size"], segmentation["counts"]
-    if size != [height, width] or not all(_is_int(side) for side in size):
-        return (
+    return _rle(value["size"], value["counts"], width, height)
+
+
+def _rle(size: JsonValue, counts: JsonValue, width: int, height: int) -> Rle:
+    # 30.0 == 30, but only a whole number goes into the shard's column of sizes.
+    if size != [height, width] or not isinstance(size, list) or not all(map(is_int, size)):
+        raise UnusableError(
             f"RLE size {shortened(size)} is not the image's [{height}, {width}]",
             "encode the mask at the image's size",
         )
     if not counts:
-        return "RLE is empty", "drop the annotation or encode its mask"
-    runs = (
-        counts
-        if isinstance(counts, list)
-        else rle_runs(counts)
-        if isinstance(counts, str)
-        else None
-    )
-    if runs is None:
-        return "RLE counts cannot be read", "encode the mask anew with pycocotools"
-    if not all(_is_int(v) and v >= 0 for v in runs) or sum(runs) != width * height:
-        return (
+        raise UnusableError("RLE is empty", "drop the annotation or encode its mask")
+    runs = run_lengths(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list):
+        raise UnusableError("RLE counts cannot be read", "encode the mask anew with pycocotools")
+    if not _are_lengths(runs) or sum(runs) != width * height:
+        raise UnusableError(
             f"RLE counts do not add up to {width * height} pixels",
             "encode the mask anew with pycocotools",
         )
-    if not any(runs[1::2]):
-        return "RLE is empty (no pixel set)", "drop the annotation or encode its mask"
-    return None
+    if not any(runs[1::2]):  # every second run is of the object
+        raise UnusableError("RLE is empty (no pixel set)", "drop the annotation or encode its mask")
+    return Rle(height, width, counts if isinstance(counts, str) else runs)
 
 
-def rle_runs(text: str) -> list[int] | None:
-    """The run lengths in pycocotools' compressed counts (maskApi.c, rleFrString), None if it is none.
+def _polygon(polygon: JsonValue, width: int, height: int) -> list[float]:
+    if not _are_numbers(polygon):
+        raise UnusableError(
+            "polygon is not a list of numbers", "write each polygon as [x, y, x, y, ...]"
+        )
+    if len(polygon) < 6:
+        raise UnusableError(
+            f"polygon has {len(polygon) // 2} points, fewer than 3",
+            "give it 3 or more points or drop it",
+        )
+    if len(polygon) % 2:
+        raise UnusableError(
+            f"polygon has {len(polygon)} numbers, an odd count",
+            "write each polygon as [x, y, x, y, ...]",
+        )
+    check_reach(polygon, width, height)
+    xs, ys = polygon[::2], polygon[1::2]
+    if max(xs) < 0 or max(ys) < 0 or min(xs) > width or min(ys) > height:
+        raise UnusableError(
+            f"polygon lies off its {width} x {height} image", "mend or drop the polygon"
+        )
+    return list(map(float, polygon))
 
-    Six bits a character, from 48: five of the number, lowest first, and one that says it goes on; from the fourth run
-    on they are differences to the run before the last.
+
+def check_reach(polygon: list[float], width: int, height: int) -> None:
+    """Raises UnusableError for a polygon of 3 or more points that reaches far beyond the image.
+
+    pycocotools takes memory by a polygon's length, whatever the image's size.
     """
-    runs: list[int] = []
-    value = shift = 0
-    for character in text:
-        code = ord(character) - 48
-        if not 0 <= code < 64:
-            return None
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        if code & 16:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = shift = 0
-    return None if shift else runs
-
-
-def _check_polygons(polygons: list[Any], width: int, height: int) -> Finding | None:
-    for polygon in polygons:
-        if not _are_numbers(polygon):
-            return "polygon is not a list of numbers", "write each polygon as [x, y, x, y, ...]"
-        if len(polygon) < 6:
-            return (
-                f"polygon has {len(polygon) // 2} points, fewer than 3",
-                "give it 3 or more points or drop it",
-            )
-        if len(polygon) % 2:
-            return (
-                f"polygon has {len(polygon)} numbers, an odd count",
-                "write each polygon as [x, y, x, y, ...]",
-            )
-        if finding := check_reach(polygon, width, height):
-            return finding
-        xs, ys = polygon[::2], polygon[1::2]
-        if max(xs) < 0 or max(ys) < 0 or min(xs) > width or min(ys) > height:
-            return f"polygon lies off its {width} x {height} image", "mend or drop the polygon"
-    return None
-
-
-def check_reach(polygon: list[Any], width: int, height: int) -> Finding | None:
-    """A polygon of 3 or more points as numbers: pycocotools takes memory by its length, whatever the image's size."""
     if not _are_finite(polygon):
-        return "polygon has a coordinate that is not finite", "mend or drop the polygon"
+        raise UnusableError(
+            "polygon has a coordinate that is not finite", "mend or drop the polygon"
+        )
     xs, ys = polygon[::2], polygon[1::2]
     reach = max(max(-min(xs), max(xs) - width) / width, max(-min(ys), max(ys) - height) / height)
     if reach > _FAR:
-        return (
+        raise UnusableError(
             f"polygon reaches {reach:.0f} image sides beyond the edge",
             "mend or drop the polygon",
         )
-    return None
 
 
-def _check_keypoints(record: dict[str, Any], keypoints: int) -> Finding | None:
-    if not _is_int(record.get("num_keypoints", 0), 32) or record.get("num_keypoints", 0) < 0:
-        return (
-            f"num_keypoints is {shortened(record['num_keypoints'])}",
-            "write how many keypoints are labelled",
-        )
-    values = record.get("keypoints")
-    if values is None:
+def _labelled_keypoints(fields: JsonObject) -> int | None:
+    # Not counted here where the file does not say it: export gives back what was there.
+    if "num_keypoints" not in fields:
         return None
-    if not isinstance(values, list) or len(values) != 3 * keypoints:
+    count = fields["num_keypoints"]
+    if not is_int(count, 32) or count < 0:
+        raise UnusableError(
+            f"num_keypoints is {shortened(count)}", "write how many keypoints are labelled"
+        )
+    return count
+
+
+def _keypoints(values: JsonValue, num_points: int) -> list[float]:
+    if values is None:
+        return []
+    if not isinstance(values, list) or len(values) != 3 * num_points:
         count = len(values) if isinstance(values, list) else values
-        return (
-            f"keypoints has {shortened(count)} numbers, its category has {keypoints} points",
+        raise UnusableError(
+            f"keypoints has {shortened(count)} numbers, its category has {num_points} points",
             "write x, y, v for each point",
         )
     if not _are_numbers(values) or not _are_finite(values):
-        return "a keypoint is not finite", "mend it or set its visibility to 0"
+        raise UnusableError("a keypoint is not finite", "mend it or set its visibility to 0")
     if any(v not in (0, 1, 2) for v in values[2::3]):
-        return "a keypoint's visibility is not 0, 1 or 2", "write 0 unlabelled, 1 hidden, 2 visible"
-    return None
+        raise UnusableError(
+            "a keypoint's visibility is not 0, 1 or 2",
+            "write 0 unlabelled, 1 hidden, 2 visible",
+        )
+    return list(map(float, values))

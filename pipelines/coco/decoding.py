@@ -13,9 +13,8 @@ from PIL import Image, UnidentifiedImageError
 _EXIF_ORIENTATION = 0x0112
 _JPEG = b"\xff\xd8"
 MAX_MEGAPIXELS = 180
-Image.MAX_IMAGE_PIXELS = (
-    None  # Pillow warns at 89 and refuses at 179 megapixels; the bound here is told and one
-)
+# Pillow warns at 89 megapixels and refuses at 179. Here there is one bound, with one message.
+Image.MAX_IMAGE_PIXELS = None
 
 
 class TooLargeError(RuntimeError):
@@ -25,8 +24,9 @@ class TooLargeError(RuntimeError):
 def decode_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
     """uint8 (H, W, 3) as the file has them. Grayscale is repeated, alpha dropped, CMYK converted.
 
-    Raises RuntimeError if it cannot be read whole. (torchvision.io, as fast, is deprecated since 0.29.)
+    Raises RuntimeError if the file cannot be read whole.
     """
+    # torchvision.io is as fast, but deprecated since 0.29, and would need torch.
     try:
         return _jpeg_pixels(content) if bytes(content[:2]) == _JPEG else _any_pixels(content)
     except TooLargeError:
@@ -38,7 +38,7 @@ def decode_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
 def _jpeg_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
     height, width, colour = simplejpeg.decode_jpeg_header(content)[:3]
     _check_size(width, height)
-    if colour in ("CMYK", "YCCK"):
+    if colour in ("CMYK", "YCCK"):  # simplejpeg gives no RGB of four channels
         return _any_pixels(content)
     return np.asarray(simplejpeg.decode_jpeg(content, "RGB"))
 
@@ -60,10 +60,11 @@ def _check_size(width: int, height: int) -> None:
 
 
 def stored_orientation(content: bytes, width: int, height: int) -> tuple[int, tuple[int, int]]:
-    """The orientation to apply so that the file comes out as (width, height), and the size that results.
+    """The orientation to apply so that the file has (width, height), and the size that results.
 
-    The EXIF orientation counts (as detectron2 and browsers have it), unless only the bare pixels have the size that
-    the JSON gives. Raises OSError if the header cannot be read, TooLargeError for more pixels than are decoded.
+    The EXIF orientation counts, as in detectron2 and browsers, unless only the bare pixels have the
+    size that the JSON gives. Raises OSError if the header cannot be read, TooLargeError for more
+    pixels than are decoded.
     """
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
@@ -75,7 +76,7 @@ def stored_orientation(content: bytes, width: int, height: int) -> tuple[int, tu
         raise
     except Exception as error:  # decoders fail on damaged bytes in many ways
         raise OSError(str(error) or type(error).__name__) from error
-    turned = (bare[1], bare[0]) if orientation >= 5 else bare
+    turned = (bare[1], bare[0]) if orientation >= 5 else bare  # from 5 on the sides are swapped
     if turned != (width, height) and bare == (width, height):
         return 1, bare
     return orientation, turned

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-CHUNK_CHARS = 1 << 20
+from pipelines.coco.records import JsonValue
+
+CHUNK_CHARS = 1 << 20  # read at a time
 _SPACE = " \t\r\n"
 _LISTS = ("images", "annotations", "categories")
 
 
-def read_coco(path: Path) -> Iterator[tuple[str, Any, str]]:
-    """Yields (key, value, its text) for each element of the top-level lists and each other top-level value.
+def read_coco(path: Path) -> Iterator[tuple[str, JsonValue, str]]:
+    """Yields (key, value, its text) for each element of the lists, and for each other value.
 
-    Raises ValueError, naming the file, if it is not COCO JSON.
+    These are the lists and values of the file's outermost object. Raises ValueError, which names
+    the file, if it is not COCO JSON.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give --annotations a COCO JSON file")
     seen = set()
-    with path.open(encoding="utf-8-sig") as source:
+    with path.open(encoding="utf-8-sig") as source:  # some tools write a byte-order mark
         try:
             for key, value, text in _top_level(_Window(source)):
                 seen.add(key.removeprefix("end of "))
@@ -29,10 +32,11 @@ def read_coco(path: Path) -> Iterator[tuple[str, Any, str]]:
             raise ValueError(
                 f"{path}: not COCO JSON ({error}); is it the right file, and whole?"
             ) from None
-    for key in ("images", "annotations", "categories"):
+    for key in _LISTS:
         if key not in seen:
             raise ValueError(
-                f"{path}: not COCO JSON (no list {key!r}); results files and captions are not packed"
+                f"{path}: not COCO JSON (no list {key!r}); results files and captions are not "
+                "packed"
             )
 
 
@@ -50,6 +54,8 @@ class _Window:
 
     def grow(self) -> bool:
         """Drops what was read and appends more; False at the end of the file."""
+        # At least twice the unread text: a long value is parsed again after each piece, and so the
+        # time stays in proportion to its length.
         piece = self._source.read(max(CHUNK_CHARS, len(self.text) - self.position))
         self.text, self.position = self.text[self.position :] + piece, 0
         return bool(piece)
@@ -65,13 +71,13 @@ class _Window:
                 return ""
 
     def take(self, expected: str) -> None:
-        found = self.peek()
-        if found != expected or not found:
-            raise _NotCocoError(f"expected {expected!r}, found {found or 'the end'!r}")
+        character = self.peek()
+        if character != expected or not character:
+            raise _NotCocoError(f"expected {expected!r}, found {character or 'the end'!r}")
         self.position += 1
 
-    def value(self) -> tuple[Any, str]:
-        """The next JSON value and its text. Reads on while the value may go on behind the window."""
+    def value(self) -> tuple[JsonValue, str]:
+        """The next JSON value and its text. Reads on while the value may go on after the window."""
         self.peek()
         while True:
             try:
@@ -90,7 +96,7 @@ class _Window:
             return value, text
 
 
-def _top_level(window: _Window) -> Iterator[tuple[str, Any, str]]:
+def _top_level(window: _Window) -> Iterator[tuple[str, JsonValue, str]]:
     window.take("{")
     if window.peek() == "}":
         return
@@ -101,7 +107,7 @@ def _top_level(window: _Window) -> Iterator[tuple[str, Any, str]]:
             if window.peek() != "[":
                 raise _NotCocoError(f"{key!r} is not a list")
             yield from ((key, value, text) for value, text in _elements(window))
-            yield f"end of {key}", None, ""
+            yield f"end of {key}", None, ""  # an empty list shows only here
         else:
             yield str(key), *window.value()
         if window.peek() != ",":
@@ -112,7 +118,7 @@ def _top_level(window: _Window) -> Iterator[tuple[str, Any, str]]:
         raise _NotCocoError(f"it goes on after its end, with {window.peek()!r}")
 
 
-def _elements(window: _Window) -> Iterator[tuple[Any, str]]:
+def _elements(window: _Window) -> Iterator[tuple[JsonValue, str]]:
     window.take("[")
     if window.peek() == "]":
         window.take("]")

@@ -1,24 +1,40 @@
-"""What makes ground truth or results unfit for evaluation; each refusal is one line with the place and the value."""
+"""The edge where ground truth and results enter evaluation.
+
+A refusal is one line with the place and the value.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from math import isfinite, prod
+from dataclasses import replace
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from pycocotools import mask as rle_tools
 
-from pipelines.coco.checks import check_category_record, check_reach, shortened
-from pipelines.evaluate.engines import NEEDED, IouType
-from pipelines.shards.schema import coco_rle
+from pipelines.coco.checks import (
+    UnusableError,
+    check_reach,
+    id_of,
+    is_int,
+    read_category,
+    shortened,
+)
+from pipelines.coco.records import (
+    CocoAnnotation,
+    CocoResult,
+    JsonObject,
+    JsonValue,
+    Rle,
+)
+from pipelines.coco.rle import compressed
+from pipelines.evaluate.engines import NEEDED, IouType, Truth, TruthImage
 
-COCO_KEYPOINTS = 17
+COCO_KEYPOINTS = 17  # pycocotools knows how exact they must be, and of no others
 _LARGEST = 1e300
-_LONGEST_SIDE = (
-    1 << 20
-)  # px; pycocotools takes memory by a polygon's length, which the image's sides bound
+_LONGEST_SIDE = 1 << 20  # px; pycocotools takes memory by a polygon's length, which the sides bound
 _MOST_PIXELS = 1 << 32  # its run lengths have 32 bits
 _FIELDS = {
     "images": ("id",),
@@ -26,8 +42,10 @@ _FIELDS = {
     "categories": ("id", "name"),
 }
 
+T = TypeVar("T")
 
-def read_json(path: Path, kind: type, what: str) -> Any:
+
+def read_json(path: Path, kind: type[T], what: str) -> T:
     """A file whose outermost value is of that kind. Raises ValueError if it is something else."""
     try:
         value = json.loads(path.read_bytes())
@@ -42,205 +60,276 @@ def read_json(path: Path, kind: type, what: str) -> Any:
     return value
 
 
-def check_truth(path: Path, coco: Mapping[str, Any]) -> None:
+# --- ground truth ---------------------------------------------------------------------------------
+
+
+def check_truth(path: Path, coco: JsonObject) -> None:
     """The structure of a COCO annotation file, and the numbers that every evaluation reads."""
-    for part, keys in _FIELDS.items():
-        records = coco.get(part)
-        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise ValueError(f"{path}: {part!r} is no list of records; give a COCO annotation file")
-        for number, record in enumerate(records):
-            missing = [key for key in keys if key not in record]
-            if missing:
-                raise ValueError(
-                    f"{path}: {part}[{number}] has no {missing[0]!r}; give a COCO annotation file"
-                )
-            for key in keys:
-                if key.endswith("id") and not _is_int(record[key]):
-                    raise ValueError(
-                        f"{path}: {part}[{number}]: {key} is {shortened(record[key])}; write a whole number of 64 bits"
-                    )
-    for category in coco["categories"]:
-        if finding := check_category_record(category):
-            raise ValueError(f"{path}: category {category['id']}: {finding[0]}; {finding[1]}")
-    for part in ("images", "categories"):
-        _check_distinct(path, part, coco[part])
-    for annotation in coco["annotations"]:
-        where = f"{path}: annotation {annotation['id']}"
-        if not _are_numbers(annotation["bbox"]) or len(annotation["bbox"]) != 4:
-            raise ValueError(
-                f"{where}: bbox is {shortened(annotation['bbox'])}; write it as [x, y, width, height]"
-            )
-        if not _is_number(annotation["area"]):
-            raise ValueError(
-                f"{where}: area is {shortened(annotation['area'])}; write the object's area in pixels"
-            )
-        if annotation.get("iscrowd", 0) not in (0, 1):
-            raise ValueError(
-                f"{where}: iscrowd is {shortened(annotation['iscrowd'])}; write 0 or 1"
-            )
+    images, annotations, categories = (
+        _checked_part(path, part, coco.get(part)) for part in _FIELDS
+    )
+    for fields in categories:
+        try:
+            read_category(fields)
+        except UnusableError as error:
+            raise ValueError(f"{path}: category {id_of(fields)}: {error}") from None
+    # pycocotools takes annotations of one id, and `engines` leaves such files to it.
+    _check_distinct(path, "images", images)
+    _check_distinct(path, "categories", categories)
+    for fields in annotations:
+        _check_annotation(f"{path}: annotation {id_of(fields)}", fields)
 
 
-def _check_distinct(path: Path, part: str, records: Sequence[Mapping[str, Any]]) -> None:
-    """(Not of annotations: pycocotools knows them twice, and `engines` leaves such files to it.)"""
-    seen: set[int] = set()
+def _checked_part(path: Path, part: str, records: JsonValue) -> list[JsonObject]:
+    """One of the file's lists. Each record has the needed fields, and whole numbers as ids."""
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{path}: {part!r} is no list of records; give a COCO annotation file")
     for number, record in enumerate(records):
-        if record["id"] in seen:
-            raise ValueError(
-                f"{path}: {part}[{number}]: id {record['id']} is there twice; give each an id of its own"
-            )
-        seen.add(record["id"])
-
-
-def with_masks(coco: dict[str, Any]) -> dict[str, Any]:
-    """Every mask as compressed RLE. Annotations of images that are not listed count nowhere, and are left out."""
-    images = {image["id"]: image for image in coco["images"]}
-    masks = [
-        a
-        | {
-            "segmentation": _rle(
-                f"annotation {a['id']}", a.get("segmentation"), images[a["image_id"]]
-            )
-        }
-        for a in coco["annotations"]
-        if a["image_id"] in images
-    ]
-    return coco | {"annotations": masks}
-
-
-def with_keypoints(coco: dict[str, Any]) -> dict[str, Any]:
-    """Only what has keypoints, as COCO's person_keypoints files; pycocotools fails on annotations without."""
-    annotations = []
-    for annotation in coco["annotations"]:
-        points = annotation.get("keypoints")
-        if points:
-            if not _are_numbers(points) or len(points) != 3 * COCO_KEYPOINTS:
+        for key in _FIELDS[part]:
+            if key not in record:
                 raise ValueError(
-                    f"annotation {annotation['id']}: keypoints has not x, y, v for {COCO_KEYPOINTS} points, "
-                    "the only ones for which COCO says how exact they must be"
+                    f"{path}: {part}[{number}] has no {key!r}; give a COCO annotation file"
                 )
-            annotations.append({"num_keypoints": sum(v > 0 for v in points[2::3])} | annotation)
-    named = {annotation["category_id"] for annotation in annotations}
-    categories = [c for c in coco["categories"] if c.get("keypoints") or c["id"] in named]
-    return coco | {"annotations": annotations, "categories": categories}
+        for key in _FIELDS[part]:
+            if key.endswith("id") and not is_int(record[key]):
+                raise ValueError(
+                    f"{path}: {part}[{number}]: {key} is {shortened(record[key])}; write a whole "
+                    "number of 64 bits"
+                )
+    return records
+
+
+def _check_distinct(path: Path, part: str, records: Sequence[JsonObject]) -> None:
+    seen = set()
+    for number, key in enumerate(map(id_of, records)):
+        if key in seen:
+            raise ValueError(
+                f"{path}: {part}[{number}]: id {key} is there twice; give each an id of its own"
+            )
+        seen.add(key)
+
+
+def _check_annotation(where: str, fields: JsonObject) -> None:
+    box, area, crowd = fields["bbox"], fields["area"], fields.get("iscrowd", 0)
+    if not _are_numbers(box) or len(box) != 4:
+        raise ValueError(f"{where}: bbox is {shortened(box)}; write it as [x, y, width, height]")
+    if not _is_number(area):
+        raise ValueError(f"{where}: area is {shortened(area)}; write the object's area in pixels")
+    if crowd not in (0, 1):
+        raise ValueError(f"{where}: iscrowd is {shortened(crowd)}; write 0 or 1")
+
+
+def truth_of(coco: Mapping[str, Any], iou_type: IouType) -> Truth:
+    """What `iou_type` compares with. coco: COCO JSON that `check_truth` or packing has checked.
+
+    "segm" makes every mask compressed RLE, and leaves out annotations of images that are not
+    listed: they count nowhere, and their masks have no size. "keypoints" keeps only annotations
+    with keypoints, as COCO's person_keypoints files do; pycocotools fails on others. Raises
+    ValueError for a mask or keypoints that cannot be compared.
+    """
+    image_fields, annotations, category_fields = (coco[part] for part in _FIELDS)
+    images = [TruthImage(f["id"], f.get("height"), f.get("width")) for f in image_fields]
+    categories = [read_category(fields) for fields in category_fields]
+    objects = [(_object(fields), fields) for fields in annotations]
+    match iou_type:
+        case "bbox":
+            compared = [annotation for annotation, _ in objects]
+        case "segm":
+            listed = {image.id: image for image in images}
+            compared = [
+                _with_mask(annotation, fields, listed[annotation.image_id])
+                for annotation, fields in objects
+                if annotation.image_id in listed
+            ]
+        case "keypoints":
+            compared = [
+                _with_keypoints(a, fields) for a, fields in objects if fields.get("keypoints")
+            ]
+            used = {annotation.category_id for annotation in compared}
+            categories = [c for c in categories if c.keypoints or c.id in used]
+    return Truth(images, compared, categories)
+
+
+def _object(fields: Mapping[str, Any]) -> CocoAnnotation:
+    key, image_id, category_id, box, area = (fields[name] for name in _FIELDS["annotations"])
+    crowd = int(fields.get("iscrowd", 0))
+    return CocoAnnotation(key, image_id, category_id, box, area, crowd)
+
+
+def _with_mask(
+    annotation: CocoAnnotation, fields: Mapping[str, Any], image: TruthImage
+) -> CocoAnnotation:
+    mask = _mask(f"annotation {annotation.id}", fields.get("segmentation"), image)
+    return replace(annotation, segmentation=mask)
+
+
+def _with_keypoints(annotation: CocoAnnotation, fields: Mapping[str, Any]) -> CocoAnnotation:
+    where, points = f"annotation {annotation.id}", fields["keypoints"]
+    if not _are_numbers(points) or len(points) != 3 * COCO_KEYPOINTS:
+        raise ValueError(
+            f"{where}: keypoints has not x, y, v for {COCO_KEYPOINTS} points, the only ones for "
+            "which COCO says how exact they must be"
+        )
+    count = fields.get("num_keypoints", sum(v > 0 for v in points[2::3]))
+    if not is_int(count):
+        raise ValueError(
+            f"{where}: num_keypoints is {shortened(count)}; write how many keypoints are labelled"
+        )
+    return replace(annotation, keypoints=list(points), num_keypoints=count)
+
+
+# --- results --------------------------------------------------------------------------------------
 
 
 def checked_results(
-    coco: Mapping[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType
-) -> list[Mapping[str, Any]]:
-    """The results with every mask as compressed RLE; the originals are not changed."""
-    images = {image["id"]: image for image in coco["images"]}
-    categories = {category["id"] for category in coco["categories"]}
-    found: list[Mapping[str, Any]] = []
-    for number, result in enumerate(results):
+    truth: Truth, results: Sequence[Mapping[str, Any]], iou_type: IouType
+) -> list[CocoResult]:
+    """COCO results as records, with every mask as compressed RLE.
+
+    Raises ValueError for a result that does not fit.
+    """
+    images = {image.id: image for image in truth.images}
+    categories = {category.id for category in truth.categories}
+    records = []
+    for number, fields in enumerate(results):
         for key in ("image_id", "category_id", "score", NEEDED[iou_type]):
-            if not isinstance(result, Mapping) or key not in result:
+            if not isinstance(fields, Mapping) or key not in fields:
                 raise ValueError(
-                    f"result {number} has no {key!r}, which {iou_type} results need; mend it or --iou"
+                    f"result {number} has no {key!r}, which {iou_type} results need; mend it or "
+                    "--iou"
                 )
-        _check_result(number, result, iou_type)
-        if result["image_id"] not in images:
+        record = _result(number, fields, iou_type)
+        if record.image_id not in images:
             raise ValueError(
-                f"result {number} is for image {result['image_id']}, which the ground truth does not have"
+                f"result {number} is for image {record.image_id}, which the ground truth does not "
+                "have"
             )
-        if iou_type != "keypoints" and result["category_id"] not in categories:
+        if iou_type != "keypoints" and record.category_id not in categories:
             raise ValueError(
-                f"result {number} is of category {result['category_id']}, which the ground truth does not have"
+                f"result {number} is of category {record.category_id}, which the ground truth does "
+                "not have"
             )
-        if ("bbox" in result) != ("bbox" in results[0]):
+        if ("bbox" in fields) != ("bbox" in results[0]):
             raise ValueError(
-                f"result {number} and result 0: only one has a bbox, by which pycocotools sorts results into sizes; "
-                "give all of them one, or none"
+                f"result {number} and result 0: only one has a bbox, by which pycocotools sorts "
+                "results into sizes; give all of them one, or none"
             )
         if iou_type == "segm":
-            rle = _rle(f"result {number}", result["segmentation"], images[result["image_id"]])
-            found.append({**result, "segmentation": rle})
-        else:
-            found.append(result)
-    return found
+            mask = _mask(f"result {number}", fields["segmentation"], images[record.image_id])
+            record = replace(record, segmentation=mask)
+        records.append(record)
+    return records
 
 
-def _check_result(number: int, result: Mapping[str, Any], iou_type: IouType) -> None:
-    for key in ("image_id", "category_id"):
-        if not _is_int(result[key]):
-            raise ValueError(
-                f"result {number}: {key} is {shortened(result[key])}; it must be a whole number"
-            )
-    if not _is_number(result["score"]):
+def _result(number: int, fields: Mapping[str, Any], iou_type: IouType) -> CocoResult:
+    """A result without its mask, which is read once its image is known."""
+    where, ids = f"result {number}", [fields[key] for key in ("image_id", "category_id")]
+    for name, value in zip(("image_id", "category_id"), ids, strict=True):
+        if not is_int(value):
+            raise ValueError(f"{where}: {name} is {shortened(value)}; it must be a whole number")
+    score, box = fields["score"], fields.get("bbox", [0, 0, 0, 0])
+    if not _is_number(score):
+        raise ValueError(f"{where}: score is {shortened(score)}; it must be a finite number")
+    if not _are_numbers(box) or len(box) != 4:
+        raise ValueError(f"{where}: bbox is {shortened(box)}; it must be 4 finite numbers")
+    points = fields["keypoints"] if iou_type == "keypoints" else None
+    if points is not None and (not _are_numbers(points) or len(points) != 3 * COCO_KEYPOINTS):
         raise ValueError(
-            f"result {number}: score is {shortened(result['score'])}; it must be a finite number"
+            f"{where}: keypoints must be x, y, score of {COCO_KEYPOINTS} points, all finite"
         )
-    if "bbox" in result and (not _are_numbers(result["bbox"]) or len(result["bbox"]) != 4):
-        raise ValueError(
-            f"result {number}: bbox is {shortened(result['bbox'])}; it must be 4 finite numbers"
-        )
-    if iou_type == "keypoints":
-        points = result["keypoints"]
-        if not _are_numbers(points) or len(points) != 3 * COCO_KEYPOINTS:
-            raise ValueError(
-                f"result {number}: keypoints must be x, y, score of {COCO_KEYPOINTS} points, all finite"
-            )
-
-
-def _rle(where: str, mask: Any, image: Mapping[str, Any]) -> dict[str, Any]:
-    """pycocotools' compressed RLE of a mask of an image. Raises ValueError if it is none."""
-    size: list[Any] = [image.get("height"), image.get("width")]
-    if not _is_int(size[0]) or not _is_int(size[1]) or min(size) < 1:
-        raise ValueError(
-            f"image {image['id']} of the ground truth has height and width {shortened(size)}; masks need its size"
-        )
-    if max(size) > _LONGEST_SIDE or prod(size) >= _MOST_PIXELS:
-        raise ValueError(
-            f"image {image['id']} of the ground truth has height and width {size}; pycocotools compares masks of fewer "
-            f"than {_MOST_PIXELS} pixels, and sides of at most {_LONGEST_SIDE} fit in memory"
-        )
-    if isinstance(mask, Mapping) and mask.get("size") not in (size, tuple(size)):
-        raise ValueError(
-            f"{where}: its mask is of size {shortened(mask.get('size'))}, image {image['id']} is {size}"
-        )
-    if isinstance(mask, list):
-        _check_polygons(where, mask, *size)
-    try:
-        counts = mask["counts"] if isinstance(mask, Mapping) else ()
-        text = counts.encode() if isinstance(counts, str) else counts
-        whole = (
-            min(text) >= 48 and max(text) < 112
-            if isinstance(text, bytes)
-            else not text or sum(text) == prod(size)
-        )
-        rle = coco_rle(mask, *size) if mask and whole else None
-        if rle is not None and rle_tools.area(rle) <= size[0] * size[1]:
-            return rle
-    except (ValueError, TypeError, KeyError, IndexError, UnicodeError, OverflowError):
-        pass  # told below, like every other mask that is none
-    raise ValueError(
-        f"{where}: segmentation is {shortened(mask)}; give an RLE of size {size} or polygons"
+    return CocoResult(
+        image_id=ids[0],
+        category_id=ids[1],
+        score=score,
+        bbox=list(box) if "bbox" in fields else None,
+        keypoints=None if points is None else list(points),
     )
 
 
-def _check_polygons(where: str, polygons: list[Any], height: int, width: int) -> None:
-    """Not whether they are on the image: pycocotools compares those that are not as empty masks."""
-    for polygon in polygons:
-        numbers = isinstance(polygon, list) and all(
-            isinstance(v, int | float) and v is not True for v in polygon
+# --- masks and numbers ----------------------------------------------------------------------------
+
+
+def _mask(where: str, mask: JsonValue, image: TruthImage) -> Rle:
+    """A mask of an image, compressed. Raises ValueError if it is none."""
+    height, width = _mask_size(image)
+    size = [height, width]
+    own_size = mask.get("size") if isinstance(mask, Mapping) else size
+    if own_size not in (size, tuple(size)):  # pycocotools writes a list, other code a tuple
+        raise ValueError(
+            f"{where}: its mask is of size {shortened(own_size)}, image {image.id} is {size}"
         )
-        if not numbers or len(polygon) < 6 or len(polygon) % 2:
+    if isinstance(mask, list):
+        _check_polygons(where, mask, height, width)
+    rle = _encoded(mask, height, width)
+    if rle is None:
+        raise ValueError(
+            f"{where}: segmentation is {shortened(mask)}; give an RLE of size {size} or polygons"
+        )
+    return rle
+
+
+def _mask_size(image: TruthImage) -> tuple[int, int]:
+    """Height and width of an image that has a mask. Other evaluation needs no size."""
+    height, width, where = image.height, image.width, f"image {image.id} of the ground truth"
+    if not is_int(height) or not is_int(width) or min(height, width) < 1:
+        raise ValueError(
+            f"{where} has height and width {shortened([height, width])}; masks need its size"
+        )
+    if max(height, width) > _LONGEST_SIDE or height * width >= _MOST_PIXELS:
+        raise ValueError(
+            f"{where} has height and width {[height, width]}; pycocotools compares masks of fewer "
+            f"than {_MOST_PIXELS} pixels, and sides of at most {_LONGEST_SIDE} fit in memory"
+        )
+    return height, width
+
+
+def _encoded(mask: Any, height: int, width: int) -> Rle | None:
+    """Compressed RLE. None where pycocotools cannot read the mask, or would read past its end."""
+    try:
+        if isinstance(mask, list):
+            return compressed(mask, height, width) if mask else None
+        counts = mask["counts"]
+        text = counts.decode() if isinstance(counts, bytes) else counts
+        if isinstance(text, str):
+            whole = min(text) >= "0" and max(text) < "p"  # the characters of 6 bits from 48
+        else:
+            whole = isinstance(text, list) and (not text or sum(text) == height * width)
+        rle = compressed(Rle(height, width, text), height, width) if whole else None
+        # A text of good characters may still run over the image.
+        return rle if rle and rle_tools.area(rle.json()) <= height * width else None
+    except (ValueError, TypeError, KeyError, IndexError, UnicodeError, OverflowError):
+        return None
+
+
+def _check_polygons(where: str, polygons: Sequence[JsonValue], height: int, width: int) -> None:
+    """Polygons may lie off the image: pycocotools compares such a polygon as an empty mask."""
+    for polygon in polygons:
+        if not _is_list_of_numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
             raise ValueError(
-                f"{where}: segmentation is {shortened(polygons)}; give polygons of 3 or more points x, y"
+                f"{where}: segmentation is {shortened(polygons)}; give polygons of 3 or more "
+                "points x, y"
             )
-        if finding := check_reach(polygon, width, height):
-            raise ValueError(f"{where}: {finding[0]} ({shortened(polygons)}); {finding[1]}")
+        try:
+            check_reach(polygon, width, height)
+        except UnusableError as error:
+            raise ValueError(
+                f"{where}: {error.what} ({shortened(polygons)}); {error.remedy}"
+            ) from None
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+def _is_list_of_numbers(values: JsonValue) -> TypeGuard[list[float]]:
+    """Any numbers of JSON, which may be infinite, NaN or too large."""
+    return isinstance(values, list) and all(
+        isinstance(value, int | float) and value is not True for value in values
+    )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: JsonValue) -> TypeGuard[float]:
     """Finite, and no integer that is too large for a float."""
     if isinstance(value, float):
         return isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
-def _are_numbers(values: Any) -> bool:
+def _are_numbers(values: JsonValue) -> TypeGuard[Sequence[float]]:
     return isinstance(values, list | tuple) and all(map(_is_number, values))

@@ -1,129 +1,159 @@
-"""COCO's precision and recall by pycocotools, the reference, or by hotcoco: the same to the bit, sooner.
+"""COCO's precision and recall by pycocotools, the reference, or by hotcoco, which is faster.
 
-hotcoco is an optional dependency, used where it is installed. `tests/pipelines/evaluate/test_engines.py` compares
-precision, recall, scores and statistics on random datasets.
+Both give the same numbers to the bit: `tests/pipelines/evaluate/test_engines.py` compares
+precision, recall, scores and statistics on random datasets. hotcoco is an optional dependency,
+used where it is installed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from pipelines.coco.records import (
+    CocoAnnotation,
+    CocoCategory,
+    CocoResult,
+    JsonObject,
+    JsonValue,
+)
+
 Engine = Literal["pycocotools", "hotcoco"]
 IouType = Literal["bbox", "segm", "keypoints"]
-NEEDED = {
+NEEDED: dict[IouType, str] = {  # the field that a result must have to be compared
     "bbox": "bbox",
     "segm": "segmentation",
     "keypoints": "keypoints",
-}  # what a record needs to be compared
-_TRUTH_FIELDS = ("area", "iscrowd", "bbox", "segmentation", "keypoints", "num_keypoints")
+}
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class TruthImage:
+    """height, width: as the file has them, if it has them. Only masks need them, and check them."""
+
+    id: int
+    height: JsonValue
+    width: JsonValue
+
+    def json(self, number: int) -> JsonObject:
+        """The image under another id."""
+        sides = {"width": self.width, "height": self.height}
+        return {"id": number} | {name: side for name, side in sides.items() if side is not None}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Ground truth of one evaluation, with what that evaluation compares and nothing more."""
+
+    images: list[TruthImage]
+    annotations: list[CocoAnnotation]
+    categories: list[CocoCategory]
 
 
 @dataclass(frozen=True)
 class Curves:
-    """T IoU thresholds, R recalls, K categories by ascending id, A areas, M limits of detections; -1 is "nothing".
+    """T IoU thresholds, R recalls, K categories by ascending id, A areas, M limits of detections.
 
-    precision, scores: (T, R, K, A, M). recall: (T, K, A, M). stats: pycocotools' summary.
+    precision, scores: (T, R, K, A, M). recall: (T, K, A, M). stats: pycocotools' summary. -1 is
+    "nothing to evaluate".
     """
 
-    precision: NDArray[np.float64]
-    recall: NDArray[np.float64]
-    scores: NDArray[np.float64]
-    stats: NDArray[np.float64]
+    precision: Floats
+    recall: Floats
+    scores: Floats
+    stats: Floats
 
 
-def default_engine(coco: Mapping[str, Any]) -> Engine:
-    """The fastest that is installed; the reference for annotation ids that it has quirks for (0, or there twice)."""
-    ids = {annotation["id"] for annotation in coco["annotations"]}
-    odd = 0 in ids or len(ids) < len(coco["annotations"])
+def default_engine(annotation_ids: Sequence[int]) -> Engine:
+    """The fastest that is installed. pycocotools has quirks for id 0 and for an id that is there
+
+    twice, so such data are left to it.
+    """
+    distinct = set(annotation_ids)
+    odd = 0 in distinct or len(distinct) < len(annotation_ids)
     return "hotcoco" if find_spec("hotcoco") and not odd else "pycocotools"
 
 
 def curves(
-    engine: Engine, coco: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType
+    engine: Engine, truth: Truth, results: Sequence[CocoResult], iou_type: IouType
 ) -> Curves:
-    """Of checked records; neither they nor their lists are changed. The order of `results` breaks ties of scores."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = (
-            _hotcoco(coco, results, iou_type)
-            if engine == "hotcoco"
-            else _pycocotools(coco, results, iou_type)
-        )
+    """Compares checked records. The order of `results` breaks ties of scores."""
+    with contextlib.redirect_stdout(io.StringIO()):  # both libraries print as they go
+        make = _hotcoco if engine == "hotcoco" else _pycocotools
+        run = make(truth, results, iou_type)
         run.evaluate()
         run.accumulate()
         run.summarize()
-    arrays = (run.eval["precision"], run.eval["recall"], run.eval["scores"], run.stats)
+    assert run.eval is not None  # it is filled by `accumulate`
+    arrays = (*(run.eval[name] for name in ("precision", "recall", "scores")), run.stats)
     return Curves(*(np.asarray(array, np.float64) for array in arrays))
 
 
-def _pycocotools(
-    coco: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType
-) -> Any:
-    truth = COCO()
-    truth.dataset = coco | {"annotations": [dict(annotation) for annotation in coco["annotations"]]}
-    truth.createIndex()
+def _pycocotools(truth: Truth, results: Sequence[CocoResult], iou_type: IouType) -> COCOeval:
+    ground = _coco(truth, truth.annotations)
     if results:
-        needed = ("image_id", "category_id", "score", "bbox", NEEDED[iou_type])
-        return COCOeval(
-            truth, truth.loadRes([_there(result, needed) for result in results]), iou_type
-        )
-    empty = COCO()
-    empty.dataset = coco | {"annotations": []}
-    empty.createIndex()
-    return COCOeval(truth, empty, iou_type)
+        detections = ground.loadRes([result.json() for result in results])
+    else:
+        detections = _coco(truth, [])  # loadRes fails on an empty list
+    return COCOeval(ground, detections, iou_type)
 
 
-def _hotcoco(coco: dict[str, Any], results: Sequence[Mapping[str, Any]], iou_type: IouType) -> Any:
+def _coco(truth: Truth, annotations: Iterable[CocoAnnotation]) -> COCO:
+    coco = COCO()
+    coco.dataset = {
+        "images": [image.json(image.id) for image in truth.images],
+        "annotations": [annotation.json() for annotation in annotations],
+        "categories": [{"id": category.id, "name": category.name} for category in truth.categories],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _hotcoco(truth: Truth, results: Sequence[CocoResult], iou_type: IouType) -> COCOeval:
     """Under ids that ascend from 1 in the same order: hotcoco takes no negative ones."""
     import hotcoco
 
-    image = _numbered(record["id"] for record in coco["images"])
-    category = _numbered(record["id"] for record in coco["categories"])
-    images = {
-        image[record["id"]]: {"id": image[record["id"]]} | _there(record, ("width", "height"))
-        for record in coco["images"]
-    }
-    truth = {
-        "images": list(images.values()),
-        "categories": [{"id": number, "name": str(number)} for number in category.values()],
-        "annotations": [
-            {"id": number} | _placed(record, image, category) | _there(record, _TRUTH_FIELDS)
-            for number, record in enumerate(coco["annotations"], 1)
-            if record["image_id"] in image and record["category_id"] in category
-        ],
-    }
-    ground = hotcoco.COCO(truth)
-    if iou_type == "bbox":
+    image = _numbered(record.id for record in truth.images)
+    category = _numbered(record.id for record in truth.categories)
+    ground = hotcoco.COCO(
+        {
+            "images": [record.json(image[record.id]) for record in truth.images],
+            "categories": [{"id": number, "name": str(number)} for number in category.values()],
+            "annotations": [
+                record.json() | {"id": number} | _placed(record, image, category)
+                for number, record in enumerate(truth.annotations, 1)
+                if record.image_id in image and record.category_id in category
+            ],
+        }
+    )
+    # Keypoint results may be of categories that have no keypoints; pycocotools leaves them out too.
+    placed = [result for result in results if result.category_id in category]
+    if iou_type == "bbox":  # as one array: half a million dictionaries would take most of the time
         rows = (
-            (image[r["image_id"]], *r["bbox"], r["score"], category[r["category_id"]])
-            for r in results
+            (image[r.image_id], *(r.bbox or ()), r.score, category[r.category_id]) for r in placed
         )
-        found: Any = np.fromiter(rows, np.dtype((np.float64, 7)), len(results))
+        detections = ground.load_res(np.fromiter(rows, np.dtype((np.float64, 7)), len(placed)))
     else:
-        needed = ("score", "bbox", NEEDED[iou_type])
-        placed = (r for r in results if r["category_id"] in category)
-        found = [_there(r, needed) | _placed(r, image, category) for r in placed]
-    return hotcoco.COCOeval(ground, ground.load_res(found), iou_type)
+        detections = ground.load_res([r.json() | _placed(r, image, category) for r in placed])
+    run: COCOeval = hotcoco.COCOeval(ground, detections, iou_type)  # it has the same attributes
+    return run
 
 
-def _numbered(ids: Any) -> dict[int, int]:
+def _numbered(ids: Iterable[int]) -> dict[int, int]:
     return {key: number for number, key in enumerate(sorted(set(ids)), 1)}
 
 
 def _placed(
-    record: Mapping[str, Any], image: dict[int, int], category: dict[int, int]
-) -> dict[str, int]:
-    return {"image_id": image[record["image_id"]], "category_id": category[record["category_id"]]}
-
-
-def _there(record: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {key: record[key] for key in keys if record.get(key) is not None}
+    record: CocoAnnotation | CocoResult, image: Mapping[int, int], category: Mapping[int, int]
+) -> JsonObject:
+    return {"image_id": image[record.image_id], "category_id": category[record.category_id]}

@@ -13,18 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as rle_tools
 from pycocotools.cocoeval import Params
 
-from contract.metrics import stats_of
-from pipelines.evaluate.checks import (
-    check_truth,
-    checked_results,
-    read_json,
-    with_keypoints,
-    with_masks,
-)
-from pipelines.evaluate.engines import Curves, Engine, IouType, curves, default_engine
+from pipelines.coco.records import CocoCategory, CocoResult, JsonObject, JsonValue, Rle
+from pipelines.coco.rle import compressed
+from pipelines.evaluate.checks import check_truth, checked_results, read_json, truth_of
+from pipelines.evaluate.engines import Engine, IouType, curves, default_engine
 from pipelines.shards.dataset import Dataset
 
 
@@ -32,7 +26,8 @@ from pipelines.shards.dataset import Dataset
 class Evaluation:
     """stats: pycocotools' summary by name, fractions, -1 where there is nothing to evaluate.
 
-    per_class: statistic (AP, AP50, AP75, APs, APm, APl) -> category name (with its id where two share it) -> value.
+    per_class: statistic (AP, AP50, AP75, APs, APm, APl) -> category name -> value. A name that two
+    categories share has the id beside it.
     """
 
     stats: dict[str, float]
@@ -41,43 +36,48 @@ class Evaluation:
 
 def image_results(
     image_id: int,
-    boxes_xyxy: NDArray[Any],
-    scores: NDArray[Any],
-    labels: NDArray[Any],
+    boxes_xyxy: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    labels: NDArray[np.int64],
     category_ids: Sequence[int],
-    rles: Sequence[Mapping[str, Any]] | None = None,
-    keypoints: NDArray[Any] | None = None,
-) -> list[dict[str, Any]]:
-    """COCO results of one image: of boxes, or of masks where `rles` are given, or of `keypoints` (D, P, 3).
+    rles: Sequence[Mapping[str, JsonValue]] | None = None,
+    keypoints: NDArray[np.float32] | None = None,
+) -> list[JsonObject]:
+    """COCO results of one image: of boxes, or of masks if `rles` are given, or of `keypoints`.
 
-    One kind at a time: pycocotools takes an object's area from its box where a result has one, and APs, APm and APl of
-    masks would then be those of boxes.
+    boxes_xyxy: (D, 4). scores, labels: (D,). category_ids: dense label -> COCO id. keypoints:
+    (D, P, 3). One kind at a time: pycocotools takes an object's area from its box where a result
+    has one, and APs, APm and APl of masks would then be those of boxes.
     """
     if rles is not None and keypoints is not None:
         raise ValueError(
             "image_results gives one kind of result; call it once for masks and once for keypoints"
         )
-    results: list[dict[str, Any]] = []
+    results = []
     for number, (x0, y0, x1, y1) in enumerate(np.asarray(boxes_xyxy, np.float64).tolist()):
-        result: dict[str, Any] = {
+        what: JsonObject
+        if rles is not None:
+            what = {"segmentation": dict(rles[number])}
+        elif keypoints is not None:
+            what = {"keypoints": np.asarray(keypoints[number], np.float64).ravel().tolist()}
+        else:
+            what = {"bbox": [x0, y0, x1 - x0, y1 - y0]}
+        placed: JsonObject = {
             "image_id": int(image_id),
             "category_id": int(category_ids[int(labels[number])]),
             "score": float(scores[number]),
         }
-        if rles is not None:
-            result["segmentation"] = dict(rles[number])
-        elif keypoints is not None:
-            result["keypoints"] = np.asarray(keypoints[number], np.float64).ravel().tolist()
-        else:
-            result["bbox"] = [x0, y0, x1 - x0, y1 - y0]
-        results.append(result)
+        results.append(placed | what)
     return results
 
 
 def encode_crop(
     crop: NDArray[np.uint8], top: int, left: int, height: int, width: int
-) -> dict[str, Any]:
-    """COCO RLE (counts as text) of a (height, width) mask that is `crop` at (top, left) and zero elsewhere."""
+) -> JsonObject:
+    """COCO RLE of a (height, width) mask that is `crop` at (top, left) and zero elsewhere.
+
+    Its counts are text. Only the columns of the crop are looked at, not the whole image.
+    """
     h, w = crop.shape
     if w == 0 or h == 0:
         flat = np.zeros(0, np.uint8)
@@ -87,11 +87,8 @@ def encode_crop(
         columns[:, top : top + h] = np.asarray(crop).T
         flat, start = columns.ravel(), left * height
     changes = np.flatnonzero(np.diff(flat, prepend=0, append=0)) + start
-    counts = np.diff(np.concatenate([[0], changes, [height * width]]))
-    rle: dict[str, Any] = rle_tools.frPyObjects(
-        {"size": [height, width], "counts": counts.tolist()}, height, width
-    )
-    return {"size": [height, width], "counts": rle["counts"].decode()}
+    lengths = np.diff(np.concatenate([[0], changes, [height * width]])).tolist()
+    return compressed(Rle(height, width, lengths), height, width).json()
 
 
 def evaluate(
@@ -100,82 +97,70 @@ def evaluate(
     iou_type: IouType,
     engine: Engine | None = None,
 ) -> Evaluation:
-    """pycocotools' evaluation of COCO results on a dataset view (as loaders have it in `.dataset`) or a COCO JSON file.
+    """pycocotools' evaluation of COCO results.
 
-    The order of `results` does not matter, and they are not changed. Raises ValueError if they do not fit. engine:
-    None takes the fastest that is installed; they give the same numbers to the bit.
+    truth: a dataset view, as loaders have it in `.dataset`, or a COCO JSON file. results: in any
+    order; they are not changed. engine: None takes the fastest that is installed; all give the
+    same numbers to the bit. Raises ValueError if the results do not fit the truth.
     """
-    coco = _ground_truth(truth, iou_type)
-    ordered = sorted(checked_results(coco, results, iou_type), key=_canonical)
-    found = curves(engine or default_engine(coco), coco, ordered, iou_type)
-    names = stats_of(iou_type)
-    stats = {name: float(value) for name, value in zip(names, found.stats, strict=True)}
-    return Evaluation(stats, _per_class(found, coco, iou_type))
+    known = truth_of(_ground_truth(truth), iou_type)
+    ordered = sorted(checked_results(known, results, iou_type), key=_canonical)
+    engine = engine or default_engine([annotation.id for annotation in known.annotations])
+    measured = curves(engine, known, ordered, iou_type)
+    names = KEYPOINT_STATS if iou_type == "keypoints" else BOX_STATS
+    stats = {name: float(value) for name, value in zip(names, measured.stats, strict=True)}
+    return Evaluation(stats, _per_class(measured.precision, known.categories, iou_type))
 
 
-def _ground_truth(truth: Dataset | str | Path, iou_type: IouType) -> dict[str, Any]:
+def _ground_truth(truth: Dataset | str | Path) -> Mapping[str, Any]:
     if isinstance(truth, Dataset):
-        coco = truth.coco()
-    else:
-        coco = read_json(Path(truth), dict, "a COCO annotation file")
-        check_truth(Path(truth), coco)
-    coco["annotations"] = [{"iscrowd": 0, **annotation} for annotation in coco["annotations"]]
-    match iou_type:
-        case "bbox":
-            return coco
-        case "segm":
-            return with_masks(coco)
-        case "keypoints":
-            return with_keypoints(coco)
+        return truth.coco()
+    coco = read_json(Path(truth), dict, "a COCO annotation file")
+    check_truth(Path(truth), coco)
+    return coco
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """A COCO results file. Raises ValueError if it is something else."""
-    results: list[dict[str, Any]] = read_json(
-        path, list, "a COCO results file, a list of detections"
-    )
-    return results
+    """A COCO results file, unchecked. Raises ValueError if it is something else."""
+    return read_json(path, list, "a COCO results file, a list of detections")
 
 
-def _canonical(result: Mapping[str, Any]) -> tuple[Any, ...]:
+def _canonical(result: CocoResult) -> tuple[int, int, float, list[float], list[float], str]:
     """By image, category, score from the top, then what was detected."""
-    mask = result.get("segmentation")
-    what = [result.get("bbox", []), result.get("keypoints", []), str(mask) if mask else ""]
-    return result["image_id"], result["category_id"], -result["score"], what
+    mask = str(result.segmentation.counts) if result.segmentation else ""
+    box, points = result.bbox or [], result.keypoints or []
+    return result.image_id, result.category_id, -result.score, box, points, mask
 
 
 def _per_class(
-    found: Curves, coco: dict[str, Any], iou_type: IouType
+    precision: NDArray[np.float64], categories: Sequence[CocoCategory], iou_type: IouType
 ) -> dict[str, dict[str, float]]:
-    """AP of each category from the precisions at the largest number of detections."""
+    """AP of each category at the largest number of detections. precision: (T, R, K, A, M)."""
     params = Params(iou_type)
-    precision = found.precision[..., -1]
-    names = _names_apart(coco["categories"])
+    names = _names_apart(categories)
     areas = {label: place for place, label in enumerate(params.areaRngLbl)}
-    picks: dict[str, tuple[Any, int]] = {"AP": (slice(None), areas["all"])}
+    every = slice(None)
+    picks = {"AP": (every, areas.pop("all"))}
     for name, threshold in (("AP50", 0.5), ("AP75", 0.75)):
+        # The thresholds are sums of 0.05 and not exact, so the nearest one is taken.
         place = int(np.argmin(abs(np.asarray(params.iouThrs) - threshold)))
-        picks[name] = (slice(place, place + 1), areas["all"])
-    picks |= {
-        f"AP{label[0]}": (slice(None), place)
-        for label, place in areas.items()
-        if label in ("small", "medium", "large")
-    }
+        picks[name] = (slice(place, place + 1), picks["AP"][1])
+    picks |= {f"AP{label[0]}": (every, place) for label, place in areas.items()}
     return {
-        stat: {name: _mean(precision[rows, :, k, area]) for k, name in enumerate(names)}
+        stat: {name: _mean(precision[rows, :, k, area, -1]) for k, name in enumerate(names)}
         for stat, (rows, area) in picks.items()
     }
 
 
-def _names_apart(categories: Sequence[Mapping[str, Any]]) -> list[str]:
-    """By ascending id; two categories of one name are told apart by their ids."""
-    often = Counter(category["name"] for category in categories)
+def _names_apart(categories: Sequence[CocoCategory]) -> list[str]:
+    """By ascending id. Two categories of one name get their ids beside it."""
+    counts = Counter(category.name for category in categories)
     return [
-        c["name"] if often[c["name"]] == 1 else f"{c['name']} (id {c['id']})"
-        for c in sorted(categories, key=lambda category: int(category["id"]))
+        c.name if counts[c.name] == 1 else f"{c.name} (id {c.id})"
+        for c in sorted(categories, key=lambda category: category.id)
     ]
 
 
 def _mean(values: NDArray[np.float64]) -> float:
-    there = values[values > -1]
-    return float(there.mean()) if there.size else -1.0
+    valid = values[values > -1]
+    return float(valid.mean()) if valid.size else -1.0

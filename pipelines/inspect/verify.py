@@ -26,28 +26,35 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
+    """What was read, and what is wrong with it."""
+
     shards: int
     samples: int
     errors: tuple[Damage, ...]
 
 
-def verify(uri: str, progress: Progress = silent) -> Verdict:
-    """Raises ValueError if there is no packed dataset at all; everything else that is wrong is in the verdict."""
-    store = Files(uri)
+def verify(uri: str, progress: Progress = silent) -> Verification:
+    """Reads every byte of a dataset and returns what is wrong with it.
+
+    Raises ValueError if there is no dataset.
+    """
+    store = Store(uri)
     try:
         manifest = read_manifest(store)
     except RuntimeError as error:
-        return Verdict(0, 0, (Damage(MANIFEST_NAME, None, str(error)),))
+        return Verification(0, 0, (Damage(MANIFEST_NAME, None, str(error)),))
+    # One file at a time is copied, so that a remote dataset may be larger than the disk here.
     with tempfile.TemporaryDirectory(prefix="maskray-verify-") as folder:
         errors = list(_damages(store, manifest, Path(folder), progress))
-    return Verdict(manifest.num_shards, manifest.num_images, tuple(errors))
+    return Verification(manifest.num_shards, manifest.num_images, tuple(errors))
 
 
 def _damages(
     store: Files, manifest: Manifest, folder: Path, progress: Progress
 ) -> Iterator[Damage]:
     index: Index | None = None
+    # The index comes first: only it tells which rows of a damaged shard are damaged.
     entries = (manifest.index, *manifest.shards)
     for number, entry in enumerate(entries):
         copy = folder / "copy"
@@ -76,11 +83,15 @@ def _compare(store: Files, entry: FileEntry, copy: Path) -> str | None:
         store.copy_to(entry.name, copy, digest.update)
         return digest.hexdigest()
 
-    found = retried(read, store.describe(entry.name))
-    if found == entry.sha256:
+    sha256 = retried(read, store.describe(entry.name))
+    if sha256 == entry.sha256:
         return None
+    # A wrong size says more than a wrong hash: the file was cut short, or is another one.
     if size != entry.bytes:
         return (
             f"has {size} bytes, the manifest says {entry.bytes}; restore it or pack the data again"
         )
-    return f"sha256 {found[:12]}..., the manifest says {entry.sha256[:12]}...; restore it or pack the data again"
+    return (
+        f"sha256 {sha256[:12]}..., the manifest says {entry.sha256[:12]}...; restore it or pack "
+        "the data again"
+    )

@@ -1,8 +1,9 @@
 """Batches in shared memory that workers fill again and again.
 
-Fresh shared memory costs as much as decoding the images in it: the kernel clears every page at its first touch. So a
-worker keeps its blocks, one for each batch. The first byte of a block says whether a batch of it is alive: the worker
-sets it, and the consumer clears it when the last tensor is gone. Blocks have no name, so a crash leaves nothing behind.
+Fresh shared memory costs as much as decoding the images in it: the kernel clears every page at
+its first touch. So a worker keeps its blocks, one for each batch. The first byte of a block says
+whether a batch in it is alive: the worker sets the byte, and the consumer clears it when the last
+tensor is gone. Blocks have no name, so a crash leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, fields
 from math import prod
 from multiprocessing.reduction import DupFd
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,18 +25,16 @@ from torch import Tensor
 
 from model.structures import Batch
 
-ALIGNMENT = (
-    64  # bytes; tensors start at multiples of it, the first after the byte that says "alive"
-)
-CAPACITY_STEP = (
-    1 << 22
-)  # bytes; capacities are multiples of it, so that batches of like size fit into the same blocks
+# Bytes. Tensors start at multiples of it, the first one after the byte that says "alive".
+ALIGNMENT = 64
+# Bytes. Capacities are multiples of it, so that batches of similar size fit into the same blocks.
+CAPACITY_STEP = 1 << 22
 
 Allocate = Callable[[int], Tensor]  # a number of bytes -> uint8 of that many, of any value
 
 
 def private_block(size: int) -> Tensor:
-    """Memory of this process."""
+    """Memory of this process alone, for a loader without workers."""
     return torch.empty(size, dtype=torch.uint8)
 
 
@@ -55,20 +54,45 @@ def carve(
     }
 
 
+class _Layout(NamedTuple):
+    """How one tensor of a batch lies in its block, as `torch.Tensor.set_` takes it."""
+
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Duplicate(Protocol):
+    """A file descriptor on its way to another process: `multiprocessing.reduction.DupFd`."""
+
+    def detach(self) -> int: ...
+
+
+class _NewBlock(NamedTuple):
+    """A block that the consumer does not know yet."""
+
+    key: int
+    capacity: int
+    descriptor: _Duplicate
+
+
 @dataclass(frozen=True)
 class Parcel:
-    """Batches on their way to the consumer: in which block of which worker, and how each tensor lies in it."""
+    """What goes through the queue for batches: no pixels, only where they lie.
+
+    sender: the worker's process id. contents: block and tensors of each batch. gone: blocks that
+    the worker has given up.
+    """
 
     sender: int
-    contents: tuple[tuple[int, tuple[Any, ...]], ...]  # (block, layout) of each batch
-    new: tuple[
-        tuple[int, int, Any], ...
-    ]  # blocks that the consumer does not know: (block, capacity, file descriptor)
-    gone: tuple[int, ...]  # blocks that the worker has given up
+    contents: tuple[tuple[int, tuple[_Layout, ...]], ...]
+    new: tuple[_NewBlock, ...]
+    gone: tuple[int, ...]
 
 
 class Outbox:
-    """A worker's blocks."""
+    """A worker's blocks. `allocate` hands out memory, `parcel` describes what was put there."""
 
     def __init__(self) -> None:
         self._blocks: dict[int, _Block] = {}
@@ -78,7 +102,10 @@ class Outbox:
         self._count = 0
 
     def allocate(self, size: int) -> Tensor:
-        """Memory of the smallest free block that is large enough, or of a new one in the place of a smaller one."""
+        """Memory of the smallest free block that is large enough.
+
+        Without such a block a new one takes the place of the smallest free block.
+        """
         free = sorted(
             (block.capacity, key) for key, block in self._blocks.items() if not block.alive
         )
@@ -106,16 +133,17 @@ class Outbox:
         contents = tuple(
             (self._filled[b.images.untyped_storage().data_ptr()], _layout(b)) for b in batches
         )
-        new = tuple(
-            (key, self._blocks[key].capacity, self._blocks[key].hand_over()) for key in self._new
-        )
+        blocks = ((key, self._blocks[key]) for key in self._new)
+        new = tuple(_NewBlock(key, block.capacity, block.hand_over()) for key, block in blocks)
         parcel = Parcel(os.getpid(), contents, new, tuple(self._gone))
         self._filled, self._new, self._gone = {}, [], []
         return parcel
 
 
 class _Block:
-    """A file without a name, mapped. (`mmap` keeps a descriptor: each batch alive costs one here and one there.)"""
+    """A mapped file without a name."""
+
+    # `mmap` keeps a descriptor of its own: each batch alive costs one here and one at the consumer.
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -123,13 +151,15 @@ class _Block:
         os.ftruncate(self._descriptor, capacity)
         self.map = mmap.mmap(self._descriptor, capacity)
 
-    def hand_over(self) -> Any:
-        duplicate = DupFd(self._descriptor)
+    def hand_over(self) -> _Duplicate:
+        """The descriptor for the consumer. It can be sent once."""
+        duplicate: _Duplicate = DupFd(self._descriptor)
         os.close(self._descriptor)
         return duplicate
 
     @property
     def alive(self) -> bool:
+        """Whether the consumer still holds a tensor of the batch."""
         return self.map[0] != 0
 
     @alive.setter
@@ -140,7 +170,7 @@ class _Block:
 def _nameless_file() -> int:
     if hasattr(os, "memfd_create"):
         return os.memfd_create("maskray-batch")
-    descriptor, name = tempfile.mkstemp()
+    descriptor, name = tempfile.mkstemp()  # macOS has no memfd
     Path(name).unlink()
     return descriptor
 
@@ -152,6 +182,7 @@ class Inbox:
         self._maps: dict[tuple[int, int], mmap.mmap] = {}
 
     def open(self, parcel: Parcel) -> list[Batch]:
+        """The batches of a parcel, as views of its blocks."""
         for key in parcel.gone:
             self._maps.pop((parcel.sender, key), None)
         for key, capacity, duplicate in parcel.new:
@@ -162,18 +193,23 @@ class Inbox:
 
 
 def _release(memory: mmap.mmap, consumer: int) -> None:
-    if os.getpid() == consumer:  # a process forked from the consumer has no say
+    # A process that was forked from the consumer runs this too, while the consumer still reads.
+    if os.getpid() == consumer:
         memory[0] = 0
 
 
-def _layout(batch: Batch) -> tuple[Any, ...]:
-    tensors = [getattr(batch, f.name) for f in fields(batch)]
-    return tuple((t.dtype, t.storage_offset(), tuple(t.shape), t.stride()) for t in tensors)
+def _layout(batch: Batch) -> tuple[_Layout, ...]:
+    tensors: list[Tensor] = [getattr(batch, field.name) for field in fields(batch)]
+    return tuple(
+        _Layout(t.dtype, int(t.storage_offset()), tuple(t.shape), t.stride()) for t in tensors
+    )
 
 
-def _batch(memory: mmap.mmap, layout: tuple[Any, ...]) -> Batch:
-    """Tensors in the block; when the last of them is gone, so is `owner`, and the worker may fill the block again."""
+def _batch(memory: mmap.mmap, layout: tuple[_Layout, ...]) -> Batch:
+    """Tensors in the block."""
+    # All tensors share `owner`. With the last of them it goes, and the worker may use the block.
     owner = np.frombuffer(memory, np.uint8, offset=ALIGNMENT)
+    # Not at exit: the block ends with the process anyway.
     weakref.finalize(owner, _release, memory, os.getpid()).atexit = False
     storage = torch.from_numpy(owner).untyped_storage()
     return Batch(

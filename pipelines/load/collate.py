@@ -1,4 +1,7 @@
-"""Samples to a padded `Batch`. Canvas and padding come from the global batch, so they are the same on every rank."""
+"""Samples to a padded `Batch`.
+
+Canvas and padding come from the global batch, so they are the same on every rank.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,9 @@ from model.structures import Batch
 from pipelines.load.blocks import Allocate, carve, private_block
 from pipelines.load.sample import Sample
 
-OBJECT_COUNTS = (
-    0,
-    4,
-    8,
-    16,
-    32,
-    64,
-    128,
-    256,
-)  # the number of objects is padded up to one of these
+# The number of objects is padded up to one of these, so that few shapes occur: `torch.compile`
+# and CUDA graphs build one program for each.
+OBJECT_COUNTS = (0, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -38,10 +34,12 @@ class Padding:
 
 
 def padded_count(count: int) -> int:
+    """The next of OBJECT_COUNTS, above the largest the next multiple of it."""
     return next((size for size in OBJECT_COUNTS if size >= count), -(-count // 256) * 256)
 
 
 def round_up(value: int, multiple: int) -> int:
+    """The next multiple."""
     return -(-value // multiple) * multiple
 
 
@@ -51,17 +49,18 @@ def collate(
     proposals: Sequence[np.ndarray] = (),
     allocate: Allocate = private_block,
 ) -> Batch:
-    """proposals: for each sample float (Q, 4), canvas pixels, best first; none when the RPN proposes."""
+    """One batch of the samples, in memory from `allocate`.
+
+    proposals: for each sample (Q, 4) in pixels of the canvas, best first; empty when the RPN
+    proposes.
+    """
     count = len(samples)
     batch = Batch(**carve(allocate, _shapes(count, padding)))
     batch = replace(batch, images=batch.images.permute(0, 3, 1, 2))
-    for tensor in (
-        batch.boxes_xyxy,
-        batch.labels,
-        batch.valid,
-        batch.keypoints,
-        batch.proposals_xyxy,
-    ):
+    # Memory comes with any value. Images and mask crops, the large ones, are zeroed only where
+    # nothing is copied.
+    boxes, points, proposed = batch.boxes_xyxy, batch.keypoints, batch.proposals_xyxy
+    for tensor in (boxes, batch.labels, batch.valid, points, proposed):
         tensor.zero_()
     for place, sample in enumerate(samples):
         _put_image(batch.images[place], sample.image)
@@ -86,7 +85,7 @@ def collate(
 
 
 def _shapes(count: int, padding: Padding) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Of a batch's tensors, with images as (B, H, W, 3): channels last in memory."""
+    """Types and shapes of a batch's tensors. Images are (B, H, W, 3): channels last in memory."""
     objects, side = padding.objects, padding.mask_side
     return {
         "images": (torch.uint8, (count, padding.height, padding.width, 3)),
@@ -104,7 +103,10 @@ def _shapes(count: int, padding: Padding) -> dict[str, tuple[torch.dtype, tuple[
 
 
 def _put_image(canvas: Tensor, image: Tensor) -> None:
-    """Copies into the corner and zeroes the rest, touching each byte once; both are channels last in memory."""
+    """Copies into the upper left corner and zeroes the rest, so that each byte is touched once.
+
+    Both tensors are channels last in memory.
+    """
     _, height, width = image.shape
     canvas[:, :height, :width] = image
     canvas[:, height:] = 0

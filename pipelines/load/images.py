@@ -1,4 +1,7 @@
-"""From the bytes of a JPEG or PNG file to a uint8 RGB tensor in the orientation that the annotations mean."""
+"""From the bytes of a JPEG or PNG file to a uint8 RGB tensor.
+
+Its orientation is the one that the annotations mean.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def decode(content: bytes | memoryview, orientation: int) -> Tensor:
 
 
 def reorient(image: Tensor, orientation: int) -> Tensor:
-    """Applies an EXIF orientation (1 to 8) to (3, H, W)."""
+    """Applies an EXIF orientation (1 to 8) to (3, H, W). From 5 on the sides are swapped."""
     match orientation:
         case 2:
             image = image.flip(-1)
@@ -37,7 +40,10 @@ def reorient(image: Tensor, orientation: int) -> Tensor:
 
 
 def resized_size(height: int, width: int, short_side: int, max_side: int) -> tuple[int, int]:
-    """Height and width after scaling to the short side, the long one capped; rounded half up as in detectron2."""
+    """Height and width after scaling to the short side, with the long side capped.
+
+    Both are rounded half up, as in detectron2.
+    """
     scale = short_side / min(height, width)
     if scale * max(height, width) > max_side:
         scale = max_side / max(height, width)
@@ -45,36 +51,40 @@ def resized_size(height: int, width: int, short_side: int, max_side: int) -> tup
 
 
 def torchvision_size(height: int, width: int, short_side: int, max_side: int) -> tuple[int, int]:
-    """The same in torchvision's detection transform, which rounds down (GeneralizedRCNNTransform)."""
+    """Height and width as torchvision's GeneralizedRCNNTransform has them: it rounds down."""
     scale = min(short_side / min(height, width), max_side / max(height, width))
     return max(1, int(height * scale)), max(1, int(width * scale))
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Antialiased bilinear on uint8."""
+    """Antialiased bilinear on uint8 (3, H, W)."""
     resized: Tensor = F.resize_image(image, [height, width], antialias=True)
     return resized
 
 
 def resize_without_antialias(image: Tensor, height: int, width: int) -> Tensor:
-    """Bilinear on floats, as torchvision's detection transform has it, rounded back to uint8."""
+    """Bilinear on floats, rounded back to uint8: torchvision's detection transform."""
     resized = torch.nn.functional.interpolate(
         image[None].float(), (height, width), mode="bilinear"
     )[0]
     return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
-_BRIGHTNESS, _CONTRAST, _SATURATION = 11, 12, 13  # purposes of noise
+# Purposes of noise: one key gives an independent number for each. A new number is a new stream.
+_BRIGHTNESS, _CONTRAST, _SATURATION = 11, 12, 13
 
 
 def jitter_colour(image: Tensor, strengths: ColourJitter, key: int) -> Tensor:
-    """Brightness, contrast, saturation, each by a factor drawn from [max(0, 1 - s), 1 + s]."""
+    """Brightness, contrast, saturation, each by a factor drawn from [max(0, 1 - s), 1 + s].
+
+    key: the sample's noise key.
+    """
     for purpose, strength, adjust in (
         (_BRIGHTNESS, strengths.brightness, F.adjust_brightness_image),
         (_CONTRAST, strengths.contrast, F.adjust_contrast_image),
         (_SATURATION, strengths.saturation, F.adjust_saturation_image),
     ):
-        if strength > 0:
+        if strength > 0:  # at 0 the image keeps its bytes, and no time is spent
             low = max(0.0, 1 - strength)
             image = adjust(image, low + (1 + strength - low) * float(uniform(key, purpose)[0]))
     return image

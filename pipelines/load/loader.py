@@ -1,4 +1,7 @@
-"""Streams of padded batches for training and evaluation, the same at any world size and number of workers."""
+"""Streams of padded batches for training and evaluation.
+
+They are the same at any world size and number of workers.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,9 @@ from pipelines.load.sample import (
 from pipelines.shards.dataset import Dataset
 from pipelines.shards.index import Ints
 from pipelines.shards.keyed_random import noise_keys
+from pipelines.shards.rows import Floats
 
-PREFETCHED_PER_WORKER = 2
+PREFETCHED_PER_WORKER = 2  # batches; torch's own default
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -54,7 +58,7 @@ class TrainStep:
 
 @dataclass(frozen=True)
 class _TrainSource:
-    """Step number -> TrainStep, as a pure function; pickled into workers, opens its files there."""
+    """Step number -> TrainStep, a pure function. A pickled source opens its files in the worker."""
 
     cfg: DataConfig
     dataset: Dataset
@@ -87,26 +91,25 @@ class _TrainSource:
         epoch, rows = self.order.place(step).epoch, self.order.rows(step)
         ids = self.dataset.index.values("image_id", rows)
         keys = noise_keys(self.seed, epoch, ids)
+        # Before the slice: a canvas of the global batch is the same at any world size.
         padding = self._padding(rows, keys)
         mine = rank_slice(self.global_batch, self.rank, self.world_size)
         rows, keys = rows[mine], keys[mine]
         batches = []
+        # A forward pass of too many images does not fit the device; gradients add up over chunks.
         for chunk in chunks(len(rows), self.max_images):
             samples = [
                 training_sample(self.cfg, self.dataset, int(row), drawn, self.wanted)
                 for row, drawn in zip(rows[chunk], draw(self.cfg, keys[chunk]), strict=True)
             ]
-            found = (
-                [canvas_proposals(self.proposals, sample) for sample in samples]
-                if self.proposals
-                else []
-            )
-            batches.append(collate(samples, padding, found, allocate))
+            proposals = _canvas_proposals(self.proposals, samples)
+            batches.append(collate(samples, padding, proposals, allocate))
+        # Else each worker counts every page that it ever read as its own memory.
         self.dataset.let_go()
         return batches
 
     def _padding(self, rows: Ints, keys: Ints) -> Padding:
-        """The canvas of the global batch, from the index alone."""
+        """The canvas of the global batch. Every rank computes it from the index alone."""
         index, cfg = self.dataset.index, self.cfg
         heights, widths = index.values("height", rows), index.values("width", rows)
         sizes = np.array(
@@ -128,8 +131,9 @@ class _TrainSource:
 class TrainLoader:
     """Iterating yields `TrainStep`s without end, from `start_step` on.
 
-    Step s is a pure function of (manifest, cfg, seed, global_batch, s): a rank gets its contiguous slice of that
-    global batch. A data state is therefore a step number and the manifest's hash, and resuming is `start_step`.
+    Step s is a pure function of (manifest, cfg, seed, global_batch, s), and a rank gets a
+    contiguous slice of that global batch. So the state of the data is a step number and the
+    manifest's hash, and a resumed run gives `start_step`.
     """
 
     def __init__(
@@ -149,11 +153,13 @@ class TrainLoader:
     ):
         if global_batch < world_size:
             raise ValueError(
-                f"loop.global_batch is {global_batch} for {world_size} ranks; each needs at least 1 image"
+                f"loop.global_batch is {global_batch} for {world_size} ranks; each needs at least "
+                "1 image"
             )
         if masks and not dataset.manifest.has_masks:
             raise ValueError(
-                f"{dataset.store.name}: has no masks, the model trains some; set model.mask.kind to 'none'"
+                f"{dataset.store.name}: has no masks, the model trains some; set model.mask.kind "
+                "to 'none'"
             )
         self.dataset = dataset.for_training(cfg.filter, masks)
         self._start_step = start_step
@@ -192,6 +198,8 @@ class TrainLoader:
 
 @dataclass(frozen=True)
 class _EvalSource:
+    """Batch number -> Batch."""
+
     cfg: DataConfig
     dataset: Dataset
     image: ImageInput
@@ -203,7 +211,10 @@ class _EvalSource:
 
     @cached_property
     def order(self) -> Ints:
-        """All rows of the view, sorted by aspect ratio so that canvases are tight; the same on every rank."""
+        """All rows of the view, the same on every rank.
+
+        They are sorted by aspect ratio, so that a batch's images fill its canvas.
+        """
         rows = np.array(self.dataset.rows(), np.int64)
         index = self.dataset.index
         aspect = index.values("width", rows) / index.values("height", rows)
@@ -215,38 +226,29 @@ class _EvalSource:
     def load(self, number: int, allocate: Allocate) -> list[Batch]:
         rows = self.order[number * self.batch_size : (number + 1) * self.batch_size]
         samples = [self._sample(int(row)) for row in rows]
-        found = (
-            [canvas_proposals(self.proposals, sample) for sample in samples]
-            if self.proposals
-            else []
-        )
         multiple = self.image.canvas_multiple_px
         padding = Padding(
             height=round_up(max(sample.image.shape[1] for sample in samples), multiple),
             width=round_up(max(sample.image.shape[2] for sample in samples), multiple),
-            objects=0,
+            objects=0,  # ground truth does not go through the model
             mask_side=0,
             num_keypoints=0,
             num_proposals=self.proposals.most if self.proposals else 0,
         )
-        batch = collate(samples, padding, found, allocate)
+        batch = collate(samples, padding, _canvas_proposals(self.proposals, samples), allocate)
         self.dataset.let_go()
         return [batch]
 
     def _sample(self, row_number: int) -> Sample:
         row = self.dataset.row(row_number)
-        image, short, longest = (
-            read_image(row, self.dataset),
-            self.image.short_side_px,
-            self.image.max_side_px,
-        )
+        image = read_image(row, self.dataset)
+        limits = (self.image.short_side_px, self.image.max_side_px)
         match self.image.resize:
             case "antialias":
-                image = resize(image, *resized_size(row.height, row.width, short, longest))
+                image = resize(image, *resized_size(row.height, row.width, *limits))
             case "torchvision-detection":
-                image = resize_without_antialias(
-                    image, *torchvision_size(row.height, row.width, short, longest)
-                )
+                size = torchvision_size(row.height, row.width, *limits)
+                image = resize_without_antialias(image, *size)
         return Sample(
             image=image,
             original_size=(row.height, row.width),
@@ -263,8 +265,8 @@ class _EvalSource:
 class EvalLoader:
     """Each image of the validation data once, also those without annotations; no padding images.
 
-    The list of batches does not depend on the world size: rank r takes batches r, r + W, ... Ground truth stays in
-    `.dataset`, which `evaluate` reads.
+    The list of batches does not depend on the world size W: rank r takes batches r, r + W, ...
+    Ground truth stays in `.dataset`, which `evaluate` reads.
     """
 
     def __init__(
@@ -283,9 +285,9 @@ class EvalLoader:
         self._source = _EvalSource(cfg, self.dataset, image, batch_size, table)
         self.num_batches = -(-len(self._source.order) // batch_size)  # over all ranks
         self._mine = range(rank, self.num_batches, world_size)
-        self._stream: _Stream[Batch] = _Stream(
-            self._source, min(cfg.num_loader_workers, len(self._mine))
-        )
+        # A worker without a batch would start for nothing.
+        num_workers = min(cfg.num_loader_workers, len(self._mine))
+        self._stream: _Stream[Batch] = _Stream(self._source, num_workers)
 
     def __len__(self) -> int:
         """Batches of this rank."""
@@ -295,22 +297,30 @@ class EvalLoader:
         return self._stream.iterate(self._mine)
 
     def close(self) -> None:
+        """Ends the workers."""
         self._stream.close()
 
 
-def canvas_proposals(table: ProposalTable, sample: Sample) -> np.ndarray:
-    """The sample's proposals (Q, 4) scaled and flipped with its image."""
+def _canvas_proposals(table: ProposalTable | None, samples: Sequence[Sample]) -> list[Floats]:
+    return [canvas_proposals(table, sample) for sample in samples] if table else []
+
+
+def canvas_proposals(table: ProposalTable, sample: Sample) -> Floats:
+    """The sample's proposals (Q, 4), scaled and flipped with its image."""
     boxes, _ = table.get(sample.image_id)
     (height, width), (_, new_height, new_width) = sample.original_size, sample.image.shape
     scaled = boxes.astype(np.float64) * np.tile([new_width / width, new_height / height], 2)
     return flip_boxes(scaled, new_width) if sample.flipped else scaled
 
 
-# --- workers --------------------------------------------------------------------------------------------------------
+# --- workers --------------------------------------------------------------------------------------
 
 
 class _Source(Protocol[T_co]):
-    """Number -> item in two parts: the batches, computed anywhere, and what the consumer makes of them."""
+    """Number -> item, in two parts.
+
+    `load` computes the batches, here or in a worker. `finish` makes an item of them, always here.
+    """
 
     def load(self, number: int, allocate: Allocate, /) -> list[Batch]: ...
 
@@ -318,7 +328,7 @@ class _Source(Protocol[T_co]):
 
 
 class _Stream(Generic[T]):
-    """The items of given numbers in their order, computed here or ahead of time in worker processes."""
+    """The items of some numbers in their order, computed here or ahead of time in workers."""
 
     def __init__(self, source: _Source[T], num_workers: int):
         self._source, self._num_workers = source, num_workers
@@ -326,13 +336,13 @@ class _Stream(Generic[T]):
 
     def iterate(self, numbers: Iterable[int]) -> Iterator[T]:
         source = self._source
-        if self._num_workers == 0:
+        if self._num_workers == 0:  # nothing crosses a process, so private memory will do
             return (source.finish(number, source.load(number, private_block)) for number in numbers)
-        iterator = iter(_worker_loader(source, numbers, self._num_workers))
-        self._running.append(iterator)
-        return self._opened(iterator)
+        answers = iter(_worker_loader(source, numbers, self._num_workers))
+        self._running.append(answers)
+        return self._opened(answers)
 
-    def _opened(self, answers: Iterator[Any]) -> Iterator[T]:
+    def _opened(self, answers: Iterator[tuple[int, Parcel | Exception]]) -> Iterator[T]:
         inbox = Inbox()
         for number, answer in answers:
             if isinstance(answer, Exception):
@@ -340,18 +350,24 @@ class _Stream(Generic[T]):
             yield self._source.finish(number, inbox.open(answer))
 
     def close(self) -> None:
-        for iterator in self._running:
-            iterator._shutdown_workers()
+        """Ends the workers."""
+        for answers in self._running:
+            # torch has no public way; without it the workers end when the iterator is collected.
+            answers._shutdown_workers()
         self._running.clear()
 
 
 def _without_caches(record: Any) -> tuple[Any, ...]:
-    """How a source is pickled: its fields, not what it has opened."""
+    """How a source is pickled: its fields, not the files that it has opened."""
     return type(record), tuple(getattr(record, f.name) for f in fields(record))
 
 
 class _Numbered(TorchDataset[Any]):
-    """Number -> (number, parcel), or the error, which is raised as it is by the process that asked."""
+    """Number -> (number, parcel or error).
+
+    The consumer raises the error as it is. torch would wrap it into one with the worker's traceback
+    as its message.
+    """
 
     def __init__(self, source: _Source[Any]):
         self._source = source
@@ -368,7 +384,7 @@ class _Numbered(TorchDataset[Any]):
 
 
 class _Numbers:
-    """A sampler of the given numbers, endless or not."""
+    """A sampler that repeats an iterable of numbers, which may be endless."""
 
     def __init__(self, numbers: Iterable[int]):
         self._numbers = numbers
@@ -380,7 +396,9 @@ class _Numbers:
 def _worker_loader(
     source: _Source[Any], numbers: Iterable[int], num_workers: int
 ) -> DataLoader[Any]:
-    """Workers come from a fork server that has only imported this module: safe beside threads, S3 and CUDA."""
+    """torch's loader over worker processes."""
+    # The fork server has imported this module and done nothing else, so a fork of it is safe beside
+    # this process's threads, S3 clients and CUDA context.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return DataLoader(
@@ -395,14 +413,17 @@ def _worker_loader(
 
 
 def _start_worker(environment: dict[str, str], _: int) -> None:
-    """The fork server has the environment of the day it started; a worker needs its parent's (S3 credentials)."""
+    """Runs first in each worker."""
+    # The fork server has the environment of its own start. S3 credentials may have come later.
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # else each worker starts as many threads as there are cores
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """torch's own watchdog looks at the fork server, which outlives a killed trainer as long as its workers do."""
+    """Ends this worker when the trainer ends, however it ends."""
+    # torch's own watchdog looks at the worker's parent, the fork server, which outlives a killed
+    # trainer as long as its workers do.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

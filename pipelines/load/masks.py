@@ -1,21 +1,26 @@
-"""Masks as they travel to the device: for each object S x S samples over its own box, never a full-size stack."""
+"""Masks as batches hold them: for each object S x S samples over its own box.
+
+A stack of masks at the size of the image is never built.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import _mask as coco_mask
-from pycocotools import mask as rle_tools
 
+from pipelines.coco.records import Rle
+from pipelines.coco.rle import decoded
 from pipelines.shards import schema
 from pipelines.shards.rows import Annotations, Floats
 
 Masks = NDArray[np.uint8]
-FARTHEST = 1e5  # samples: rasterising costs memory by length, and only a box that contradicts its polygon goes beyond
+# Samples. Rasterising takes memory by a polygon's length, and only a polygon that contradicts its
+# box reaches further.
+FARTHEST = 1e5
 
 
 def mask_crops(
@@ -24,9 +29,10 @@ def mask_crops(
     boxes_xyxy: Floats,
     side: int,
 ) -> Masks:
-    """uint8 (N, side, side) of 0 and 1: the masks of the chosen annotations, each over its box (N, 4) in image pixels.
+    """uint8 (N, side, side) of 0 and 1: the masks of the chosen annotations, each over its box.
 
-    Polygons are rasterised at the crop's own scale (pycocotools' rule), RLEs are sampled at the crop's pixel centres.
+    boxes_xyxy: (N, 4) in pixels of the image. Polygons are rasterised at the crop's own scale by
+    pycocotools' rule. RLEs are sampled at the centres of the crop's pixels.
     """
     crops = np.zeros((len(chosen), side, side), np.uint8)
     scale = side / np.maximum(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2], 1e-6)
@@ -47,8 +53,9 @@ def mask_crops(
 
 
 def _rasterise(polygons: list[Floats], counts: list[int], side: int) -> Masks:
-    """One mask for each run of `counts[i]` polygons, their union."""
-    rles: list[Any] = coco_mask.frPoly(polygons, side, side)
+    """One mask (side, side) for each run of `counts[i]` polygons, their union."""
+    # One call rasterises all polygons of an image.
+    rles = coco_mask.frPoly(polygons, side, side)
     if len(rles) > len(counts):
         ends = np.cumsum(counts)
         groups = [rles[end - count : end] for end, count in zip(ends, counts, strict=True)]
@@ -56,13 +63,10 @@ def _rasterise(polygons: list[Floats], counts: list[int], side: int) -> Masks:
     return np.asarray(coco_mask.decode(rles)).transpose(2, 0, 1)
 
 
-def crop_rle(rle: dict[str, Any], box_xyxy: Floats, side: int) -> Masks:
+def crop_rle(rle: Rle, box_xyxy: Floats, side: int) -> Masks:
     """uint8 (side, side): the mask's value in the pixel under each sample point."""
-    height, width = rle["size"]
-    compressed = (
-        rle_tools.frPyObjects(rle, height, width) if isinstance(rle["counts"], list) else rle
-    )
-    mask = rle_tools.decode(compressed)
+    height, width = rle.height, rle.width
+    mask = decoded(rle, height, width)
     steps = (np.arange(side) + 0.5) / side
     x = np.clip((box_xyxy[0] + steps * (box_xyxy[2] - box_xyxy[0])).astype(np.int64), 0, width - 1)
     y = np.clip((box_xyxy[1] + steps * (box_xyxy[3] - box_xyxy[1])).astype(np.int64), 0, height - 1)

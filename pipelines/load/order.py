@@ -1,9 +1,10 @@
 """Which images make global batch number `step`: a pure function of (index, selection, seed, step).
 
-Shards are permuted, the images of `window` neighbours are shuffled together, and within fixed blocks of whole global
-batches images are sorted by aspect ratio, then the block's batches are permuted. The last batch of an epoch is filled
-up with the epoch's first images, so every epoch draws each image once and at most `global_batch - 1` of them twice
-(more only if there are fewer images than a batch). Memory: one number for each shard, one window, one block.
+Shards are permuted, and the images of `window` neighbours are shuffled together. Within fixed
+blocks of whole global batches the images are sorted by aspect ratio, then the block's batches are
+permuted. The epoch's first images fill up its last batch, so every epoch draws each image once and
+at most `global_batch - 1` of them twice (more only if there are fewer images than a batch). Memory:
+one number for each shard, one window, one block.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 from pipelines.shards.index import Index, Ints, Selection
 from pipelines.shards.keyed_random import shuffled
 
-_SHARDS, _WINDOW, _BLOCK = 1, 2, 3  # purposes of noise
+# Purposes of noise. Other numbers would give every run another order.
+_SHARDS, _WINDOW, _BLOCK = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,14 @@ class Order:
         if self.num_images == 0:
             raise ValueError("no image of the training data has a usable object; widen data.filter")
         self.steps_per_epoch = -(-self.num_images // global_batch)
+        # The caches are the object's own: one on the class would keep every Order alive. The last
+        # block of an epoch needs two epochs, and a block may reach over a window's end.
         self._epoch_shards = lru_cache(2)(self._epoch_shards)  # type: ignore[method-assign]
         self._window_rows = lru_cache(3)(self._window_rows)  # type: ignore[method-assign]
         self._block_rows = lru_cache(2)(self._block_rows)  # type: ignore[method-assign]
 
     def place(self, step: int) -> Place:
+        """Steps are counted through all epochs."""
         return Place(*divmod(step, self.steps_per_epoch))
 
     def rows(self, step: int) -> Ints:
@@ -61,7 +66,7 @@ class Order:
         return np.asarray(self._block_rows(place.epoch, block)[number])
 
     def sequence(self, epoch: int, first: int, last: int) -> Ints:
-        """Rows at positions first <= p < last of the epoch's shuffled order, before batches are sorted by aspect.
+        """Rows at positions first <= p < last of the epoch's order, before the sort by aspect.
 
         Positions past the last image begin again at the first.
         """
@@ -73,17 +78,17 @@ class Order:
         _, ends = self._epoch_shards(epoch)
         window_ends = ends[self._window - 1 :: self._window]
         window = int(np.searchsorted(window_ends, first, side="right"))
-        found: list[Ints] = []
+        pieces: list[Ints] = []  # a block may begin in one window and end in another
         while first < last:
             rows = self._window_rows(epoch, window)
             start = int(window_ends[window - 1]) if window else 0
-            found.append(rows[first - start : last - start])
-            first += len(found[-1])
+            pieces.append(rows[first - start : last - start])
+            first += len(pieces[-1])
             window += 1
-        return np.concatenate(found)
+        return np.concatenate(pieces)
 
     def _epoch_shards(self, epoch: int) -> tuple[Ints, Ints]:
-        """The epoch's permutation of shards, and how many images there are up to the end of each."""
+        """The epoch's permutation of shards, and the number of images up to the end of each."""
         shards = shuffled(self._index.num_shards, self._seed, epoch, _SHARDS)
         return shards, np.cumsum(self._counts[shards])
 
@@ -100,17 +105,19 @@ class Order:
         first = block * self._block
         count = min(self._block, self.steps_per_epoch - first)
         rows = self.sequence(epoch, first * self._batch, (first + count) * self._batch)
+        # Neighbours in aspect ratio fill their canvas. "stable": equal ratios are common, and their
+        # order must not depend on NumPy's version.
         aspect = self._index.values("width", rows) / self._index.values("height", rows)
         batches = rows[np.argsort(aspect, kind="stable")].reshape(count, self._batch)
         return np.asarray(batches[shuffled(count, self._seed, epoch, _BLOCK, block)])
 
 
 def rank_slice(global_batch: int, rank: int, world_size: int) -> slice:
-    """A rank's part of a global batch: contiguous, sizes differ by one at most."""
+    """A rank's part of a global batch: contiguous, and the parts differ by one image at most."""
     return slice(rank * global_batch // world_size, (rank + 1) * global_batch // world_size)
 
 
 def chunks(count: int, largest: int) -> list[slice]:
-    """Cuts range(count) into the fewest pieces of at most `largest`, of sizes that differ by one at most."""
+    """Cuts range(count) into the fewest pieces of at most `largest`; they differ by one at most."""
     pieces = -(-count // largest)
     return [slice(k * count // pieces, (k + 1) * count // pieces) for k in range(pieces)]

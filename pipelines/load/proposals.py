@@ -1,4 +1,7 @@
-"""Fixed proposals by image id, as the paper's comparisons share them: one Arrow file, read without copies."""
+"""Fixed proposals by image id, as the paper's comparisons share them.
+
+They are in one Arrow file, which is read without copies.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _SCHEMA = pa.schema(
     ],
     metadata={"maskray": "proposals 1"},
 )
-_ROWS_PER_BATCH = 256
+_ROWS_PER_BATCH = 256  # images
 
 Boxes = NDArray[np.float32]
 
@@ -29,28 +32,37 @@ Boxes = NDArray[np.float32]
 def write_proposals(
     uri: str, rows: Iterable[tuple[int, Boxes, Boxes]], max_per_image: int = 1000
 ) -> int:
-    """Writes (image id, boxes (Q, 4) in pixels of the image file, scores (Q,)), best first; returns how many images.
+    """Writes the proposals of each image, best first; returns how many images there are.
 
-    Images are sorted by id, so the bytes do not depend on the order in which ranks found them.
+    rows: (image id, boxes (Q, 4) in pixels of the image file, scores (Q,)). Raises ValueError if an
+    image is there twice.
     """
-    found = sorted(rows, key=lambda row: row[0])
-    ids = [int(row[0]) for row in found]
+    # Sorted by id: the bytes do not depend on the order in which ranks deliver, and `get` searches.
+    ordered = sorted(rows, key=lambda row: row[0])
+    ids = [int(row[0]) for row in ordered]
     if len(set(ids)) < len(ids):
         twice = next(a for a, b in itertools.pairwise(ids) if a == b)
         raise ValueError(f"{uri}: proposals of image {twice} are there twice; give each image once")
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, _SCHEMA) as writer:
-        for start in range(0, len(found), _ROWS_PER_BATCH):
-            writer.write_batch(_batch(found[start : start + _ROWS_PER_BATCH], max_per_image))
-    folder, _, name = uri.partition("?")[0].rpartition("/")
-    query = f"?{uri.partition('?')[2]}" if "?" in uri else ""
-    Files((folder or ".") + query).write(name, sink.getvalue().to_pybytes())
-    return len(found)
+        for start in range(0, len(ordered), _ROWS_PER_BATCH):
+            writer.write_batch(_batch(ordered[start : start + _ROWS_PER_BATCH], max_per_image))
+    store, name = _store_of(uri)
+    store.write_bytes(name, sink.getvalue().to_pybytes())
+    return len(ordered)
+
+
+def _store_of(uri: str) -> tuple[Store, str]:
+    """The folder of a file, and the file's name. A URI's options, after "?", go to the folder."""
+    path, question, options = uri.partition("?")
+    folder, _, name = path.rpartition("/")
+    return Store((folder or ".") + question + options), name
 
 
 def _batch(rows: list[tuple[int, Boxes, Boxes]], most: int) -> pa.RecordBatch:
     kept = []
     for image_id, boxes, scores in rows:
+        # Stable: equal scores keep the order in which the RPN gave them.
         best = np.argsort(-np.asarray(scores, np.float32), kind="stable")[:most]
         kept.append(
             (image_id, np.asarray(boxes, np.float32)[best], np.asarray(scores, np.float32)[best])
@@ -86,9 +98,7 @@ class ProposalTable:
         NDArray[np.int64],
         list[tuple[Boxes, Boxes, NDArray[np.int32]]],
     ]:
-        folder, _, name = self.uri.partition("?")[0].rpartition("/")
-        query = f"?{self.uri.partition('?')[2]}" if "?" in self.uri else ""
-        store = Files((folder or ".") + query)
+        store, name = _store_of(self.uri)
         if store.size(name) is None:
             raise ValueError(
                 f'{self.uri}: no such file of proposals; write it with "maskray proposals"'
@@ -104,6 +114,7 @@ class ProposalTable:
             ) from None
         batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]
         ids = np.concatenate([np.zeros(0, np.int64)] + [view(b["image_id"]) for b in batches])
+        # For each image: its record batch, and its row there.
         number = np.repeat(np.arange(len(batches)), [b.num_rows for b in batches])
         local = np.concatenate([np.zeros(0, np.int64)] + [np.arange(b.num_rows) for b in batches])
         return ids, number, local, [_views(b) for b in batches]
@@ -125,17 +136,21 @@ class ProposalTable:
         missing = np.setdiff1d(image_ids, self.image_ids)
         if len(missing):
             raise ValueError(
-                f"{self.uri}: no proposals for {len(missing)} of {len(image_ids)} images, the first is "
-                f'{missing[0]}; write them for this dataset with "maskray proposals"'
+                f"{self.uri}: no proposals for {len(missing)} of {len(image_ids)} images, the "
+                f'first is {missing[0]}; write them for this dataset with "maskray proposals"'
             )
 
     def get(self, image_id: int) -> tuple[Boxes, Boxes]:
-        """Boxes (Q, 4) in pixels of the image file and scores (Q,), best first. ValueError if there are none."""
+        """Boxes (Q, 4) in pixels of the image file and scores (Q,), best first.
+
+        Raises ValueError if there are none.
+        """
         ids, number, local, views = self._table
         place = int(np.searchsorted(ids, image_id))
         if place == len(ids) or ids[place] != image_id:
             raise ValueError(
-                f'{self.uri}: no proposals for image {image_id}; write them for this dataset with "maskray proposals"'
+                f"{self.uri}: no proposals for image {image_id}; write them for this dataset with "
+                '"maskray proposals"'
             )
         boxes, scores, offsets = views[number[place]]
         first, last = offsets[local[place]], offsets[local[place] + 1]

@@ -1,22 +1,24 @@
-"""One training or evaluation sample: decoded, resized, flipped, with its objects in the pixels of the result."""
+"""One sample: decoded, resized, flipped, with its objects in the pixels of the result."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from contract.data import DataConfig
+from pipelines.coco.records import CocoCategory
 from pipelines.load.images import decode, jitter_colour, resize, resized_size
 from pipelines.load.masks import Masks, mask_crops
 from pipelines.shards.dataset import Dataset
 from pipelines.shards.keyed_random import uniform
 from pipelines.shards.rows import Floats, Row
 
-_FLIP, _SHORT_SIDE = 1, 2  # purposes of noise
+# Purposes of noise. Other numbers would give every run other augmentations.
+_FLIP, _SHORT_SIDE = 1, 2
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,10 @@ class Drawn:
 
 
 def draw(cfg: DataConfig, keys: NDArray[np.int64]) -> list[Drawn]:
-    sides, mirrored = (
-        short_sides(cfg, keys).tolist(),
-        (uniform(keys, _FLIP) < cfg.flip_probability).tolist(),
-    )
-    return [Drawn(*one) for one in zip(keys.tolist(), sides, mirrored, strict=True)]
+    """What each of the samples with these noise keys draws."""
+    sides = short_sides(cfg, keys).tolist()
+    flips = (uniform(keys, _FLIP) < cfg.flip_probability).tolist()
+    return [Drawn(*one) for one in zip(keys.tolist(), sides, flips, strict=True)]
 
 
 def training_sample(
@@ -81,7 +82,7 @@ def training_sample(
     if flip:
         image = image.flip(-1)
         boxes = flip_boxes(boxes, size[1])
-        masks = masks[:, :, ::-1]
+        masks = masks[:, :, ::-1]  # crops are over their own box, so they flip in place
         keypoints = flip_keypoints(keypoints, size[1], wanted.mirrored)
     return Sample(
         image, (row.height, row.width), row.image_id, key, flip, boxes, labels, masks, keypoints
@@ -89,26 +90,34 @@ def training_sample(
 
 
 def read_image(row: Row, dataset: Dataset) -> Tensor:
+    """uint8 (3, H, W) as the annotations mean it.
+
+    Raises RuntimeError, which names dataset, image and remedy, if it cannot be decoded.
+    """
     try:
         return decode(row.content, row.orientation)
     except RuntimeError as error:
         raise RuntimeError(
-            f'{dataset.store.name}: image {row.image_id} cannot be decoded ({error}); run "maskray data verify" on it'
+            f"{dataset.store.name}: image {row.image_id} cannot be decoded ({error}); run "
+            '"maskray data verify" on it'
         ) from error
 
 
 def objects(
     dataset: Dataset, row_number: int, row: Row, wanted: Wanted, side: int
 ) -> tuple[Floats, NDArray[np.int64], Masks, Floats]:
-    """Boxes (N, 4), labels, mask crops and keypoints (N, P, 3) of the objects that train, in pixels of the file."""
+    """Boxes (N, 4), labels, mask crops and keypoints (N, P, 3) of the objects that train.
+
+    Positions are pixels of the image file.
+    """
     annotations = row.annotations
     chosen, packed_labels = dataset.index.usable_objects(row_number, dataset.selection)
     x, y, w, h = annotations.boxes_xywh[chosen].T
     boxes = np.stack([x, y, x + w, y + h], 1).reshape(-1, 4)
+    # Packing keeps boxes that reach over the edge, for evaluation. Training clips them.
     boxes = np.clip(boxes, 0, [row.width, row.height, row.width, row.height])
-    labels = np.searchsorted(
-        dataset.selection.labels, packed_labels
-    )  # they ascend: the place is the view's label
+    # The selection's labels ascend, so the place among them is the view's label.
+    labels = np.searchsorted(dataset.selection.labels, packed_labels)
     masks = (
         mask_crops(annotations, chosen, boxes, side)
         if wanted.masks
@@ -123,7 +132,7 @@ def objects(
 
 
 def scale_keypoints(keypoints: Floats, scale: Floats) -> Floats:
-    """From COCO's pixel indices to continuous coordinates (half a pixel on), then to the resized image.
+    """From COCO's pixel indices to continuous coordinates, half a pixel on, in the resized image.
 
     Unlabelled keypoints stay at zero.
     """
@@ -134,9 +143,9 @@ def scale_keypoints(keypoints: Floats, scale: Floats) -> Floats:
 
 
 def flip_boxes(boxes_xyxy: Floats, width: float) -> Floats:
-    return np.stack(
-        [width - boxes_xyxy[:, 2], boxes_xyxy[:, 1], width - boxes_xyxy[:, 0], boxes_xyxy[:, 3]], 1
-    )
+    """Boxes (N, 4) of the mirrored image. Left and right change places, so that x0 <= x1 stays."""
+    x0, y0, x1, y1 = boxes_xyxy.T
+    return np.stack([width - x1, y0, width - x0, y1], 1)
 
 
 def flip_keypoints(keypoints: Floats, width: float, mirrored: tuple[int, ...]) -> Floats:
@@ -146,20 +155,22 @@ def flip_keypoints(keypoints: Floats, width: float, mirrored: tuple[int, ...]) -
     return flipped
 
 
-def mirrored_keypoints(categories: tuple[dict[str, Any], ...], count: int) -> tuple[int, ...]:
-    """For each keypoint the one that takes its place in a mirrored image, by names left_x and right_x.
+def mirrored_keypoints(categories: Sequence[CocoCategory], count: int) -> tuple[int, ...]:
+    """For each keypoint the one that takes its place in a mirrored image, by left_x and right_x.
 
     Raises ValueError if the categories do not name `count` keypoints, or name them differently.
     """
     if count == 0:
         return ()
-    named = [tuple(category["keypoints"]) for category in categories if category.get("keypoints")]
+    named = [category.keypoints for category in categories if category.keypoints]
     if not named or any(names != named[0] for names in named) or len(named[0]) != count:
         lengths = sorted({len(names) for names in named})
         raise ValueError(
-            f"model.keypoints.num_keypoints is {count}, the data's categories have {lengths or 'no keypoints'}; "
-            "set it to theirs, and choose one kind of object with data.filter.categories"
+            f"model.keypoints.num_keypoints is {count}, the data's categories have "
+            f"{lengths or 'no keypoints'}; set it to theirs, and choose one kind of object with "
+            "data.filter.categories"
         )
+    # COCO's names begin with the side, other data have it in the middle or at the end.
     swap = {"left": "right", "right": "left"}
     places = {name: k for k, name in enumerate(named[0])}
     return tuple(

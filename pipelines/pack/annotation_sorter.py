@@ -1,4 +1,7 @@
-"""A temporary SQLite file that sorts annotations by image, so that packing needs no memory for the dataset."""
+"""A temporary SQLite file sorts annotations by image.
+
+COCO's files list them in any order. Packing needs them by image, and must not hold them in memory.
+"""
 
 from __future__ import annotations
 
@@ -6,73 +9,94 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from contract.files import file_sha256
 from pipelines.coco.checks import (
-    check_annotation_ids,
-    check_category_record,
-    check_image,
+    Problem,
+    UnusableError,
+    id_of,
+    read_annotation_keys,
+    read_category,
+    read_image,
     shortened,
 )
 from pipelines.coco.reading import read_coco
-from pipelines.shards.schema import Problem
+from pipelines.coco.records import CocoCategory, CocoImage, JsonObject, JsonValue
+from pipelines.storage import file_sha256
 
+# Records are kept as the text that they had in their file: it is read again beside its image, and
+# SQLite needs no column for a field that no one asks for.
 _TABLES = """
 CREATE TABLE images (id INTEGER PRIMARY KEY, seq INTEGER UNIQUE, source INTEGER, text TEXT);
 CREATE TABLE repeats (id INTEGER, source INTEGER, PRIMARY KEY (id, source));
-CREATE TABLE annotations (id INTEGER PRIMARY KEY, seq INTEGER, image_id INTEGER, source INTEGER, text TEXT);
+CREATE TABLE annotations (
+    id INTEGER PRIMARY KEY, seq INTEGER, image_id INTEGER, source INTEGER, text TEXT
+);
 CREATE TABLE additions (id INTEGER, source INTEGER, text TEXT, PRIMARY KEY (id, source));
 """
-_MERGED_FIELDS = ("keypoints", "num_keypoints", "segmentation")
+_ANY_LAST = 1 << 62
+# What a later file says of keypoints wins. Of all other fields the first file's value stays.
+_REPLACED_FIELDS = ("keypoints", "num_keypoints")
+_SAME_IMAGE_FIELDS = ("file_name", "width", "height")
+_SAME_ANNOTATION_FIELDS = ("image_id", "category_id", "bbox", "area", "iscrowd")
 Report = Callable[[Problem], None]
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What the annotation files say of the whole dataset."""
+    """What the annotation files say of the whole dataset.
 
-    categories: tuple[dict[str, Any], ...]  # by id; the position is the dense label
-    info: dict[str, Any]
-    licenses: tuple[dict[str, Any], ...]
+    categories: as records by id, their position is the dense label. category_fields: the same in
+    JSON, with all that the files say of them; this is what the manifest keeps.
+    """
+
+    categories: tuple[CocoCategory, ...]
+    category_fields: tuple[JsonObject, ...]
+    info: JsonObject
+    licenses: tuple[JsonObject, ...]
     num_images: int
     digest: str  # SHA-256 of the annotation files' bytes
 
 
 def fill(path: Path, sources: Sequence[Path], report: Report) -> Contents:
-    """Reads COCO files into the spool. Records that are wrong in themselves go to `report` and are left out.
+    """Reads COCO files into the SQLite file `path`.
 
-    A later file may repeat images and annotations of an earlier one and add fields to them (keypoints to instances).
+    Records that are wrong in themselves go to `report` and are left out. A later file may repeat
+    images and annotations of an earlier one and add fields to them (keypoints to instances).
     """
     path.unlink(missing_ok=True)
-    connection = sqlite3.connect(path)
-    try:
+    with closing(sqlite3.connect(path)) as connection:
+        # A crash loses the file anyway, so nothing is gained by a journal or by syncing.
         connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
         reader = _Reader(connection, report)
         for number, source in enumerate(sources):
             reader.read(source, number)
+        # One sort at the end, instead of an index that every insert keeps in order.
         connection.execute("CREATE INDEX by_image ON annotations (image_id, seq)")
         connection.commit()
         _report_orphans(connection, sources, report)
         connection.commit()
-        count = connection.execute("SELECT count(*) FROM images").fetchone()[0]
-    finally:
-        connection.close()
-    categories = tuple(reader.categories[key] for key in sorted(reader.categories))
-    for name, value in (
-        ("info", reader.info),
-        ("licenses", reader.licenses),
-        ("categories", categories),
-    ):
-        _check_kept(name, value, sources)
+        num_images = connection.execute("SELECT count(*) FROM images").fetchone()[0]
+    fields = tuple(reader.categories[key] for key in sorted(reader.categories))
+    _check_kept("info", reader.info, sources)
+    _check_kept("licenses", reader.licenses, sources)
+    _check_kept("categories", fields, sources)
     digest = hashlib.sha256("".join(file_sha256(source) for source in sources).encode()).hexdigest()
-    return Contents(categories, reader.info, tuple(reader.licenses), count, digest)
+    return Contents(
+        categories=tuple(read_category(category) for category in fields),
+        category_fields=fields,
+        info=reader.info,
+        licenses=tuple(reader.licenses),
+        num_images=num_images,
+        digest=digest,
+    )
 
 
-def _check_kept(name: str, value: Any, sources: Sequence[Path]) -> None:
-    """What goes into the manifest as it is must be sound JSON: no NaN, no half of a surrogate pair."""
+def _check_kept(name: str, value: JsonValue, sources: Sequence[Path]) -> None:
+    """What the manifest keeps as it is must be sound JSON: no NaN, no half of a surrogate pair."""
     try:
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
     except ValueError as error:
@@ -82,47 +106,51 @@ def _check_kept(name: str, value: Any, sources: Sequence[Path]) -> None:
         ) from None
 
 
-def images(path: Path, first: int = 0, last: int = 1 << 62) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(sequence number, image record) for first <= number < last, in the order of the files."""
-    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-    try:
+def open_sorted(path: Path) -> sqlite3.Connection:
+    """A connection to a filled file; any number of processes may read it."""
+    return sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+
+
+def images(path: Path, first: int = 0, last: int = _ANY_LAST) -> Iterator[tuple[int, CocoImage]]:
+    """(sequence number, image) for first <= number < last, in the order of the files."""
+    with closing(open_sorted(path)) as connection:
         for seq, text in connection.execute(
             "SELECT seq, text FROM images WHERE seq >= ? AND seq < ? ORDER BY seq", (first, last)
         ):
-            yield seq, json.loads(text)
-    finally:
-        connection.close()
+            yield seq, read_image(json.loads(text))
 
 
 def annotations_of(
     connection: sqlite3.Connection, image_id: int
-) -> list[tuple[int, dict[str, Any]]]:
-    """(number of the source file, merged annotation) of one image, in the order of the files."""
+) -> list[tuple[int, int, JsonObject]]:
+    """(number of the source file, id, merged JSON) of one image's annotations, in file order."""
     rows = connection.execute(
         "SELECT source, text, id FROM annotations WHERE image_id = ? ORDER BY seq", (image_id,)
     ).fetchall()
-    found = []
-    for source, text, key in rows:
-        record = json.loads(text)
-        for (more,) in connection.execute(
-            "SELECT text FROM additions WHERE id = ? ORDER BY source", (key,)
-        ):
-            added = json.loads(more)
-            record |= {
-                name: added[name]
-                for name in added
-                if name not in record or name in _MERGED_FIELDS[:2]
-            }
-        found.append((source, record))
-    return found
+    return [(source, key, _merged(connection, key, json.loads(text))) for source, text, key in rows]
+
+
+def _merged(connection: sqlite3.Connection, key: int, fields: JsonObject) -> JsonObject:
+    """An annotation with what later files add to it."""
+    for (text,) in connection.execute(
+        "SELECT text FROM additions WHERE id = ? ORDER BY source", (key,)
+    ):
+        fields |= {
+            name: value
+            for name, value in json.loads(text).items()
+            if name not in fields or name in _REPLACED_FIELDS
+        }
+    return fields
 
 
 class _Reader:
+    """Reads files one after the other into one SQLite file."""
+
     def __init__(self, connection: sqlite3.Connection, report: Report):
         self.connection, self.report = connection, report
-        self.categories: dict[int, dict[str, Any]] = {}
-        self.info: dict[str, Any] = {}
-        self.licenses: list[dict[str, Any]] = []
+        self.categories: dict[int, JsonObject] = {}
+        self.info: JsonObject = {}
+        self.licenses: list[JsonObject] = []
         self.sequence = 0
 
     def read(self, path: Path, source: int) -> None:
@@ -134,86 +162,99 @@ class _Reader:
                 case "annotations":
                     self._annotation(path, source, value, text)
                 case "categories":
-                    self._category(path, value)
-                    if value["id"] in seen:
-                        raise ValueError(
-                            f"{path}: category {value['id']}: its id is there twice; keep one of them"
-                        )
-                    seen.add(value["id"])
+                    self._category(path, value, seen)
                 case "licenses" if isinstance(value, list):
                     self.licenses += [
                         entry
                         for entry in value
                         if isinstance(entry, dict) and entry not in self.licenses
                     ]
+                # The first file's `info` stays; other keys of COCO files mean nothing to us.
                 case "info" if isinstance(value, dict) and not self.info:
                     self.info = value
 
-    def _image(self, path: Path, source: int, record: Any, text: str) -> None:
-        if finding := check_image(record):
-            self.report(Problem(str(path), "image", _id_of(record), *finding))
+    def _image(self, path: Path, source: int, raw: JsonValue, text: str) -> None:
+        try:
+            image = read_image(raw)
+        except UnusableError as error:
+            self.report(Problem(str(path), "image", id_of(raw), error.what, error.remedy))
             return
-        other = self._insert("images", record["id"], (record["id"], self.sequence, source, text))
+        other = self._insert("images", image.id, (image.id, self.sequence, source, text))
         self.sequence += 1
         if other is None:
             return
-        first = json.loads(other[1])
-        new = other[0] != source and self._is_new("repeats", (record["id"], source))
-        if not new:
-            finding = ("its id is there twice", "give each image an id of its own")
-            self.report(Problem(str(path), "image", record["id"], *finding))
+        other_source, other_text = other
+        # A file may repeat an image of another file, but once only.
+        if other_source == source or not self._is_new("repeats", (image.id, source)):
+            remedy = "give each image an id of its own"
+            self.report(Problem(str(path), "image", image.id, "its id is there twice", remedy))
             return
-        for name in ("file_name", "width", "height"):
-            if first[name] != record[name]:
-                what = f"its {name} is {first[name]!r} in another file and {record[name]!r} here"
+        first = read_image(json.loads(other_text))
+        for name in _SAME_IMAGE_FIELDS:
+            one, two = getattr(first, name), getattr(image, name)
+            if one != two:
                 raise ValueError(
-                    f"{path}: image {record['id']}: {what}; merge only files of the same images"
+                    f"{path}: image {image.id}: its {name} is {one!r} in another file and {two!r} "
+                    "here; merge only files of the same images"
                 )
 
-    def _annotation(self, path: Path, source: int, record: Any, text: str) -> None:
-        if finding := check_annotation_ids(record):
-            self.report(Problem(str(path), "annotation", _id_of(record), *finding))
+    def _annotation(self, path: Path, source: int, raw: JsonValue, text: str) -> None:
+        try:
+            keys = read_annotation_keys(raw)
+        except UnusableError as error:
+            self.report(Problem(str(path), "annotation", id_of(raw), error.what, error.remedy))
             return
-        row = (record["id"], self.sequence, record["image_id"], source, text)
-        other = self._insert("annotations", record["id"], row)
+        row = (keys.id, self.sequence, keys.image_id, source, text)
+        other = self._insert("annotations", keys.id, row)
         self.sequence += 1
         if other is None:
             return
-        first = json.loads(other[1])
-        if other[0] == source or not self._is_new("additions", (record["id"], source, text)):
-            finding = ("its id is there twice", "give each annotation an id of its own")
-            self.report(Problem(str(path), "annotation", record["id"], *finding))
+        other_source, other_text = other
+        if other_source == source or not self._is_new("additions", (keys.id, source, text)):
+            remedy = "give each annotation an id of its own"
+            self.report(Problem(str(path), "annotation", keys.id, "its id is there twice", remedy))
             return
-        for name in ("image_id", "category_id", "bbox", "area", "iscrowd"):
-            if name in first and name in record and first[name] != record[name]:
-                what = f"its {name} is {shortened(first[name])} in another file and {shortened(record[name])} here"
+        first: JsonObject = json.loads(other_text)
+        assert isinstance(raw, dict)
+        for name in _SAME_ANNOTATION_FIELDS:
+            if name in first and name in raw and first[name] != raw[name]:
                 raise ValueError(
-                    f"{path}: annotation {record['id']}: {what}; merge only files of the same annotations"
+                    f"{path}: annotation {keys.id}: its {name} is {shortened(first[name])} in "
+                    f"another file and {shortened(raw[name])} here; merge only files of the "
+                    "same annotations"
                 )
 
-    def _category(self, path: Path, record: Any) -> None:
-        if finding := check_category_record(record):
-            raise ValueError(f"{path}: category {_id_of(record)}: {finding[0]}; {finding[1]}")
-        known = self.categories.setdefault(record["id"], {})
-        if known and known["name"] != record["name"]:
+    def _category(self, path: Path, raw: JsonValue, seen: set[int]) -> None:
+        try:
+            category = read_category(raw)
+        except UnusableError as error:
+            raise ValueError(f"{path}: category {id_of(raw)}: {error}") from None
+        assert isinstance(raw, dict)
+        known = self.categories.setdefault(category.id, {})
+        if known and read_category(known).name != category.name:
             raise ValueError(
-                f"{path}: category {record['id']} is both {known['name']!r} and {record['name']!r}; "
-                "give each category an id of its own"
+                f"{path}: category {category.id} is both {read_category(known).name!r} and "
+                f"{category.name!r}; give each category an id of its own"
             )
-        known.update(record)
+        known.update(raw)
+        if category.id in seen:
+            raise ValueError(
+                f"{path}: category {category.id}: its id is there twice; keep one of them"
+            )
+        seen.add(category.id)
 
-    def _insert(self, table: str, key: int, row: tuple[Any, ...]) -> tuple[int, str] | None:
-        """Inserts a new row; of a known id returns (source, text) of the row that has it."""
+    def _insert(self, table: str, key: int, row: tuple[int | str, ...]) -> tuple[int, str] | None:
+        """Inserts a row. If there is one with its id, returns (source, text) of that row."""
         if self._is_new(table, row):
             return None
-        found: tuple[int, str] = self.connection.execute(
+        source, text = self.connection.execute(
             f"SELECT source, text FROM {table} WHERE id = ?",
             (key,),
         ).fetchone()
-        return found
+        return source, text
 
-    def _is_new(self, table: str, row: tuple[Any, ...]) -> bool:
-        """Inserts a row unless one of its key is there."""
+    def _is_new(self, table: str, row: tuple[int | str, ...]) -> bool:
+        """Inserts a row unless there is one with its key."""
         marks = ", ".join("?" * len(row))
         return bool(
             self.connection.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount
@@ -223,23 +264,12 @@ class _Reader:
 def _report_orphans(
     connection: sqlite3.Connection, sources: Sequence[Path], report: Report
 ) -> None:
-    """Annotations of images that no file lists."""
+    """Reports and removes annotations of images that no file lists."""
     query = "FROM annotations WHERE image_id NOT IN (SELECT id FROM images)"
     for key, image_id, source in connection.execute(
         f"SELECT id, image_id, source {query} ORDER BY seq"
     ):
         what = f"image_id {image_id} is not among the images"
-        report(
-            Problem(
-                str(sources[source]),
-                "annotation",
-                key,
-                what,
-                "add the image or drop the annotation",
-            )
-        )
+        remedy = "add the image or drop the annotation"
+        report(Problem(str(sources[source]), "annotation", key, what, remedy))
     connection.execute(f"DELETE {query}")
-
-
-def _id_of(record: Any) -> Any:
-    return record.get("id", "without id") if isinstance(record, dict) else repr(record)[:40]

@@ -6,35 +6,42 @@ import hashlib
 import json
 import multiprocessing
 import os
-import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
 
 from contract.data import MANIFEST_NAME, SCHEMA_VERSION
-from contract.files import LASTING_ERRORS, Files, file_sha256
-from pipelines.coco.checks import check_annotation, check_category
+from pipelines.coco.checks import Problem, UnusableError, read_annotation
 from pipelines.coco.decoding import TooLargeError, decode_pixels, stored_orientation
-from pipelines.pack import annotation_sorter as spool
+from pipelines.coco.records import CocoCategory, CocoImage
+from pipelines.pack import annotation_sorter as sorter
+from pipelines.pack.annotation_sorter import Report
 from pipelines.pack.scratch import scratch_folder
 from pipelines.progress import Progress, silent
 from pipelines.shards import schema
 from pipelines.shards.manifest import INDEX_NAME, FileEntry, Manifest, parse_manifest
 from pipelines.shards.mapping import view
-from pipelines.shards.schema import Problem
+from pipelines.storage import LOCAL_ERRORS, Store, file_sha256
 
 PROGRESS_FOLDER = ".packing"
 SKIPPED_NAME = "skipped.json"
+IMAGES_PER_LISTING = 1024  # file sizes asked for at a time
 OnError = Literal["fail", "skip"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PackOptions:
+    """How a dataset is packed. shard_mib: MiB of image files to a shard."""
+
     on_error: OnError = "fail"
     shard_mib: float = 64.0
     num_workers: int = 1
@@ -52,22 +59,44 @@ class Packed:
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard: images first <= sequence number < last of the spool."""
+    """One shard: the images of the sorted file with first <= sequence number < last."""
 
     number: int
     first: int
     last: int
-    spool: Path
+    sorted_file: Path
     sources: tuple[str, ...]
     images: Files
     out: Files
     progress: str
-    categories: tuple[dict[str, Any], ...]
+    categories: tuple[CocoCategory, ...]
     on_error: OnError
 
     @property
     def name(self) -> str:
         return f"shard-{self.number:05d}.arrow"
+
+    @property
+    def note_name(self) -> str:
+        return f"{self.progress}/{self.name}.json"
+
+    @property
+    def index_name(self) -> str:
+        return f"{self.progress}/{self.name}.index"
+
+
+class ShardNote(BaseModel):
+    """What is known of a finished shard; kept in a file until the whole dataset is finished."""
+
+    model_config = ConfigDict(frozen=True)
+
+    number: int
+    shard: FileEntry
+    index: FileEntry  # the shard's part of the index
+    annotations: int
+    masks: bool
+    keypoints: bool
+    problems: tuple[Problem, ...]
 
 
 def pack(
@@ -77,61 +106,58 @@ def pack(
     options: PackOptions = PackOptions(),
     progress: Progress = silent,
 ) -> Packed:
-    """Packs and returns the manifest. `progress(shards done, shards in all)` is called as it goes.
+    """Packs and returns the manifest. Calls `progress(shards done, shards in all)` as it goes on.
 
     Raises ValueError for the first bad input under "fail", or if `out_uri` holds another dataset.
     """
     images, out = Files(images_uri), Files(out_uri)
     if not images.exists():
         raise ValueError(
-            f"{images.name}: no such folder; give --images the folder that the file names are relative to"
+            f"{images.name}: no such folder; give --images the folder that the file names are "
+            "relative to"
         )
     if out.local is not None and out.local.exists() and not out.local.is_dir():
         raise ValueError(f"{out.name}: is a file; give --out a folder")
     with scratch_folder("maskray-pack-") as folder:
-        spooled = folder / "spool.sqlite"
+        sorted_file = folder / "sorted.sqlite"
         problems: list[Problem] = []
-        contents = spool.fill(spooled, annotation_files, _collector(problems, options.on_error))
+        report = _reporter(problems, options.on_error)
+        contents = sorter.fill(sorted_file, annotation_files, report)
         if contents.num_images == 0:
             files = ", ".join(str(path) for path in annotation_files)
             raise ValueError(f"{files}: lists no image that can be packed; give files with images")
-        ranges, listing = _plan(spooled, images, options.shard_mib)
+        # Names and sizes of the image files stand for their content: hashing it is another pass.
+        ranges, listing = _plan(sorted_file, images, options.shard_mib)
         source = _digest(contents.digest, listing, options.on_error, options.shard_mib)
-        folder_name = f"{PROGRESS_FOLDER}/{source[:16]}"
+        # Named by the inputs, so that a run with other inputs takes over nothing.
+        progress_folder = f"{PROGRESS_FOLDER}/{source[:16]}"
         tasks = [
             _Task(
                 number=number,
                 first=first,
                 last=last,
-                spool=spooled,
+                sorted_file=sorted_file,
                 sources=tuple(str(path) for path in annotation_files),
                 images=images,
                 out=out,
-                progress=folder_name,
+                progress=progress_folder,
                 categories=contents.categories,
                 on_error=options.on_error,
             )
             for number, (first, last) in enumerate(ranges)
         ]
-        if (existing := _existing(out, source, options.num_workers)) and not _any_mended(
-            out, tasks
-        ):
-            out.delete(PROGRESS_FOLDER)
+        existing = _existing(out, source, options.num_workers)
+        if existing is not None and not _any_mended(out, tasks):
+            out.remove_folder(PROGRESS_FOLDER)  # a crash after the manifest may have left it
             return Packed(existing, existing.num_skipped, unchanged=True, resumed_shards=0)
-        finished = {task.number: found for task in tasks if (found := _finished(task))}
-        resumed = len(finished)
-        progress(resumed, len(tasks))
-        for result in _run(
-            [task for task in tasks if task.number not in finished], options.num_workers
-        ):
-            finished[result["number"]] = result
-            progress(len(finished), len(tasks))
-        parts = [finished[task.number] for task in tasks]
-        manifest = _finish(out, folder_name, contents, parts, problems, source)
+        notes, resumed = _pack_shards(tasks, options.num_workers, progress)
+        manifest = _finish(tasks, contents, notes, problems, source)
     return Packed(manifest, manifest.num_skipped, unchanged=False, resumed_shards=resumed)
 
 
-def _collector(problems: list[Problem], on_error: OnError) -> Callable[[Problem], None]:
+def _reporter(problems: list[Problem], on_error: OnError) -> Report:
+    """Collects problems under "skip", and raises the first of them under "fail"."""
+
     def report(problem: Problem) -> None:
         if on_error == "fail":
             raise ValueError(f'{problem}, or leave it out with "--on-error skip"')
@@ -140,15 +166,18 @@ def _collector(problems: list[Problem], on_error: OnError) -> Callable[[Problem]
     return report
 
 
-def _plan(spooled: Path, images: Files, shard_mib: float) -> tuple[list[tuple[int, int]], str]:
-    """Ranges of sequence numbers of about `shard_mib` of image files each, and a digest of all names and sizes."""
+def _plan(sorted_file: Path, images: Store, shard_mib: float) -> tuple[list[tuple[int, int]], str]:
+    """Ranges of sequence numbers of about `shard_mib` of image files each, and a digest.
+
+    The digest is of all names and sizes. A missing file has no size here; its shard reports it.
+    """
     digest = hashlib.sha256()
     ranges: list[tuple[int, int]] = []
     first, size, last = 0, 0, 0
-    for chunk in _chunks(spool.images(spooled), 1024):
-        found = images.sizes([record["file_name"] for _, record in chunk])
-        for (seq, record), file_size in zip(chunk, found, strict=True):
-            digest.update(f"{record['file_name']}\0{file_size}\0".encode())
+    for chunk in _chunks(sorter.images(sorted_file), IMAGES_PER_LISTING):
+        file_sizes = images.sizes([image.file_name for _, image in chunk])
+        for (seq, image), file_size in zip(chunk, file_sizes, strict=True):
+            digest.update(f"{image.file_name}\0{file_size}\0".encode())
             size, last = size + (file_size or 0), seq + 1
             if size >= shard_mib * 2**20:
                 ranges.append((first, last))
@@ -158,251 +187,263 @@ def _plan(spooled: Path, images: Files, shard_mib: float) -> tuple[list[tuple[in
     return ranges, digest.hexdigest()
 
 
-def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
         yield chunk
 
 
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps([SCHEMA_VERSION, *parts]).encode()).hexdigest()
+def _digest(contents: str, listing: str, on_error: OnError, shard_mib: float) -> str:
+    """Of everything that decides the packed bytes: equal digests give equal datasets."""
+    parts = [SCHEMA_VERSION, contents, listing, on_error, shard_mib]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _existing(out: Files, source: str, num_workers: int) -> Manifest | None:
-    """The dataset of these inputs if it is there and whole: every hash on this machine, every size elsewhere."""
+def _existing(out: Store, source: str, num_workers: int) -> Manifest | None:
+    """The dataset of these inputs if it is there and whole.
+
+    On this machine every hash is compared, elsewhere every size: hashes would fetch all shards.
+    """
     if out.size(MANIFEST_NAME) is None:
         return None
     try:
         manifest = parse_manifest(out.read(MANIFEST_NAME), out.describe(MANIFEST_NAME))
     except RuntimeError:
-        return None  # damaged: packing again is the remedy
+        return None  # it is damaged, and packing again is the remedy
     if manifest.source != source:
         raise ValueError(
-            f"{out.name}: holds a dataset packed from other inputs or options; choose another --out or remove it first"
+            f"{out.name}: holds a dataset packed from other inputs or options; choose another "
+            "--out or remove it first"
         )
     entries = (*manifest.shards, manifest.index)
     if out.sizes([entry.name for entry in entries]) != [entry.bytes for entry in entries]:
         return None
     if (local := out.local) is not None:
         with ThreadPoolExecutor(num_workers) as threads:
-            if list(threads.map(lambda e: file_sha256(local / e.name), entries)) != [
-                entry.sha256 for entry in entries
-            ]:
-                return None
+            hashes = list(threads.map(lambda entry: file_sha256(local / entry.name), entries))
+        if hashes != [entry.sha256 for entry in entries]:
+            return None
     return manifest
 
 
-def _any_mended(out: Files, tasks: Sequence[_Task]) -> bool:
-    """Whether an image that was left out could be packed now. (A mended file may have the size it had before.)"""
+def _any_mended(out: Store, tasks: Sequence[_Task]) -> bool:
+    """Whether an image that was left out could be packed now.
+
+    The digest of the inputs cannot tell: a mended file may have the size that it had before.
+    """
     if out.size(SKIPPED_NAME) is None:
         return False
-    skipped = {p["file"] for p in json.loads(out.read(SKIPPED_NAME)) if p["kind"] == "image"}
-    return bool(skipped) and any(
-        _image_row(task, record, lambda _: None) is not None
-        for task in tasks
-        for _, record in spool.images(task.spool, task.first, task.last)
-        if task.images.describe(record["file_name"]) in skipped
+    problems = [Problem(**fields) for fields in json.loads(out.read_bytes(SKIPPED_NAME))]
+    skipped = {problem.file for problem in problems if problem.kind == "image"}
+    return any(
+        _is_readable(task, image)
+        for task in (tasks if skipped else ())
+        for _, image in sorter.images(task.sorted_file, task.first, task.last)
+        if task.images.describe(image.file_name) in skipped
     )
 
 
-# --- one shard --------------------------------------------------------------------------------------------------------
-
-
-def _finished(task: _Task) -> dict[str, Any] | None:
-    """The result of an earlier run for this shard, if shard and index part are whole and no image was left out."""
+def _is_readable(task: _Task, image: CocoImage) -> bool:
     try:
-        result: dict[str, Any] = json.loads(task.out.read(f"{task.progress}/{task.name}.json"))
-        files = {task.name: result["entry"], f"{task.progress}/{task.name}.index": result["index"]}
-        whole = all(_is_whole(task.out, name, entry) for name, entry in files.items())
-        return (
-            result if whole and not any(p["kind"] == "image" for p in result["problems"]) else None
-        )
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None  # a note that a crash cut short is none
-
-
-def _is_whole(out: Files, name: str, entry: dict[str, Any]) -> bool:
-    if out.size(name) != entry["bytes"]:
+        _read_image_file(task, image)
+    except UnusableError:
         return False
-    return out.local is None or bool(file_sha256(out.local / name) == entry["sha256"])
+    return True
 
 
-def _run(tasks: list[_Task], num_workers: int) -> Iterator[dict[str, Any]]:
-    """Results in the order of the shards, so that the first problem is the same at any number of workers."""
+# --- one shard ------------------------------------------------------------------------------------
+
+
+def _pack_shards(
+    tasks: Sequence[_Task], num_workers: int, progress: Progress
+) -> tuple[list[ShardNote], int]:
+    """The notes of all shards in their order, and how many an interrupted run had finished."""
+    notes = {task.number: note for task in tasks if (note := _finished(task))}
+    resumed = len(notes)
+    progress(resumed, len(tasks))
+    for note in _run([task for task in tasks if task.number not in notes], num_workers):
+        notes[note.number] = note
+        progress(len(notes), len(tasks))
+    return [notes[task.number] for task in tasks], resumed
+
+
+def _finished(task: _Task) -> ShardNote | None:
+    """The note of an earlier run for this shard, if both of its files are whole.
+
+    None if an image was left out: it may have been mended.
+    """
+    try:
+        note = ShardNote.model_validate_json(task.out.read_bytes(task.note_name))
+        whole = all(_is_whole(task.out, entry) for entry in (note.shard, note.index))
+    except (FileNotFoundError, ValueError):
+        return None  # a crash may cut a note short
+    return note if whole and all(problem.kind != "image" for problem in note.problems) else None
+
+
+def _is_whole(out: Store, entry: FileEntry) -> bool:
+    if out.size(entry.name) != entry.bytes:
+        return False
+    return out.local is None or file_sha256(out.local / entry.name) == entry.sha256
+
+
+def _run(tasks: Sequence[_Task], num_workers: int) -> Iterator[ShardNote]:
+    """Notes in the order of the shards: the first problem is the same at any number of workers."""
     if num_workers <= 1 or len(tasks) <= 1:
         yield from map(pack_shard, tasks)
         return
+    # "fork" is not safe beside the threads of pyarrow's file systems.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_workers, len(tasks)), mp_context=context) as pool:
         try:
             yield from pool.map(pack_shard, tasks)
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)  # else all shards are packed first
             raise
 
 
-def pack_shard(task: _Task) -> dict[str, Any]:
-    """Writes one shard and the note that it is finished. Raises ValueError for bad input under "fail"."""
+def pack_shard(task: _Task) -> ShardNote:
+    """Writes one shard, then the note that it is finished.
+
+    Raises ValueError for bad input under "fail".
+    """
     problems: list[Problem] = []
-    local = task.out.local
-    if local is not None:
-        (local / task.progress).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=None if local is None else local / task.progress
-    ) as folder:
-        part = Path(folder) / task.name
-        index = _write_rows(part, _rows(task, _collector(problems, task.on_error)), task)
-        entry = {**_sum(part), "name": task.name, "rows": index.num_rows}
-        index_part = Path(folder) / "index"
+    # The scratch folder lies beside the shard: a rename is atomic within one file system only.
+    beside = task.out.local and task.out.local / task.progress
+    if beside is not None:
+        beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside) as folder:
+        shard_part, index_part = Path(folder) / task.name, Path(folder) / "index"
+        index = _write_rows(shard_part, _rows(task, _reporter(problems, task.on_error)), task)
         with pa.ipc.new_file(str(index_part), schema.INDEX) as writer:
             writer.write_batch(index)
-        index_sum = _sum(index_part)
-        task.out.move_in(part, task.name)
-        task.out.move_in(index_part, f"{task.progress}/{task.name}.index")
+        shard = _entry(shard_part, task.name, index.num_rows)
+        index_entry = _entry(index_part, task.index_name, index.num_rows)
+        task.out.move_in(shard_part, task.name)
+        task.out.move_in(index_part, task.index_name)
     flags = view(index["ann_flags"].flatten())
-    result = {
-        "number": task.number,
-        "entry": entry,
-        "index": index_sum,
-        "annotations": len(flags),
-        "masks": bool((flags & schema.HAS_MASK).any()),
-        "keypoints": bool((flags & schema.HAS_KEYPOINTS).any()),
-        "problems": [asdict(problem) for problem in problems],
-    }
-    task.out.write(f"{task.progress}/{task.name}.json", json.dumps(result).encode())
-    return result
+    note = ShardNote(
+        number=task.number,
+        shard=shard,
+        index=index_entry,
+        annotations=len(flags),
+        masks=bool((flags & schema.HAS_MASK).any()),
+        keypoints=bool((flags & schema.HAS_KEYPOINTS).any()),
+        problems=tuple(problems),
+    )
+    # The note comes last: where there is one, both files are in their place.
+    task.out.write_bytes(task.note_name, note.model_dump_json().encode())
+    return note
 
 
-def _write_rows(path: Path, rows: Iterator[dict[str, Any]], task: _Task) -> pa.RecordBatch:
+def _entry(path: Path, name: str, num_rows: int) -> FileEntry:
+    return FileEntry(name=name, sha256=file_sha256(path), bytes=path.stat().st_size, rows=num_rows)
+
+
+def _write_rows(path: Path, rows: Iterator[schema.ShardRow], task: _Task) -> pa.RecordBatch:
     """Writes a shard batch by batch; returns its part of the index."""
-    labels = {category["id"]: label for label, category in enumerate(task.categories)}
+    labels = {category.id: label for label, category in enumerate(task.categories)}
     index = []
     with pa.ipc.new_file(str(path), schema.SHARD) as writer:
         for chunk in _chunks(rows, schema.ROWS_PER_BATCH):
-            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema.SHARD))
-            index += [schema.index_row(row, labels) for row in chunk]
+            values = [row.shard_value() for row in chunk]
+            writer.write_batch(pa.RecordBatch.from_pylist(values, schema=schema.SHARD))
+            index += [row.index_value(labels) for row in chunk]
     return pa.RecordBatch.from_pylist(index, schema=schema.INDEX)
 
 
-def _rows(task: _Task, report: Callable[[Problem], None]) -> Iterator[dict[str, Any]]:
-    connection = sqlite3.connect(f"file:{task.spool}?mode=ro", uri=True)
-    points = {category["id"]: len(category.get("keypoints", ())) for category in task.categories}
-    try:
-        for _, record in spool.images(task.spool, task.first, task.last):
-            row = _image_row(task, record, report)
-            if row is None:
+def _rows(task: _Task, report: Report) -> Iterator[schema.ShardRow]:
+    keypoint_counts = {category.id: len(category.keypoints) for category in task.categories}
+    with closing(sorter.open_sorted(task.sorted_file)) as connection:
+        for _, image in sorter.images(task.sorted_file, task.first, task.last):
+            try:
+                row = _read_image_file(task, image)
+            except UnusableError as error:
+                file = task.images.describe(image.file_name)
+                report(Problem(file, "image", image.id, error.what, error.remedy))
                 continue
-            for source, annotation in spool.annotations_of(connection, record["id"]):
-                finding = check_category(annotation["category_id"], points) or check_annotation(
-                    annotation, row["width"], row["height"], points[annotation["category_id"]]
-                )
-                if finding:
-                    report(Problem(task.sources[source], "annotation", annotation["id"], *finding))
-                else:
-                    row["annotations"].append(schema.annotation_row(annotation))
+            for source, key, fields in sorter.annotations_of(connection, image.id):
+                try:
+                    row.annotations.append(read_annotation(fields, image, keypoint_counts))
+                except UnusableError as error:
+                    file = task.sources[source]
+                    report(Problem(file, "annotation", key, error.what, error.remedy))
             yield row
-    finally:
-        connection.close()
 
 
-def _image_row(
-    task: _Task, record: dict[str, Any], report: Callable[[Problem], None]
-) -> dict[str, Any] | None:
-    """The row of a readable image of the right size, without annotations; None after a report."""
-    where, width, height = (
-        task.images.describe(record["file_name"]),
-        record["width"],
-        record["height"],
-    )
+def _read_image_file(task: _Task, image: CocoImage) -> schema.ShardRow:
+    """The row of an image, without annotations. Raises UnusableError for a file that cannot train.
+
+    Every image is decoded once here, so that no training run meets a damaged one.
+    """
     try:
-        content = task.images.read(record["file_name"])
-    except LASTING_ERRORS as error:
+        content = task.images.read_bytes(image.file_name)
+    except FileNotFoundError:
+        raise UnusableError("there is no such file", "restore it or check --images") from None
+    except LOCAL_ERRORS as error:
         what = f"is no file that can be read ({type(error).__name__})"
-        what = "there is no such file" if isinstance(error, FileNotFoundError) else what
-        report(Problem(where, "image", record["id"], what, "restore it or check --images"))
-        return None
+        raise UnusableError(what, "restore it or check --images") from None
     try:
-        orientation, size = stored_orientation(content, width, height)
-        if size == (width, height):
+        orientation, size = stored_orientation(content, image.width, image.height)
+        if size == (image.width, image.height):
             decode_pixels(content)
     except TooLargeError as error:
-        report(Problem(where, "image", record["id"], f"has {error}", "scale it down"))
-        return None
+        raise UnusableError(f"has {error}", "scale it down") from None
     except (OSError, RuntimeError) as error:
-        what = f"cannot be read ({str(error).splitlines()[0].rsplit(': ', 1)[-1]})"
-        report(
-            Problem(where, "image", record["id"], what, "replace the file by a whole JPEG or PNG")
+        # Decoders write paths and addresses before their reason.
+        reason = str(error).splitlines()[0].rsplit(": ", 1)[-1]
+        raise UnusableError(
+            f"cannot be read ({reason})", "replace the file by a whole JPEG or PNG"
+        ) from None
+    if size != (image.width, image.height):
+        raise UnusableError(
+            f"the file is {size[0]} x {size[1]}, the JSON says {image.width} x {image.height}",
+            "mend width and height in the JSON, or the file",
         )
-        return None
-    if size != (width, height):
-        what = f"the file is {size[0]} x {size[1]}, the JSON says {width} x {height}"
-        report(
-            Problem(
-                where, "image", record["id"], what, "mend width and height in the JSON, or the file"
-            )
-        )
-        return None
-    return {
-        "image_id": record["id"],
-        "file_name": record["file_name"],
-        "width": width,
-        "height": height,
-        "orientation": orientation,
-        "extra": schema.image_extra(record),
-        "image": content,
-        "annotations": [],
-    }
+    return schema.ShardRow(image, orientation, content, [])
 
 
-# --- the end ----------------------------------------------------------------------------------------------------------
+# --- the end --------------------------------------------------------------------------------------
 
 
 def _finish(
-    out: Files,
-    folder: str,
-    contents: spool.Contents,
-    parts: list[dict[str, Any]],
-    problems: list[Problem],
+    tasks: Sequence[_Task],
+    contents: sorter.Contents,
+    notes: Sequence[ShardNote],
+    problems: Sequence[Problem],
     source: str,
 ) -> Manifest:
-    """Joins the index, writes the report of skips, and last the manifest: only then is the dataset there."""
-    rows = sum(part["entry"]["rows"] for part in parts)
-    if not rows:
-        first = Problem(**parts[0]["problems"][0])
-        raise ValueError(f"no image could be packed; the first: {first}")
+    """Joins the index, writes the report of skipped inputs, and last the manifest.
+
+    Readers look for the manifest, so they never see a part of a dataset.
+    """
+    out = tasks[0].out
+    num_rows = sum(note.shard.rows for note in notes)
+    if num_rows == 0:
+        raise ValueError(f"no image could be packed; the first: {notes[0].problems[0]}")
     with scratch_folder("maskray-pack-") as temporary:
         path = temporary / INDEX_NAME
         with pa.ipc.new_file(str(path), schema.INDEX) as writer:
-            for part in parts:
-                piece = pa.ipc.open_file(
-                    pa.py_buffer(out.read(f"{folder}/{part['entry']['name']}.index"))
-                )
+            for note in notes:
+                piece = pa.ipc.open_file(pa.py_buffer(out.read_bytes(note.index.name)))
                 writer.write_batch(piece.get_batch(0))
-        rows = sum(part["entry"]["rows"] for part in parts)
-        index = FileEntry(name=INDEX_NAME, rows=rows, **_sum(path))
+        index = _entry(path, INDEX_NAME, num_rows)
         content = path.read_bytes()
-    out.write(INDEX_NAME, content)
-    skipped = [asdict(problem) for problem in problems] + [
-        p for part in parts for p in part["problems"]
-    ]
+    out.write_bytes(INDEX_NAME, content)
+    skipped = [*problems, *(problem for note in notes for problem in note.problems)]
     if skipped:
-        out.write(SKIPPED_NAME, json.dumps(skipped, indent=1).encode())
+        text = json.dumps([asdict(problem) for problem in skipped], indent=1)
+        out.write_bytes(SKIPPED_NAME, text.encode())
     else:
-        out.delete(SKIPPED_NAME)
+        out.remove(SKIPPED_NAME)  # an earlier run may have left one
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        num_images=rows,
-        num_annotations=sum(part["annotations"] for part in parts),
-        num_shards=len(parts),
-        categories=contents.categories,
-        has_masks=any(part["masks"] for part in parts),
-        has_keypoints=any(part["keypoints"] for part in parts),
-        shards=tuple(FileEntry(**part["entry"]) for part in parts),
+        num_images=num_rows,
+        num_annotations=sum(note.annotations for note in notes),
+        num_shards=len(notes),
+        categories=contents.category_fields,
+        has_masks=any(note.masks for note in notes),
+        has_keypoints=any(note.keypoints for note in notes),
+        shards=tuple(note.shard for note in notes),
         index=index,
         num_skipped=len(skipped),
         source=source,
@@ -414,9 +455,6 @@ def _finish(
     return manifest
 
 
-def _sum(path: Path) -> dict[str, Any]:
-    return {"sha256": file_sha256(path), "bytes": path.stat().st_size}
-
-
 def default_workers() -> int:
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0))

@@ -16,7 +16,7 @@ _YOUNG_S = 60.0  # a folder may be locked a moment after it is made
 
 @contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """A folder of this block's own. What killed processes left under the same prefix is removed first."""
+    """A folder for this block alone. Folders of killed processes, by their prefix, go first."""
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*/{_LOCK}"):
         _remove_abandoned(left)
     with tempfile.TemporaryDirectory(prefix=prefix) as name, (Path(name) / _LOCK).open("w") as lock:
@@ -25,6 +25,7 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
 
 
 def _remove_abandoned(lock: Path) -> None:
+    """Removes a folder that nobody holds locked."""
     try:
         if time.time() - lock.stat().st_mtime < _YOUNG_S:
             return

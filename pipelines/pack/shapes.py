@@ -1,4 +1,4 @@
-"""Outlines of the synthetic objects, in a unit frame: x to the right, y down, inside the circle of radius 1."""
+"""Outlines of the synthetic objects, inside the circle of radius 1; x to the right, y down."""
 
 from __future__ import annotations
 
@@ -50,24 +50,26 @@ SHAPES: dict[str, Callable[[], Points]] = {
 }
 
 COCO_KEYPOINTS = (
-    "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
-    "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
-    "right_ankle",
+    "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder",
+    "left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee",
+    "right_knee", "left_ankle", "right_ankle",
 )  # fmt: skip
+# Pairs of keypoints, counted from 1 as COCO does.
 COCO_SKELETON = (
-    (16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9), (8, 10), (9, 11),
-    (2, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7),
+    (16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9),
+    (8, 10), (9, 11), (2, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7),
 )  # fmt: skip
 
 
 def person(rng: np.random.Generator) -> tuple[list[Points], Points]:
-    """Polygons (torso, head, limbs) and the 17 COCO keypoints (17, 2) of a figure that faces the viewer.
+    """Polygons (torso, head, limbs) and the COCO keypoints (17, 2) of a person.
 
-    The figure's left is at the viewer's right.
+    The person faces the viewer, so the person's left is at the viewer's right.
     """
     keypoints = np.zeros((17, 2))
     keypoints[0] = 0.0, -0.72
     keypoints[1:5] = [[0.07, -0.78], [-0.07, -0.78], [0.14, -0.75], [-0.14, -0.75]]
+    # Angles are from straight down, outwards. Chance bends arms and legs, and no other part.
     for side, sign in ((0, 1.0), (1, -1.0)):
         shoulder = np.array([sign * 0.24, -0.48])
         hip = np.array([sign * 0.14, 0.1])

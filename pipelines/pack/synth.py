@@ -1,7 +1,8 @@
 """A synthetic COCO dataset: shapes of four categories on textured ground, at every angle.
 
-Objects overlap; a whole object is annotated by polygons, a partly hidden one by the RLE of what can be seen; now and
-then there is a crowd. The same arguments give the same bytes (with the same Pillow).
+Objects overlap. A whole object is annotated by polygons, a partly hidden one by the RLE of what can
+be seen. One image in twenty has a crowd. The same arguments give the same bytes (with the same
+Pillow).
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import colorsys
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,21 +21,47 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 
 from pipelines.coco.checks import shortened
+from pipelines.coco.records import CocoImage, JsonObject, Rle
 from pipelines.pack.shapes import COCO_KEYPOINTS, COCO_SKELETON, SHAPES, Points, person
 from pipelines.progress import Progress, silent
 
 SETTINGS_NAME = "synth.json"
 VAL_PART = 5  # one image in so many is for validation
 CROWD_RATE = 0.05
-MIN_VISIBLE = (
-    0.55  # of an object's pixels; a new object that would hide more of another one is not placed
-)
+MIN_VISIBLE = 0.55  # of an object's pixels; no new object may hide more of another one
+MIN_PIXELS = 24  # of an object when it is placed
 MAX_SIZE = 4096  # px; drawing takes about 200 bytes a pixel
-VERSION = 2
+VERSION = 2  # a change of what is drawn gets a new number, so that no old dataset passes for it
+
+
+@dataclass(frozen=True)
+class SynthSettings:
+    """What the bytes of a synthetic dataset depend on. OUT/synth.json holds it."""
+
+    version: int
+    train: int
+    val: int
+    size: int
+    seed: int
+    keypoints: bool
+
+    def text(self) -> str:
+        """The content of the note in OUT, whose bytes tell one dataset from another."""
+        return json.dumps(asdict(self)) + "\n"
+
+
+@dataclass(frozen=True)
+class Synthesised:
+    """What `synthesise` did. unchanged: the same dataset was there already."""
+
+    settings: SynthSettings
+    unchanged: bool
 
 
 @dataclass(frozen=True)
 class _Placed:
+    """An object on the image. mask: what can be seen of it, (H, W)."""
+
     category: int
     polygons: list[Points]
     mask: NDArray[np.bool_]
@@ -50,106 +77,127 @@ def synthesise(
     seed: int,
     keypoints: bool = False,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Synthesised:
     """Writes `num_images` in all, a fifth of them (at least one) for validation.
 
-    Layout: annotations/instances_{train,val}.json (with keypoints also person_keypoints_{train,val}.json, the persons
-    alone) and images/{train,val}/*.jpg. Returns the settings with the counts
-    and whether the same dataset was there `unchanged`. Raises ValueError if `out` holds another one.
+    Layout: annotations/instances_{train,val}.json and images/{train,val}/*.jpg; with keypoints
+    also annotations/person_keypoints_{train,val}.json, the persons alone. Raises ValueError if
+    `out` holds another dataset.
     """
+    _check_arguments(out, num_images, size, seed)
+    num_val = max(1, num_images // VAL_PART)
+    settings = SynthSettings(VERSION, num_images - num_val, num_val, size, seed, keypoints)
+    note = out / SETTINGS_NAME
+    if note.exists():
+        present = note.read_text(errors="replace")
+        if present != settings.text():
+            raise ValueError(
+                f"{out}: holds another synthetic dataset ({present[:200].strip()}); choose another "
+                "OUT"
+            )
+        return Synthesised(settings, unchanged=True)
+    (out / "annotations").mkdir(parents=True, exist_ok=True)
+    drawn = 0
+    for number, (split, count) in enumerate((("train", settings.train), ("val", settings.val))):
+        (out / "images" / split).mkdir(parents=True, exist_ok=True)
+        images: list[JsonObject] = []
+        annotations: list[JsonObject] = []
+        for k in range(count):
+            image_id = number * 1_000_000 + k + 1  # ids of the splits never meet, as in COCO
+            # Keyed by the image alone: it stays the same when the dataset grows.
+            rng = np.random.default_rng([seed, number, k])
+            pixels, objects = draw_image(rng, size, keypoints)
+            height, width = pixels.shape[:2]
+            image = CocoImage(image_id, f"{image_id:07d}.jpg", width, height)
+            Image.fromarray(pixels).save(out / "images" / split / image.file_name, quality=92)
+            images.append(image.json())
+            annotations += [
+                _annotation(placed, annotation_id, image_id)
+                for annotation_id, placed in enumerate(objects, len(annotations) + 1)
+            ]
+            drawn += 1
+            progress(drawn, num_images)
+        _write_annotations(out / "annotations", split, settings, images, annotations)
+    _write(note, settings.text())  # last: without it the dataset is not finished
+    return Synthesised(settings, unchanged=False)
+
+
+def _check_arguments(out: Path, num_images: int, size: int, seed: int) -> None:
     if num_images < 2:
         raise ValueError(
             f"--images is {num_images}; give at least 2, one to train on and one to validate on"
         )
     if not 32 <= size <= MAX_SIZE:
         raise ValueError(
-            f"--size is {shortened(size)}; give 32 to {MAX_SIZE} px: objects need room, pixels memory"
+            f"--size is {shortened(size)}; give 32 to {MAX_SIZE} px: objects need room, pixels "
+            "memory"
         )
     if seed < 0:
         raise ValueError(f"--seed is {seed}; give 0 or more")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; OUT must be a folder, new or empty")
-    num_val = max(1, num_images // VAL_PART)
-    counts = {"train": num_images - num_val, "val": num_val}
-    settings = {"version": VERSION, **counts, "size": size, "seed": seed, "keypoints": keypoints}
-    note = out / SETTINGS_NAME
-    if note.exists():
-        there = note.read_text(errors="replace")
-        if there != json.dumps(settings) + "\n":
-            raise ValueError(
-                f"{out}: holds another synthetic dataset ({there[:200].strip()}); choose another OUT"
-            )
-        return {**settings, "unchanged": True}
-    (out / "annotations").mkdir(parents=True, exist_ok=True)
-    done = 0
-    for number, (split, count) in enumerate(counts.items()):
-        folder = out / "images" / split
-        folder.mkdir(parents=True, exist_ok=True)
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for k in range(count):
-            image_id = number * 1_000_000 + k + 1
-            pixels, objects = draw_image(np.random.default_rng([seed, number, k]), size, keypoints)
-            name = f"{image_id:07d}.jpg"
-            Image.fromarray(pixels).save(folder / name, quality=92)
-            images.append(
-                {
-                    "id": image_id,
-                    "file_name": name,
-                    "width": pixels.shape[1],
-                    "height": pixels.shape[0],
-                }
-            )
-            for placed in objects:
-                record = _annotation(placed)
-                annotations.append({"id": len(annotations) + 1, "image_id": image_id, **record})
-            done += 1
-            progress(done, num_images)
-        described = categories(keypoints)
-        coco = {
-            "info": {"description": f"synthetic shapes, seed {seed}"},
-            "licenses": [],
-            "images": images,
-            "annotations": annotations,
-            "categories": described,
-        }
-        _write(out / "annotations" / f"instances_{split}.json", json.dumps(coco))
-        if keypoints:
-            persons = [annotation for annotation in annotations if "keypoints" in annotation]
-            coco |= {"annotations": persons, "categories": described[:1]}
-            _write(out / "annotations" / f"person_keypoints_{split}.json", json.dumps(coco))
-    _write(note, json.dumps(settings) + "\n")
-    return {**settings, "unchanged": False}
+
+
+def _write_annotations(
+    folder: Path,
+    split: str,
+    settings: SynthSettings,
+    images: Sequence[JsonObject],
+    annotations: Sequence[JsonObject],
+) -> None:
+    """Writes instances_SPLIT.json, and person_keypoints_SPLIT.json where there are keypoints."""
+    described = categories(settings.keypoints)
+    coco: JsonObject = {
+        "info": {"description": f"synthetic shapes, seed {settings.seed}"},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": described,
+    }
+    _write(folder / f"instances_{split}.json", json.dumps(coco))
+    if settings.keypoints:
+        persons = [annotation for annotation in annotations if "keypoints" in annotation]
+        coco |= {"annotations": persons, "categories": described[:1]}
+        _write(folder / f"person_keypoints_{split}.json", json.dumps(coco))
 
 
 def _write(path: Path, text: str) -> None:
+    """Whole or not at all: a reader never sees a part."""
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     part.write_text(text)
     part.replace(path)
 
 
-def categories(keypoints: bool) -> list[dict[str, Any]]:
-    """Four categories; with keypoints the first one is a person with COCO's 17."""
-    found = [{"id": k + 1, "name": name, "supercategory": "shape"} for k, name in enumerate(SHAPES)]
-    if keypoints:
-        skeleton = [list(pair) for pair in COCO_SKELETON]
-        found[0] = {"id": 1, "name": "person", "supercategory": "person"}
-        found[0] |= {"keypoints": list(COCO_KEYPOINTS), "skeleton": skeleton}
-    return found
+def categories(keypoints: bool) -> list[JsonObject]:
+    """Four categories. With keypoints the first one is a person with COCO's 17."""
+    shapes: list[JsonObject] = [
+        {"id": k + 1, "name": name, "supercategory": "shape"} for k, name in enumerate(SHAPES)
+    ]
+    if not keypoints:
+        return shapes
+    person: JsonObject = {
+        "id": 1,
+        "name": "person",
+        "supercategory": "person",
+        "keypoints": list(COCO_KEYPOINTS),
+        "skeleton": [list(pair) for pair in COCO_SKELETON],
+    }
+    return [person, *shapes[1:]]
 
 
 def draw_image(
     rng: np.random.Generator, size: int, keypoints: bool
 ) -> tuple[NDArray[np.uint8], list[_Placed]]:
-    """uint8 (H, W, 3), long side `size`, and its objects with the masks of what can be seen of them."""
+    """uint8 (H, W, 3) with `size` as its long side, and its objects."""
     short = round(size * rng.choice([0.75, 0.85, 1.0]))
     height, width = (size, short) if rng.random() < 0.5 else (short, size)
     image = _ground(rng, height, width)
     objects: list[_Placed] = []
+    # The crowd comes first, so that it lies behind everything.
     if rng.random() < CROWD_RATE:
         _try_crowd(rng, image, objects)
     wanted = int(rng.integers(2, 6))
-    for _ in range(wanted * 3):
+    for _ in range(wanted * 3):  # an attempt may find no room
         if sum(not placed.crowd for placed in objects) >= wanted:
             break
         _try_object(rng, image, objects, keypoints)
@@ -171,7 +219,7 @@ def _try_object(
     )
     points: Points | None = None
     if keypoints and category == 0:
-        radius = max(radius, 0.16 * max(height, width))
+        radius = max(radius, 0.16 * max(height, width))  # limbs of smaller persons cover no pixel
         outlines, points = person(rng)
         turn = rng.uniform(-0.2, 0.2)
     else:
@@ -185,15 +233,13 @@ def _try_object(
     mask = polygon_mask(polygons, height, width)
     if points is not None:
         points = points * stretch @ rotation * radius + centre
-    if mask.sum() < 24 or any(
+    # Every object is seen for the most part, or no detector could learn it.
+    if mask.sum() < MIN_PIXELS or any(
         (p.mask & ~mask).sum() < MIN_VISIBLE * whole(p, height, width) for p in objects
     ):
         return
     _paint(rng, image, mask, category, turn)
-    for number, other in enumerate(objects):
-        objects[number] = _Placed(
-            other.category, other.polygons, other.mask & ~mask, other.crowd, other.keypoints
-        )
+    objects[:] = [replace(other, mask=other.mask & ~mask) for other in objects]
     objects.append(_Placed(category, polygons, mask, crowd=False, keypoints=points))
 
 
@@ -216,7 +262,7 @@ def _try_crowd(
         for _ in range(int(rng.integers(6, 12)))
     ]
     mask = polygon_mask(polygons, height, width)
-    if mask.sum() >= 24:
+    if mask.sum() >= MIN_PIXELS:
         _paint(rng, image, mask, category, 0.0)
         objects.append(_Placed(category, polygons, mask, crowd=True, keypoints=None))
 
@@ -232,40 +278,51 @@ def polygon_mask(polygons: list[Points], height: int, width: int) -> NDArray[np.
     return np.asarray(rle_tools.decode(rle_tools.merge(rles)), bool)
 
 
-def _annotation(placed: _Placed) -> dict[str, Any]:
+def _annotation(placed: _Placed, annotation_id: int, image_id: int) -> JsonObject:
+    """The COCO annotation of an object. The order of its fields is part of the dataset's bytes."""
     height, width = placed.mask.shape
     rle = rle_tools.encode(np.asfortranarray(placed.mask.astype(np.uint8)))
-    unhidden = not placed.crowd and int(placed.mask.sum()) == whole(placed, height, width)
-    record: dict[str, Any] = {"category_id": placed.category + 1, "iscrowd": int(placed.crowd)}
-    if unhidden:
-        record["segmentation"] = [polygon.ravel().tolist() for polygon in placed.polygons]
+    record: JsonObject = {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": placed.category + 1,
+        "iscrowd": int(placed.crowd),
+    }
+    if not placed.crowd and int(placed.mask.sum()) == whole(placed, height, width):
         corners = np.concatenate(placed.polygons)
         low, high = corners.min(0), corners.max(0)
-        record["bbox"] = [round(float(v), 2) for v in (*low, *(high - low))]
+        record |= {
+            "segmentation": [polygon.ravel().tolist() for polygon in placed.polygons],
+            "bbox": [round(float(v), 2) for v in (*low, *(high - low))],
+        }
     else:
-        record["segmentation"] = {"size": [height, width], "counts": rle["counts"].decode()}
-        record["bbox"] = [float(v) for v in rle_tools.toBbox(rle)]
-    record["area"] = float(rle_tools.area(rle))
-    if placed.keypoints is not None:
-        record |= _keypoints(placed)
-    return record
+        record |= {
+            "segmentation": Rle(height, width, rle["counts"].decode()).json(),
+            "bbox": [float(v) for v in rle_tools.toBbox(rle)],
+        }
+    record |= {"area": float(rle_tools.area(rle))}
+    return (
+        record if placed.keypoints is None else record | _keypoints(placed.keypoints, placed.mask)
+    )
 
 
-def _keypoints(placed: _Placed) -> dict[str, Any]:
-    """COCO keypoints: 2 where the point can be seen, 1 where another object hides it, 0 off the image."""
-    assert placed.keypoints is not None
-    height, width = placed.mask.shape
-    values: list[float] = []
-    for x, y in placed.keypoints:
+def _keypoints(points: Points, mask: NDArray[np.bool_]) -> JsonObject:
+    """COCO keypoints: 2 for a point that can be seen, 1 for a hidden one, 0 for one off the image.
+
+    points: (17, 2). mask: what can be seen of the person, (H, W).
+    """
+    height, width = mask.shape
+    values: list[int] = []
+    for x, y in points:
         inside = 0 <= x < width and 0 <= y < height
-        seen = inside and bool(placed.mask[int(y), int(x)])
+        seen = inside and bool(mask[int(y), int(x)])
         values += [int(x), int(y), 2 if seen else 1] if inside else [0, 0, 0]
     return {"keypoints": values, "num_keypoints": sum(v > 0 for v in values[2::3])}
 
 
-# --- looks ------------------------------------------------------------------------------------------------------------
+# --- appearance -----------------------------------------------------------------------------------
 
-_HUES = (0.02, 0.14, 0.36, 0.62)
+_HUES = (0.02, 0.14, 0.36, 0.62)  # of the four categories: red, yellow, green, blue
 
 
 def _ground(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float64]:

@@ -1,7 +1,8 @@
 """A bounded folder of verified copies of remote shards, shared by all processes of a node.
 
-A file's name is its SHA-256. A lock for each file keeps two processes from fetching it twice, one lock for the folder
-guards eviction. Evicting a file that another process has mapped is safe: its pages live until it is unmapped.
+A file's name is its SHA-256. A lock for each file keeps two processes from fetching it twice, and
+one lock for the folder guards eviction. A file that another process has mapped may be evicted: its
+pages live until it is unmapped.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ T = TypeVar("T")
 
 
 class Cache:
+    """One folder of at most `cap_gib`. An empty name means the user's in the temporary folder."""
+
     def __init__(self, folder: str, cap_gib: float):
         self.folder = Path(folder or Path(tempfile.gettempdir()) / f"maskray-cache-{os.getuid()}")
         self.cap_bytes = int(cap_gib * 2**30)
@@ -37,10 +40,11 @@ class Cache:
         use: Callable[[Path], T],
         describe: Callable[[Path], str] = lambda _: "",
     ) -> T:
-        """`use` of the local copy of a file of `store`, verified on arrival. It is not evicted while it is being used.
+        """`use` of the local copy of a file of `store`, which is verified on arrival.
 
-        Raises RuntimeError if its hash is wrong twice (then `describe` is asked what is wrong with the copy) or the
-        store stays unreachable.
+        The copy is not evicted while `use` runs. Raises RuntimeError if the store stays
+        unreachable, or if the hash is wrong twice; the message then has what `describe` says of the
+        copy.
         """
         path = self.folder / f"{entry.sha256}.arrow"
         with self._kept():
@@ -48,25 +52,25 @@ class Cache:
                 return use(path)
         with _locked(self.folder / f"{entry.sha256}.lock"):
             with self._kept():
-                if _touch(path):  # by another process, meanwhile
+                if _touch(path):  # another process fetched it while this one waited for the lock
                     return use(path)
-            part = path.with_suffix(
-                ".part"
-            )  # a crashed process leaves it; the next one writes over it
+            # A crashed process leaves this file; the next one writes over it.
+            part = path.with_suffix(".part")
             for _ in range(FETCHES):
-                found = retried(
+                sha256 = retried(
                     lambda: _download(store, entry.name, part), store.describe(entry.name)
                 )
-                if found == entry.sha256:
+                if sha256 == entry.sha256:
+                    # `use` is inside the lock: the file must not go before it is mapped.
                     with self._kept(fcntl.LOCK_EX):
                         self._evict(entry.bytes)
                         part.replace(path)
                         return use(path)
-                aside = self._quarantine(part, found)
+                aside = self._quarantine(part, sha256)
         raise RuntimeError(
-            f"{store.describe(entry.name)}{describe(aside)}: sha256 {found[:12]}..., "
-            f"the manifest says {entry.sha256[:12]}...; fetched {FETCHES} times, the last copy is {aside}; "
-            'remove it from the store and pack again with "maskray data pack"'
+            f"{store.describe(entry.name)}{describe(aside)}: sha256 {sha256[:12]}..., "
+            f"the manifest says {entry.sha256[:12]}...; fetched {FETCHES} times, the last copy is "
+            f'{aside}; remove it from the store and pack again with "maskray data pack"'
         )
 
     def drop_if_damaged(self, entry: FileEntry) -> None:
@@ -77,16 +81,16 @@ class Cache:
                 path.unlink()
 
     def _kept(self, how: int = fcntl.LOCK_SH) -> AbstractContextManager[None]:
-        """While it is held shared nothing is evicted."""
+        """Nothing is evicted while a process holds this lock, shared by default."""
         self.folder.mkdir(parents=True, exist_ok=True)
         return _locked(self.folder / "eviction.lock", how)
 
-    def _quarantine(self, part: Path, found: str) -> Path:
-        target = self.folder / "quarantine" / f"{found}.arrow"
+    def _quarantine(self, part: Path, sha256: str) -> Path:
+        """Moves a damaged copy aside and removes the oldest of those that are too many."""
+        target = self.folder / "quarantine" / f"{sha256}.arrow"
         target.parent.mkdir(exist_ok=True)
-        for older in sorted(
-            target.parent.glob("*.arrow"), key=lambda file: file.stat().st_mtime_ns
-        )[: 1 - QUARANTINED]:
+        copies = sorted(target.parent.glob("*.arrow"), key=lambda file: file.stat().st_mtime_ns)
+        for older in copies[: 1 - QUARANTINED]:
             older.unlink(missing_ok=True)
         return part.replace(target)
 
@@ -106,6 +110,7 @@ class Cache:
 
 
 def _touch(path: Path) -> bool:
+    """Marks a copy as used now, which eviction goes by. False if there is none."""
     try:
         os.utime(path)
     except FileNotFoundError:
@@ -113,7 +118,8 @@ def _touch(path: Path) -> bool:
     return True
 
 
-def _download(store: Files, name: str, target: Path) -> str:
+def _download(store: Store, name: str, target: Path) -> str:
+    """Copies a file; returns the SHA-256 of the bytes that came."""
     digest = hashlib.sha256()
     store.copy_to(name, target, digest.update)
     return digest.hexdigest()

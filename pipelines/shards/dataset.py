@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +12,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 from contract.data import DataConfig, Filter
-from contract.files import Files
+from pipelines.coco.records import CocoAnnotation, CocoCategory, JsonObject, LabelledImage
 from pipelines.progress import Progress, silent
 from pipelines.shards.cache import Cache
 from pipelines.shards.index import Index, Ints, Selection, select
 from pipelines.shards.manifest import FileEntry, Manifest, read_manifest
 from pipelines.shards.rows import Row, Shard, damaged_rows
-from pipelines.shards.schema import annotation_record, image_record
+from pipelines.storage import Store
 
-MAX_OPEN_SHARDS = 64
+MAX_OPEN_SHARDS = 64  # a map and a file descriptor each, in each process
 
 T = TypeVar("T")
 
@@ -43,32 +43,34 @@ class Dataset:
 
     @cached_property
     def index(self) -> Index:
+        """What order and filter know of every image."""
         return self._use(self.manifest.index, Index)
 
     @property
-    def categories(self) -> tuple[dict[str, Any], ...]:
-        """COCO category records of the view, in the order of their dense labels."""
-        return tuple(self.manifest.categories[label] for label in self.selection.labels)
+    def categories(self) -> tuple[CocoCategory, ...]:
+        """The categories of the view, in the order of their dense labels."""
+        categories = self.manifest.coco_categories
+        return tuple(categories[label] for label in self.selection.labels)
 
     @property
     def category_ids(self) -> tuple[int, ...]:
         """Dense label -> COCO category id, after the filter."""
-        return tuple(int(category["id"]) for category in self.categories)
+        return tuple(category.id for category in self.categories)
 
     def for_training(self, filter: Filter, masks: bool = False) -> Dataset:
         """The view that trains: filter, without the holdout."""
         return self._view(
-            select(self.manifest.categories, filter, "train", training=True, masks=masks)
+            select(self.manifest.coco_categories, filter, "train", training=True, masks=masks)
         )
 
     def for_evaluation(self, cfg: DataConfig) -> Dataset:
         """The view that is evaluated: every image, the filter's categories.
 
-        Where `cfg.val` is `cfg.train` and there is a holdout, it is the held-out images that evaluate.
+        With a holdout and `cfg.val` equal to `cfg.train`, the held-out images evaluate.
         """
         held_out = cfg.val == cfg.train and cfg.filter.holdout > 0
         part = "holdout" if held_out else "all"
-        return self._view(select(self.manifest.categories, cfg.filter, part, training=False))
+        return self._view(select(self.manifest.coco_categories, cfg.filter, part, training=False))
 
     def _view(self, selection: Selection) -> Dataset:
         return replace(self, selection=selection, _open=OrderedDict())
@@ -86,11 +88,12 @@ class Dataset:
         return self.index.values("image_id", np.array(self.rows(), np.int64))
 
     def row(self, number: int) -> Row:
+        """One image with its annotations, as views into its shard."""
         shard, local = self.index.locate(number)
         return self.shard(shard).row(local)
 
     def shard(self, number: int) -> Shard:
-        """Opens a shard, or takes one of the open ones; the one used longest ago is closed for it."""
+        """An open shard. The one that was used longest ago is closed if there are too many."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -101,64 +104,68 @@ class Dataset:
         return opened
 
     def let_go(self) -> None:
-        """Gives the memory-mapped pages that were read back to the page cache; everything stays usable."""
+        """Gives the memory-mapped pages that were read back to the page cache. All stays usable."""
         self.index.let_go()
         for shard in self._open.values():
             shard.let_go()
 
     def coco(self) -> dict[str, Any]:
         """The view's images, annotations and categories as COCO JSON, in the order of packing."""
-        kept = set(self.category_ids)
-        images, annotations = [], []
-        for shard in range(self.index.num_shards):
-            rows = set(
-                (self.index.selected(shard, self.selection) - self.index.starts[shard]).tolist()
-            )
-            for number, record in enumerate(
-                self._use(self.manifest.shards[shard], Shard).records()
-            ):
-                if number not in rows:
-                    continue
-                images.append(image_record(record))
-                annotations += [
-                    annotation_record(a, record["image_id"])
-                    for a in record["annotations"]
-                    if a["category_id"] in kept
-                ]
+        images: list[JsonObject] = []
+        annotations: list[JsonObject] = []
+        for labelled in self._labelled_images():
+            images.append(labelled.image.json())
+            annotations += [annotation.json() for annotation in self._kept(labelled)]
+        # The manifest keeps all that the files say of a category; the records know a part of it.
+        categories = [self.manifest.categories[label] for label in self.selection.labels]
         return {
             "info": self.manifest.info,
             "licenses": list(self.manifest.licenses),
             "images": images,
             "annotations": annotations,
-            "categories": list(self.categories),
+            "categories": categories,
         }
 
-    def annotations(self, image_id: int) -> list[dict[str, Any]]:
-        """COCO annotations of one image of the view, for pictures; reads the index from the start."""
+    def annotations(self, image_id: int) -> list[CocoAnnotation]:
+        """The view's annotations of one image, for pictures; searches the index from its start."""
         for shard in range(self.index.num_shards):
-            local = (self.index.column(shard, "image_id") == image_id).nonzero()[0]
-            if len(local):
-                kept = set(self.category_ids)
-                record = self.shard(shard).record(int(local[0]))
-                return [
-                    annotation_record(a, image_id)
-                    for a in record["annotations"]
-                    if a["category_id"] in kept
-                ]
+            places = (self.index.column(shard, "image_id") == image_id).nonzero()[0]
+            if len(places):
+                return self._kept(self.shard(shard).labelled_image(int(places[0])))
         raise ValueError(f"{self.store.name}: no image {image_id}")
+
+    def _labelled_images(self) -> Iterator[LabelledImage]:
+        """The view's images, with the annotations of all categories."""
+        for number in range(self.index.num_shards):
+            rows = self.index.selected(number, self.selection) - self.index.starts[number]
+            chosen = set(rows.tolist())
+            # Not from the open shards: an export reads each shard once, and need not hold it.
+            shard = self._use(self.manifest.shards[number], Shard)
+            yield from (
+                labelled for row, labelled in enumerate(shard.labelled_images()) if row in chosen
+            )
+
+    def _kept(self, labelled: LabelledImage) -> list[CocoAnnotation]:
+        """The annotations of the view's categories."""
+        kept = set(self.category_ids)
+        return [annotation for annotation in labelled.annotations if annotation.category_id in kept]
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
+        """Everything but the manifest."""
         return (self.manifest.index, *self.manifest.shards)
 
     def fetch(self, entry: FileEntry) -> None:
-        """Has a sound copy of one of its files in the node's cache. A dataset of this machine needs none."""
+        """Puts a sound copy of one of its files into the node's cache.
+
+        A dataset on this machine needs no copy.
+        """
         if self.store.local is None:
             self.cache.drop_if_damaged(entry)
         self._use(entry, lambda _: None)
 
     def _use(self, entry: FileEntry, use: Callable[[Path], T]) -> T:
-        """`use` of the local file of an entry."""
+        """`use` of the local file of an entry, which a remote dataset has in its cache."""
         folder = self.store.local
         if folder is None:
             return self.cache.fetch(
@@ -171,12 +178,13 @@ class Dataset:
             )
         if path.stat().st_size != entry.bytes:
             raise RuntimeError(
-                f"{path}: has {path.stat().st_size} bytes, the manifest says {entry.bytes}; restore it or pack again"
+                f"{path}: has {path.stat().st_size} bytes, the manifest says {entry.bytes}; "
+                "restore it or pack again"
             )
         return use(path)
 
     def _rows_of_damage(self, entry: FileEntry, copy: Path) -> str:
-        """The rows of a shard that came damaged, in words."""
+        """The rows of a shard that arrived damaged, in words for a message."""
         if entry not in self.manifest.shards:
             return ""
         rows = damaged_rows(copy, self.index.column(self.manifest.shards.index(entry), "crc32"))
@@ -185,7 +193,10 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Staged:
-    """What `stage_datasets` did. cache: the folder, empty if no dataset is remote. evicted: files of other datasets."""
+    """What `stage_datasets` did: done, total and evicted count files.
+
+    cache: the folder, empty if no dataset is remote. evicted: files of other datasets.
+    """
 
     done: int
     total: int
@@ -196,6 +207,7 @@ class Staged:
 
 def stage_datasets(datasets: Sequence[Dataset], progress: Progress = silent) -> Staged:
     """Fills one cache with all of them. Raises ValueError if it cannot hold them together."""
+    # By hash: two datasets may share a file.
     remote = {
         entry.sha256: entry.bytes for d in datasets if d.store.local is None for entry in d.files
     }
@@ -222,7 +234,7 @@ def _size(count: int) -> str:
 
 
 def open_dataset(uri: str, cache: str = "", cache_gib: float = 20) -> Dataset:
-    """Reads the manifest of a folder or pyarrow.fs URI; everything else is opened when it is needed.
+    """Reads the manifest of a folder or pyarrow.fs URI. All else is opened when it is needed.
 
     cache: folder for copies of remote shards, empty for one in the system's temporary folder.
     """

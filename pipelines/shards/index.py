@@ -13,21 +13,22 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from contract.data import Filter
+from pipelines.coco.records import CocoCategory
 from pipelines.shards import schema
 from pipelines.shards.keyed_random import chain
 from pipelines.shards.mapping import MappedFile, view
 
 Ints = NDArray[np.int64]
-_HOLDOUT_SALT = 0x686F6C64
+_HOLDOUT_SALT = 0x686F6C64  # "hold" in ASCII; another value would draw another holdout
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which annotations train and which images are drawn. All of `filter` and what the run's heads need.
+    """Which annotations train and which images are drawn: a run's filter and its heads' needs.
 
-    labels: dense labels (positions in the manifest's categories) that are kept; the position here is the new label.
-    part: "train" leaves the holdout out, "holdout" is the rest, "all" ignores it.
-    drop_empty: images without a usable object are left out.
+    labels: dense labels (positions in the manifest's categories) that are kept; their position here
+    is the new label. part: "train" leaves the holdout out, "holdout" is the holdout alone, "all" is
+    both. drop_empty: images without a usable object are left out.
     """
 
     labels: tuple[int, ...]
@@ -39,7 +40,7 @@ class Selection:
     drop_empty: bool = False
 
     def usable(
-        self, label: NDArray[Any], area: NDArray[Any], flags: NDArray[Any]
+        self, label: NDArray[np.int16], area: NDArray[np.float64], flags: NDArray[np.uint8]
     ) -> NDArray[np.bool_]:
         """Which annotations train: on the image, not a crowd, of a kept category, large enough."""
         needed = (
@@ -48,36 +49,42 @@ class Selection:
             | (schema.HAS_MASK * self.require_mask)
         )
         kept = (flags & (needed | schema.CROWD)) == needed
+        # A table by label costs one look-up an annotation, whatever the number of kept labels.
         chosen = np.zeros(max(int(label.max(initial=0)), *self.labels, 0) + 1, np.bool_)
         chosen[list(self.labels)] = True
         return np.asarray(kept & (area >= self.min_area_px) & chosen[label])
 
     def drawn(self, image_ids: Ints) -> NDArray[np.bool_]:
-        """Which images belong to the part, by a hash of their id: the same whatever else is in the dataset."""
+        """Which images belong to the part.
+
+        A hash of its id decides it for each image, whatever else is in the dataset.
+        """
         if self.part == "all" or self.holdout == 0:
             return np.full(len(image_ids), self.part != "holdout")
-        held = (
-            chain(_HOLDOUT_SALT, image_ids.view(np.uint64)) >> np.uint64(11)
-        ) * 2.0**-53 < self.holdout
+        # The upper 53 bits of the hash make a number in [0, 1).
+        bits = chain(_HOLDOUT_SALT, image_ids.view(np.uint64)) >> np.uint64(11)
+        held = bits * 2.0**-53 < self.holdout
         return np.asarray(held if self.part == "holdout" else ~held)
 
 
 def select(
-    categories: Sequence[dict[str, Any]],
+    categories: Sequence[CocoCategory],
     chosen: Filter,
     part: str,
     training: bool,
     masks: bool = False,
 ) -> Selection:
-    """The selection that `chosen` makes of these categories. Evaluation narrows categories and images alone.
+    """The selection that `chosen` makes of these categories.
 
-    Raises ValueError for a name that is not among the categories.
+    Evaluation is narrowed by categories and images alone. Raises ValueError for a name that is not
+    among the categories.
     """
-    names = [str(category["name"]) for category in categories]
+    names = [category.name for category in categories]
     for name in chosen.categories:
         if name not in names:
             raise ValueError(
-                f"data.filter.categories: no category {name!r} in the dataset; there are {', '.join(names)}"
+                f"data.filter.categories: no category {name!r} in the dataset; there are "
+                f"{', '.join(names)}"
             )
     labels = tuple(
         k for k, name in enumerate(names) if not chosen.categories or name in chosen.categories
@@ -104,6 +111,7 @@ class Index:
         self.starts: Ints = np.cumsum(
             [0] + [batch.num_rows for batch in self._shards], dtype=np.int64
         )
+        # The cache is the object's own: one on the class would keep every index alive.
         self._usable = lru_cache(64)(self._usable)  # type: ignore[method-assign]
 
     @property
@@ -126,12 +134,15 @@ class Index:
         """image_id, width, height or crc32 of a shard's rows, as a view."""
         return view(self._shards[shard][name])
 
-    def annotation_columns(self, shard: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    def annotation_columns(self, shard: int) -> tuple[NDArray[np.int16], NDArray[np.uint8]]:
         """Dense labels and flags of all annotations of a shard."""
         return _flat(self._shards[shard], "ann_label"), _flat(self._shards[shard], "ann_flags")
 
     def usable_objects(self, row: int, selection: Selection) -> tuple[Ints, Ints]:
-        """Of the annotations of a row that train: their positions among the row's annotations, and packed labels."""
+        """The annotations of a row that train.
+
+        Returns their positions among the row's annotations, and their labels in the manifest.
+        """
         shard, local = self.locate(row)
         lists = self._shards[shard]["ann_label"]
         first, last = view(lists.offsets)[local : local + 2].tolist()
@@ -143,19 +154,19 @@ class Index:
 
     def values(self, name: str, rows: Ints) -> NDArray[np.int64]:
         """A column at any rows."""
-        found = np.empty(len(rows), np.int64)
+        values = np.empty(len(rows), np.int64)
         for shard, places in self._by_shard(rows):
-            found[places] = self.column(shard, name)[rows[places] - self.starts[shard]]
-        return found
+            values[places] = self.column(shard, name)[rows[places] - self.starts[shard]]
+        return values
 
     def object_counts(self, rows: Ints, selection: Selection) -> Ints:
         """How many usable objects each row has."""
-        found = np.empty(len(rows), np.int64)
+        counts = np.empty(len(rows), np.int64)
         for shard, places in self._by_shard(rows):
             before, local = self._usable(shard, selection), rows[places] - self.starts[shard]
             offsets = view(self._shards[shard]["ann_label"].offsets)
-            found[places] = before[offsets[local + 1]] - before[offsets[local]]
-        return found
+            counts[places] = before[offsets[local + 1]] - before[offsets[local]]
+        return counts
 
     def selected(self, shard: int, selection: Selection) -> Ints:
         """The rows of a shard (numbered through all shards) that the selection draws, ascending."""
@@ -174,7 +185,10 @@ class Index:
         )
 
     def _usable(self, shard: int, selection: Selection) -> Ints:
-        """How many of a shard's first n annotations train, for each n from 0; 8 bytes an annotation."""
+        """How many of a shard's first n annotations train, for each n from 0.
+
+        A row's count is then one difference. It takes 8 bytes an annotation.
+        """
         batch = self._shards[shard]
         usable = selection.usable(*(_flat(batch, name) for name in _PER_ANNOTATION))
         return np.concatenate([[0], np.cumsum(usable, dtype=np.int64)])

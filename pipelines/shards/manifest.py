@@ -9,7 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from contract.data import MANIFEST_NAME, ManifestHeader, OtherSchemaError
-from contract.files import Files
+from pipelines.coco.checks import read_category
+from pipelines.coco.records import CocoCategory
+from pipelines.storage import Store
 
 INDEX_NAME = "index.arrow"
 
@@ -26,9 +28,11 @@ class FileEntry(BaseModel):
 
 
 class Manifest(ManifestHeader):
-    """The whole manifest. `source` identifies the inputs that were packed; no times and no machine are in it."""
+    """The whole manifest. `source` identifies the packed inputs.
 
-    categories: tuple[dict[str, Any], ...]
+    It holds no time and no machine, so that equal inputs give equal bytes everywhere.
+    """
+
     shards: tuple[FileEntry, ...]
     index: FileEntry
     num_skipped: int
@@ -39,7 +43,9 @@ class Manifest(ManifestHeader):
     def dump(self) -> bytes:
         """The bytes of the file: one canonical text, so that any changed byte is noticed."""
         content = json.loads(self.model_dump_json())
-        content["checksum"] = _digest(content)
+        # Of the content with sorted keys: the checksum does not depend on the order of the fields.
+        checksum = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        content |= {"checksum": checksum}
         return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
     @property
@@ -49,20 +55,23 @@ class Manifest(ManifestHeader):
 
     @property
     def header(self) -> ManifestHeader:
+        """The part that others than the reader need."""
         return ManifestHeader(**{name: getattr(self, name) for name in ManifestHeader.model_fields})
+
+    @property
+    def coco_categories(self) -> tuple[CocoCategory, ...]:
+        """The categories as records; their position is the dense label."""
+        return tuple(read_category(fields) for fields in self.categories)
 
     @property
     def num_keypoints(self) -> int:
         """Keypoint types of the category that has most, 0 without keypoints."""
-        return (
-            max((len(c.get("keypoints", ())) for c in self.categories), default=0)
-            if self.has_keypoints
-            else 0
-        )
+        counts = [len(category.keypoints) for category in self.coco_categories]
+        return max(counts, default=0) if self.has_keypoints else 0
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:
-    """Raises ValueError if the text is not a manifest of this schema, RuntimeError if it was changed or damaged."""
+    """Raises ValueError for a manifest of another schema, RuntimeError for a damaged one."""
     try:
         ManifestHeader.parse(text)
         manifest = Manifest.model_validate_json(text)
@@ -72,6 +81,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
         raise RuntimeError(
             f"{where}: not a readable manifest; restore it or pack the data again"
         ) from error
+    # Not the checksum alone: a field that the record does not know, or another layout, shows too.
     if manifest.dump() != text:
         raise RuntimeError(
             f"{where}: was changed after packing (its checksum differs); restore it or pack again"
@@ -88,14 +98,11 @@ def read_manifest(store: Files) -> Manifest:
         text = store.read(MANIFEST_NAME)
     except FileNotFoundError:
         raise ValueError(
-            f'{store.name}: no {MANIFEST_NAME} there; pack the data first with "maskray data pack --out {store.name}"'
+            f"{store.name}: no {MANIFEST_NAME} there; pack the data first with "
+            f'"maskray data pack --out {store.name}"'
         ) from None
     except IsADirectoryError:
         raise RuntimeError(
             f"{where}: is a folder; restore the file or pack the data again"
         ) from None
     return parse_manifest(text, where)
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 class MappedFile:
     """All record batches of an Arrow IPC file, without copies.
 
-    Through a map of our own instead of `pa.memory_map`, because only so can its pages be let go: each process would
-    else count every page that it ever touched as its own, up to the size of its open shards.
+    The map is our own, not `pa.memory_map`, because the pages of ours can be let go. Else each
+    process counts every page that it ever touched as its own, up to the size of its open shards.
     """
 
     def __init__(self, path: Path):
-        """Raises RuntimeError, naming the file, if it is none."""
+        """Raises RuntimeError, which names the file, if it is not a whole Arrow IPC file."""
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -28,11 +28,8 @@ class MappedFile:
             self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         except (FileNotFoundError, PermissionError):
             raise
-        except (
-            pa.ArrowException,
-            OSError,
-            ValueError,
-        ) as error:  # Arrow fails on damaged bytes in many ways
+        except (pa.ArrowException, OSError, ValueError) as error:
+            # Arrow fails on damaged bytes in many ways.
             reason = "is a folder" if path.is_dir() else f"is damaged ({error})"
             raise RuntimeError(f"{path}: {reason}; restore it or pack the data again") from error
 
@@ -42,5 +39,6 @@ class MappedFile:
 
 
 def view(column: pa.Array) -> NDArray[Any]:
-    """A column of numbers without nulls as NumPy sees it. (`Array.to_numpy` would import pandas: 30 MB a worker.)"""
+    """A column of numbers without nulls as NumPy sees it, without a copy."""
+    # `Array.to_numpy` would import pandas: 30 MB a worker.
     return np.from_dlpack(column)

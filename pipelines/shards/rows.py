@@ -1,6 +1,7 @@
-"""Reads rows of a memory-mapped shard without copies: all record batches are opened once, then sliced.
+"""Reads rows of a memory-mapped shard without copies.
 
-(`get_batch` on every access re-advises the whole batch: 400 times slower.)
+All record batches are opened once, then sliced: `get_batch` on every access advises the kernel of
+the whole batch again and is 400 times slower.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.coco.records import LabelledImage, Rle
 from pipelines.shards import schema
 from pipelines.shards.mapping import MappedFile, view
 
 Floats = NDArray[np.float64]
+_ALL_BUT_THE_BYTES = [name for name in schema.SHARD.names if name != "image"]
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,13 @@ class Annotations:
     batch: _Columns
 
     def polygons(self, number: int) -> tuple[Floats, list[int]]:
-        """All points (P, 2) of one annotation's polygons, and where each polygon begins and ends among them."""
+        """All points (P, 2) of one annotation's polygons, and the borders between its polygons."""
         outer, inner, values = self.batch.polygons
         ends = inner[outer[self.first + number] : outer[self.first + number + 1] + 1]
         return values[ends[0] : ends[-1]].reshape(-1, 2), ((ends - ends[0]) // 2).tolist()
 
-    def rle(self, number: int) -> dict[str, Any]:
-        """COCO RLE, compressed or not, of an annotation of such a kind."""
+    def rle(self, number: int) -> Rle:
+        """The mask of an annotation of one of the two RLE kinds."""
         return self.batch.rle(self.first + number)
 
     def keypoints(self, number: int) -> Floats:
@@ -52,6 +54,8 @@ class Annotations:
 
 @dataclass(frozen=True)
 class Row:
+    """One image. Its annotations and its bytes are views into the shard."""
+
     image_id: int
     width: int
     height: int
@@ -61,7 +65,7 @@ class Row:
 
 
 class _Columns:
-    """NumPy views of one record batch."""
+    """NumPy views of one record batch. Those of annotations are made when they are first read."""
 
     def __init__(self, batch: pa.RecordBatch):
         self.batch = batch
@@ -70,6 +74,7 @@ class _Columns:
         self.height = view(batch["height"])
         self.orientation = view(batch["orientation"])
         image = batch["image"]
+        # pyarrow would make an object of each value; the buffers give the bytes without one.
         self._image_offsets = np.frombuffer(image.buffers()[1], np.int64)
         self._image_data = memoryview(image.buffers()[2]).cast("B")
         lists = batch["annotations"]
@@ -79,7 +84,7 @@ class _Columns:
     def content(self, row: int) -> memoryview:
         return self._image_data[self._image_offsets[row] : self._image_offsets[row + 1]]
 
-    def _field(self, name: str) -> Any:
+    def _field(self, name: str) -> pa.Array:
         return self._annotations.field(name)
 
     @cached_property
@@ -104,11 +109,11 @@ class _Columns:
         first, last = int(self.offsets[row]), int(self.offsets[row + 1])
         return Annotations(self.boxes[first:last], self.kinds[first:last], first, self)
 
-    def rle(self, position: int) -> dict[str, Any]:
-        size = self._field("rle_size")[position].as_py()
-        if self._field("kind")[position].as_py() == schema.RLE_TEXT:
-            return {"size": size, "counts": self._field("rle_text")[position].as_py()}
-        return {"size": size, "counts": self._field("rle_counts")[position].as_py()}
+    def rle(self, position: int) -> Rle:
+        height, width = self._field("rle_size")[position].as_py()
+        if self.kinds[position] == schema.RLE_TEXT:
+            return Rle(height, width, self._field("rle_text")[position].as_py().decode())
+        return Rle(height, width, self._field("rle_counts")[position].as_py())
 
 
 class Shard:
@@ -142,26 +147,28 @@ class Shard:
         columns, at = self._locate(number)
         return columns.content(at)
 
-    def record(self, number: int) -> dict[str, Any]:
-        """A plain dictionary of SHARD without the image."""
+    def labelled_image(self, number: int) -> LabelledImage:
+        """One image with its annotations as COCO has them; for pictures, not for speed."""
         columns, at = self._locate(number)
-        names = [name for name in schema.SHARD.names if name != "image"]
-        found: dict[str, Any] = columns.batch.select(names).slice(at, 1).to_pylist()[0]
-        return found
+        [value] = columns.batch.select(_ALL_BUT_THE_BYTES).slice(at, 1).to_pylist()
+        return schema.labelled_image(value)
 
     def _locate(self, number: int) -> tuple[_Columns, int]:
         place = int(np.searchsorted(self._starts, number, side="right")) - 1
         return self._batches[place], number - int(self._starts[place])
 
-    def records(self) -> Iterator[dict[str, Any]]:
-        """Plain dictionaries of SHARD without the images; for export, not for speed."""
-        names = [name for name in schema.SHARD.names if name != "image"]
+    def labelled_images(self) -> Iterator[LabelledImage]:
+        """All images with their annotations as COCO has them; for export, not for speed."""
         for columns in self._batches:
-            yield from columns.batch.select(names).to_pylist()
+            for value in columns.batch.select(_ALL_BUT_THE_BYTES).to_pylist():
+                yield schema.labelled_image(value)
 
 
 def damaged_rows(path: Path, crc32: NDArray[np.uint32]) -> list[int | None]:
-    """Rows whose image bytes have another CRC-32 than the index says, as far as the shard can still be opened."""
+    """Rows whose image bytes have another CRC-32 than the index says.
+
+    The list is empty if the shard cannot be opened any more.
+    """
     try:
         opened = Shard(path)
         return [row for row in range(len(crc32)) if zlib.crc32(opened.content(row)) != crc32[row]]

@@ -1,4 +1,4 @@
-"""The Arrow schema of shards and index, and how one image with its annotations becomes a row.
+"""The Arrow schema of shards and index, and how an image with its annotations becomes a row.
 
 Shards are uncompressed Arrow IPC files: zstd saves 0.6% on JPEG and costs reading without copies.
 """
@@ -7,25 +7,32 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
-from pycocotools import mask as rle_tools
+
+from pipelines.coco.records import (
+    CocoAnnotation,
+    CocoImage,
+    JsonObject,
+    LabelledImage,
+    Polygons,
+    Rle,
+)
 
 ROWS_PER_BATCH = 64
 
-NO_SEGMENTATION, POLYGONS, RLE_TEXT, RLE_COUNTS = range(4)  # values of `kind`
-CROWD, HAS_BOX, HAS_MASK, HAS_KEYPOINTS = 1, 2, 4, 8  # bits of the index's `ann_flags`
+# Values of the column `kind`. They are in the shards on disk: add to them, but never renumber them.
+NO_SEGMENTATION, POLYGONS, RLE_TEXT, RLE_COUNTS = range(4)
+CROWD, HAS_BOX, HAS_MASK, HAS_KEYPOINTS = 1, 2, 4, 8  # bits of the index's `ann_flags`, on disk too
 
 ANNOTATION = pa.struct(
     [
         ("id", pa.int64()),
         ("category_id", pa.int64()),
-        (
-            "bbox",
-            pa.list_(pa.float64(), 4),
-        ),  # x, y, width, height in pixels of the image, as in COCO
+        ("bbox", pa.list_(pa.float64(), 4)),  # x, y, width, height in pixels, as in COCO
         ("area", pa.float64()),
         ("iscrowd", pa.int8()),
         ("kind", pa.int8()),
@@ -35,7 +42,7 @@ ANNOTATION = pa.struct(
         ("rle_size", pa.list_(pa.int32(), 2)),  # height, width of both RLE kinds
         ("keypoints", pa.list_(pa.float64())),  # x, y, visibility, ...
         ("num_keypoints", pa.int32()),  # -1 where the annotation does not say
-        ("extra", pa.string()),  # JSON of the fields above do not hold
+        ("extra", pa.string()),  # JSON of the fields that the columns above do not hold
     ]
 )
 
@@ -69,138 +76,133 @@ INDEX = pa.schema(
     metadata={"maskray": "1"},
 )
 
-_KNOWN = {
-    "id",
-    "image_id",
-    "category_id",
-    "bbox",
-    "area",
-    "iscrowd",
-    "segmentation",
-    "keypoints",
-    "num_keypoints",
-}
-_IMAGE_KNOWN = {"id", "file_name", "width", "height"}
+
+@dataclass(frozen=True, slots=True)
+class ShardRow:
+    """One row of a shard before it is written. content: the image file's bytes."""
+
+    image: CocoImage
+    orientation: int
+    content: bytes
+    annotations: list[CocoAnnotation]
+
+    def shard_value(self) -> dict[str, Any]:
+        """A value of SHARD, for pyarrow."""
+        return {
+            "image_id": self.image.id,
+            "file_name": self.image.file_name,
+            "width": self.image.width,
+            "height": self.image.height,
+            "orientation": self.orientation,
+            "extra": _json(self.image.extra),
+            "image": self.content,
+            "annotations": [_annotation_value(annotation) for annotation in self.annotations],
+        }
+
+    def index_value(self, labels: Mapping[int, int]) -> dict[str, Any]:
+        """A value of INDEX, for pyarrow: what order and filter need without opening the shard.
+
+        labels: category id -> dense label.
+        """
+        image = self.image
+        return {
+            "image_id": image.id,
+            "width": image.width,
+            "height": image.height,
+            "crc32": zlib.crc32(self.content),
+            "ann_label": [labels[annotation.category_id] for annotation in self.annotations],
+            "ann_area": [annotation.area for annotation in self.annotations],
+            "ann_flags": [_flags(a, image.width, image.height) for a in self.annotations],
+        }
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something a person must mend in the input, or allow to be skipped."""
+def _annotation_value(annotation: CocoAnnotation) -> dict[str, Any]:
+    """A value of ANNOTATION. Columns that a kind of mask does not use hold empty values, not nulls:
 
-    file: str
-    kind: Literal["image", "annotation"]
-    id: Any
-    what: str
-    remedy: str
-
-    def __str__(self) -> str:
-        what = self.what if len(self.what) < 300 else f"{self.what[:300]}..."
-        return f"{self.file}: {self.kind} {str(self.id)[:80]}: {what}; {self.remedy}"
-
-
-def annotation_row(record: dict[str, Any]) -> dict[str, Any]:
-    """A checked COCO annotation as a value of ANNOTATION."""
-    segmentation = record.get("segmentation")
-    row: dict[str, Any] = {
-        "id": record["id"],
-        "category_id": record["category_id"],
-        "bbox": [float(v) for v in record["bbox"]],
-        "area": float(record["area"]),
-        "iscrowd": int(record.get("iscrowd", 0)),
-        "kind": NO_SEGMENTATION,
-        "polygons": [],
-        "rle_text": b"",
-        "rle_counts": [],
-        "rle_size": [0, 0],
-        "keypoints": [float(v) for v in record.get("keypoints") or ()],
-        "num_keypoints": record.get("num_keypoints", -1),
-    }
-    extra = {key: value for key, value in record.items() if key not in _KNOWN}
-    if isinstance(segmentation, dict):
-        text = isinstance(segmentation["counts"], str)
-        row["kind"] = RLE_TEXT if text else RLE_COUNTS
-        row["rle_text" if text else "rle_counts"] = (
-            segmentation["counts"].encode() if text else segmentation["counts"]
-        )
-        row["rle_size"] = segmentation["size"]
-    elif segmentation:
-        row["kind"] = POLYGONS
-        row["polygons"] = [list(map(float, polygon)) for polygon in segmentation]
-    elif segmentation is not None:
-        extra["segmentation"] = segmentation  # an empty list, given back as it was
-    row["extra"] = json.dumps(extra) if extra else ""
-    return row
-
-
-def annotation_record(row: dict[str, Any], image_id: int) -> dict[str, Any]:
-    """The COCO annotation of a value of ANNOTATION: the inverse of `annotation_row`."""
-    record: dict[str, Any] = {
-        "id": row["id"],
-        "image_id": image_id,
-        "category_id": row["category_id"],
-    }
-    match row["kind"]:
-        case 1:
-            record["segmentation"] = row["polygons"]
-        case 2:
-            record["segmentation"] = {"size": row["rle_size"], "counts": row["rle_text"].decode()}
-        case 3:
-            record["segmentation"] = {"size": row["rle_size"], "counts": row["rle_counts"]}
-    record |= {"area": row["area"], "bbox": row["bbox"], "iscrowd": row["iscrowd"]}
-    if row["keypoints"]:
-        record["keypoints"] = row["keypoints"]
-    if row["num_keypoints"] >= 0:
-        record["num_keypoints"] = row["num_keypoints"]
-    return record | (json.loads(row["extra"]) if row["extra"] else {})
-
-
-def image_extra(record: dict[str, Any]) -> str:
-    extra = {key: value for key, value in record.items() if key not in _IMAGE_KNOWN}
-    return json.dumps(extra) if extra else ""
-
-
-def image_record(row: dict[str, Any]) -> dict[str, Any]:
-    """The COCO image record of a shard's row."""
-    record = {
-        "id": row["image_id"],
-        "file_name": row["file_name"],
-        "width": row["width"],
-        "height": row["height"],
-    }
-    return record | (json.loads(row["extra"]) if row["extra"] else {})
-
-
-def index_row(row: dict[str, Any], labels: dict[int, int]) -> dict[str, Any]:
-    """What order and filter need to know of a shard's row, without opening the shard."""
-    annotations = row["annotations"]
+    readers take the columns as NumPy views, which have no nulls.
+    """
+    mask, extra = annotation.segmentation, annotation.extra
+    if mask == []:
+        # No column tells an empty list from an absent one, and export gives both back.
+        extra = extra | {"segmentation": []}
+    rle = mask if isinstance(mask, Rle) else Rle(0, 0, "")
+    points = annotation.num_keypoints
     return {
-        "image_id": row["image_id"],
-        "width": row["width"],
-        "height": row["height"],
-        "crc32": zlib.crc32(row["image"]),
-        "ann_label": [labels[a["category_id"]] for a in annotations],
-        "ann_area": [a["area"] for a in annotations],
-        "ann_flags": [_flags(a, row["width"], row["height"]) for a in annotations],
+        "id": annotation.id,
+        "category_id": annotation.category_id,
+        "bbox": annotation.bbox,
+        "area": annotation.area,
+        "iscrowd": annotation.iscrowd,
+        "kind": _kind(annotation),
+        "polygons": mask if isinstance(mask, list) else [],
+        "rle_text": rle.counts.encode() if isinstance(rle.counts, str) else b"",
+        "rle_counts": rle.counts if isinstance(rle.counts, list) else [],
+        "rle_size": [rle.height, rle.width],
+        "keypoints": annotation.keypoints,
+        "num_keypoints": -1 if points is None else points,
+        "extra": _json(extra),
     }
 
 
-def _flags(annotation: dict[str, Any], width: int, height: int) -> int:
-    x, y, w, h = annotation["bbox"]
-    inside_w, inside_h = min(x + w, width) - max(x, 0.0), min(y + h, height) - max(y, 0.0)
-    return int(
-        CROWD * bool(annotation["iscrowd"])
-        | HAS_BOX * (inside_w > 0 and inside_h > 0)
-        | HAS_MASK * (annotation["kind"] != NO_SEGMENTATION)
-        | HAS_KEYPOINTS * any(v > 0 for v in annotation["keypoints"][2::3])
+def _kind(annotation: CocoAnnotation) -> int:
+    match annotation.segmentation:
+        case Rle(counts=str()):
+            return RLE_TEXT
+        case Rle():
+            return RLE_COUNTS
+        case list() as polygons if polygons:
+            return POLYGONS
+        case _:
+            return NO_SEGMENTATION
+
+
+def _json(fields: JsonObject) -> str:
+    return json.dumps(fields) if fields else ""
+
+
+def _fields(text: str) -> JsonObject:
+    return json.loads(text) if text else {}
+
+
+def labelled_image(row: dict[str, Any]) -> LabelledImage:
+    """The image and the annotations of a value of SHARD: the inverse of `shard_value`."""
+    image = CocoImage(
+        row["image_id"], row["file_name"], row["width"], row["height"], _fields(row["extra"])
+    )
+    return LabelledImage(image, [_annotation(value, image.id) for value in row["annotations"]])
+
+
+_SAME_IN_BOTH = ("id", "category_id", "bbox", "area", "iscrowd", "keypoints")
+
+
+def _annotation(value: dict[str, Any], image_id: int) -> CocoAnnotation:
+    extra = _fields(value["extra"])
+    empty = extra.pop("segmentation", None)
+    segmentation: Polygons | Rle | None = [] if empty == [] else None
+    kind = value["kind"]
+    if kind == POLYGONS:
+        segmentation = value["polygons"]
+    elif kind != NO_SEGMENTATION:
+        text = kind == RLE_TEXT
+        counts = value["rle_text"].decode() if text else value["rle_counts"]
+        height, width = value["rle_size"]
+        segmentation = Rle(height, width, counts)
+    num_keypoints = value["num_keypoints"]
+    return CocoAnnotation(
+        **{name: value[name] for name in _SAME_IN_BOTH},
+        image_id=image_id,
+        segmentation=segmentation,
+        num_keypoints=None if num_keypoints < 0 else num_keypoints,
+        extra=extra,
     )
 
 
-def coco_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """pycocotools' compressed RLE of any COCO segmentation."""
-    if isinstance(segmentation, list):
-        merged: dict[str, Any] = rle_tools.merge(rle_tools.frPyObjects(segmentation, height, width))
-        return merged
-    if isinstance(segmentation["counts"], list):
-        compressed: dict[str, Any] = rle_tools.frPyObjects(segmentation, *segmentation["size"])
-        return compressed
-    return dict(segmentation)
+def _flags(annotation: CocoAnnotation, width: int, height: int) -> int:
+    x, y, w, h = annotation.bbox
+    inside_w, inside_h = min(x + w, width) - max(x, 0.0), min(y + h, height) - max(y, 0.0)
+    return int(
+        CROWD * bool(annotation.iscrowd)
+        | HAS_BOX * (inside_w > 0 and inside_h > 0)
+        | HAS_MASK * (_kind(annotation) != NO_SEGMENTATION)
+        | HAS_KEYPOINTS * any(v > 0 for v in annotation.keypoints[2::3])
+    )

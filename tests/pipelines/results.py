@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle_tools
 
-from pipelines.shards.schema import coco_rle
+from tests.pipelines.tiny_coco import rle_of
 
 
 def noisy_results(coco: dict[str, Any], kind: str, seed: int = 0) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def _shifted(
         dx, dy = rng.normal(0, 0.08, 2) * (w, h)
         return {"bbox": [x + float(dx), y + float(dy), w * 1.05, h]}
     if kind == "segm":
-        mask = rle_tools.decode(coco_rle(annotation["segmentation"], *size))
+        mask = rle_tools.decode(rle_of(annotation["segmentation"], *size))
         rle = rle_tools.encode(
             np.asfortranarray(np.roll(mask, rng.integers(-2, 3, 2), axis=(0, 1)))
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from pycocotools.coco import COCO
 
 from pipelines.pack.pack import Packed, PackOptions, pack
 from pipelines.shards.dataset import Dataset, open_dataset
@@ -28,6 +29,13 @@ def box_annotation(id: int, image_id: int = 1, **fields: Any) -> dict[str, Any]:
         "iscrowd": 0,
     }
     return record | {"segmentation": [square]} | fields
+
+
+def rle_of(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """Any COCO segmentation as compressed RLE, by pycocotools alone."""
+    coco = COCO()
+    coco.imgs = {1: {"height": height, "width": width}}
+    return coco.annToRLE({"image_id": 1, "segmentation": segmentation})
 
 
 def noise_image(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:

@@ -37,7 +37,7 @@ def check_data(run: RunConfig, dataset: Dataset, uri: str) -> None:
     """Raises ValueError if `dataset` does not have what the model is built for."""
     model, found = run.model, len(dataset.category_ids)
     if found != model.num_classes:
-        names = ", ".join(str(category["name"]) for category in dataset.categories[:5])
+        names = ", ".join(category.name for category in dataset.categories[:5])
         raise ValueError(
             f"model.num_classes is {model.num_classes}, {uri} has {found} categories ({names}{', ...' * (found > 5)}); "
             f"set model.num_classes={found}, or choose categories with data.filter.categories"

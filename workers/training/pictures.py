@@ -33,7 +33,7 @@ Pixels = NDArray[np.uint8]
 
 def comparison(dataset: Dataset, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     """A PNG of the dataset's first images, one a row, as `results` (by kind, COCO) and the annotations have them."""
-    names = {int(category["id"]): str(category["name"]) for category in dataset.categories}
+    names = {category.id: category.name for category in dataset.categories}
     kind = "segm" if "segm" in results else "keypoints" if "keypoints" in results else "bbox"
     rows = []
     for number in dataset.rows()[:NUM_IMAGES]:
@@ -42,7 +42,7 @@ def comparison(dataset: Dataset, results: Mapping[str, Sequence[Mapping[str, Any
         predicted = [
             r for r in results[kind] if r["image_id"] == row.image_id and r["score"] >= _MIN_SCORE
         ]
-        truth = [a for a in dataset.annotations(row.image_id) if not a.get("iscrowd")]
+        truth = [a.json() for a in dataset.annotations(row.image_id) if not a.iscrowd]
         sides = [
             _drawn(pixels, truth, names),
             _drawn(pixels, sorted(predicted, key=lambda r: r["score"]), names),

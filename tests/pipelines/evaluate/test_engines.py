@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle_tools
 
-from pipelines.evaluate.checks import checked_results, with_keypoints, with_masks
+from pipelines.evaluate.checks import checked_results, truth_of
 from pipelines.evaluate.engines import curves, default_engine
 from pipelines.evaluate.evaluation import evaluate
-from pipelines.shards.schema import coco_rle
 from tests.pipelines.results import noisy_results
-from tests.pipelines.tiny_coco import box_annotation, write_coco
+from tests.pipelines.tiny_coco import box_annotation, rle_of, write_coco
 
 
 def random_coco(seed: int) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def random_object(rng: np.random.Generator, height: int, width: int) -> dict[str
         .tolist()
         for _ in range(rng.integers(1, 3))
     ]
-    rle = coco_rle(parts, height, width)
+    rle = rle_of(parts, height, width)
     x, y, w, h = rle_tools.toBbox(rle).tolist()
     crowd = int(rng.random() < 0.15)
     kind = "list" if crowd else rng.choice(["polygons", "text", "list"])
@@ -81,17 +80,18 @@ def test_both_engines_give_the_same_bits(kind, seed):
     results = noisy_results(coco, kind, seed) * (
         8 if seed % 4 == 0 else 1
     )  # more than 100 an image, and ties
-    coco = {"bbox": lambda c: c, "segm": with_masks, "keypoints": with_keypoints}[kind](coco)
-    found = checked_results(coco, results, kind)
-    reference, fast = (curves(engine, coco, found, kind) for engine in ("pycocotools", "hotcoco"))
+    truth = truth_of(coco, kind)
+    records = checked_results(truth, results, kind)
+    reference, fast = (
+        curves(engine, truth, records, kind) for engine in ("pycocotools", "hotcoco")
+    )
     for name, values in vars(reference).items():
         np.testing.assert_array_equal(getattr(fast, name), values, err_msg=name)
 
 
 @pytest.mark.parametrize("ids", [(0, 1), (4, 4)])
 def test_ids_that_pycocotools_has_quirks_for_are_left_to_it(tmp_path, ids):
-    coco = {"annotations": [{"id": key} for key in ids]}
-    assert default_engine(coco) == "pycocotools"
+    assert default_engine(ids) == "pycocotools"
     path = write_coco(tmp_path, [box_annotation(key) for key in ids])
     found = [{"image_id": 1, "category_id": 3, "score": 0.9, "bbox": [5, 5, 10, 10]}]
     assert evaluate(path, found, "bbox") == evaluate(path, found, "bbox", "pycocotools")

@@ -16,8 +16,8 @@ PROGRAM = """
 import gc, json, sys
 from multiprocessing.synchronize import SemLock
 from contract.data import DataConfig
-from pipelines.dataset import open_dataset
-from pipelines.loader import TrainLoader
+from pipelines.shards.dataset import open_dataset
+from pipelines.load.loader import TrainLoader
 
 if __name__ == "__main__":
     cfg = DataConfig(train=sys.argv[1], val="v", short_sides_px=(64,), num_loader_workers=2)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as rle_tools
 
+from pipelines.coco.records import Rle
 from pipelines.load.masks import crop_rle, mask_crops
 from tests.pipelines.tiny_coco import box_annotation, packed_coco
 
@@ -58,11 +59,12 @@ def test_parts_of_one_object_are_joined_and_kept_from_others(tmp_path):
 @pytest.mark.parametrize("compressed", [False, True])
 def test_an_rle_crop_takes_the_pixel_under_each_sample(compressed):
     mask = np.random.default_rng(0).integers(0, 2, (9, 7)).astype(np.uint8)
-    rle = rle_tools.encode(np.asfortranarray(mask))
-    if not compressed:
+    if compressed:
+        rle = Rle(9, 7, rle_tools.encode(np.asfortranarray(mask))["counts"].decode())
+    else:
         flat = mask.ravel(order="F")
         ends = np.flatnonzero(np.diff(flat)) + 1
         counts = np.diff([0, *ends, flat.size]).tolist()
-        rle = {"size": [9, 7], "counts": ([0] if flat[0] else []) + counts}
+        rle = Rle(9, 7, ([0] if flat[0] else []) + counts)
     crop = crop_rle(rle, np.array([2.0, 1.0, 6.0, 9.0]), 16)
     np.testing.assert_array_equal(crop, np.repeat(np.repeat(mask[1:9, 2:6], 2, 0), 4, 1))

@@ -8,7 +8,7 @@ import pytest
 from pycocotools import mask as rle_tools
 
 from pipelines.pack.synth import synthesise
-from pipelines.shards.schema import coco_rle
+from tests.pipelines.tiny_coco import rle_of
 
 
 def digest(folder: Path) -> str:
@@ -21,10 +21,10 @@ def digest(folder: Path) -> str:
 def test_the_same_arguments_give_the_same_bytes(tmp_path):
     digests = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert not synthesise(tmp_path / name, num_images=5, size=48, seed=seed)["unchanged"]
+        assert not synthesise(tmp_path / name, num_images=5, size=48, seed=seed).unchanged
         digests.append(digest(tmp_path / name))
     assert digests[0] == digests[1] != digests[2]
-    assert synthesise(tmp_path / "a", num_images=5, size=48, seed=1)["unchanged"]
+    assert synthesise(tmp_path / "a", num_images=5, size=48, seed=1).unchanged
     with pytest.raises(ValueError, match="holds another synthetic dataset"):
         synthesise(tmp_path / "a", num_images=6, size=48, seed=1)
 
@@ -38,7 +38,7 @@ def test_it_is_what_it_says(shapes):
         sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
         assert max(max(size) for size in sizes.values()) == 64
         for annotation in coco["annotations"]:
-            rle = coco_rle(annotation["segmentation"], *sizes[annotation["image_id"]])
+            rle = rle_of(annotation["segmentation"], *sizes[annotation["image_id"]])
             assert rle_tools.area(rle) == annotation["area"] >= 10
             mask_x, mask_y, mask_w, mask_h = rle_tools.toBbox(rle)
             x, y, w, h = annotation["bbox"]  # a thin tip may cover no pixel
