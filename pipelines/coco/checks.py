@@ -8,6 +8,7 @@ from math import isnan
 from pathlib import Path
 from typing import Literal, TypeGuard
 
+from contract.words import shortened
 from pipelines.coco.records import (
     CocoAnnotation,
     CocoCategory,
@@ -65,12 +66,6 @@ class AnnotationKeys:
     id: int
     image_id: int
     category_id: int
-
-
-def shortened(value: JsonValue) -> str:
-    """A value as messages show it, cut to what a line can hold."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def check_file_to_write(out: Path) -> None:

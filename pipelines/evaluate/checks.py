@@ -14,13 +14,13 @@ from typing import Any, TypeGuard, TypeVar
 
 from pycocotools import mask as rle_tools
 
+from contract.words import shortened
 from pipelines.coco.checks import (
     UnusableError,
     check_reach,
     id_of,
     is_int,
     read_category,
-    shortened,
 )
 from pipelines.coco.records import (
     CocoAnnotation,

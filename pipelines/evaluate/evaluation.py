@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.cocoeval import Params
 
+from contract.metrics import stats_of
 from pipelines.coco.records import CocoCategory, CocoResult, JsonObject, JsonValue, Rle
 from pipelines.coco.rle import compressed
 from pipelines.evaluate.checks import check_truth, checked_results, read_json, truth_of
@@ -107,7 +108,7 @@ def evaluate(
     ordered = sorted(checked_results(known, results, iou_type), key=_canonical)
     engine = engine or default_engine([annotation.id for annotation in known.annotations])
     measured = curves(engine, known, ordered, iou_type)
-    names = KEYPOINT_STATS if iou_type == "keypoints" else BOX_STATS
+    names = stats_of(iou_type)
     stats = {name: float(value) for name, value in zip(names, measured.stats, strict=True)}
     return Evaluation(stats, _per_class(measured.precision, known.categories, iou_type))
 

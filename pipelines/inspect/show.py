@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from pipelines.coco.checks import check_file_to_write, is_int, shortened
+from contract.words import shortened
+from pipelines.coco.checks import check_file_to_write, is_int
 from pipelines.coco.records import CocoAnnotation
 from pipelines.coco.rle import decoded
 from pipelines.load.sample import read_image

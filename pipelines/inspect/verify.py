@@ -39,7 +39,7 @@ def verify(uri: str, progress: Progress = silent) -> Verification:
 
     Raises ValueError if there is no dataset.
     """
-    store = Store(uri)
+    store = Files(uri)
     try:
         manifest = read_manifest(store)
     except RuntimeError as error:

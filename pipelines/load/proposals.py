@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from contract.files import Files
+from contract.files import Files, split
 from pipelines.shards.mapping import view
 
 _SCHEMA = pa.schema(
@@ -47,16 +47,9 @@ def write_proposals(
     with pa.ipc.new_file(sink, _SCHEMA) as writer:
         for start in range(0, len(ordered), _ROWS_PER_BATCH):
             writer.write_batch(_batch(ordered[start : start + _ROWS_PER_BATCH], max_per_image))
-    store, name = _store_of(uri)
-    store.write_bytes(name, sink.getvalue().to_pybytes())
+    folder, name = split(uri)
+    Files(folder).write(name, sink.getvalue().to_pybytes())
     return len(ordered)
-
-
-def _store_of(uri: str) -> tuple[Store, str]:
-    """The folder of a file, and the file's name. A URI's options, after "?", go to the folder."""
-    path, question, options = uri.partition("?")
-    folder, _, name = path.rpartition("/")
-    return Store((folder or ".") + question + options), name
 
 
 def _batch(rows: list[tuple[int, Boxes, Boxes]], most: int) -> pa.RecordBatch:
@@ -98,7 +91,8 @@ class ProposalTable:
         NDArray[np.int64],
         list[tuple[Boxes, Boxes, NDArray[np.int32]]],
     ]:
-        store, name = _store_of(self.uri)
+        folder, name = split(self.uri)
+        store = Files(folder)
         if store.size(name) is None:
             raise ValueError(
                 f'{self.uri}: no such file of proposals; write it with "maskray proposals"'

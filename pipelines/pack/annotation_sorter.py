@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract.files import file_sha256
+from contract.words import shortened
 from pipelines.coco.checks import (
     Problem,
     UnusableError,
@@ -21,11 +22,9 @@ from pipelines.coco.checks import (
     read_annotation_keys,
     read_category,
     read_image,
-    shortened,
 )
 from pipelines.coco.reading import read_coco
 from pipelines.coco.records import CocoCategory, CocoImage, JsonObject, JsonValue
-from pipelines.storage import file_sha256
 
 # Records are kept as the text that they had in their file: it is read again beside its image, and
 # SQLite needs no column for a field that no one asks for.

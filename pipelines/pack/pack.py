@@ -19,6 +19,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from contract.data import MANIFEST_NAME, SCHEMA_VERSION
+from contract.files import LASTING_ERRORS, Files, file_sha256
 from pipelines.coco.checks import Problem, UnusableError, read_annotation
 from pipelines.coco.decoding import TooLargeError, decode_pixels, stored_orientation
 from pipelines.coco.records import CocoCategory, CocoImage
@@ -29,7 +30,6 @@ from pipelines.progress import Progress, silent
 from pipelines.shards import schema
 from pipelines.shards.manifest import INDEX_NAME, FileEntry, Manifest, parse_manifest
 from pipelines.shards.mapping import view
-from pipelines.storage import LOCAL_ERRORS, Store, file_sha256
 
 PROGRESS_FOLDER = ".packing"
 SKIPPED_NAME = "skipped.json"
@@ -148,7 +148,7 @@ def pack(
         ]
         existing = _existing(out, source, options.num_workers)
         if existing is not None and not _any_mended(out, tasks):
-            out.remove_folder(PROGRESS_FOLDER)  # a crash after the manifest may have left it
+            out.delete(PROGRESS_FOLDER)  # a crash after the manifest may have left it
             return Packed(existing, existing.num_skipped, unchanged=True, resumed_shards=0)
         notes, resumed = _pack_shards(tasks, options.num_workers, progress)
         manifest = _finish(tasks, contents, notes, problems, source)
@@ -166,7 +166,7 @@ def _reporter(problems: list[Problem], on_error: OnError) -> Report:
     return report
 
 
-def _plan(sorted_file: Path, images: Store, shard_mib: float) -> tuple[list[tuple[int, int]], str]:
+def _plan(sorted_file: Path, images: Files, shard_mib: float) -> tuple[list[tuple[int, int]], str]:
     """Ranges of sequence numbers of about `shard_mib` of image files each, and a digest.
 
     The digest is of all names and sizes. A missing file has no size here; its shard reports it.
@@ -199,7 +199,7 @@ def _digest(contents: str, listing: str, on_error: OnError, shard_mib: float) ->
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _existing(out: Store, source: str, num_workers: int) -> Manifest | None:
+def _existing(out: Files, source: str, num_workers: int) -> Manifest | None:
     """The dataset of these inputs if it is there and whole.
 
     On this machine every hash is compared, elsewhere every size: hashes would fetch all shards.
@@ -226,14 +226,14 @@ def _existing(out: Store, source: str, num_workers: int) -> Manifest | None:
     return manifest
 
 
-def _any_mended(out: Store, tasks: Sequence[_Task]) -> bool:
+def _any_mended(out: Files, tasks: Sequence[_Task]) -> bool:
     """Whether an image that was left out could be packed now.
 
     The digest of the inputs cannot tell: a mended file may have the size that it had before.
     """
     if out.size(SKIPPED_NAME) is None:
         return False
-    problems = [Problem(**fields) for fields in json.loads(out.read_bytes(SKIPPED_NAME))]
+    problems = [Problem(**fields) for fields in json.loads(out.read(SKIPPED_NAME))]
     skipped = {problem.file for problem in problems if problem.kind == "image"}
     return any(
         _is_readable(task, image)
@@ -273,14 +273,14 @@ def _finished(task: _Task) -> ShardNote | None:
     None if an image was left out: it may have been mended.
     """
     try:
-        note = ShardNote.model_validate_json(task.out.read_bytes(task.note_name))
+        note = ShardNote.model_validate_json(task.out.read(task.note_name))
         whole = all(_is_whole(task.out, entry) for entry in (note.shard, note.index))
     except (FileNotFoundError, ValueError):
         return None  # a crash may cut a note short
     return note if whole and all(problem.kind != "image" for problem in note.problems) else None
 
 
-def _is_whole(out: Store, entry: FileEntry) -> bool:
+def _is_whole(out: Files, entry: FileEntry) -> bool:
     if out.size(entry.name) != entry.bytes:
         return False
     return out.local is None or file_sha256(out.local / entry.name) == entry.sha256
@@ -331,7 +331,7 @@ def pack_shard(task: _Task) -> ShardNote:
         problems=tuple(problems),
     )
     # The note comes last: where there is one, both files are in their place.
-    task.out.write_bytes(task.note_name, note.model_dump_json().encode())
+    task.out.write(task.note_name, note.model_dump_json().encode())
     return note
 
 
@@ -376,10 +376,10 @@ def _read_image_file(task: _Task, image: CocoImage) -> schema.ShardRow:
     Every image is decoded once here, so that no training run meets a damaged one.
     """
     try:
-        content = task.images.read_bytes(image.file_name)
+        content = task.images.read(image.file_name)
     except FileNotFoundError:
         raise UnusableError("there is no such file", "restore it or check --images") from None
-    except LOCAL_ERRORS as error:
+    except LASTING_ERRORS as error:
         what = f"is no file that can be read ({type(error).__name__})"
         raise UnusableError(what, "restore it or check --images") from None
     try:
@@ -424,17 +424,17 @@ def _finish(
         path = temporary / INDEX_NAME
         with pa.ipc.new_file(str(path), schema.INDEX) as writer:
             for note in notes:
-                piece = pa.ipc.open_file(pa.py_buffer(out.read_bytes(note.index.name)))
+                piece = pa.ipc.open_file(pa.py_buffer(out.read(note.index.name)))
                 writer.write_batch(piece.get_batch(0))
         index = _entry(path, INDEX_NAME, num_rows)
         content = path.read_bytes()
-    out.write_bytes(INDEX_NAME, content)
+    out.write(INDEX_NAME, content)
     skipped = [*problems, *(problem for note in notes for problem in note.problems)]
     if skipped:
         text = json.dumps([asdict(problem) for problem in skipped], indent=1)
-        out.write_bytes(SKIPPED_NAME, text.encode())
+        out.write(SKIPPED_NAME, text.encode())
     else:
-        out.remove(SKIPPED_NAME)  # an earlier run may have left one
+        out.delete(SKIPPED_NAME)  # an earlier run may have left one
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         num_images=num_rows,

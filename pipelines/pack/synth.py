@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as rle_tools
 
-from pipelines.coco.checks import shortened
+from contract.words import shortened
 from pipelines.coco.records import CocoImage, JsonObject, Rle
 from pipelines.pack.shapes import COCO_KEYPOINTS, COCO_SKELETON, SHAPES, Points, person
 from pipelines.progress import Progress, silent

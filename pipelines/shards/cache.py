@@ -118,7 +118,7 @@ def _touch(path: Path) -> bool:
     return True
 
 
-def _download(store: Store, name: str, target: Path) -> str:
+def _download(store: Files, name: str, target: Path) -> str:
     """Copies a file; returns the SHA-256 of the bytes that came."""
     digest = hashlib.sha256()
     store.copy_to(name, target, digest.update)

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from contract.data import DataConfig, Filter
+from contract.files import Files
 from pipelines.coco.records import CocoAnnotation, CocoCategory, JsonObject, LabelledImage
 from pipelines.progress import Progress, silent
 from pipelines.shards.cache import Cache
 from pipelines.shards.index import Index, Ints, Selection, select
 from pipelines.shards.manifest import FileEntry, Manifest, read_manifest
 from pipelines.shards.rows import Row, Shard, damaged_rows
-from pipelines.storage import Store
 
 MAX_OPEN_SHARDS = 64  # a map and a file descriptor each, in each process
 

@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from contract.data import MANIFEST_NAME, ManifestHeader, OtherSchemaError
+from contract.files import Files
 from pipelines.coco.checks import read_category
 from pipelines.coco.records import CocoCategory
-from pipelines.storage import Store
 
 INDEX_NAME = "index.arrow"
 

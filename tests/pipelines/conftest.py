@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
-    """50 synthetic images of 64 px with keypoints: 40 to train on, packed into 8 shards, 10 to validate on in one."""
+    """50 synthetic images of 64 px with keypoints: 40 to train on (8 shards), 10 to validate."""
     folder = tmp_path_factory.mktemp("shapes")
     synthesise(folder, num_images=50, size=64, seed=3, keypoints=True)
     for split, shard_mib in (("train", 0.008), ("val", 64)):

@@ -1,4 +1,4 @@
-"""Detections made from ground truth by shifting, dropping and adding: scores are neither perfect nor empty."""
+"""Detections from ground truth, shifted, dropped and added, so that scores are in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m pipelines ...`: exit codes, one JSON object on stdout, one line on stderr for a person's error."""
+"""`python -m pipelines ...`: exit codes, one JSON object on stdout, one line for an error."""
 
 from __future__ import annotations
 
@@ -178,7 +178,8 @@ def test_the_module_runs_and_imports_no_torch_to_pack(tmp_path):
     ]
     program = (
         "import sys; from pipelines.__main__ import app; from contract.command import run_app; "
-        f"status = run_app(app, {words!r}, 'maskray'); assert 'torch' not in sys.modules; sys.exit(status)"
+        f"status = run_app(app, {words!r}, 'maskray'); assert 'torch' not in sys.modules; "
+        "sys.exit(status)"
     )
     root = str(Path(__file__).parent.parent.parent)
     done = subprocess.run(

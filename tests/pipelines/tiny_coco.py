@@ -52,7 +52,10 @@ def write_coco(
     categories: Sequence[Mapping[str, Any]] = CATEGORIES,
     name: str = "instances.json",
 ) -> Path:
-    """`num_images` JPEGs of 40 x 30 px with ids from 1 in folder/images, and the annotation file, which is returned."""
+    """Writes `num_images` JPEGs of 40 x 30 px to folder/images, with ids from 1.
+
+    Returns the annotation file.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     records = list(images) if images is not None else []
     for number in range(0 if images is not None else num_images):

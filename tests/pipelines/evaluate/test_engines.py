@@ -16,7 +16,10 @@ from tests.pipelines.tiny_coco import box_annotation, rle_of, write_coco
 
 
 def random_coco(seed: int) -> dict[str, Any]:
-    """Images of many sizes; polygons of several parts, both kinds of RLE, crowds, areas that are not the masks'."""
+    """Images of many sizes with polygons of several parts, both kinds of RLE, and crowds.
+
+    Some areas are not those of the masks.
+    """
     rng = np.random.default_rng(seed)
     names = [f"point {k}" for k in range(17)]
     categories = [

@@ -1,4 +1,4 @@
-"""The order is a pure function of (index, seed, step): properties over random datasets and settings."""
+"""The order is a pure function of (index, seed, step): properties over random datasets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SETTINGS = st.fixed_dictionaries(
 
 
 def make_index(shard_rows: list[int], empty: set[int] = frozenset(), seed: int = 0) -> Index:
-    """An index of shards with so many images each; images in `empty` (numbered from 0) have no object."""
+    """An index of shards with so many images each. Images in `empty` have no object."""
     rng = np.random.default_rng(seed)
     number = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -118,9 +118,10 @@ def test_images_without_objects_are_left_out(shard_rows, settings, data):
 def test_a_block_is_sorted_by_aspect_ratio():
     index = make_index([50] * 4)
     rows = Order(index, ALL, seed=0, global_batch=10, window_shards=2, block_batches=5)
-    spread = lambda picked: np.ptp(
-        np.log(index.values("width", picked) / index.values("height", picked))
-    )
+
+    def spread(picked: np.ndarray) -> np.floating:
+        return np.ptp(np.log(index.values("width", picked) / index.values("height", picked)))
+
     sorted_spread = np.mean([spread(rows.rows(step)) for step in range(20)])
     plain = rows.sequence(0, 0, 200).reshape(20, 10)
     assert sorted_spread < 0.4 * np.mean([spread(picked) for picked in plain])

@@ -42,7 +42,7 @@ def call(capsys):
     return run
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 BAD_POLYGONS = [
@@ -147,7 +147,7 @@ def test_two_categories_of_one_name_are_both_told(tmp_path):
     assert evaluate(tmp_path / "exported.json", found, "bbox").per_class["AP"] == expected
 
 
-# --- commands ---------------------------------------------------------------------------------------------------------
+# --- commands -------------------------------------------------------------------------------------
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_persons_error(call, shapes, tmp_path):
@@ -173,7 +173,7 @@ def test_a_size_that_cannot_be_drawn_is_refused(call, tmp_path, size):
     assert (status, "give 32 to 4096 px" in line, (tmp_path / "new").exists()) == (2, True, False)
 
 
-# --- stores -----------------------------------------------------------------------------------------------------------
+# --- stores ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_store_is_described_without_its_password():
     assert Files("/data/a:b@c").describe("a") == "/data/a:b@c/a"
 
 
-# --- a packed dataset that was damaged --------------------------------------------------------------------------------
+# --- a packed dataset that was damaged ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["index.arrow", "shard-00000.arrow"])
@@ -253,7 +253,7 @@ def test_a_manifest_that_is_none_is_named(call, shapes, tmp_path):
     assert (status, f"{manifest}: is a folder; restore the file" in line) == (1, True), line
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
 def large_png(width: int, height: int) -> bytes:
@@ -310,7 +310,7 @@ def test_an_export_needs_a_file_to_write(tmp_path, capsys):
         assert "give --out a" in capsys.readouterr().err
 
 
-# --- merging ---
+# --- merging --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,8 @@ def test_an_export_needs_a_file_to_write(tmp_path, capsys):
         (
             {},
             [{"area": 99}],
-            "annotation 1: its area is 100 in another file and 99 here; merge only files of the same",
+            "annotation 1: its area is 100 in another file and 99 here; merge only files of the "
+            "same",
         ),
         ({}, [{"image_id": 2}], "annotation 1: its image_id is 1 in another file and 2 here"),
         ({}, [{}, {}], "annotation 1: its id is there twice"),

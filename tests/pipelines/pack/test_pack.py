@@ -189,7 +189,7 @@ def test_a_bad_category_is_named(tmp_path, category, finding):
 
 
 def test_what_is_odd_but_clear_is_packed(tmp_path):
-    """A byte-order mark, no licenses, big and negative ids, names with folders, absent iscrowd and segmentation."""
+    """A byte-order mark, no licenses, big and negative ids, names with folders, absent fields."""
     big, image = 2**53 + 1, {"id": -7, "file_name": "über/ein bild.png", "width": 40, "height": 30}
     (tmp_path / "images" / "über").mkdir(parents=True)
     noise_image().convert("P").save(tmp_path / "images" / image["file_name"], transparency=3)

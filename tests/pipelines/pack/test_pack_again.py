@@ -1,4 +1,4 @@
-"""Packing the same inputs again: nothing changes, unless something is damaged or an image was mended."""
+"""Packing the same inputs again changes nothing, unless a file is damaged or an image mended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real S3 endpoint over HTTP (moto's server on 127.0.0.1), behind a proxy that can cut connections."""
+"""A real S3 endpoint over HTTP: moto's server on 127.0.0.1, behind a proxy that can cut it off."""
 
 from __future__ import annotations
 
