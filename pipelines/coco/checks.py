@@ -79,12 +79,8 @@ def check_file_to_write(out: Path) -> None:
 
 def is_int(value: JsonValue, bits: int = 64) -> TypeGuard[int]:
     """A whole number that Arrow and SQLite can hold."""
-    # JSON's numbers have no bound, and in Python a bool is an int.
-    return (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and -(2 ** (bits - 1)) <= value < 2 ** (bits - 1)
-    )
+    # JSON's numbers have no bound, and in Python a bool is an instance of int.
+    return type(value) is int and -(1 << bits - 1) <= value < 1 << bits - 1
 
 
 def _are_numbers(values: JsonValue) -> TypeGuard[list[float]]:

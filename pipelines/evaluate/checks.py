@@ -42,6 +42,8 @@ _FIELDS = {
     "categories": ("id", "name"),
 }
 
+_RESULT_FIELDS = ("image_id", "category_id", "score")  # of every kind of result
+
 T = TypeVar("T")
 
 
@@ -192,7 +194,7 @@ def checked_results(
     categories = {category.id for category in truth.categories}
     records = []
     for number, fields in enumerate(results):
-        for key in ("image_id", "category_id", "score", NEEDED[iou_type]):
+        for key in (*_RESULT_FIELDS, NEEDED[iou_type]):
             if not isinstance(fields, Mapping) or key not in fields:
                 raise ValueError(
                     f"result {number} has no {key!r}, which {iou_type} results need; mend it or "
@@ -223,26 +225,32 @@ def checked_results(
 
 def _result(number: int, fields: Mapping[str, Any], iou_type: IouType) -> CocoResult:
     """A result without its mask, which is read once its image is known."""
-    where, ids = f"result {number}", [fields[key] for key in ("image_id", "category_id")]
-    for name, value in zip(("image_id", "category_id"), ids, strict=True):
+    image_id, category_id, score = (fields[name] for name in _RESULT_FIELDS)
+    for name, value in (("image_id", image_id), ("category_id", category_id)):
         if not is_int(value):
-            raise ValueError(f"{where}: {name} is {shortened(value)}; it must be a whole number")
-    score, box = fields["score"], fields.get("bbox", [0, 0, 0, 0])
+            raise ValueError(
+                f"result {number}: {name} is {shortened(value)}; it must be a whole number"
+            )
     if not _is_number(score):
-        raise ValueError(f"{where}: score is {shortened(score)}; it must be a finite number")
-    if not _are_numbers(box) or len(box) != 4:
-        raise ValueError(f"{where}: bbox is {shortened(box)}; it must be 4 finite numbers")
-    points = fields["keypoints"] if iou_type == "keypoints" else None
-    if points is not None and (not _are_numbers(points) or len(points) != 3 * COCO_KEYPOINTS):
         raise ValueError(
-            f"{where}: keypoints must be x, y, score of {COCO_KEYPOINTS} points, all finite"
+            f"result {number}: score is {shortened(score)}; it must be a finite number"
         )
+    box, points = fields.get("bbox"), None
+    if "bbox" in fields and (not _are_numbers(box) or len(box) != 4):
+        raise ValueError(f"result {number}: bbox is {shortened(box)}; it must be 4 finite numbers")
+    if iou_type == "keypoints":
+        points = fields["keypoints"]
+        if not _are_numbers(points) or len(points) != 3 * COCO_KEYPOINTS:
+            raise ValueError(
+                f"result {number}: keypoints must be x, y, score of {COCO_KEYPOINTS} points, all "
+                "finite"
+            )
     return CocoResult(
-        image_id=ids[0],
-        category_id=ids[1],
-        score=score,
-        bbox=list(box) if "bbox" in fields else None,
-        keypoints=None if points is None else list(points),
+        image_id,
+        category_id,
+        score,
+        bbox=list(box) if box else None,
+        keypoints=list(points) if points else None,
     )
 
 

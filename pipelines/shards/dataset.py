@@ -46,13 +46,13 @@ class Dataset:
         """What order and filter know of every image."""
         return self._use(self.manifest.index, Index)
 
-    @property
+    @cached_property
     def categories(self) -> tuple[CocoCategory, ...]:
         """The categories of the view, in the order of their dense labels."""
         categories = self.manifest.coco_categories
         return tuple(categories[label] for label in self.selection.labels)
 
-    @property
+    @cached_property
     def category_ids(self) -> tuple[int, ...]:
         """Dense label -> COCO category id, after the filter."""
         return tuple(category.id for category in self.categories)

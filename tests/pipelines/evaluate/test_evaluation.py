@@ -101,6 +101,7 @@ MASK = {"size": [30, 40], "counts": [0, 1200]}
         ("keypoints", {"keypoints": [1.0, 2.0, 1.0]}, "keypoints must be x, y, score of 17 points"),
         ("keypoints", {"keypoints": [math.nan] * 51}, "keypoints must be"),
         ("keypoints", {"keypoints": "x" * 51}, "keypoints must be"),
+        ("keypoints", {"keypoints": None}, "keypoints must be"),
     ],
 )
 def test_results_that_do_not_fit_are_named(tmp_path, kind, fields, message):
