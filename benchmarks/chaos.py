@@ -36,6 +36,7 @@ import psutil
 import yaml
 
 from contract.answers import StudyView
+from contract.attempt import Event
 from contract.presets import run_preset
 from contract.recipe import apply_overrides
 from contract.study import Baseline, Resources, Study, Submission, TrialPlan
@@ -121,7 +122,7 @@ class LocalSystem:
         return left
 
     def submit(self, name: str) -> str:
-        overrides = {
+        overrides: dict[str, Any] = {
             "data.train": str(self.root / "data" / "train"),
             "data.val": str(self.root / "data" / "val"),
             "loop.steps": STEPS,
@@ -168,19 +169,20 @@ class LocalSystem:
 def reached(phase: str) -> Callable[[StudyView], bool]:
     def condition(view: StudyView) -> bool:
         trial = view.trials[0]
-        step = trial.progress.get("step", 0)
+        progress = trial.progress
+        step = progress.step if progress is not None else 0
         match phase:
             case "queued":
                 return trial.state in ("queued", "starting")
             case "starting":
                 return trial.state in ("starting", "running")
             case "training":
-                return bool(step >= STEPS // 3)
+                return step >= STEPS // 3
             case "checkpoint":  # the trial writes its first one, or has just written it
                 folder = Path(trial.storage, "checkpoints")
                 return any(path.is_dir() for path in folder.glob("*")) if folder.exists() else False
             case _:
-                return trial.progress.get("phase") in ("evaluating", "finishing")
+                return progress is not None and progress.phase in ("evaluating", "finishing")
 
     return condition
 
@@ -244,13 +246,13 @@ def traces(system: LocalSystem, study: str) -> dict[str, Any]:
     }
 
 
-def resumes(events: list[dict[str, Any]]) -> dict[str, int]:
+def resumes(events: list[Event]) -> dict[str, int]:
     """Maps each attempt to the step from which it resumed."""
     steps = {}
     for event in events:
-        match = re.match(r"attempt (\d+) ", event["text"]) if event["kind"] == "resume" else None
+        match = re.match(r"attempt (\d+) ", event.text) if event.kind == "resume" else None
         if match:
-            steps[match[1]] = int(event["step"])
+            steps[match[1]] = event.step
     return steps
 
 

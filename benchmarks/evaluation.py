@@ -64,8 +64,10 @@ def write_case(folder: Path, num_images: int, detections: int, masks: bool) -> N
         for box, label, score in zip(
             moved.tolist(), named.tolist(), rng.random(detections).tolist(), strict=True
         ):
-            shape = {"segmentation": encoded(ellipse(box))} if masks else {"bbox": box}
-            results.append({"image_id": image["id"], "category_id": label, "score": score} | shape)
+            kind, value = ("segmentation", encoded(ellipse(box))) if masks else ("bbox", box)
+            results.append(
+                {"image_id": image["id"], "category_id": label, "score": score, kind: value}
+            )
     categories = [{"id": k, "name": f"c{k}"} for k in range(1, 81)]
     coco = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "gt.json").write_text(json.dumps(coco))

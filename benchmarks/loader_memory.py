@@ -86,8 +86,13 @@ def pack_in_processes(
     folder: Path, annotations: Path, workers: int, shard_mib: float
 ) -> tuple[float, float]:
     """Runs `data pack`. Returns its seconds, and the peak of its private memory in MiB."""
-    options = {"annotations": annotations, "images": folder / "images", "out": folder / "packed"}
-    options |= {"workers": workers, "shard-mib": f"{shard_mib:.4f}"}
+    options = {
+        "annotations": annotations,
+        "images": folder / "images",
+        "out": folder / "packed",
+        "workers": workers,
+        "shard-mib": f"{shard_mib:.4f}",
+    }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     started, peak = time.perf_counter(), 0.0
     command = psutil.Popen(

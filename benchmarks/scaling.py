@@ -35,8 +35,11 @@ def rank_program(data: str, steps: int) -> None:
 
     torch.set_num_threads(1)
     with launched_world(os.environ) as world:
-        overrides = {"data.train": f"{data}/train", "data.val": f"{data}/val"}
-        overrides |= {"loop.global_batch": IMAGES_PER_RANK * world.size}
+        overrides: dict[str, Any] = {
+            "data.train": f"{data}/train",
+            "data.val": f"{data}/val",
+            "loop.global_batch": IMAGES_PER_RANK * world.size,
+        }
         run = parse_run(apply_overrides(run_preset("tiny"), overrides), "benchmark")
         state = TrainState(run, initial_detector(run))
         sums = LossSums(state.detector)

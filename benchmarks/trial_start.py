@@ -107,12 +107,14 @@ class LocalSystem:
         command = [sys.executable, "-m", "pipelines", "data", "synth", str(self.root / "data")]
         options = ["--images", "40", "--size", "128", "--seed", "0", "--pack"]
         subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
-        data = {
+        overrides: dict[str, Any] = {
             "data.train": str(self.root / "data" / "train"),
             "data.val": str(self.root / "data" / "val"),
+            "loop.steps": 2,
+            "loop.global_batch": 2,
+            "loop.log_every_steps": 1,
         }
-        steps = {"loop.steps": 2, "loop.global_batch": 2, "loop.log_every_steps": 1}
-        self.run = apply_overrides(run_preset("tiny"), data | steps)
+        self.run = apply_overrides(run_preset("tiny"), overrides)
         self.client = Client(local.ensure_local_service(self.root))
         self.until(lambda: self.client.info().cluster.nodes)
 
