@@ -1,6 +1,7 @@
 """What the service takes and what it answers over HTTP: one record for each JSON object.
 
-A field's name is the key on the wire, and the order of the fields is the order of the keys.
+A field's name is the key on the wire, and the order of the fields is the order of the keys. Answers
+are messages: a client that is older than the service ignores the fields that it does not know.
 """
 
 from __future__ import annotations
@@ -9,18 +10,13 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
-from contract.attempt import Event, Progress
+from contract.attempt import AttemptState, Event, Progress
+from contract.record import Message
 from contract.study import StudyState, TrialState
 
 Role: TypeAlias = Literal["read", "submit", "admin"]
 StudyAction: TypeAlias = Literal["cancel", "pause", "resume", "retry"]
 TrialAction: TypeAlias = Literal["cancel", "retry"]
-
-
-class Answer(BaseModel):
-    """A frozen record. It ignores unknown fields, so a client reads a newer service's answers."""
-
-    model_config = ConfigDict(frozen=True)
 
 
 # --- bodies of requests ---------------------------------------------------------------------------
@@ -58,15 +54,15 @@ class NewUser(BaseModel):
 # --- studies and trials ---------------------------------------------------------------------------
 
 
-class Submitted(Answer):
+class Submitted(Message):
     study: str  # id
     created: bool  # False: the idempotency key named a study that exists already
     trials: int
 
 
-class AttemptView(Answer):
+class AttemptView(Message):
     number: int
-    state: str
+    state: AttemptState
     submission_id: str
     cause: str = ""
     started_at: float = 0.0
@@ -88,7 +84,7 @@ LastProgress: TypeAlias = Annotated[
 ]
 
 
-class TrialView(Answer):
+class TrialView(Message):
     trial: str  # id, also the name of its folder
     key: str
     study: str
@@ -110,7 +106,7 @@ class TrialView(Answer):
     attempt_list: list[AttemptView] = []
 
 
-class StudyView(Answer):
+class StudyView(Message):
     study: str  # id
     name: str
     owner: str
@@ -127,7 +123,7 @@ class StudyView(Answer):
     trials: list[TrialView] = []
 
 
-class StudyList(Answer):
+class StudyList(Message):
     studies: list[StudyView]
 
 
@@ -137,27 +133,27 @@ class ChangedStudy(StudyView):
     changed: bool  # False: there was nothing to change
 
 
-class ChangedTrial(Answer):
+class ChangedTrial(Message):
     trial: str
     action: TrialAction
     changed: bool  # False: there was nothing to change
 
 
-class Forgotten(Answer):
+class Forgotten(Message):
     study: str
     forgotten: bool = True
 
 
-class ReportKept(Answer):
+class ReportKept(Message):
     study: str
     files: int
 
 
-class Finished(Answer):
+class Finished(Message):
     finished: dict[str, str]  # identity -> the trial that has its result
 
 
-class CodeKept(Answer):
+class CodeKept(Message):
     code: str  # SHA-256 of the package
     bytes: int
 
@@ -165,7 +161,7 @@ class CodeKept(Answer):
 # --- queue, events, logs --------------------------------------------------------------------------
 
 
-class QueueEntry(Answer):
+class QueueEntry(Message):
     trial: str
     key: str
     study: str
@@ -178,12 +174,12 @@ class QueueEntry(Answer):
     why: str
 
 
-class QueueView(Answer):
+class QueueView(Message):
     running: list[QueueEntry]
     queue: list[QueueEntry]
 
 
-class EventView(Answer):
+class EventView(Message):
     id: int
     at: float
     study: str
@@ -193,12 +189,12 @@ class EventView(Answer):
     cause: str
 
 
-class EventPage(Answer):
+class EventPage(Message):
     events: list[EventView]
     next: int  # the last id; the next request asks for what comes after it
 
 
-class LogPage(Answer):
+class LogPage(Message):
     text: str
     next: int  # the offset to ask for next
     done: bool  # the attempt is over: nothing will be added
@@ -209,23 +205,23 @@ class LogPage(Answer):
 # --- the service and its cluster ------------------------------------------------------------------
 
 
-class Health(Answer):
+class Health(Message):
     ok: bool = True
     version: str
 
 
-class NodeView(Answer):
+class NodeView(Message):
     id: str
     total: dict[str, float]
     free: dict[str, float]
 
 
-class ClusterView(Answer):
+class ClusterView(Message):
     state: str  # in words: "ready", "the cluster is starting", ...
     nodes: list[NodeView]
 
 
-class Info(Answer):
+class Info(Message):
     version: str
     mlflow_uri: str  # as a browser on this machine opens it; empty without tracking
     storage: str
@@ -234,17 +230,17 @@ class Info(Answer):
     role: Role
 
 
-class UserView(Answer):
+class UserView(Message):
     name: str
     role: Role
     created_at: float
 
 
-class UserList(Answer):
+class UserList(Message):
     users: list[UserView]
 
 
-class NewToken(Answer):
+class NewToken(Message):
     """The token is shown this once: the ledger keeps its hash alone."""
 
     user: str
@@ -252,12 +248,12 @@ class NewToken(Answer):
     token: str
 
 
-class UserRemoved(Answer):
+class UserRemoved(Message):
     user: str
     removed: bool = True
 
 
-class RemovalView(Answer):
+class RemovalView(Message):
     """A folder of checkpoints that a retention policy lets go."""
 
     model_config = ConfigDict(from_attributes=True)
@@ -268,13 +264,13 @@ class RemovalView(Answer):
     bytes: int
 
 
-class Collected(Answer):
+class Collected(Message):
     removals: list[RemovalView]
     applied: bool
     freed_bytes: int
 
 
-class Check(Answer):
+class Check(Message):
     """One line of `maskray doctor`. `remedy` is empty where the check passes."""
 
     name: str
@@ -283,11 +279,11 @@ class Check(Answer):
     remedy: str = ""
 
 
-class Checks(Answer):
+class Checks(Message):
     checks: list[Check]
 
 
-class StagedNode(Answer):
+class StagedNode(Message):
     """What `maskray data stage` did on one node. done, total: files.
 
     bytes, cache, evicted (files of other datasets): known once the node is done.
@@ -305,16 +301,16 @@ class StagedNode(Answer):
     error: str = ""
 
 
-class Staging(Answer):
+class Staging(Message):
     staging: str  # id
     nodes: list[StagedNode]
 
 
-class Ending(Answer):
+class Ending(Message):
     ending: bool = True
 
 
-class Refusal(Answer):
+class Refusal(Message):
     """The body of every answer that is no success."""
 
     detail: str  # one line

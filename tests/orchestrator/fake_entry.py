@@ -1,9 +1,9 @@
-"""A stand-in for `workers.ray_entry` that needs neither torch nor a dataset: it writes the same files, step by step.
+"""A stand-in for `workers.ray_entry`: it writes the same files, without torch and a dataset.
 
-What it does is in the run's `fake` field: {"steps", "step_s", "fail", "class", "exit", "crash_at", "hang_at", "once",
-"drift"}.
-It goes on from the last step of an earlier attempt, obeys SIGINT, and fails as it is told; with "once" only at first.
-"drift" names a file: with it a metric differs from run to run.
+The run's `fake` field holds what it does: {"steps", "step_s", "fail", "class", "exit", "crash_at",
+"hang_at", "once", "drift"}. It goes on from the last step of an earlier attempt and obeys SIGINT.
+With "once" it fails in the first attempt alone. "drift" names a file that makes a metric differ
+from run to run.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from contract.attempt import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Outcome, Prog
 def main(path: str) -> int:
     spec = json.loads(Path(path).read_text())
     folder, attempt, plan = Path(spec["storage"]), spec["attempt"], spec["run"]["fake"]
-    asked: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    signals: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: signals.append(number))
     print(f"attempt {attempt} of {spec['trial']} as process {os.getpid()}", flush=True)
     (folder / f"attempts/{attempt}/rank-0.log").write_text(f"rank 0 of attempt {attempt}: grüße\n")
     (folder / f"attempts/{attempt}/pid").write_text(str(os.getpid()))
@@ -56,11 +56,11 @@ def main(path: str) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         gate = plan.get("gate")
         while (faulty and step == plan.get("hang_at")) or (gate and not Path(gate).exists()):
-            if asked:
+            if signals:
                 return end("stopped", EXIT_STOPPED, step)
             time.sleep(0.02)
         time.sleep(plan.get("step_s", 0.0))
-        if asked:
+        if signals:
             return end("stopped", EXIT_STOPPED, step)
     metrics = {
         "segm/AP": 0.25 + spec["run"].get("seed", 0) / 100,

@@ -1,8 +1,9 @@
-"""A stand-in for `workers.ray_entry` whose ranks are real: a placement group and an actor for each, without torch.
+"""A stand-in for `workers.ray_entry` with real ranks: a placement group and an actor for each.
 
-Every step is taken by all ranks; the last one is the checkpoint. Ends as the real one does: a lost rank is class
-"node", a node that drains a preemption. What it does is in the run's `fake` field: {"steps", "gate", "gate_at",
-"crash_at"}, the last one only in the first attempt. A run without that field is the real entry's.
+All ranks take every step; the last step is the checkpoint. It ends as the real entry does: a lost
+rank has the class "node", a node that drains is a preemption. The run's `fake` field holds what it
+does: {"steps", "gate", "gate_at", "crash_at"}; it crashes in the first attempt alone. A run without
+that field goes to the real entry.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def main(path: str) -> int:
     spec = json.loads(Path(path).read_text())
     if "fake" not in spec["run"]:
         os.execv(sys.executable, [sys.executable, "-m", "workers.ray_entry", "--spec", path])
-    asked: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    signals: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: signals.append(number))
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="warning")
     folder, attempt, plan = Path(spec["storage"]), spec["attempt"], spec["run"]["fake"]
     needs = {"CPU": spec["cpus_per_rank"], "GPU": spec["gpus_per_rank"], **spec["rank_resources"]}
@@ -92,7 +93,7 @@ def main(path: str) -> int:
         _write(folder / "progress.json", progress.model_dump_json())
         if attempt == 1 and step == plan.get("crash_at"):
             return end("failed", EXIT_FAILED, "collective", "rank 1: connection closed by peer")
-        if asked:
+        if signals:
             return end("stopped", EXIT_STOPPED)
         if not ray_state.get_draining_nodes().keys().isdisjoint(nodes):
             return end("preempted", EXIT_PREEMPTED)

@@ -1,6 +1,7 @@
-"""A Ray cluster of several nodes on this machine, in a process of its own: `ray.cluster_utils.Cluster` by the line.
+"""A Ray cluster of several nodes on this machine, in a process of its own.
 
-Each line on stdin is a JSON request, each line on stdout its answer; the end of stdin ends the cluster.
+It drives `ray.cluster_utils.Cluster`. Each line on stdin is a JSON request, each line on stdout its
+answer. The end of stdin ends the cluster.
 {"add": {"num_cpus": 1, ...}} -> {"node": id} · {"kill": id} · {"drain": id, "seconds": 60} -> {}
 The first node is the head: {"node": id, "dashboard": URL, "address": "127.0.0.1:PORT"}.
 """

@@ -1,7 +1,8 @@
-"""The service on a cluster that grows on request: Ray's own autoscaler, whose nodes are processes of this machine.
+"""The service on a cluster that grows on request: Ray's own autoscaler on this machine.
 
-The cluster begins with a head that has no GPU. What the head of the queue lacks is asked for; Ray starts nodes for it,
-the gang runs on them, and Ray takes them away once they idle.
+The cluster begins with a head that has no GPU. The service asks for what the head of the queue
+lacks. Ray starts nodes, which are processes here, the gang runs on them, and Ray takes them away
+once they idle.
 """
 
 from __future__ import annotations
@@ -40,19 +41,32 @@ def cluster_file(path: Path, gcs: str) -> Path:
         "max_workers": 3,
         "idle_timeout_minutes": 0.1,
         "provider": {
-            "type": "external", "module": PROVIDER, "use_node_id_as_ip": True, "disable_node_updaters": True,
-            "disable_launch_config_check": True, "launch_multiple": True, "head_node_id": HEAD_ID, "gcs_address": gcs,
+            "type": "external",
+            "module": PROVIDER,
+            "use_node_id_as_ip": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "launch_multiple": True,
+            "head_node_id": HEAD_ID,
+            "gcs_address": gcs,
         },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
-            "two-gpus": {"resources": {"CPU": 2, "GPU": 2}, "node_config": {}, "min_workers": 0, "max_workers": 3},
+            "two-gpus": {
+                "resources": {"CPU": 2, "GPU": 2},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": 3,
+            },
         },
         "head_node_type": "ray.head.default",
         **{f"{part}setup_commands": [] for part in ("", "head_", "worker_")},
         **{f"{part}_start_ray_commands": [] for part in ("head", "worker")},
-        **{name: {} for name in ("auth", "file_mounts", "docker")}, "cluster_synced_files": [],
-        "initialization_commands": [], "upscaling_speed": 1,
-    }  # fmt: skip
+        **{name: {} for name in ("auth", "file_mounts", "docker")},
+        "cluster_synced_files": [],
+        "initialization_commands": [],
+        "upscaling_speed": 1,
+    }
     path.write_text(json.dumps(content))
     return path
 
@@ -89,18 +103,36 @@ class House:
         }
         self.log = (root / "log").open("w")
         command = [
-            str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats",
-            "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--dashboard-port={dashboard}",
-            "--dashboard-host=127.0.0.1", f"--ray-client-server-port={client}", "--dashboard-agent-listen-port=0",
-            "--include-log-monitor=false", f"--object-store-memory={80 << 20}", f"--temp-dir={root / 'ray'}",
-            "--num-cpus=2", f"--autoscaling-config={cluster_file(root / 'cluster.json', f'127.0.0.1:{gcs}')}",
-        ]  # fmt: skip
+            str(Path(sys.executable).with_name("ray")),
+            "start",
+            "--head",
+            "--block",
+            "--disable-usage-stats",
+            "--node-ip-address=127.0.0.1",
+            f"--port={gcs}",
+            f"--dashboard-port={dashboard}",
+            "--dashboard-host=127.0.0.1",
+            f"--ray-client-server-port={client}",
+            "--dashboard-agent-listen-port=0",
+            "--include-log-monitor=false",
+            f"--object-store-memory={80 << 20}",
+            f"--temp-dir={root / 'ray'}",
+            "--num-cpus=2",
+            f"--autoscaling-config={cluster_file(root / 'cluster.json', f'127.0.0.1:{gcs}')}",
+        ]
         self.head = subprocess.Popen(command, env=environment, stdout=self.log, stderr=self.log)
         settings = {
-            "home": str(self.home), "port": 0, "ray": f"http://127.0.0.1:{dashboard}", "ray_token_file": str(token),
-            "mlflow": "", "entry": [sys.executable, str(HERE / "gang_entry.py")], "poll_s": 0.2, "grace_s": 10,
-            "autoscale": True, "node_shapes": [{"resources": {"CPU": 2, "GPU": 2}, "count": 3}],
-        }  # fmt: skip
+            "home": str(self.home),
+            "port": 0,
+            "ray": f"http://127.0.0.1:{dashboard}",
+            "ray_token_file": str(token),
+            "mlflow": "",
+            "entry": [sys.executable, str(HERE / "gang_entry.py")],
+            "poll_s": 0.2,
+            "grace_s": 10,
+            "autoscale": True,
+            "node_shapes": [{"resources": {"CPU": 2, "GPU": 2}, "count": 3}],
+        }
         self.service = start_service(settings, environment, self.log)
         self.client = service_client(settings, root / "log")
         self.until("head", lambda: len(self.nodes()) == 1)

@@ -1,7 +1,8 @@
-"""The service on a cluster of several nodes (simulated on this machine, with GPUs that Ray merely counts).
+"""The service on a cluster of several nodes, simulated on this machine. Ray only counts the GPUs.
 
-One cluster for the whole file: a head without GPUs and nodes of two. Trials are `gang_entry.py`: real placement groups
-with an actor for each rank; the last test trains for real. The tests share the nodes, and each leaves two of them.
+One cluster serves the whole file: a head without GPUs, and nodes of two. Trials are
+`gang_entry.py`: real placement groups with an actor for each rank. The last test trains for real.
+The tests share the nodes, and each test leaves two of them.
 """
 
 from __future__ import annotations
@@ -68,15 +69,25 @@ class House:
         self.log = (root / "nodes.log").open("w")
         self.nodes = subprocess.Popen(
             [sys.executable, str(HERE / "ray_nodes.py")],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
-        )  # fmt: skip
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
         head = self.ask(add={"num_cpus": 2})
         self.two = [self.add() for _ in range(2)]
         settings = {
-            "home": str(self.home), "port": 0, "ray": head["dashboard"], "ray_token_file": str(token), "mlflow": "",
-            "entry": [sys.executable, str(HERE / "gang_entry.py")], "poll_s": 0.2, "grace_s": 10,
+            "home": str(self.home),
+            "port": 0,
+            "ray": head["dashboard"],
+            "ray_token_file": str(token),
+            "mlflow": "",
+            "entry": [sys.executable, str(HERE / "gang_entry.py")],
+            "poll_s": 0.2,
+            "grace_s": 10,
             "limits": {"backoff_s": 0.2},
-        }  # fmt: skip
+        }
         self.service = start_service(settings, environment, self.log)
         self.client = service_client(settings, root / "nodes.log")
         self.until("nodes", lambda: len(self.client.info().cluster.nodes) == 3)
@@ -173,7 +184,7 @@ def test_a_dataset_is_staged_on_every_node(house, monkeypatch, capsys):
         monkeypatch.setenv("MASKRAY_SERVER", house.client.connection.url)
         monkeypatch.setenv("MASKRAY_TOKEN", house.client.connection.token)
         assert run_app(app, ["data", "stage", uri, "--json"], "maskray") == 0
-        told = json.loads(capsys.readouterr().out)
+        printed = json.loads(capsys.readouterr().out)
         assert (
             run_app(app, ["data", "stage", uri.replace("train", "gone"), "--json"], "maskray") == 1
         )
@@ -181,12 +192,12 @@ def test_a_dataset_is_staged_on_every_node(house, monkeypatch, capsys):
     finally:
         server.stop()
     nodes = house.client.info().cluster.nodes
-    assert {node["node"] for node in told["nodes"]} == {node.id for node in nodes}
-    assert {node["state"] for node in told["nodes"]} == {"done"}
-    cache = {node["cache"] for node in told["nodes"]}.pop()
+    assert {node["node"] for node in printed["nodes"]} == {node.id for node in nodes}
+    assert {node["state"] for node in printed["nodes"]} == {"done"}
+    cache = {node["cache"] for node in printed["nodes"]}.pop()
     assert (
         sum(path.stat().st_size for path in Path(cache).glob("*.arrow"))
-        == told["nodes"][0]["bytes"]
+        == printed["nodes"][0]["bytes"]
         > 0
     )
     assert len(refused["nodes"]) == len(nodes)
@@ -299,15 +310,19 @@ def test_two_studies_share_the_cluster_by_their_priority(house):
 
 @pytest.fixture(scope="module")
 def training(house) -> Callable[[str], str]:
-    """Submits a study of one trial by its name: two ranks of the real entry, each on a node of its own."""
+    """Submits a study of one trial: two ranks of the real entry, each on a node of its own."""
     data = house.root / "data"
     command = [sys.executable, "-m", "pipelines", "data", "synth", str(data)]
     options = ["--images", "40", "--size", "128", "--pack"]
     subprocess.run([*command, *options], cwd=HERE.parents[1], check=True, stdout=subprocess.DEVNULL)
     overrides = {
-        "data.train": str(data / "train"), "data.val": str(data / "val"), "loop.steps": 16, "loop.global_batch": 2,
-        "loop.log_every_steps": 1, "loop.checkpoint_every_steps": 4,
-    }  # fmt: skip
+        "data.train": str(data / "train"),
+        "data.val": str(data / "val"),
+        "loop.steps": 16,
+        "loop.global_batch": 2,
+        "loop.log_every_steps": 1,
+        "loop.checkpoint_every_steps": 4,
+    }
     run = apply_overrides(run_preset("tiny"), overrides)
     made = plan("real", identity("real")).model_copy(update={"run": run})
     resources = Resources(ranks=2, cpus_per_rank=1, custom_per_rank={"whole": 1})

@@ -1,6 +1,7 @@
-"""The local service with its real Ray head and MLflow: studies, steering, and the loss of every process there is.
+"""The local service with its real Ray head and MLflow: studies, commands, and lost processes.
 
-One house for the whole file: starting a head costs ten seconds. The trials are `fake_entry.py`: a Ray job each.
+One house serves the whole file, since a head takes ten seconds to start. The trials are
+`fake_entry.py`, each a Ray job.
 """
 
 from __future__ import annotations
@@ -202,15 +203,15 @@ def test_a_trial_is_reproduced_once_and_a_difference_is_told(house, client):
     study = house.ended(client, client.submit(submission(*plans, name="first")).study)
     same, drifts = study.trials
 
-    found, status = house.maskray("reproduce", same.trial)
-    assert (status, found["agrees"], found["same_weights"], found["rule"]) == (
+    result, status = house.maskray("reproduce", same.trial)
+    assert (status, result["agrees"], result["same_weights"], result["rule"]) == (
         0,
         True,
         True,
         "to the bit, on the CPU",
     )
-    assert [pair["metric"] for pair in found["metrics"]] == ["bbox/AP", "segm/AP"]
-    again = client.study(found["study"])
+    assert [pair["metric"] for pair in result["metrics"]] == ["bbox/AP", "segm/AP"]
+    again = client.study(result["study"])
     assert (again.name, again.trials[0].cached_from, again.trials[0].attempts) == (
         "again-first",
         "",
@@ -218,7 +219,7 @@ def test_a_trial_is_reproduced_once_and_a_difference_is_told(house, client):
     )
     spec = json.loads((Path(again.trials[0].storage) / "attempts/1/spec.json").read_text())
     assert (spec["run"]["fake"], spec["tags"]["maskray.reproduces"]) == ({}, same.trial)
-    assert house.maskray("reproduce", f"{study.study}:same")[0]["study"] == found["study"], (
+    assert house.maskray("reproduce", f"{study.study}:same")[0]["study"] == result["study"], (
         "asked twice, run once"
     )
 
@@ -228,9 +229,9 @@ def test_a_trial_is_reproduced_once_and_a_difference_is_told(house, client):
 
 
 def test_the_doctor_finds_the_local_head_well(house):
-    found, status = house.maskray("doctor")
-    assert (status, found["ok"]) == (0, True), found
-    words = {check["name"]: check["found"] for check in found["checks"]}
+    result, status = house.maskray("doctor")
+    assert (status, result["ok"]) == (0, True), result
+    words = {check["name"]: check["found"] for check in result["checks"]}
     assert words["all-reduce"] == "one node: no pair to try"
     assert words["storage"] == f"{house.home / 'studies'} is written and read alike from everywhere"
     assert words["mlflow"].startswith("http://127.0.0.1:")
@@ -293,7 +294,7 @@ def test_a_study_is_paused_resumed_and_cancelled_at_a_checkpoint(house, client):
 
 
 def test_a_killed_service_takes_up_what_ran_and_a_cancel_given_meanwhile(house, client):
-    """The service dies by SIGKILL while one trial trains and another waits; both end once, in their order."""
+    """A SIGKILL while one trial trains and another waits: both end once, in their order."""
     gate = house.gate("kill")
     plans = [plan(name, identity(name), gate=str(gate)) for name in ("k0", "k1", "k2")]
     study = client.submit(submission(*plans, name="kill", max_parallel=1)).study
@@ -309,7 +310,7 @@ def test_a_killed_service_takes_up_what_ran_and_a_cancel_given_meanwhile(house, 
         view = house.ended(successor, study)
         assert [t.state for t in view.trials] == ["done", "cancelled", "done"]
         assert [t.attempts for t in view.trials] == [1, 0, 1]
-        assert recorded_child("ray", house.home) == ray, "the head is found again, not started anew"
+        assert recorded_child("ray", house.home) == ray, "the successor keeps the head that lives"
         assert [
             event.trial for event in successor.events(study).events if event.kind == "done"
         ] == [

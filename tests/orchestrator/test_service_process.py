@@ -1,4 +1,4 @@
-"""A service process without a cluster: how it starts, refuses to start, tells about ends and ends itself."""
+"""A service process without a cluster: it starts, refuses to start, reports ends, ends itself."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 def settings_file(home: Path, **fields: Any) -> Path:
     """A service whose Ray is nowhere: it queues, and answers."""
     home.mkdir(exist_ok=True)
-    given = {
+    settings = {
         "home": str(home),
         "port": 0,
         "ray": "http://127.0.0.1:1",
@@ -40,7 +40,7 @@ def settings_file(home: Path, **fields: Any) -> Path:
         **fields,
     }
     path = home / "given.json"
-    path.write_text(json.dumps(given))
+    path.write_text(json.dumps(settings))
     return path
 
 

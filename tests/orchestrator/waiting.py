@@ -11,12 +11,12 @@ PATIENCE_S = 240  # until a test gives up; nothing is timed
 
 
 def wait_until(what: str, condition: Callable[[], Any], log: Path) -> Any:
-    """The first true value of `condition`; after PATIENCE_S the end of `log` is told."""
+    """The first true value of `condition`. After PATIENCE_S it fails with the end of `log`."""
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        found = condition()
-        if found:
-            return found
+        value = condition()
+        if value:
+            return value
         time.sleep(0.1)
     raise AssertionError(
         f"no {what} in {PATIENCE_S} s; {log.name} ends:\n{log.read_text()[-3000:]}"

@@ -48,11 +48,11 @@ def lines(*reports: NodeReport, **fields: Any) -> dict[str, Check]:
 
 
 def test_a_sound_cluster_passes_every_line() -> None:
-    found = lines(report(0), report(1))
-    assert [name for name, check in found.items() if not check.ok] == []
-    assert found["all-reduce"].found == "1 pairs over eth0, 900 to 900 MiB/s (gloo, 4 MiB)"
-    assert found["nodes"].found == "2 nodes: h0/aaaaaa, h1/bbbbbb"
-    assert len(found) == 12
+    checks = lines(report(0), report(1))
+    assert [name for name, check in checks.items() if not check.ok] == []
+    assert checks["all-reduce"].found == "1 pairs over eth0, 900 to 900 MiB/s (gloo, 4 MiB)"
+    assert checks["nodes"].found == "2 nodes: h0/aaaaaa, h1/bbbbbb"
+    assert len(checks) == 12
 
 
 @pytest.mark.parametrize(
@@ -95,26 +95,26 @@ def test_a_sound_cluster_passes_every_line() -> None:
 def test_each_fault_fails_its_line_alone_and_says_the_remedy(
     name: str, fields: dict[str, Any], words: str
 ) -> None:
-    found = lines(report(0), report(1, **fields))
-    assert [check.name for check in found.values() if not check.ok] == [name]
-    assert words in found[name].found
-    assert found[name].remedy
+    checks = lines(report(0), report(1, **fields))
+    assert [check.name for check in checks.values() if not check.ok] == [name]
+    assert words in checks[name].found
+    assert checks[name].remedy
 
 
 def test_a_node_that_says_nothing_is_named() -> None:
-    found = lines(
+    checks = lines(
         report(0), failures={MACHINES[1].id: "its probe is FAILED: no module named workers"}
     )
-    assert not found["nodes"].ok
-    assert "10.0.0.2/bbbbbb: its probe is FAILED: no module" in found["nodes"].found
+    assert not checks["nodes"].ok
+    assert "10.0.0.2/bbbbbb: its probe is FAILED: no module" in checks["nodes"].found
     assert list(lines(failures={machine.id: "gone" for machine in MACHINES})) == ["nodes"]
     assert not lines(machines=())["nodes"].ok
 
 
 def test_the_service_s_own_view_counts() -> None:
-    found = lines(report(0), report(1), storage_error="no such bucket", service_lag_s=60.0)
-    assert [check.name for check in found.values() if not check.ok] == ["storage", "clocks"]
-    assert "the service: +60.0 s ahead" in found["clocks"].found
+    checks = lines(report(0), report(1), storage_error="no such bucket", service_lag_s=60.0)
+    assert [check.name for check in checks.values() if not check.ok] == ["storage", "clocks"]
+    assert "the service: +60.0 s ahead" in checks["clocks"].found
 
 
 def test_a_clock_is_wrong_only_beyond_what_the_journey_explains() -> None:

@@ -1,4 +1,4 @@
-"""What Ray's dashboard says, as nodes: with the first autoscaler's report, without it, and while a head comes up."""
+"""Ray's answers as nodes: with the first autoscaler's report, without it, of a starting head."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def cluster(**answers: Any) -> Cluster:
     def answer(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, json=answers[request.url.path.rstrip("/").rpartition("/")[2]])
 
-    found = Cluster("http://ray", "")
-    found._http = httpx.Client(base_url="http://ray", transport=httpx.MockTransport(answer))
-    return found
+    client = Cluster("http://ray", "")
+    client._http = httpx.Client(base_url="http://ray", transport=httpx.MockTransport(answer))
+    return client
 
 
-def rows(*found: dict[str, Any]) -> dict[str, Any]:
-    return {"data": {"result": {"result": list(found)}}}
+def rows(*each: dict[str, Any]) -> dict[str, Any]:
+    return {"data": {"result": {"result": list(each)}}}
 
 
 def node(name: str, address: str, head: bool, **total: float) -> dict[str, Any]:
@@ -48,10 +48,10 @@ def test_the_first_autoscaler_reports_what_is_used():
         HEAD: {"CPU": [0.5, 2.0], "memory": [0, 1e9]},
         OTHER: {"CPU": [8.0, 8.0], "GPU": [1.0, 4.0]},
     }
-    found = cluster(
+    nodes = cluster(
         cluster_status={"data": {"clusterStatus": {"loadMetricsReport": {"usageByNode": usage}}}}
     ).nodes()
-    assert found == [
+    assert nodes == [
         Node(HEAD, {"CPU": 2.0}, {"CPU": 1.5}),
         Node(OTHER, {"CPU": 8.0, "GPU": 4.0}, {"CPU": 0.0, "GPU": 3.0}),
     ]
@@ -64,13 +64,13 @@ def test_without_that_report_groups_and_actors_are_counted():
         {"node_id": HEAD, "placement_group_id": None, "required_resources": {"CPU": 0.5}},
         {"node_id": HEAD, "placement_group_id": None, "required_resources": {}},
     ]
-    found = cluster(
+    nodes = cluster(
         cluster_status={"data": {"clusterStatus": None}},
         nodes=NODES,
         placement_groups=rows({"bundles": bundles}),
         actors=rows(*actors),
     ).nodes()
-    assert found == [
+    assert nodes == [
         Node(HEAD, {"CPU": 2.0}, {"CPU": 1.5}),
         Node(OTHER, {"CPU": 8.0, "GPU": 4.0}, {"CPU": 5.0, "GPU": 1.0}),
     ]

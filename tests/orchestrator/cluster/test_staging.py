@@ -1,4 +1,4 @@
-"""Filling every node's cache: the jobs really run, Ray itself is played."""
+"""Filling every node's cache: the jobs really run, a stand-in takes the place of Ray."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MACHINES = [Machine("a" * 56, "10.0.0.1", True), Machine("b" * 56, "10.0.0.2", F
 
 
 class PlayedCluster:
-    """Runs a job to its end as it is submitted, unless it is told to hold it back."""
+    """Runs a job to its end when it is submitted; with `held` the job goes on for ever."""
 
     url = "http://ray"
 
@@ -78,15 +78,15 @@ def started(cluster: Any, packed: Path, now: float = 1000.0) -> Any:
 
 def test_every_node_says_what_it_has(packed):
     cluster = PlayedCluster()
-    found = started(cluster, packed)
-    assert [(node.node, node.address, node.state, node.error) for node in found.nodes] == [
+    staging = started(cluster, packed)
+    assert [(node.node, node.address, node.state, node.error) for node in staging.nodes] == [
         (machine.id, machine.address, "done", "") for machine in MACHINES
     ]
-    assert {(node.done, node.total) for node in found.nodes} == {(2, 2)}  # the index and a shard
-    assert {(node.cache, node.bytes, node.evicted) for node in found.nodes} == {("", 0, 0)}, (
+    assert {(node.done, node.total) for node in staging.nodes} == {(2, 2)}  # the index and a shard
+    assert {(node.cache, node.bytes, node.evicted) for node in staging.nodes} == {("", 0, 0)}, (
         "it is on this machine"
     )
-    assert look(cluster, found.staging) == found
+    assert look(cluster, staging.staging) == staging
 
 
 def test_a_node_that_still_fetches_tells_how_far_it_is(packed):

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from contract.answers import Check, ClusterView, StagedNode, Staging
+from contract.answers import Check, ClusterView, Role, StagedNode, Staging
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import users as auth
 from orchestrator.ledger.opening import Ledger
@@ -28,11 +28,12 @@ from orchestrator.server.api import build_app
 from orchestrator.settings import ServiceSettings
 from tests.orchestrator.submissions import identity, plan, submission
 
+USERS: dict[str, Role] = {"root": "admin", "ann": "submit", "bob": "submit", "eve": "read"}
 NODES = [Node("n0", {"CPU": 4.0}, {"CPU": 4.0}), Node("n1", {"CPU": 4.0}, {"CPU": 4.0})]
 
 
 class FakeHub:
-    """The routes' other half, without a loop behind it."""
+    """A hub without a loop, a cluster or MLflow."""
 
     def __init__(self, home: Path, **settings: Any) -> None:
         self.settings = ServiceSettings(home=str(home), **settings)
@@ -40,13 +41,8 @@ class FakeHub:
         self.ended = False
         self.reports: dict[str, dict[str, bytes]] = {}
         with self.ledger.writing() as connection:
-            for name, role in (
-                ("root", "admin"),
-                ("ann", "submit"),
-                ("bob", "submit"),
-                ("eve", "read"),
-            ):
-                auth.set_user(connection, name, role, f"token-of-{name}", time.time())  # type: ignore[arg-type]
+            for name, role in USERS.items():
+                auth.set_user(connection, name, role, f"token-of-{name}", time.time())
 
     def waits(self) -> dict[str, Any]:
         return {}
@@ -96,7 +92,7 @@ def hub(tmp_path: Path) -> Iterator[FakeHub]:
 
 
 class Http:
-    """Requests to an app in this process; an exception in a route is a 500, as a server would answer."""
+    """Requests to an app in this process. An exception in a route is a 500, as of a server."""
 
     def __init__(self, app: FastAPI) -> None:
         self.app = app
@@ -139,7 +135,7 @@ def routes(http: Http) -> list[tuple[str, str]]:
     return [(method, path) for path, methods in paths.items() for method in methods]
 
 
-# --- who ------------------------------------------------------------------------------------------------------------
+# --- who ------------------------------------------------------------------------------------------
 
 
 def test_no_route_but_health_answers_without_a_token(http):
@@ -221,7 +217,7 @@ def test_tokens_stay_out_of_logs(http, caplog):
     assert "token-of" not in caplog.text
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def test_a_submission_is_checked_in_one_line(http):
@@ -339,7 +335,7 @@ def test_credentials_in_a_uri_never_reach_the_ledger(http, hub, uri):
     )
 
 
-# --- packages -------------------------------------------------------------------------------------------------------
+# --- packages -------------------------------------------------------------------------------------
 
 
 def packed(name: str, text: str = "x", attributes: int = 0) -> bytes:
@@ -488,7 +484,7 @@ def test_a_report_is_kept_beside_its_trials(http, hub):
     assert hub.reports[study] == {"a/b.html": b"hi"}
 
 
-# --- anything -------------------------------------------------------------------------------------------------------
+# --- anything -------------------------------------------------------------------------------------
 
 words = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
     ["..", "0", "-1", "1e400", "\0", "null"]
@@ -499,7 +495,7 @@ numbers = st.integers(-(2**70), 2**70) | st.floats() | words
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_nothing_that_comes_in_breaks_the_service(http, data):
-    """A small schemathesis: every route, odd ids, odd parameters and odd bodies; no answer is a 5xx."""
+    """Every route with odd ids, odd parameters and odd bodies: no answer is a 5xx."""
     method, path = data.draw(st.sampled_from(sorted(routes(http))))
     if path == "/v1/shutdown":
         return

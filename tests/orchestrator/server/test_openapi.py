@@ -1,4 +1,4 @@
-"""Schemathesis on the service's own description: whatever the description allows, no answer is a server error."""
+"""Schemathesis on the service's OpenAPI document: no request that it allows is a server error."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def app(tmp_path: Path) -> Iterator[FastAPI]:
 
 
 def test_no_request_that_the_description_allows_is_a_server_error(app: FastAPI) -> None:
-    """Every operation in a loop of our own: Schemathesis' pytest plugin does not know pytest 9."""
+    """A loop of our own over the operations: Schemathesis' plugin does not know pytest 9."""
     tried = set()
-    for found in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations():
-        operation = found.ok()
+    for result in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations():
+        operation = result.ok()
 
         @settings(
             max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck)
