@@ -263,10 +263,10 @@ def metric_points(uri: str, study: str, trial: str, storage: str) -> dict[str, C
     run = mlflow.run_by_tag(mlflow.experiment(study, {}), "maskray.trial", trial)
     points: dict[str, Counter[int]] = {}
     if run is not None:
-        for metric in run["data"].get("metrics", []):
-            if metric["key"].startswith("loss/"):
-                history = mlflow.history(run["info"]["run_id"], metric["key"])
-                points[metric["key"]] = Counter(int(point["step"]) for point in history)
+        for metric in run.data.metrics:
+            if metric.key.startswith("loss/"):
+                history = mlflow.history(run.info.run_id, metric.key)
+                points[metric.key] = Counter(point.step for point in history)
     mlflow.close()
     return points
 

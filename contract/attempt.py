@@ -84,14 +84,13 @@ class MLflowTracking(Record):
 Tracking: TypeAlias = Annotated[NoTracking | MLflowTracking, Field(discriminator="kind")]
 
 
-class RunSpec(Record):
-    """One attempt of one trial. `python -m workers.ray_entry --spec FILE` reads it.
+class AttemptSpec(Record):
+    """What the service itself knows of an attempt.
 
     The package of another version may read it, and refuses a field that it does not know. So the
     service writes no field that is at its default.
     """
 
-    run: RunConfig
     storage: str = Field(min_length=1)  # the trial's own folder: a path or a pyarrow.fs URI
     study: str = "local"
     trial: str = "trial"
@@ -110,6 +109,15 @@ class RunSpec(Record):
     study_yaml: str = ""  # artifact of the run
     cache: str = ""  # node-local folder for remote shards; empty uses the system's temporary folder
     grace_s: float = Field(60.0, gt=0)  # from a stop request to the last checkpoint
+
+
+class RunSpec(AttemptSpec):
+    """One attempt of one trial. `python -m workers.ray_entry --spec FILE` reads it.
+
+    The service passes `run` on as it came: the study's own code wrote it and checks it.
+    """
+
+    run: RunConfig
 
 
 # --- what the ranks leave behind --------------------------------------------------------------

@@ -50,7 +50,7 @@ class Ledger:
 
     def migrate(self) -> None:
         """Brings the tables to the newest migration; does nothing where they are."""
-        # alembic takes 0.2 s to import and only this method needs it
+        # here, since nothing else needs alembic
         from alembic import command
         from alembic.config import Config
 
@@ -61,7 +61,10 @@ class Ledger:
             command.upgrade(config, "head")
 
     def name(self) -> str:
-        """A random name that tells this ledger's jobs from those of others; the first call gives it."""
+        """A random name, which tells this ledger's jobs from those of others.
+
+        The first call makes it.
+        """
         with self.reading() as transaction:
             known = transaction.execute(select(ABOUT.c.ledger)).scalar()
         if known is None:
@@ -83,8 +86,8 @@ def _reading(engine: Engine) -> Iterator[Transaction]:
 
 
 def _server(url: str) -> Engine:
-    # The HTTP threads, the loop, the books and the lease each hold a connection at times. `pre_ping` replaces
-    # connections that a restart of the database broke.
+    # The HTTP threads, the loop, the books and the lease each hold a connection at times.
+    # `pre_ping` replaces connections that a restart of the database broke.
     return create_engine(url, pool_pre_ping=True, pool_size=10)
 
 
@@ -104,7 +107,7 @@ def _sqlite_settings(connection: Any, _entry: ConnectionPoolEntry) -> None:
 
 
 def _sqlite_begin(connection: Connection) -> None:
-    # A transaction that reads first and then writes would fail with "locked" if another one wrote between the two, so
-    # a writer takes the lock when it begins.
+    # A transaction that reads first and then writes would fail with "locked" if another one wrote
+    # between the two, so a writer takes the lock when it begins.
     reads = connection.get_execution_options().get("read")
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")

@@ -1,6 +1,6 @@
-"""What may be deleted of studies that are over: checkpoints first, everything only when asked for.
+"""What may be deleted of studies that are over: their checkpoints.
 
-Deletes nothing by itself: `plan_retention` says what would go, `apply_retention` does it.
+`plan_retention` says what a policy would delete, and deletes nothing. `apply_retention` deletes it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.settings import service_files
 
-_ENDED_STUDY = ("done", "failed", "cancelled")
+_DAY_S = 86400
 
 
 @dataclass(frozen=True)
 class Removal:
-    """A folder that a policy lets go. `bytes` as found when the plan was made."""
+    """A folder that a policy deletes. `bytes`: its size when the plan was made."""
 
     study: str
     trial: str
@@ -35,37 +35,41 @@ def plan_retention(
 ) -> list[Removal]:
     """The checkpoints of trials whose study ended more than `checkpoints_days` ago, largest first.
 
-    Results, logs, artifacts and the last weights stay; a trial that failed can then only be retried from its start.
-    A trial whose folder a cached one points to is its own folder: it is listed once. trial: of this one alone.
+    Results, logs, artifacts and the last weights stay. A trial that failed can then only be retried
+    from its start.
+    trial: if named, the plan is for this one alone.
     """
     query = (
         select(TRIALS.c.id, TRIALS.c.study, TRIALS.c.folder)
         .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
         .where(
-            STUDIES.c.state.in_(_ENDED_STUDY),
+            STUDIES.c.state.in_(FINAL_STATES),
             STUDIES.c.ended_at > 0,
-            STUDIES.c.ended_at < now - 86400 * checkpoints_days,
+            STUDIES.c.ended_at < now - _DAY_S * checkpoints_days,
             TRIALS.c.state.in_(FINAL_STATES),
+            # a trial that took its result from another one shows that one's folder, which is not
+            # its own to delete
             TRIALS.c.cached_from == "",
         )
     )
     if trial:
         query = query.where(TRIALS.c.id == trial)
-    found = []
-    for row in transaction.execute(query).mappings():
-        folder = join(row["folder"], CHECKPOINT_FOLDER)
+    removals = []
+    for row in transaction.execute(query):
+        folder = join(row.folder, CHECKPOINT_FOLDER)
         size = service_files(folder).folder_bytes()
         if size:
-            found.append(Removal(row["study"], row["id"], folder, size))
-    return sorted(found, key=lambda removal: (-removal.bytes, removal.trial))
+            removals.append(Removal(row.study, row.id, folder, size))
+    return sorted(removals, key=lambda removal: (-removal.bytes, removal.trial))
 
 
 def apply_retention(
     ledger: Ledger, removals: Sequence[Removal], now: float, checkpoints_days: float
 ) -> int:
-    """Deletes what a plan lists, except of trials that were retried since; the bytes that are free now."""
+    """Deletes what a plan lists; the bytes that are free now."""
     freed = 0
     for removal in removals:
+        # a person may have retried the trial since the plan was made: then it needs its checkpoints
         with ledger.reading() as transaction:
             still = plan_retention(transaction, now, checkpoints_days, removal.trial)
         if still:

@@ -1,7 +1,8 @@
-"""What the ledger's queries return: frozen records, one class for each set of columns that somebody reads.
+"""What the ledger's queries return: frozen records, one class for each set of columns.
 
-A field `NAME_json` holds the JSON of the column `NAME` as it is stored; a property beside it gives the same as a record.
-The JSON itself stays untouched, because another version may have written fields that this one does not know.
+A field `NAME_json` holds the JSON of the column `NAME` as it is stored; a property beside it gives
+the same as a record. The JSON itself stays untouched, because another version may have written
+fields that this one does not know.
 """
 
 from __future__ import annotations
@@ -16,25 +17,39 @@ from pydantic import BaseModel, ValidationError
 from contract.attempt import AttemptState, Progress, Wish
 from contract.study import Baseline, Resources, Study, StudyState, TrialState
 
+OPEN_STUDY: tuple[StudyState, ...] = ("active", "paused")  # the states of a study that is not over
 Json: TypeAlias = dict[str, Any]  # an object of a JSON column: not checked yet
 
 
-class _Spec:
-    """A study's specification as a record, for rows that hold its JSON."""
+@dataclass(frozen=True)
+class StudyBrief:
+    """What the queue and the loop need of a study: ten thousand trials share one such object."""
 
+    id: str
+    name: str
+    owner: str
+    state: StudyState
+    priority: int
+    created_at: float
+    code: str
     spec_json: Json
+    fresh: bool
+    mlflow_experiment: str
+    mlflow_run_id: str
 
     @cached_property
     def spec(self) -> Study:
-        """Never raises: a field that this version does not know is left out, a missing one is its default.
+        """A field that this version does not know is left out, a missing one is its default.
 
-        A specification that this version would refuse comes as it was written; `spec_problem` says why.
+        A specification that this version would refuse comes as it was written; `spec_problem` says
+        why.
         """
         known = _known(Study, self.spec_json)
         try:
             return Study.model_validate(known)
         except ValidationError:
-            # Somebody must still see such a study in the queue and cancel it: so it is read without checks.
+            # Somebody must still see such a study in the queue and cancel it: so it is read without
+            # checks.
             nested = {
                 "baseline": Baseline.model_construct(**_known(Baseline, known.get("baseline", {}))),
                 "resources": Resources.model_construct(**self._resources()),
@@ -55,6 +70,17 @@ class _Spec:
         return _known(Resources, self.spec_json.get("resources", {}))
 
 
+@dataclass(frozen=True)
+class StudyRow(StudyBrief):
+    ended_at: float
+    storage: str
+    study_yaml: str
+    warnings: list[str]
+    idempotency_key: str | None  # None if the submission has none
+    mlflow_closed: bool
+    webhook_sent: bool
+
+
 def _known(record: type[BaseModel], data: Mapping[str, Any]) -> Json:
     """The fields that `record` has; of the records in it likewise."""
     known = {name: value for name, value in data.items() if name in record.model_fields}
@@ -65,60 +91,8 @@ def _known(record: type[BaseModel], data: Mapping[str, Any]) -> Json:
     return known
 
 
-class _Progress:
-    """The last `progress.json` that the loop read, for rows that hold its JSON."""
-
-    progress_json: Json
-
-    @cached_property
-    def progress(self) -> Progress | None:
-        """None before the first one, and for one that is none."""
-        try:
-            return Progress.model_validate(self.progress_json) if self.progress_json else None
-        except ValidationError:
-            return None
-
-
 @dataclass(frozen=True)
-class StudyRow(_Spec):
-    id: str
-    name: str
-    owner: str
-    state: StudyState
-    priority: int
-    created_at: float
-    ended_at: float
-    storage: str
-    code: str
-    spec_json: Json
-    study_yaml: str
-    warnings: list[str]
-    fresh: bool
-    idempotency_key: str | None
-    mlflow_experiment: str
-    mlflow_run_id: str
-    mlflow_closed: bool
-    webhook_sent: bool
-
-
-@dataclass(frozen=True)
-class OpenStudy(_Spec):
-    """What the queue and the loop need of a study: ten thousand trials share one such object."""
-
-    id: str
-    name: str
-    owner: str
-    state: StudyState
-    priority: int
-    created_at: float
-    code: str
-    spec_json: Json
-    fresh: bool
-    mlflow_run_id: str
-
-
-@dataclass(frozen=True)
-class TrialBrief(_Progress):
+class TrialBrief:
     """A trial without its run and tags, which are most of its bytes."""
 
     id: str
@@ -131,7 +105,7 @@ class TrialBrief(_Progress):
     identity: str
     state: TrialState
     queued_at: float
-    not_before: float
+    not_before: float  # the end of a backoff
     wish: Wish
     attempts: int
     failures: int
@@ -139,16 +113,24 @@ class TrialBrief(_Progress):
     best_step: int
     metrics: dict[str, float]
     error: str
-    error_class: str
+    error_class: str  # an ErrorClass; "budget" if its study used that up, "" without an error
     folder: str
-    cached_from: str
+    cached_from: str  # the trial whose result it took
     mlflow_run_id: str
     mlflow_closed: bool
     progress_json: Json
     moved_at: float
     marks: list[Json]
     rank_seconds: float
-    suspects: str
+    suspects: str  # nodes that its next attempt avoids, separated by blanks
+
+    @cached_property
+    def progress(self) -> Progress | None:
+        """The last `progress.json` that the loop read; None before the first one."""
+        try:
+            return Progress.model_validate(self.progress_json) if self.progress_json else None
+        except ValidationError:  # another version wrote it; the next progress.json replaces it
+            return None
 
 
 @dataclass(frozen=True)
@@ -158,41 +140,19 @@ class TrialRow(TrialBrief):
 
 
 @dataclass(frozen=True)
-class WaitingTrial:
-    """A queued trial of an active study, as admission needs it."""
+class QueuedTrial:
+    """A trial that is not over, as admission and the queue need it: few columns of many rows."""
 
+    study: StudyBrief
     id: str
     position: int
+    key: str
     identity: str
+    state: TrialState
     queued_at: float
     not_before: float
-    suspects: str
-    study: OpenStudy
-
-
-@dataclass(frozen=True)
-class QueuedTrial:
-    """A trial that is not over, as the queue shows it."""
-
-    id: str
-    key: str
-    state: TrialState
     wish: Wish
-    position: int
-    study: OpenStudy
-
-
-@dataclass(frozen=True)
-class UnclosedTrial:
-    """A trial that is over and whose MLflow run may still say RUNNING."""
-
-    id: str
-    state: TrialState
-    error: str
-    cached_from: str
-    folder: str
-    experiment: str  # of its study; empty if MLflow never heard of the study
-    parent_run_id: str
+    suspects: str
 
 
 @dataclass(frozen=True)
@@ -208,31 +168,16 @@ class AttemptRow:
     ended_at: float
     step: int
     first_step: int
-    avoid: str
+    avoid: str  # nodes that it was kept off, separated by blanks
 
 
 @dataclass(frozen=True)
-class LiveAttempt(_Progress):
-    """An attempt that Ray may be working on, with what the loop needs of its trial and study."""
+class LiveAttempt:
+    """An attempt that Ray may be working on, with its trial and study."""
 
-    trial: str
-    number: int
-    submission_id: str
-    state: AttemptState
-    running_at: float
-    stop_asked_at: float
-    first_step: int
-    identity: str
-    folder: str
-    error: str
-    trial_state: TrialState
-    wish: Wish
-    failures: int
-    lost: int
-    best_step: int
-    moved_at: float
-    progress_json: Json
-    study: OpenStudy
+    attempt: AttemptRow
+    trial: TrialBrief
+    study: StudyBrief
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,23 @@
-"""Who may do what: tokens are random, kept as SHA-256, and compared in constant time."""
+"""Who may do what.
+
+Tokens are random; the ledger keeps their SHA-256, and the comparison takes constant time.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
 import secrets
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 from sqlalchemy import delete, insert, select
 
+from contract.answers import Role
 from orchestrator.ledger.opening import Transaction
 from orchestrator.ledger.tables import USERS
 
-Role = Literal["read", "submit", "admin"]
-ROLES: Sequence[Role] = ("read", "submit", "admin")  # each may do what the one before may
+ROLES: tuple[Role, ...] = get_args(Role)  # each may do what the ones before it may
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,19 @@ class User:
     role: Role
 
     def may(self, role: Role) -> bool:
+        """Whether the user's role includes `role`."""
         return ROLES.index(self.role) >= ROLES.index(role)
 
 
+@dataclass(frozen=True)
+class UserRow:
+    name: str
+    role: Role
+    created_at: float
+
+
 def token_hash(token: str) -> str:
+    # no salt and no slow hash: a random token of 32 bytes cannot be guessed from a table
     return hashlib.sha256(token.encode()).hexdigest()
 
 
@@ -44,14 +55,13 @@ def set_user(transaction: Transaction, name: str, role: Role, token: str, now: f
 
 
 def remove_user(transaction: Transaction, name: str) -> bool:
+    """False if there is no such user."""
     return transaction.execute(delete(USERS).where(USERS.c.name == name)).rowcount == 1
 
 
-def users(transaction: Transaction) -> list[Mapping[str, object]]:
-    rows = transaction.execute(
-        select(USERS.c.name, USERS.c.role, USERS.c.created_at).order_by(USERS.c.name)
-    ).mappings()
-    return [dict(row) for row in rows]
+def users(transaction: Transaction) -> list[UserRow]:
+    query = select(USERS.c.name, USERS.c.role, USERS.c.created_at).order_by(USERS.c.name)
+    return [UserRow(*row) for row in transaction.execute(query)]
 
 
 def user_of(transaction: Transaction, header: str) -> User | None:
@@ -60,8 +70,10 @@ def user_of(transaction: Transaction, header: str) -> User | None:
     if kind.lower() != "bearer" or not token:
         return None
     wanted = token_hash(token.strip())
-    found: User | None = None
-    for row in transaction.execute(select(USERS)).mappings():  # all of them: the time tells nothing
-        if hmac.compare_digest(row["token_hash"], wanted):
-            found = User(row["name"], row["role"])
-    return found
+    user: User | None = None
+    # The loop does not end at the match: the time of an answer must not tell how many rows were
+    # compared.
+    for row in transaction.execute(select(USERS)):
+        if hmac.compare_digest(row.token_hash, wanted):
+            user = User(row.name, row.role)
+    return user

@@ -154,7 +154,7 @@ def gangs_at_once(study: Study, nodes: Sequence[NodeView]) -> int:
     0 if it holds none, or if no node is known.
     """
     free = {node.id: dict(node.total) for node in nodes}
-    gang, count = gang_of(study.model_dump()), 0
+    gang, count = gang_of(study), 0
     while (placement := fit(gang, free)) is not None:
         take(free, gang, placement)
         count += 1

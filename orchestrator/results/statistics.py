@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from contract.answers import TrialView
-from orchestrator.results.trial_files import events_of
 
 MIN_PAIRS = 3  # paired seeds below which no verdict is given
 CONFIDENCE = 0.95

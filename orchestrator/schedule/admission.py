@@ -1,6 +1,7 @@
 """Which waiting trials start now, and starting them.
 
-What is kept here besides the ledger are measurements and answers that can be found again.
+The ledger remembers what matters. An `Admission` keeps measurements and answers that it can find
+again.
 """
 
 from __future__ import annotations
@@ -9,17 +10,14 @@ import logging
 import shlex
 from collections.abc import Sequence
 
-from pydantic import ValidationError
-from sqlalchemy import select, update
-
 from contract.attempt import SPEC_FILE
 from contract.files import join
-from contract.study import Resources
 from orchestrator.cluster.jobs import Cluster
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import store
+from orchestrator.ledger import attempts, queries
+from orchestrator.ledger.changes import ask_to_stop, give_up
 from orchestrator.ledger.opening import Ledger, Transaction
-from orchestrator.ledger.tables import ATTEMPTS, TRIALS
+from orchestrator.ledger.rows import LiveAttempt, QueuedTrial, StudyBrief
 from orchestrator.schedule.capacity import Bundle, request_entry, request_id, wanted
 from orchestrator.schedule.decide import (
     ELSEWHERE,
@@ -39,10 +37,13 @@ from orchestrator.settings import ServiceSettings, code_files, code_name, servic
 
 LOG = logging.getLogger("maskray")
 _FREE = Wait("", 0, "")
+# `decide` needs an upper bound: a trial that runs for longer delays the head of the queue.
+_SAFETY = 1.2
+_STOP_MARGIN_S = 15  # beyond the grace: Ray must not end by force what still writes its checkpoint
 
 
 class Admission:
-    """waits: why each trial waits, by the last decision. mark: tells this service's jobs from those of others."""
+    """waits: why each trial waits, by the last decision. mark: tells our jobs from others."""
 
     def __init__(self, ledger: Ledger, settings: ServiceSettings) -> None:
         self.ledger = ledger
@@ -51,7 +52,9 @@ class Admission:
         self.mark = ledger.name()
         self._nodes: Sequence[Node] = ()
         self._asked: list[Bundle] | None = None
-        self._gangs: dict[str, Gang] = {}  # by study
+        # By study. A study's specification never changes, and its trials share one gang: `decide`
+        # knows equal gangs by their shape, which is computed once for each object.
+        self._gangs: dict[str, Gang] = {}
         self._known_code: set[str] = set()
         self._problems: dict[str, str] = {}  # study -> what is wrong with its resources
         self._durations: dict[str, float] = {}  # seconds that a trial of this study took, at most
@@ -60,23 +63,23 @@ class Admission:
         """Starts what may start, stops what its budget ends; `waits` says why the others wait."""
         self._nodes = nodes
         with self.ledger.reading() as transaction:
-            attempts = store.live_attempts(transaction)
-            waiting = store.waiting_trials(transaction)
-            studies = study_limits(transaction, attempts, now)
-            self._measure_durations(transaction, {row["study"] for row in waiting})
-        held, free = self._hold_back(waiting, attempts, now)
+            live_attempts = queries.live_attempts(transaction)
+            waiting = queries.waiting_trials(transaction)
+            limits = study_limits(transaction, live_attempts, now)
+            self._measure_durations(transaction, {trial.study.id for trial in waiting})
+        held, free = self._hold_back(waiting, live_attempts, now)
         situation = Situation(
             nodes=self._nodes,
-            waiting=[self._waiting(row, now) for row in free],
-            running=self._running(attempts),
-            studies=studies,
+            waiting=[self._waiting(trial, now) for trial in free],
+            running=self._running(live_attempts),
+            studies=limits,
         )
         decisions = decide(situation, self.settings.limits)
         waits = {wait.trial: wait for wait in held}
         for decision in decisions:
             match decision:
                 case Start():
-                    number = store.start_attempt(
+                    number = attempts.start_attempt(
                         self.ledger, decision.trial, now, decision.why, decision.avoid
                     )
                     if number:
@@ -84,23 +87,26 @@ class Admission:
                 case Stop():
                     ask_to_stop(self.ledger, decision.trial, "budget", decision.why, now)
                 case GiveUp():
-                    self._give_up(decision.trial, "budget", decision.why, now)
+                    give_up(self.ledger, decision.trial, "budget", decision.why, now)
                 case Wait():
                     waits[decision.trial] = decision
         self.waits = waits
         if self.settings.autoscale:
-            lacking = [row for row in free if waits.get(row["id"], _FREE).lacks]
-            head = min(lacking, key=lambda row: waits[row["id"]].position or 1, default=None)
-            self._ask_for_capacity(cluster, attempts, head, now)
+            lacking = [trial for trial in free if waits.get(trial.id, _FREE).lacks]
+            head = min(lacking, key=lambda trial: waits[trial.id].position or 1, default=None)
+            self._ask_for_capacity(cluster, live_attempts, head, now)
 
     def _ask_for_capacity(
-        self, cluster: Cluster, attempts: Sequence[store.Row], head: store.Row | None, now: float
+        self,
+        cluster: Cluster,
+        live_attempts: Sequence[LiveAttempt],
+        head: QueuedTrial | None,
+        now: float,
     ) -> None:
-        """Sends a request when it differs from the last one; a service that was started anew sends it again."""
-        gangs = [self._gang(row) for row in attempts]
-        bundles = wanted(
-            gangs, self._gang(head) if head is not None else None, self.settings.node_shapes
-        )
+        """Sends a request if it differs from the last one, which a new service does not know."""
+        running = [self._gang(live.study) for live in live_attempts]
+        gang = self._gang(head.study) if head is not None else None
+        bundles = wanted(running, gang, self.settings.node_shapes)
         if bundles == self._asked or (not bundles and self._asked is None):
             return
         entry = f"exec {shlex.join(request_entry(bundles, self.settings.entry[0]))}"
@@ -109,203 +115,170 @@ class Admission:
         LOG.info("asked the cluster for %d bundles", len(bundles))
 
     def submit(self, cluster: Cluster, trial: str, number: int, tracking_uri: str) -> None:
-        """Writes the attempt's spec and starts its job. Doing it twice does it once: the submission id is the fence."""
+        """Writes the attempt's spec and starts its job.
+
+        Calling it twice starts one job, because Ray refuses a second one with the same submission
+        id.
+        """
         with self.ledger.reading() as transaction:
-            row = store.trial_row(transaction, trial)
-            study = store.study_row(transaction, row["study"]) if row is not None else None
-            avoid = transaction.execute(
-                select(ATTEMPTS.c.avoid).where(
-                    ATTEMPTS.c.trial == trial, ATTEMPTS.c.number == number
-                )
-            ).scalar()
-        if row is None or study is None:
+            row = queries.trial_row(transaction, trial)
+            study = queries.study_row(transaction, row.study) if row is not None else None
+            attempt = queries.attempt_row(transaction, trial, number)
+        if row is None or study is None or attempt is None:
             return
-        spec = run_spec(
-            row, study, number, (avoid or "").split(), tracking_uri, self.settings.grace_s
-        )
+        avoid, grace_s = attempt.avoid.split(), self.settings.grace_s
+        spec = run_spec(row, study, number, avoid, tracking_uri, grace_s)
         path = SPEC_FILE.format(attempt=number)
-        service_files(row["folder"]).write_json(path, spec)
-        package = ""
-        if study["code"]:
-            package = f"_ray_pkg_{study['code'][:32]}.zip"
-            cluster.upload(package, lambda: self._read_code(study["code"]))
+        service_files(row.folder).write_json(path, spec)
+        code, package = study.code, ""
+        if code:
+            package = f"_ray_pkg_{code[:32]}.zip"
+            cluster.upload(package, lambda: self._read_code(code))
         environment = {
             **self.settings.environment,
+            # `workers.ray_entry` takes SIGINT for a stop and SIGTERM for a preemption
             "RAY_JOB_STOP_SIGNAL": "SIGINT",
-            "RAY_JOB_STOP_WAIT_TIME_S": f"{self.settings.grace_s + 15:.0f}",
+            "RAY_JOB_STOP_WAIT_TIME_S": f"{grace_s + _STOP_MARGIN_S:.0f}",
         }
-        entry = f"exec {shlex.join([*self.settings.entry, '--spec', join(row['folder'], path)])}"
-        submission = f"{trial}-{number}"
-        cluster.submit(
-            submission, entry, environment, package, {"maskray": self.mark, "trial": trial}
-        )
-        with self.ledger.writing() as transaction:
-            transaction.execute(
-                update(ATTEMPTS)
-                .where(ATTEMPTS.c.submission_id == submission, ATTEMPTS.c.state == "submitting")
-                .values(state="submitted")
-            )
+        # `exec`: the signal must reach the driver, not a shell around it
+        entry = f"exec {shlex.join([*self.settings.entry, '--spec', join(row.folder, path)])}"
+        metadata = {"maskray": self.mark, "trial": trial}
+        cluster.submit(attempt.submission_id, entry, environment, package, metadata)
+        attempts.note_submitted(self.ledger, attempt.submission_id)
 
     # --- what decide needs to know ---
 
-    def _gang(self, row: store.Row) -> Gang:
-        """One object for all trials of a study, whose spec never changes."""
-        if row["study"] not in self._gangs:
-            self._gangs[row["study"]] = gang_of(row["spec"])
-        return self._gangs[row["study"]]
+    def _gang(self, study: StudyBrief) -> Gang:
+        if study.id not in self._gangs:
+            self._gangs[study.id] = gang_of(study.spec)
+        return self._gangs[study.id]
 
-    def _waiting(self, row: store.Row, now: float) -> Waiting:
+    def _waiting(self, trial: QueuedTrial, now: float) -> Waiting:
         return Waiting(
-            trial=row["id"],
-            study=row["study"],
-            owner=row["owner"],
-            gang=self._gang(row),
-            priority=row["priority"],
-            age_s=max(0.0, now - row["queued_at"]),
-            backoff_s=max(0.0, row["not_before"] - now),
-            seconds=self._durations.get(row["study"], UNKNOWN),
-            suspects=tuple(row["suspects"].split()),
+            trial=trial.id,
+            study=trial.study.id,
+            owner=trial.study.owner,
+            gang=self._gang(trial.study),
+            priority=trial.study.priority,
+            age_s=max(0.0, now - trial.queued_at),
+            backoff_s=max(0.0, trial.not_before - now),
+            seconds=self._durations.get(trial.study.id, UNKNOWN),
+            suspects=tuple(trial.suspects.split()),
         )
 
-    def _running(self, attempts: Sequence[store.Row]) -> list[Running]:
-        """A gang whose ranks have said something sits somewhere: its nodes' free resources lack it already.
+    def _running(self, live_attempts: Sequence[LiveAttempt]) -> list[Running]:
+        """Live attempts with their places; a gang whose ranks have not spoken has none yet.
 
-        Ray does not say over HTTP where, so it is put where that much is in use.
+        The nodes' free resources already lack a gang that has a place. Ray does not say over HTTP
+        where it is, so it is put where that much is in use.
         """
         used = {
             node.id: {name: node.total[name] - node.free.get(name, 0.0) for name in node.total}
             for node in self._nodes
         }
-        found = []
-        for row in attempts:
-            seated = row["state"] == "running" and row["progress"].get("attempt") == row["number"]
-            left = row["progress"].get("seconds_left") if seated else None
-            gang = self._gang(row)
-            placement = (fit(gang, used) or {ELSEWHERE: gang.ranks}) if seated else {}
-            take(used, gang, placement)
-            seconds = UNKNOWN if left is None else float(left)
-            found.append(
-                Running(row["trial"], row["study"], row["owner"], gang, placement, seconds)
-            )
-        return found
+        running = []
+        for live in live_attempts:
+            progress, gang = live.trial.progress, self._gang(live.study)
+            if live.attempt.state != "running" or (
+                progress is not None and progress.attempt != live.attempt.number
+            ):
+                progress = None
+            placement: dict[str, int] = {}
+            seconds = UNKNOWN
+            if progress is not None:
+                placement = fit(gang, used) or {ELSEWHERE: gang.ranks}
+                take(used, gang, placement)
+                seconds = UNKNOWN if progress.seconds_left is None else progress.seconds_left
+            study = live.study
+            running.append(Running(live.trial.id, study.id, study.owner, gang, placement, seconds))
+        return running
 
     def _hold_back(
-        self, waiting: Sequence[store.Row], attempts: Sequence[store.Row], now: float
-    ) -> tuple[list[Wait], list[store.Row]]:
-        """Trials that wait for something that decide does not know, and the others."""
+        self, waiting: Sequence[QueuedTrial], live_attempts: Sequence[LiveAttempt], now: float
+    ) -> tuple[list[Wait], list[QueuedTrial]]:
+        """Trials that wait for something that `decide` does not know, and the others in order.
+
+        A trial that can never run is given up here, and is in neither list.
+        """
         held: list[Wait] = []
-        free: list[store.Row] = []
-        under_way = self._identities([row["trial"] for row in attempts])
+        free: set[str] = set()
+        under_way = {live.trial.identity: live.trial.id for live in live_attempts}
         first: dict[str, str] = {}  # identity -> the trial of it that waits in front
-        for row in sorted(waiting, key=lambda row: (-row["priority"], row["queued_at"])):
-            if problem := self._unsound(row):
-                self._give_up(row["id"], "person", problem, now)
-            elif row["code"] and not self._has_code(row["code"]):
-                held.append(
-                    Wait(row["id"], 0, "its code package is missing: submit the study's code again")
-                )
-            elif self.settings.ray == "local" and not self._holdable(row):
-                self._give_up(
-                    row["id"],
-                    "person",
-                    f"needs {needs(gang_of(row['spec']))}: more than this machine has",
-                    now,
-                )
-            elif self._awaits_parent(row, now):
-                held.append(Wait(row["id"], 0, "waits for the MLflow server"))
-            elif not row["fresh"] and row["identity"] in under_way:
-                held.append(
-                    Wait(
-                        row["id"],
-                        0,
-                        f"is the same run as trial {under_way[row['identity']]}, under way",
-                    )
-                )
-            elif not row["fresh"] and row["identity"] in first:
-                held.append(
-                    Wait(
-                        row["id"],
-                        0,
-                        f"is the same run as trial {first[row['identity']]}, which waits first",
-                    )
-                )
+        for trial in sorted(waiting, key=lambda trial: (-trial.study.priority, trial.queued_at)):
+            if problem := self._never_runs(trial.study):
+                give_up(self.ledger, trial.id, "person", problem, now)
+            elif why := self._awaits(trial, under_way, first, now):
+                held.append(Wait(trial.id, 0, why))
             else:
-                free.append(row)
-                if not row["fresh"]:
-                    first[row["identity"]] = row["id"]
-        place = {row["id"]: index for index, row in enumerate(waiting)}
-        return held, sorted(free, key=lambda row: place[row["id"]])
+                free.add(trial.id)
+                if not trial.study.fresh:
+                    first[trial.identity] = trial.id
+        return held, [trial for trial in waiting if trial.id in free]
 
-    def _unsound(self, row: store.Row) -> str:
-        """What is wrong with a study's resources, from a ledger that an older version filled; it must stop no other."""
-        if row["study"] not in self._problems:
-            try:
-                Resources.model_validate(row["spec"]["resources"])
-                self._problems[row["study"]] = ""
-            except ValidationError as error:
-                found = error.errors(include_url=False)[0]
-                self._problems[row["study"]] = (
-                    f"resources.{'.'.join(map(str, found['loc']))}: {found['msg']}"
-                )
-        return self._problems[row["study"]]
+    def _never_runs(self, study: StudyBrief) -> str:
+        """Why this service can never run the study's trials; empty if it can."""
+        if study.id not in self._problems:
+            # An older version let such studies in. One of them must not stop the loop for all
+            # others.
+            self._problems[study.id] = study.spec_problem
+        if problem := self._problems[study.id]:
+            return problem
+        # A cluster of others may grow, this machine does not. A missing code package comes first:
+        # it can be sent again.
+        local = self.settings.ray == "local" and not self._lacks_code(study)
+        if local and not self._holdable(study):
+            return f"needs {needs(self._gang(study))}: more than this machine has"
+        return ""
 
-    def _has_code(self, sha256: str) -> bool:
-        if sha256 not in self._known_code and code_files(self.settings).exists(code_name(sha256)):
-            self._known_code.add(sha256)
-        return sha256 in self._known_code
+    def _awaits(
+        self,
+        trial: QueuedTrial,
+        under_way: dict[str, str],
+        first: dict[str, str],
+        now: float,
+    ) -> str:
+        """What the trial waits for, other than resources; empty if for nothing."""
+        if self._lacks_code(trial.study):
+            return "its code package is missing: submit the study's code again"
+        if self._awaits_parent(trial.study, now):
+            return "waits for the MLflow server"
+        if not trial.study.fresh and trial.identity in under_way:
+            return f"is the same run as trial {under_way[trial.identity]}, under way"
+        if not trial.study.fresh and trial.identity in first:
+            return f"is the same run as trial {first[trial.identity]}, which waits first"
+        return ""
+
+    def _lacks_code(self, study: StudyBrief) -> bool:
+        code = study.code
+        if code and code not in self._known_code:
+            if not code_files(self.settings).exists(code_name(code)):
+                return True
+            self._known_code.add(code)
+        return False
 
     def _read_code(self, sha256: str) -> bytes:
         data = code_files(self.settings).read_part(code_name(sha256))
         if data is None:
             self._known_code.discard(sha256)
             raise FileNotFoundError(
-                f"code package {sha256[:12]} is gone from the storage; submit the study's code again"
+                f"code package {sha256[:12]} is gone from the storage; "
+                "submit the study's code again"
             )
         return data
 
-    def _holdable(self, row: store.Row) -> bool:
-        return (
-            not self._nodes
-            or fit(self._gang(row), {node.id: node.total for node in self._nodes}) is not None
-        )
+    def _holdable(self, study: StudyBrief) -> bool:
+        # a head that is starting has no node yet: that says nothing about what it will hold
+        whole = {node.id: node.total for node in self._nodes}
+        return not whole or fit(self._gang(study), whole) is not None
 
-    def _awaits_parent(self, row: store.Row, now: float) -> bool:
-        wanted = self.settings.mlflow != "" and not row["mlflow_run_id"]
-        return wanted and now - row["created_at"] < self.settings.mlflow_wait_s
-
-    def _identities(self, trials: Sequence[str]) -> dict[str, str]:
-        with self.ledger.reading() as transaction:
-            query = select(TRIALS.c.identity, TRIALS.c.id).where(TRIALS.c.id.in_(trials))
-            return dict(transaction.execute(query).all())
+    def _awaits_parent(self, study: StudyBrief, now: float) -> bool:
+        wanted = self.settings.mlflow != "" and not study.mlflow_run_id
+        # MLflow may stay down for hours: a study then starts without its parent run, and gets one
+        # later
+        return wanted and now - study.created_at < self.settings.mlflow_wait_s
 
     def _measure_durations(self, transaction: Transaction, studies: set[str]) -> None:
         for study in studies:
-            query = (
-                select(ATTEMPTS.c.ended_at - ATTEMPTS.c.started_at)
-                .join(TRIALS, TRIALS.c.id == ATTEMPTS.c.trial)
-                .where(TRIALS.c.study == study, ATTEMPTS.c.state == "done")
-            )
-            measured = list(transaction.execute(query).scalars())
-            if measured:
-                self._durations[study] = 1.2 * max(measured)
-
-    def _give_up(self, trial: str, error_class: str, why: str, now: float) -> None:
-        """Ends a trial that will never run: cancelled for its budget, failed for what a person must change."""
-        state = "cancelled" if error_class == "budget" else "failed"
-        with self.ledger.writing() as transaction:
-            row = store.trial_row(transaction, trial)
-            values = {"state": state, "error": why, "error_class": error_class}
-            if row is not None and store.move_trial(transaction, trial, ["queued"], values):
-                store.record(transaction, state, why, study=row["study"], trial=trial, at=now)
-                store.end_study_if_over(transaction, row["study"], now)
-
-
-def ask_to_stop(ledger: Ledger, trial: str, wish: str, why: str, now: float) -> None:
-    """A starting or running trial checkpoints and ends; `wish` is what becomes of it then."""
-    with ledger.writing() as transaction:
-        row = store.trial_row(transaction, trial)
-        values = {"state": "stopping", "wish": wish}
-        if row is not None and store.move_trial(
-            transaction, trial, ["starting", "running"], values
-        ):
-            store.record(transaction, "stopping", why, study=row["study"], trial=trial, at=now)
+            seconds = queries.longest_run_s(transaction, study)
+            if seconds is not None:
+                self._durations[study] = _SAFETY * seconds

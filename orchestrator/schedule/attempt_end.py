@@ -1,8 +1,7 @@
-"""What the end of an attempt means for its trial: a pure function of what was seen."""
+"""What the end of an attempt means for its trial: a pure function of files, Ray and ledger."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,11 +13,11 @@ from contract.attempt import (
     EXIT_OUT_OF_MEMORY,
     EXIT_PREEMPTED,
     EXIT_STOPPED,
+    ErrorClass,
     Outcome,
+    Wish,
 )
 from orchestrator.settings import Limits
-
-ErrorClass = Literal["none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"]
 
 _BY_EXIT: Mapping[int, ErrorClass] = {
     EXIT_INPUT: "person",
@@ -27,7 +26,7 @@ _BY_EXIT: Mapping[int, ErrorClass] = {
     EXIT_PREEMPTED: "node",
     EXIT_STOPPED: "none",
 }
-_REMEDY: Mapping[str, str] = {
+_REMEDY: Mapping[ErrorClass, str] = {
     "person": "correct the study and submit it again",
     "out_of_memory": "lower loop.max_images_per_forward, use bf16, or give each rank more memory",
     "diverged": "lower the rate, lengthen the warm-up or clip gradients",
@@ -35,15 +34,15 @@ _REMEDY: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Ended:
-    """An attempt that is over, as the files of its folder, Ray and the ledger tell it."""
+class EndedAttempt:
+    """An attempt that is over, as the files of its folder, Ray and the ledger describe it."""
 
     outcome: Outcome | None  # what its ranks left behind
     has_result: bool  # a result.json of this attempt
     exit_code: int | None  # of the driver; None if Ray does not know
     message: str  # Ray's
-    wish: str  # why it was asked to stop: "", cancel, pause, stall, budget
-    step: int  # the last one seen
+    wish: Wish  # why it was asked to stop
+    step: int  # the last one that a file names
     best_step: int  # of all earlier attempts
     failures: int  # earlier ones that counted
     lost: int  # earlier nodes lost in a row without a step gained
@@ -52,7 +51,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class NextState:
     """`state`: of the trial from now on. `attempt`: of the attempt."""
 
     state: Literal["done", "failed", "cancelled", "queued"]
@@ -65,29 +64,30 @@ class Verdict:
     delay_s: float = 0.0  # before it may start again
 
 
-def judge(ended: Ended, limits: Limits) -> Verdict:
-    """Finish, retry or give up: done beats everything, then a person's wish, then the class of the error."""
+def after_attempt(ended: EndedAttempt, limits: Limits) -> NextState:
+    """Finish, retry or give up: a result comes first, then a wish, then the class of the error."""
+    # The result is written before the outcome, which a lost node may take with it.
     finished = ended.outcome is None or ended.outcome.state == "done"
     if ended.has_result and finished:
-        return Verdict("done", "done", "finished", failures=ended.failures)
+        return NextState("done", "done", "finished", failures=ended.failures)
     if ended.wish == "cancel":
-        return Verdict("cancelled", "stopped", "cancelled by a person", failures=ended.failures)
+        return NextState("cancelled", "stopped", "cancelled by a person", failures=ended.failures)
     if ended.wish == "budget":
-        return Verdict(
+        return NextState(
             "cancelled", "stopped", "the study's budget is used up", failures=ended.failures
         )
     error_class, error = _class_of(ended)
     if ended.wish == "pause" and error_class in ("none", "node"):
-        return Verdict("queued", "stopped", "paused", failures=ended.failures)
+        return NextState("queued", "stopped", "paused", failures=ended.failures)
     if ended.wish == "stall" and error_class in ("none", "node", "unknown"):
-        error_class, error = (
-            "collective",
-            f"its step stood still for {limits.stall_s:.0f} s: a rank hangs",
-        )
+        # such ranks end like stopped or lost ones: their own account does not say that they hung
+        error_class = "collective"
+        error = f"its step stood still for {limits.stall_s:.0f} s: a rank hangs"
     match error_class:
         case "person" | "out_of_memory" | "diverged":
+            # the ranks' own sentence ends with its remedy, Ray's message has none
             error = error if ended.outcome else f"{error}; {_REMEDY[error_class]}"
-            return Verdict(
+            return NextState(
                 "failed",
                 "failed",
                 "an error that a retry repeats",
@@ -101,46 +101,59 @@ def judge(ended: Ended, limits: Limits) -> Verdict:
             return _after_failure(ended, error_class, error, limits)
 
 
-def suspects(verdict: Verdict, nodes: Sequence[str], preempted: bool) -> list[str]:
-    """The nodes that the next attempt had better avoid, most suspicious first. `nodes`: of the ranks, by rank.
+def suspects(after: NextState, nodes: Sequence[str], outcome: Outcome | None) -> list[str]:
+    """The nodes that the next attempt should avoid, most suspicious first.
 
-    After a hang or a broken collective: that of the rank whose error it is, then those of its peers; one of them may
-    have been the cause. After a preemption all, since one is about to go, and Ray does not say over HTTP which. Nothing
-    after any other end.
+    nodes: of the ranks, by rank.
+
+    After a hang or a broken collective: the node of the rank whose error it is, then those of its
+    peers, because one of them may have been the cause. After a preemption all: one is about to go,
+    and Ray does not say over HTTP which one. None after any other end.
     """
-    if verdict.state != "queued" or not (verdict.error_class == "collective" or preempted):
+    preempted = outcome is not None and outcome.state == "preempted"
+    if after.state != "queued" or not (after.error_class == "collective" or preempted):
         return []
-    named = re.match(r"rank (\d+): ", verdict.error)
-    rank = int(named.group(1)) if named else len(nodes)
+    # A hang has an error of our own words, which is no rank's. An older code package names no rank.
+    named = outcome is not None and outcome.rank >= 0 and outcome.error == after.error
+    rank = outcome.rank if outcome is not None and named else len(nodes)
     return list(dict.fromkeys([*nodes[rank : rank + 1], *nodes]))
 
 
-def _after_loss(ended: Ended, error: str, limits: Limits) -> Verdict:
+def _after_loss(ended: EndedAttempt, error: str, limits: Limits) -> NextState:
+    # A lost node is nobody's error: it costs no attempt while the trial gains steps.
     lost = 1 if ended.step > ended.best_step else ended.lost + 1
     if lost >= limits.lost_without_progress:
         text = f"{error}; lost {lost} times in a row without a step gained"
-        return Verdict("failed", "lost", "gives up", text, "node", ended.failures, lost)
+        return NextState("failed", "lost", "gives up", text, "node", ended.failures, lost)
     delay = limits.backoff_s * 2 ** (lost - 2) if lost > 1 else 0.0
-    return Verdict(
+    return NextState(
         "queued", "lost", f"{error}; starts again", error, "node", ended.failures, lost, delay
     )
 
 
-def _after_failure(ended: Ended, error_class: ErrorClass, error: str, limits: Limits) -> Verdict:
+def _after_failure(
+    ended: EndedAttempt, error_class: ErrorClass, error: str, limits: Limits
+) -> NextState:
     failures = ended.failures + 1
+    # an error of no known class may be chance; the same words twice are not
     if error_class == "unknown" and error == ended.last_error:
-        return Verdict(
+        return NextState(
             "failed", "failed", "failed the same way twice", error, error_class, failures
         )
     if failures >= ended.max_attempts:
-        return Verdict("failed", "failed", f"failed {failures} times", error, error_class, failures)
+        return NextState(
+            "failed", "failed", f"failed {failures} times", error, error_class, failures
+        )
     delay = limits.backoff_s * 2 ** (failures - 1)
     cause = f"{error}; tries again in {delay:.0f} s"
-    return Verdict("queued", "failed", cause, error, error_class, failures, 0, delay)
+    return NextState("queued", "failed", cause, error, error_class, failures, 0, delay)
 
 
-def _class_of(ended: Ended) -> tuple[ErrorClass, str]:
-    """The ranks' own account, else the driver's exit status, else a lost process."""
+def _class_of(ended: EndedAttempt) -> tuple[ErrorClass, str]:
+    """The class and the words of the error, as the ranks tell them.
+
+    Without their account it is the driver's exit status, and without that a lost process.
+    """
     outcome = ended.outcome
     if outcome is not None and outcome.state in ("failed", "preempted"):
         preempted = outcome.state == "preempted"
@@ -152,6 +165,7 @@ def _class_of(ended: Ended) -> tuple[ErrorClass, str]:
     if outcome is not None and outcome.state == "stopped":
         return "none", "it was stopped from outside"
     code = ended.exit_code
+    # a negative status, and one from 128 on, is a signal: the driver did not end by itself
     if code is None or code < 0 or code >= 128:
         return "node", f"its processes were lost{f' ({ended.message})' if ended.message else ''}"
     if code == EXIT_DONE:

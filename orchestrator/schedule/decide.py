@@ -1,9 +1,11 @@
-"""Which waiting trials start now, which must stop, and in words why the others wait. No clock, no Ray, no database.
+"""Which waiting trials start now, which must stop, and in words why the others wait.
 
-Order: priority + waiting time / `ageing_s` - the owner's share of the cluster, highest first; so a whole cluster in
-one user's hands weighs as much as one point of priority or one `ageing_s` of waiting. The first trial in that order
-that lacks resources is the head: the rest may pass it only where the head still starts when it would have started
-without them (EASY backfill, Lifka 1995).
+Pure functions: no clock, no Ray, no database.
+
+Order: priority + waiting time / `ageing_s` - the owner's share of the cluster, highest first; so a
+whole cluster in one user's hands weighs as much as one point of priority or one `ageing_s` of
+waiting. The first trial in that order that lacks resources is the head: the rest may pass it only
+where the head still starts when it would have started without them (EASY backfill, Lifka 1995).
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from orchestrator.cluster.nodes import Node
-from orchestrator.schedule.gang import Gang, fit, needs, take, unit
+from orchestrator.schedule.gang import Gang, Shape, fit, needs, take, unit
 from orchestrator.settings import Limits
 
 UNKNOWN = -1.0
@@ -23,7 +26,7 @@ ELSEWHERE = ""  # a placement on no node that we know of
 
 @dataclass(frozen=True)
 class Waiting:
-    """`seconds`: how long a trial like this has run, an upper bound; UNKNOWN without a measurement."""
+    """`seconds`: an upper bound of how long it runs; UNKNOWN without a measurement."""
 
     trial: str
     study: str
@@ -33,14 +36,13 @@ class Waiting:
     age_s: float = 0.0
     backoff_s: float = 0.0  # still to wait after a failed attempt
     seconds: float = UNKNOWN
-    suspects: tuple[
-        str, ...
-    ] = ()  # nodes of an attempt that hung or was preempted, most suspicious first
+    # nodes of an attempt that hung or was preempted, most suspicious first
+    suspects: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Running:
-    """`placement`: ranks by node, which `Node.free` already lacks; empty for a gang that does not sit anywhere yet."""
+    """`placement`: ranks by node, which `Node.free` already lacks; empty before it has places."""
 
     trial: str
     study: str
@@ -97,7 +99,10 @@ class Wait:
     lacks: bool = False  # resources: a capacity request on a cluster that can grow
 
 
-Decision = Start | Stop | GiveUp | Wait
+Decision: TypeAlias = Start | Stop | GiveUp | Wait
+
+# Trials of equal shape fit in the same places: a gang's shape and the nodes that it avoids.
+_Shape: TypeAlias = tuple[Shape, tuple[str, ...]]
 
 
 def decide(situation: Situation, limits: Limits) -> list[Decision]:
@@ -106,7 +111,7 @@ def decide(situation: Situation, limits: Limits) -> list[Decision]:
 
 
 class _Round:
-    """The state of one call: what is free shrinks and the owners' shares grow as trials are admitted."""
+    """The state of one call. With each admission less is free, and its owner's share grows."""
 
     def __init__(self, situation: Situation, limits: Limits) -> None:
         self.situation = situation
@@ -118,9 +123,8 @@ class _Round:
         self.by_owner: dict[str, int] = defaultdict(int)
         self.share: dict[str, float] = defaultdict(float)
         self.running = 0
-        self.ends: list[
-            tuple[float, str, Gang, Mapping[str, int]]
-        ] = []  # seconds until a gang frees its place
+        # seconds until a gang frees its place, its trial, the gang and the place
+        self.ends: list[tuple[float, str, Gang, Mapping[str, int]]] = []
         for run in situation.running:
             placement = run.placement or fit(run.gang, self.free) or {}
             if not run.placement:
@@ -132,30 +136,34 @@ class _Round:
         self.head_start_s = 0.0  # earliest start of the head, as far as it is known
         self.head_after = ""
         self.later: dict[str, dict[str, float]] = {}  # free at that time
-        self.holdable: dict[object, bool] = {}  # shape -> whether the empty cluster holds it
-        self.too_big: set[object] = (
-            set()
-        )  # shapes that do not fit any more in this round: what is free only shrinks
-        self.harmful: set[object] = set()  # shapes that would delay the head for the same reason
+        # Thousands of trials share a few shapes, so each question is answered once for a shape.
+        # What is free only shrinks in a round: a shape that does not fit once never fits later.
+        self.holdable: dict[_Shape, bool] = {}  # whether the empty cluster holds it
+        self.too_big: set[_Shape] = set()
+        self.harmful: set[_Shape] = set()  # it would delay the head
+        # what it needs and what is free; an admission clears them
+        self.words: dict[_Shape, str] = {}
         self.position = 0
-        self.words: dict[
-            object, str
-        ] = {}  # what a shape needs and what is free of it, until an admission changes that
 
     def decisions(self) -> list[Decision]:
-        found: list[Decision] = list(self._over_budget())
-        found.extend(self._consider(trial) for trial in self._in_order())
-        return found
+        stops: list[Decision] = list(self._over_budget())
+        return stops + [self._consider(trial) for trial in self._in_order()]
 
     # --- order ---
 
     def _in_order(self) -> Iterable[Waiting]:
-        """The best of the owners' next trials, again and again: an owner's share grows with each admission."""
+        """The best of the owners' next trials, again and again.
+
+        An owner's share grows with each admission, so the order is not known in advance. Each owner
+        has a queue, and a heap holds the first trial of each: 10,000 trials are sorted once, not
+        after each admission.
+        """
         queues: dict[str, list[Waiting]] = defaultdict(list)
         for trial in self.situation.waiting:
             queues[trial.owner].append(trial)
         for queue in queues.values():
-            queue.reverse()  # equal trials pop in the given order: sorting is stable
+            # sorting is stable, so equal trials pop in the order in which they came
+            queue.reverse()
             queue.sort(key=self._score)
         heads = [
             (self.share[owner] - self._score(queue[-1]), owner) for owner, queue in queues.items()
@@ -200,7 +208,10 @@ class _Round:
             return self._lacks(trial, avoid)
         if self.head is not None and not self._harmless(trial, placement):
             self.position += 1
-            why = f"needs {needs(trial.gang)}; fits now but would delay trial {self.head.trial}, which is next"
+            why = (
+                f"needs {needs(trial.gang)}; fits now but would delay trial {self.head.trial}, "
+                "which is next"
+            )
             return Wait(trial.trial, self.position, why, True)
         take(self.free, trial.gang, placement)
         self._count(trial.study, trial.owner, trial.gang)
@@ -228,28 +239,20 @@ class _Round:
         return next((avoid for avoid in spared if self._holdable(trial.gang, avoid)), ())
 
     def _held_back(self, trial: Waiting) -> Decision | None:
-        """What keeps a trial that has nothing to do with free resources."""
+        """The decision for a trial that may not start whatever is free; None if it may."""
         study = self.situation.studies.get(trial.study, StudyLimits())
         if study.gpu_hours and study.gpu_hours_used >= study.gpu_hours:
-            return GiveUp(
-                trial.trial,
-                f"the study used {study.gpu_hours_used:.2f} of its {study.gpu_hours:g} GPU-hours",
-            )
+            return GiveUp(trial.trial, _budget_in_words(study))
         if trial.backoff_s > 0:
-            return Wait(
-                trial.trial, 0, f"tries again in {duration(trial.backoff_s)} after a failed attempt"
-            )
+            why = f"tries again in {duration(trial.backoff_s)} after a failed attempt"
+            return Wait(trial.trial, 0, why)
         if study.max_parallel and self.by_study[trial.study] >= study.max_parallel:
-            return Wait(
-                trial.trial,
-                0,
-                f"its study runs at most {study.max_parallel} trials at once (max_parallel)",
-            )
+            why = f"its study runs at most {study.max_parallel} trials at once (max_parallel)"
+            return Wait(trial.trial, 0, why)
         cap = self.limits.running_per_user
         if cap and self.by_owner[trial.owner] >= cap:
-            return Wait(
-                trial.trial, 0, f"user {trial.owner} runs {cap} trials, the most a user may"
-            )
+            why = f"user {trial.owner} runs {cap} trials, the most a user may"
+            return Wait(trial.trial, 0, why)
         if self.limits.running and self.running >= self.limits.running:
             return Wait(trial.trial, 0, f"{self.running} trials run, the most this service may")
         return None
@@ -276,19 +279,26 @@ class _Round:
     # --- the head's reservation ---
 
     def _reserve(self, gang: Gang) -> None:
-        """When the head starts if nothing else does, and what is free then. An unknown end counts as now."""
+        """When the head starts if nothing else does, and what is free then.
+
+        An end that is not known counts as now.
+        """
         self.later = {node: dict(free) for node, free in self.free.items()}
         for seconds, trial, ended, placement in sorted(self.ends, key=lambda end: (end[0], end[1])):
             take(self.later, ended, placement, -1)
             self.head_start_s, self.head_after = seconds, trial
             if fit(gang, _without(self.later, self.head_avoids)) is not None:
                 return
-        # Free and running together are less than the cluster: others use it. Reserve what the whole cluster has.
+        # Free and running together are less than the cluster: another program uses the rest. Its
+        # end is not known, so the reservation is what the whole cluster has.
         self.head_start_s, self.head_after = 0.0, "of another program"
         self.later = {node: dict(total) for node, total in self.total.items()}
 
     def _harmless(self, trial: Waiting, placement: Mapping[str, int]) -> bool:
-        """Whether `trial` is over before the head starts, or leaves the head its place."""
+        """Whether `trial` is over before the head starts, or leaves the head its place.
+
+        It then takes its place in `later`, where the next trial that wants to pass finds less.
+        """
         assert self.head is not None
         if 0 <= trial.seconds <= self.head_start_s:
             return True
@@ -308,10 +318,7 @@ class _Round:
         for run in self.situation.running:
             study = self.situation.studies.get(run.study, StudyLimits())
             if study.gpu_hours and study.gpu_hours_used >= study.gpu_hours:
-                yield Stop(
-                    run.trial,
-                    f"the study used {study.gpu_hours_used:.2f} of its {study.gpu_hours:g} GPU-hours",
-                )
+                yield Stop(run.trial, _budget_in_words(study))
 
     def _free(self, gang: Gang) -> str:
         free = _sum(self.free.values())
@@ -332,7 +339,7 @@ class _Round:
         )
 
 
-# --- packing --------------------------------------------------------------------------------------------------------
+# --- packing -------------------------------------------------------------------------------------
 
 
 def _without(
@@ -341,8 +348,8 @@ def _without(
     return {node: amounts for node, amounts in free.items() if node not in avoid} if avoid else free
 
 
-def _shape(gang: Gang, avoid: tuple[str, ...]) -> object:
-    return (gang.shape, avoid) if avoid else gang.shape
+def _shape(gang: Gang, avoid: tuple[str, ...]) -> _Shape:
+    return gang.shape, avoid
 
 
 def _sum(nodes: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -353,7 +360,11 @@ def _sum(nodes: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
-# --- words ----------------------------------------------------------------------------------------------------------
+# --- words ---------------------------------------------------------------------------------------
+
+
+def _budget_in_words(study: StudyLimits) -> str:
+    return f"the study used {study.gpu_hours_used:.2f} of its {study.gpu_hours:g} GPU-hours"
 
 
 def duration(seconds: float) -> str:

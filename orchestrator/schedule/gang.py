@@ -6,22 +6,31 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
-EPSILON = (
-    1e-6  # Ray counts in fixed point of 1e-4; sums of halves and thirds must not miss by rounding
-)
+# Ray counts in fixed point of 1e-4. Sums of halves and thirds must not miss by rounding.
+EPSILON = 1e-6
+
+Shape: TypeAlias = tuple[int, tuple[tuple[str, float], ...], int]
 
 
 @dataclass(frozen=True)
 class Gang:
-    """Ranks that start as a whole. `per_rank` names only what it needs; `max_nodes` 0 is any number."""
+    """Ranks that start as a whole.
+
+    `per_rank` names only what it needs; `max_nodes` 0 is any number.
+    """
 
     ranks: int
     per_rank: Mapping[str, float]
     max_nodes: int = 0
 
     @cached_property
-    def shape(self) -> tuple[object, ...]:
+    def shape(self) -> Shape:
+        """Gangs of equal shape fit in the same places.
+
+        It can be hashed, which the gang's dictionary cannot.
+        """
         return (self.ranks, tuple(sorted(self.per_rank.items())), self.max_nodes)
 
 
@@ -34,6 +43,7 @@ def fit(gang: Gang, free: Mapping[str, Mapping[str, float]]) -> dict[str, int] |
     whole = [node for node, ranks in room.items() if ranks >= gang.ranks]
     if whole:
         return {min(whole, key=lambda node: (room[node], node)): gang.ranks}
+    # the largest places first: fewer nodes
     placement: dict[str, int] = {}
     left = gang.ranks
     for node in sorted(room, key=lambda node: (-room[node], node))[: gang.max_nodes or None]:
@@ -45,7 +55,7 @@ def fit(gang: Gang, free: Mapping[str, Mapping[str, float]]) -> dict[str, int] |
 
 
 def _ranks(gang: Gang, amounts: Mapping[str, float]) -> int:
-    """How many ranks of the gang's kind these amounts hold."""
+    """How many ranks of the gang's kind these amounts hold: the scarcest resource decides."""
     return min(
         math.floor((amounts.get(name, 0.0) + EPSILON) / need)
         for name, need in gang.per_rank.items()
@@ -69,13 +79,12 @@ def needs(gang: Gang) -> str:
         for name, amount in sorted(gang.per_rank.items(), reverse=True)
     ]
     ranks = "1 rank" if gang.ranks == 1 else f"{gang.ranks} ranks"
-    nodes = (
-        f" on at most {gang.max_nodes} node{'s' if gang.max_nodes != 1 else ''}"
-        if gang.max_nodes
-        else ""
-    )
+    nodes = ""
+    if gang.max_nodes:
+        nodes = f" on at most {gang.max_nodes} node{'s' if gang.max_nodes != 1 else ''}"
     return f"{ranks} x {' and '.join(parts)}{nodes}"
 
 
 def unit(name: str, amount: float) -> str:
+    """ "GPU" for one, "GPUs" for others; a custom resource keeps its name."""
     return f"{name}s" if name in ("CPU", "GPU") and amount != 1 else name

@@ -1,7 +1,8 @@
-"""The loop that makes the cluster do what the ledger says: observe, record, and let `admission` start what may run.
+"""The loop that makes the cluster do what the ledger says: it observes, records and starts.
 
-Each tick reads everything anew, so a service that dies between two lines of it is taken up by the next one. Only the
-ledger remembers; what is kept here besides are words for people and measurements that the next tick replaces.
+Each tick reads everything anew. So when a service dies between two lines of a tick, the next
+service goes on from the ledger. The rest that is kept here is words for people and measurements,
+and the next tick replaces them.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TypeVar
 
-from sqlalchemy import select, update
+from pydantic import BaseModel
 
 from contract.attempt import (
+    DRIVER_LOG,
+    LIVE_ATTEMPTS,
     NODES_FILE,
     OUTCOME_FILE,
     PROGRESS_FILE,
@@ -24,21 +28,24 @@ from contract.attempt import (
 )
 from orchestrator.cluster.jobs import ENDED, Cluster, Job
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import store
-from orchestrator.ledger.opening import Ledger, Transaction
-from orchestrator.ledger.tables import ATTEMPTS, TRIALS
-from orchestrator.schedule.admission import Admission, ask_to_stop
-from orchestrator.schedule.attempt_end import Ended, Verdict, judge, suspects
+from orchestrator.ledger import attempts, queries
+from orchestrator.ledger.changes import TrialChange, ask_to_stop, take_finished
+from orchestrator.ledger.events import record
+from orchestrator.ledger.opening import Ledger
+from orchestrator.ledger.rows import Json, LiveAttempt
+from orchestrator.schedule.admission import Admission
+from orchestrator.schedule.attempt_end import EndedAttempt, NextState, after_attempt, suspects
 from orchestrator.schedule.decide import duration
 from orchestrator.settings import ServiceSettings, service_files
 
 LOG = logging.getLogger("maskray")
-DRIVER_LOG = "attempts/{attempt}/driver.log"
-_FORCE_AFTER_S = 30.0  # beyond the grace, should Ray not have ended a job that it was asked to stop
+_FORCE_AFTER_S = 30.0  # beyond the grace: then Ray is asked again to end a job
+
+AnyFile = TypeVar("AnyFile", bound=BaseModel)
 
 
 class Reconciler:
-    """One service's hands. `tracking_uri` is "" until there is a server, or if there shall be none."""
+    """The hands of one service. `tracking_uri` is "" until MLflow answers, and without MLflow."""
 
     def __init__(self, ledger: Ledger, settings: ServiceSettings) -> None:
         self.ledger = ledger
@@ -52,109 +59,73 @@ class Reconciler:
     # --- one tick ---
 
     def tick(self, cluster: Cluster, now: float) -> None:
-        """Raises UnreachableError if Ray does not answer; another tick does again what this one left undone."""
+        """Raises UnreachableError if Ray does not answer; the next tick does the rest."""
         self.session = cluster.session()
         jobs = cluster.jobs()
         nodes = cluster.nodes()
         with self.ledger.reading() as transaction:
-            attempts = store.live_attempts(transaction)
-        for row in attempts:
+            live_attempts = queries.live_attempts(transaction)
+        for live in live_attempts:
             try:
-                self._follow(cluster, row, jobs.get(row["submission_id"]), now)
-            except (
-                OSError,
-                ValueError,
-            ) as error:  # of one trial's storage or files: it must not hold up the others
-                LOG.warning(
-                    "trial %s: %s; looked at again", row["trial"], " ".join(str(error).split())
-                )
-        self._end_orphans(cluster, jobs, {row["submission_id"] for row in attempts})
+                self._follow(cluster, live, jobs.get(live.attempt.submission_id), now)
+            except (OSError, ValueError) as error:
+                # of one trial's storage or files: the other trials must not wait for it
+                words = " ".join(str(error).split())
+                LOG.warning("trial %s: %s; looked at again", live.trial.id, words)
+        self._end_orphans(cluster, jobs, {live.attempt.submission_id for live in live_attempts})
         self.nodes = nodes
         self.cluster_words = "ready"
-        self._take_cached(now)
+        take_finished(self.ledger, now)
         self.admission.admit(cluster, nodes, self.tracking_uri, now)
 
     # --- observing ---
 
-    def _follow(self, cluster: Cluster, row: store.Row, job: Job | None, now: float) -> None:
-        if job is None and row["state"] == "submitting" and row["trial_state"] != "stopping":
-            self.admission.submit(cluster, row["trial"], row["number"], self.tracking_uri)
+    def _follow(self, cluster: Cluster, live: LiveAttempt, job: Job | None, now: float) -> None:
+        submitting = live.attempt.state == "submitting" and live.trial.state != "stopping"
+        if job is None and submitting:
+            # the service died between the start in the ledger and the job in Ray
+            number = live.attempt.number
+            self.admission.submit(cluster, live.trial.id, number, self.tracking_uri)
         elif job is None or job.state in ENDED:
-            self._conclude(cluster, row, job, now)
+            self._conclude(cluster, live, job, now)
         else:
             if job.state == "RUNNING":
-                self._note_progress(row, now)
-            if (
-                row["study_state"] == "paused" and not row["wish"]
-            ):  # it was being started when the pause came
-                ask_to_stop(self.ledger, row["trial"], "pause", "its study is paused", now)
-            self._stop_if_wished(cluster, row, now)
+                self._note_progress(live, now)
+            if live.study.state == "paused" and not live.trial.wish:
+                # the pause came while the attempt was being started
+                ask_to_stop(self.ledger, live.trial.id, "pause", "its study is paused", now)
+            self._stop_if_wished(cluster, live, now)
 
-    def _note_progress(self, row: store.Row, now: float) -> None:
-        values: dict[str, Any] = {}
-        attempt_values: dict[str, Any] = {}
-        seen = _record(Progress, service_files(row["folder"]).read_object(PROGRESS_FILE))
-        if seen is not None and seen.attempt == row["number"]:
-            before = row["progress"]
-            if seen.model_dump() != before:
-                values["progress"] = seen.model_dump()
-            place = (seen.attempt, seen.phase, seen.step)
-            if place != (before.get("attempt"), before.get("phase"), before.get("step")):
-                values["moved_at"] = now
-                attempt_values["step"] = seen.step
-            if row["first_step"] < 0:
-                attempt_values["first_step"] = seen.step
-        if row["state"] != "running":
-            attempt_values |= {"state": "running", "running_at": now}
-            values.setdefault("moved_at", now)
-        if not values and not attempt_values:
-            self._watch_for_stall(row, now)
-            return
-        with self.ledger.writing() as transaction:
-            if attempt_values:
-                self._set_attempt(transaction, row, attempt_values)
-            if values:
-                store.move_trial(
-                    transaction,
-                    row["trial"],
-                    ["starting", "running", "stopping"],
-                    values,
-                    row["number"],
-                )
-            if row["state"] != "running" and store.move_trial(
-                transaction, row["trial"], ["starting"], {"state": "running"}, row["number"]
-            ):
-                self._record(transaction, row, "running", "its driver runs", now)
+    def _note_progress(self, live: LiveAttempt, now: float) -> None:
+        data = service_files(live.trial.folder).read_object(PROGRESS_FILE)
+        seen = _parsed(Progress, data)
+        if seen is not None and seen.attempt != live.attempt.number:
+            seen = None  # the file of an earlier attempt stays until the new ranks write theirs
+        if not attempts.note_progress(self.ledger, live, seen, now):
+            self._stop_if_stalled(live, now)
 
-    def _watch_for_stall(self, row: store.Row, now: float) -> None:
-        still = now - row["moved_at"]
-        if row["wish"] or still < self.settings.limits.stall_s:
+    def _stop_if_stalled(self, live: LiveAttempt, now: float) -> None:
+        still = now - live.trial.moved_at
+        if live.trial.wish or still < self.settings.limits.stall_s:
             return
-        with self.ledger.writing() as transaction:
-            values = {"state": "stopping", "wish": "stall"}
-            if store.move_trial(
-                transaction, row["trial"], ["starting", "running"], values, row["number"]
-            ):
-                self._record(
-                    transaction,
-                    row,
-                    "stalled",
-                    f"no step for {duration(still)}: it is started again",
-                    now,
-                )
+        why = f"no step for {duration(still)}: it is started again"
+        number = live.attempt.number
+        ask_to_stop(
+            self.ledger, live.trial.id, "stall", why, now, kind="stalled", at_attempt=number
+        )
 
-    def _stop_if_wished(self, cluster: Cluster, row: store.Row, now: float) -> None:
-        if row["trial_state"] != "stopping":
+    def _stop_if_wished(self, cluster: Cluster, live: LiveAttempt, now: float) -> None:
+        if live.trial.state != "stopping":
             return
-        asked = row["stop_asked_at"]
+        asked = live.attempt.stop_asked_at
+        # Ray ends the job by force after the grace. It is asked again only if it did not.
         if asked and now - asked < self.settings.grace_s + _FORCE_AFTER_S:
             return
-        cluster.stop(row["submission_id"])
-        with self.ledger.writing() as transaction:
-            self._set_attempt(transaction, row, {"stop_asked_at": now})
+        cluster.stop(live.attempt.submission_id)
+        attempts.note_stop(self.ledger, live, now)
 
     def _end_orphans(self, cluster: Cluster, jobs: Mapping[str, Job], known: set[str]) -> None:
-        """Jobs of ours that the ledger holds for over: a start that was fenced, a trial that was forgotten."""
+        """Ends jobs of ours whose attempt the ledger says is over, or does not know."""
         for submission, job in jobs.items():
             if submission in known or job.metadata.get("maskray") != self.admission.mark:
                 continue
@@ -162,182 +133,119 @@ class Reconciler:
                 cluster.forget(submission)
                 continue
             with self.ledger.reading() as transaction:
-                query = select(ATTEMPTS.c.state).where(ATTEMPTS.c.submission_id == submission)
-                state = transaction.execute(query).scalar()
-            if state not in store.LIVE_ATTEMPTS:  # it may have been started since `known` was read
-                LOG.warning("ending orphaned job %s", submission)
-                cluster.stop(submission)
-                with self.ledger.writing() as transaction:
-                    trial = job.metadata.get("trial", "")
-                    text = f"job {submission} runs, the ledger says it is over: ended"
-                    store.record(
-                        transaction, "orphan", text, study=trial.rpartition("-")[0], trial=trial
-                    )
+                state = queries.attempt_state(transaction, submission)
+            if state in LIVE_ATTEMPTS:  # it was started since `known` was read
+                continue
+            LOG.warning("ending orphaned job %s", submission)
+            cluster.stop(submission)
+            trial = job.metadata.get("trial", "")
+            study = trial.rpartition("-")[0]
+            text = f"job {submission} runs, the ledger says it is over: ended"
+            with self.ledger.writing() as transaction:
+                record(transaction, "orphan", text, study=study, trial=trial)
 
     # --- the end of an attempt ---
 
-    def _conclude(self, cluster: Cluster, row: store.Row, job: Job | None, now: float) -> None:
-        files, number = service_files(row["folder"]), row["number"]
-        outcome = _record(Outcome, files.read_object(OUTCOME_FILE.format(attempt=number)))
-        result = _record(Result, files.read_object(RESULT_FILE))
+    def _conclude(self, cluster: Cluster, live: LiveAttempt, job: Job | None, now: float) -> None:
+        """Reads what the attempt left, and writes down what becomes of its trial."""
+        files, number = service_files(live.trial.folder), live.attempt.number
+        outcome = _parsed(Outcome, files.read_object(OUTCOME_FILE.format(attempt=number)))
+        result = _parsed(Result, files.read_object(RESULT_FILE))
         if result is not None and result.attempt != number:
-            result = None
-        self._note_progress({**row, "state": "running"}, now)
+            result = None  # lost ranks of an earlier attempt may still write theirs
+        # Its last progress counts, also where it ended before a tick saw it run.
+        self._note_progress(replace(live, attempt=replace(live.attempt, state="running")), now)
         with self.ledger.reading() as transaction:
-            trial = store.trial_row(transaction, row["trial"])
+            trial = queries.trial_row(transaction, live.trial.id)
         if trial is None:
             return
-        step = max(
-            outcome.step if outcome else 0,
-            trial["progress"].get("step", 0) if _of(trial, number) else 0,
-        )
-        verdict = judge(
-            Ended(
-                outcome=outcome,
-                has_result=result is not None,
-                exit_code=job.exit_code if job else None,
-                message=job.message if job else "Ray no longer knows its job",
-                wish=trial["wish"],
-                step=step,
-                best_step=row["best_step"],
-                failures=row["failures"],
-                lost=row["lost"],
-                last_error=row["error"],
-                max_attempts=row["spec"]["max_attempts"],
-            ),
-            self.settings.limits,
+        progress = trial.progress
+        step = progress.step if progress is not None and progress.attempt == number else 0
+        ended = EndedAttempt(
+            outcome=outcome,
+            has_result=result is not None,
+            exit_code=job.exit_code if job else None,
+            message=job.message if job else "Ray no longer knows its job",
+            wish=trial.wish,
+            step=max(outcome.step if outcome else 0, step),
+            best_step=live.trial.best_step,
+            failures=live.trial.failures,
+            lost=live.trial.lost,
+            last_error=live.trial.error,
+            max_attempts=live.study.spec.max_attempts,
         )
         if job is not None:
-            self._keep_log(cluster, row)
-        # a wish that came meanwhile was not judged: the next tick does
-        if (
-            self._write_verdict(row, verdict, result, outcome, step, now, trial["wish"])
-            and job is not None
-        ):
-            cluster.forget(row["submission_id"])
+            # before the ledger ends the attempt: a service that dies in between comes back here
+            self._keep_log(cluster, live)
+        # If another wish came meanwhile, nothing is written, and the next tick decides anew.
+        if self._write_end(live, ended, result, now) and job is not None:
+            cluster.forget(live.attempt.submission_id)
 
-    def _write_verdict(
-        self,
-        row: store.Row,
-        verdict: Verdict,
-        result: Result | None,
-        outcome: Outcome | None,
-        step: int,
-        now: float,
-        wish: str,
+    def _write_end(
+        self, live: LiveAttempt, ended: EndedAttempt, result: Result | None, now: float
     ) -> bool:
-        ranks = row["spec"]["resources"]["ranks"]
-        preempted = outcome is not None and outcome.state == "preempted"
-        seconds = now - (row["running_at"] or now)
-        values: dict[str, Any] = {
-            "state": verdict.state,
-            "error": verdict.error,
-            "error_class": "" if verdict.error_class == "none" else verdict.error_class,
-            "failures": verdict.failures,
-            "lost": verdict.lost,
-            "best_step": max(step, row["best_step"]),
-            "not_before": now + verdict.delay_s,
+        after = after_attempt(ended, self.settings.limits)
+        change: TrialChange = {
+            "state": after.state,
+            "error": after.error,
+            "error_class": "" if after.error_class == "none" else after.error_class,
+            "failures": after.failures,
+            "lost": after.lost,
+            "best_step": max(ended.step, ended.best_step),
+            "not_before": now + after.delay_s,
             "wish": "",
-            "rank_seconds": TRIALS.c.rank_seconds + ranks * seconds,
-            "suspects": " ".join(suspects(verdict, self._nodes_of(row), preempted)),
+            "suspects": " ".join(suspects(after, self._nodes_of(live), ended.outcome)),
         }
         if result is not None:
-            values |= {
-                "metrics": {
-                    name: value for name, value in result.metrics.items() if value is not None
-                },
-                "mlflow_run_id": result.mlflow_run_id,
-            }
-        marks = (
-            result.events if result is not None else outcome.events if outcome is not None else []
+            change["metrics"] = dict(result.metrics)
+            change["mlflow_run_id"] = result.mlflow_run_id
+        source = result if result is not None else ended.outcome
+        if source is not None and source.events:
+            change["marks"] = [event.model_dump() for event in source.events]
+        written = attempts.end_attempt(
+            self.ledger,
+            live,
+            change,
+            {"state": after.attempt, "cause": after.cause, "ended_at": now, "step": ended.step},
+            (
+                _kind(after),
+                f"{after.cause}: {after.error}" if after.state == "failed" else after.cause,
+            ),
+            now,
+            ended.wish,
         )
-        if marks:
-            values["marks"] = [mark.model_dump() for mark in marks]
-        with self.ledger.writing() as transaction:
-            states = ["starting", "running", "stopping"]
-            if not store.move_trial(transaction, row["trial"], states, values, row["number"], wish):
-                return False
-            self._set_attempt(
-                transaction,
-                row,
-                {"state": verdict.attempt, "cause": verdict.cause, "ended_at": now, "step": step},
-            )
-            kind = (
-                "retry"
-                if verdict.state == "queued" and verdict.attempt != "stopped"
-                else verdict.state
-            )
-            cause = (
-                f"{verdict.cause}: {verdict.error}" if verdict.state == "failed" else verdict.cause
-            )
-            self._record(transaction, row, kind, cause, now)
-            store.end_study_if_over(transaction, row["study"], now)
-        LOG.info(
-            "trial %s attempt %d: %s, %s", row["trial"], row["number"], verdict.state, verdict.cause
-        )
-        return True
+        if written:
+            words = (live.trial.id, live.attempt.number, after.state, after.cause)
+            LOG.info("trial %s attempt %d: %s, %s", *words)
+        return written
 
-    def _nodes_of(self, row: store.Row) -> list[str]:
-        """The nodes of an attempt's ranks, as its rank 0 wrote them down; nothing if it did not come to that."""
-        data = service_files(row["folder"]).read_part(NODES_FILE.format(attempt=row["number"]))
+    def _nodes_of(self, live: LiveAttempt) -> list[str]:
+        """The nodes of the attempt's ranks, in order; none if its rank 0 wrote none."""
+        path = NODES_FILE.format(attempt=live.attempt.number)
+        data = service_files(live.trial.folder).read_part(path)
         try:
-            found = json.loads(data or b"[]")
+            nodes = json.loads(data or b"[]")
         except ValueError:
             return []
-        return [str(node) for node in found] if isinstance(found, list) else []
+        return [str(node) for node in nodes] if isinstance(nodes, list) else []
 
-    def _keep_log(self, cluster: Cluster, row: store.Row) -> None:
-        text = cluster.log(row["submission_id"])
-        path = DRIVER_LOG.format(attempt=row["number"])
-        service_files(row["folder"]).write(path, text.encode())
-
-    # --- the ledger ---
-
-    def _take_cached(self, now: float) -> None:
-        """Ends waiting trials whose run has been done meanwhile, by another study or in another place of this one."""
-        with self.ledger.reading() as transaction:
-            waiting = store.waiting_for_nothing(transaction)
-            found = store.finished_by_identity(
-                transaction, sorted({row["identity"] for row in waiting})
-            )
-        for row in waiting:
-            source = found[row["identity"]]
-            with self.ledger.writing() as transaction:
-                if store.move_trial(
-                    transaction, row["id"], ["queued"], store.cached_values(source)
-                ):
-                    text = f"taken from trial {source['id']}"
-                    store.record(
-                        transaction, "cached", text, study=row["study"], trial=row["id"], at=now
-                    )
-                    store.end_study_if_over(transaction, row["study"], now)
-
-    def _set_attempt(
-        self, transaction: Transaction, row: store.Row, values: Mapping[str, Any]
-    ) -> None:
-        where = (ATTEMPTS.c.trial == row["trial"], ATTEMPTS.c.number == row["number"])
-        transaction.execute(update(ATTEMPTS).where(*where).values(**values))
-
-    def _record(
-        self, transaction: Transaction, row: store.Row, kind: str, cause: str, now: float
-    ) -> None:
-        store.record(
-            transaction,
-            kind,
-            cause,
-            study=row["study"],
-            trial=row["trial"],
-            attempt=row["number"],
-            at=now,
-        )
+    def _keep_log(self, cluster: Cluster, live: LiveAttempt) -> None:
+        """Ray's copy goes when the job is forgotten."""
+        text = cluster.log(live.attempt.submission_id)
+        path = DRIVER_LOG.format(attempt=live.attempt.number)
+        service_files(live.trial.folder).write(path, text.encode())
 
 
-def _of(trial: store.Row, number: int) -> bool:
-    return bool(trial["progress"].get("attempt") == number)
+def _kind(after: NextState) -> str:
+    """Of the event. A trial that waits again after a person's pause is no retry."""
+    return "retry" if after.state == "queued" and after.attempt != "stopped" else after.state
 
 
-def _record(record: type[Any], data: Any) -> Any:
-    """A file of the trial's folder as a record; None if there is none or it is not one (a study's code may differ)."""
+def _parsed(record: type[AnyFile], data: Json | None) -> AnyFile | None:
+    """A file of the trial's folder as a record; None if it is absent or no such record.
+
+    The study's own code wrote it, which may be of another version.
+    """
     if data is None:
         return None
     try:

@@ -1,40 +1,103 @@
-"""MLflow's REST interface, as much of it as a study's parent run needs; every call ends within seconds."""
+"""The part of MLflow's REST interface that a study's parent run needs.
+
+By hand, because MLflow's own client retries for minutes while a server is down, and the thread
+would stand still.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx
 from pyarrow import fs
 
+from contract.record import Message
+
+_LONGEST_TAG = 5000  # characters that MLflow takes
+_BATCH = 1000  # metrics that one call takes
+_API = "/api/2.0/mlflow"
+
 
 class TrackingDownError(RuntimeError):
-    """The server does not answer now; whoever asked tries again later."""
+    """The server does not answer now; the caller tries again later."""
 
 
 class TrackingRefusedError(TrackingDownError):
-    """The server answers, and does not do this; other requests may still go well."""
+    """The server answers and refuses this request; other requests may still go well."""
+
+
+class Tag(Message):
+    key: str
+    value: str = ""
+
+
+class Metric(Message):
+    key: str
+    value: float
+    step: int = 0
+
+
+class RunInfo(Message):
+    run_id: str
+    status: str = ""
+    artifact_uri: str = ""
+
+
+class RunData(Message):
+    """Of each metric the last value."""
+
+    tags: tuple[Tag, ...] = ()
+    metrics: tuple[Metric, ...] = ()
+
+
+class Run(Message):
+    info: RunInfo
+    data: RunData = RunData()
+
+
+class _Experiment(Message):
+    experiment_id: str
+
+
+class _ExperimentAnswer(Message):
+    experiment: _Experiment
+
+
+class _RunAnswer(Message):
+    run: Run
+
+
+class _SearchAnswer(Message):
+    runs: list[Run] = []
+
+
+class _HistoryAnswer(Message):
+    metrics: list[Metric] = []
+
+
+AnyAnswer = TypeVar("AnyAnswer", bound=Message)
 
 
 class MLflow:
-    """A client of one tracking server. Every method raises TrackingDownError if there is no sound answer."""
+    """A client of one tracking server.
+
+    Every method raises TrackingDownError if there is no sound answer.
+    """
 
     def __init__(self, uri: str, timeout_s: float = 10.0) -> None:
         parts = urlsplit(uri)
         auth, headers = None, {}
         if parts.username:
             auth = httpx.BasicAuth(parts.username, parts.password or "")
-        elif os.environ.get("MLFLOW_TRACKING_USERNAME"):
-            auth = httpx.BasicAuth(
-                os.environ["MLFLOW_TRACKING_USERNAME"],
-                os.environ.get("MLFLOW_TRACKING_PASSWORD", ""),
-            )
-        elif os.environ.get("MLFLOW_TRACKING_TOKEN"):
-            headers = {"Authorization": f"Bearer {os.environ['MLFLOW_TRACKING_TOKEN']}"}
+        elif user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+            auth = httpx.BasicAuth(user, os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
+        elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+            headers = {"Authorization": f"Bearer {token}"}
+        # without user and password: messages show this URL
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
         port = f":{parts.port}" if parts.port else ""
         self.url = f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
@@ -53,62 +116,60 @@ class MLflow:
 
     def experiment(self, name: str, tags: Mapping[str, str]) -> str:
         """The id of the experiment of this name, made if there is none."""
-        found = self._call(
-            "GET", "experiments/get-by-name", params={"experiment_name": name}, missing=True
-        )
-        if found is not None:
-            return str(found["experiment"]["experiment_id"])
-        return str(
-            self._call("POST", "experiments/create", {"name": name, "tags": _tags(tags)})[
-                "experiment_id"
-            ]
-        )
+        params = {"experiment_name": name}
+        known = self._request("GET", f"{_API}/experiments/get-by-name", params=params, missing=True)
+        if known is not None:
+            return _parsed(_ExperimentAnswer, known).experiment.experiment_id
+        body = {"name": name, "tags": _pairs(tags)}
+        return self._call(_Experiment, "POST", "experiments/create", json=body).experiment_id
 
-    def runs(self, experiment: str, condition: str) -> list[dict[str, Any]]:
+    def runs(self, experiment: str, condition: str) -> list[Run]:
         """The runs of an experiment that meet MLflow's search condition, at most a thousand."""
         body = {"experiment_ids": [experiment], "filter": condition, "max_results": 1000}
-        return list(self._call("POST", "runs/search", body).get("runs", []))
+        return self._call(_SearchAnswer, "POST", "runs/search", json=body).runs
 
-    def run_by_tag(self, experiment: str, tag: str, value: str) -> dict[str, Any] | None:
-        found = self.runs(experiment, f"tags.`{tag}` = '{value}'")
-        return found[0] if found else None
+    def run_by_tag(self, experiment: str, tag: str, value: str) -> Run | None:
+        """A run with this tag, if there is one."""
+        return next(iter(self.runs(experiment, f"tags.`{tag}` = '{value}'")), None)
 
     def create_run(self, experiment: str, name: str, tags: Mapping[str, str], at: float) -> str:
+        """The id of a new run that started at `at`, Unix time."""
         body = {
             "experiment_id": experiment,
             "run_name": name,
             "start_time": int(at * 1000),
-            "tags": _tags(tags),
+            "tags": _pairs(tags),
         }
-        return str(self._call("POST", "runs/create", body)["run"]["info"]["run_id"])
+        return self._call(_RunAnswer, "POST", "runs/create", json=body).run.info.run_id
 
     def end_run(self, run: str, status: str, at: float) -> None:
-        self._call(
-            "POST", "runs/update", {"run_id": run, "status": status, "end_time": int(at * 1000)}
-        )
+        body = {"run_id": run, "status": status, "end_time": int(at * 1000)}
+        self._call(Message, "POST", "runs/update", json=body)
 
     def set_tag(self, run: str, key: str, value: str) -> None:
-        self._call("POST", "runs/set-tag", {"run_id": run, "key": key, "value": value[:5000]})
+        body = {"run_id": run, "key": key, "value": value[:_LONGEST_TAG]}
+        self._call(Message, "POST", "runs/set-tag", json=body)
 
     def log_metrics(self, run: str, metrics: Mapping[str, float], at: float) -> None:
         values = [
             {"key": key, "value": value, "timestamp": int(at * 1000), "step": 0}
             for key, value in metrics.items()
         ]
-        for start in range(0, len(values), 1000):
-            self._call(
-                "POST", "runs/log-batch", {"run_id": run, "metrics": values[start : start + 1000]}
-            )
+        for start in range(0, len(values), _BATCH):
+            body = {"run_id": run, "metrics": values[start : start + _BATCH]}
+            self._call(Message, "POST", "runs/log-batch", json=body)
 
-    def history(self, run: str, metric: str) -> list[dict[str, Any]]:
+    def history(self, run: str, metric: str) -> list[Metric]:
         """Every recorded point of a metric, at most 25,000."""
         params = {"run_id": run, "metric_key": metric, "max_results": "25000"}
-        return list(self._call("GET", "metrics/get-history", params=params).get("metrics", []))
+        return self._call(_HistoryAnswer, "GET", "metrics/get-history", params=params).metrics
 
     def put_artifact(self, run: str, name: str, data: bytes) -> None:
-        """Stores a file of a run, through the server or straight where the server says."""
-        info = self._call("GET", "runs/get", params={"run_id": run})["run"]["info"]
-        root = urlsplit(info["artifact_uri"])
+        """Stores a file of a run, through the server or in the place that the server names."""
+        answer = self._call(_RunAnswer, "GET", "runs/get", params={"run_id": run})
+        uri = answer.run.info.artifact_uri
+        root = urlsplit(uri)
+        # The server takes the bytes itself, or names the store that it reads them from.
         if root.scheme == "mlflow-artifacts":
             path = quote(f"{root.path.strip('/')}/{name}")
             self._request(
@@ -120,22 +181,14 @@ class MLflow:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
             return
-        filesystem, path = fs.FileSystem.from_uri(info["artifact_uri"])
+        filesystem, path = fs.FileSystem.from_uri(uri)
         with filesystem.open_output_stream(f"{path}/{name}") as stream:
             stream.write(data)
 
-    def _call(
-        self,
-        method: str,
-        path: str,
-        body: Any = None,
-        params: Mapping[str, str] | None = None,
-        missing: bool = False,
-    ) -> Any:
-        response = self._request(
-            method, f"/api/2.0/mlflow/{path}", json=body, params=params, missing=missing
-        )
-        return None if response is None else response.json()
+    def _call(self, answer: type[AnyAnswer], method: str, path: str, **options: Any) -> AnyAnswer:
+        response = self._request(method, f"{_API}/{path}", **options)
+        assert response is not None  # only a request with `missing` may have none
+        return _parsed(answer, response)
 
     def _request(
         self, method: str, path: str, *, missing: bool = False, **options: Any
@@ -149,6 +202,8 @@ class MLflow:
         if missing and response.status_code == 404:
             return None
         if response.status_code != 200:
+            # a status from 500 on says nothing about the request: it goes well once the server is
+            # back
             kind = TrackingRefusedError if response.status_code < 500 else TrackingDownError
             raise kind(
                 f"MLflow at {self.url}{path}: status {response.status_code}, {response.text[:300]}"
@@ -156,5 +211,14 @@ class MLflow:
         return response
 
 
-def _tags(tags: Mapping[str, str]) -> list[dict[str, str]]:
-    return [{"key": key, "value": value[:5000]} for key, value in tags.items()]
+def _parsed(answer: type[AnyAnswer], response: httpx.Response) -> AnyAnswer:
+    try:
+        return answer.model_validate(response.json())
+    except ValueError as error:
+        # a proxy's page, or a server of another kind
+        words = " ".join(str(error).split())[:300]
+        raise TrackingDownError(f"MLflow at {response.url}: unexpected answer, {words}") from error
+
+
+def _pairs(tags: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"key": key, "value": value[:_LONGEST_TAG]} for key, value in tags.items()]

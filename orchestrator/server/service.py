@@ -1,7 +1,9 @@
-"""The service process: an HTTP server beside the reconcile loop, with a Ray head and MLflow of its own if asked for.
+"""The service process: an HTTP server beside the loop.
 
-`maskray serve` runs one in the foreground, `python -m orchestrator.server.service SETTINGS.json` a local one. Settings
-come in a file, since a command line can be read by every user of the machine and a ledger's URL may hold a password.
+A local service also has a Ray head and an MLflow server of its own.
+`maskray serve` runs one in the foreground, `python -m orchestrator.server.service SETTINGS.json` a
+local one. Settings come in a file, since a command line can be read by every user of the machine
+and a ledger's URL may hold a password.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 
 import uvicorn
-from sqlalchemy import select
 
 from contract.answers import Check, ClusterView, NodeView, Staging
 from contract.command import run_command
@@ -29,10 +30,9 @@ from orchestrator.cluster import staging
 from orchestrator.cluster.doctor import examine
 from orchestrator.cluster.jobs import Cluster, UnreachableError
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import store
+from orchestrator.ledger import lease, queries
 from orchestrator.ledger import users as auth
 from orchestrator.ledger.opening import Ledger, LedgerError, reason
-from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.local import stack
 from orchestrator.local.connect import write_service_record
 from orchestrator.local.processes import own_token
@@ -51,11 +51,11 @@ _READY_S = 90.0  # for a head that is starting
 
 
 class SeldomTwice(logging.Filter):
-    """Lets a warning through once a minute: what fails is tried again every turn."""
+    """Lets a warning through once a minute: the loop tries again, and fails again, every turn."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._said: dict[str, float] = {}
+        self._said: dict[str, float] = {}  # text -> when it was let through
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
@@ -63,6 +63,7 @@ class SeldomTwice(logging.Filter):
         text = f"{record.getMessage()} {record.exc_info[1] if record.exc_info else ''}"
         if record.created - self._said.get(text, 0.0) < _SAME_WARNING_S:
             return False
+        # without the old ones: a service runs for months, and texts hold names and numbers
         self._said = {
             said: at for said, at in self._said.items() if record.created - at < _SAME_WARNING_S
         }
@@ -71,7 +72,7 @@ class SeldomTwice(logging.Filter):
 
 
 class Service:
-    """One service's threads: HTTP (uvicorn), the loop (the main thread), books (MLflow, webhooks) and the lease."""
+    """Four threads: the loop (main), HTTP (uvicorn), the books (MLflow, webhooks) and the lease."""
 
     def __init__(
         self, settings: ServiceSettings, ledger: Ledger, holder: str, ray_token: str
@@ -81,7 +82,6 @@ class Service:
         self.ledger = ledger
         self.holder = holder
         self.loop = Reconciler(ledger, settings)
-        self.failed = ""
         self._ending = threading.Event()
         self._wake = threading.Event()
         self._touched = time.monotonic()
@@ -94,13 +94,15 @@ class Service:
     # --- what the routes use (api.Hub) ---
 
     def waits(self) -> Mapping[str, Wait]:
+        """Why each waiting trial waits, by the last decision."""
         return self.loop.admission.waits
 
     def nodes(self) -> list[Node]:
-        """The cluster as it is; of a local one that is starting, what it will have (GPUs are for Ray to find)."""
+        """The cluster as it is; of a local one that starts, what it will have."""
         if self.loop.nodes or self.settings.ray != "local":
             return list(self.loop.nodes)
         total = {"CPU": float(stack.local_cpus(self.settings)), **self.settings.ray_resources}
+        # Ray counts the GPUs when it starts: until then a study may ask for any number
         total["GPU"] = float(self.settings.ray_gpus) if self.settings.ray_gpus >= 0 else math.inf
         return [Node("local", total, total)]
 
@@ -112,6 +114,7 @@ class Service:
         return ClusterView(state=self.loop.cluster_words, nodes=nodes)
 
     def tracking_uri(self) -> str:
+        """Empty while a local MLflow server starts, and without MLflow."""
         return self._tracking_uri
 
     def driver_log(self, submission_id: str) -> str:
@@ -123,12 +126,12 @@ class Service:
 
     def put_report(self, study: str, files: Mapping[str, bytes]) -> None:
         with self.ledger.reading() as transaction:
-            row = store.study_row(transaction, study)
-        if row is None or not row["mlflow_run_id"] or self._mlflow is None:
+            row = queries.study_row(transaction, study)
+        if row is None or not row.mlflow_run_id or self._mlflow is None:
             return
         try:
             for name, data in files.items():
-                self._mlflow.put_artifact(row["mlflow_run_id"], f"report/{name}", data)
+                self._mlflow.put_artifact(row.mlflow_run_id, f"report/{name}", data)
         except TrackingDownError as error:
             LOG.warning("report of %s is on the study's storage, not in MLflow: %s", study, error)
 
@@ -136,20 +139,11 @@ class Service:
         """One examination at a time, once the cluster of this service answers."""
         with self._examining:
             try:
-                return examine(
-                    self._ready_cluster(),
-                    self.settings,
-                    self.loop.tracking_uri or self._tracking_uri,
-                )
+                uri = self.loop.tracking_uri or self._tracking_uri
+                return examine(self._ready_cluster(), self.settings, uri)
             except UnreachableError as error:
-                return [
-                    Check(
-                        name="ray",
-                        ok=False,
-                        found=str(error),
-                        remedy="start the head, or correct `ray`",
-                    )
-                ]
+                remedy = "start the head, or correct `ray`"
+                return [Check(name="ray", ok=False, found=str(error), remedy=remedy)]
 
     def stage(self, uris: Sequence[str], cache_gib: float) -> Staging:
         return staging.begin(self._ready_cluster(), self.settings, uris, cache_gib, time.time())
@@ -169,12 +163,15 @@ class Service:
         return self._cluster
 
     def touch(self) -> None:
+        """A client was here: the service is not idle."""
         self._touched = time.monotonic()
 
     def wake(self) -> None:
+        """The loop takes its next turn now."""
         self._wake.set()
 
     def end(self) -> None:
+        """Asks all threads to end."""
         self._ending.set()
         self._wake.set()
 
@@ -186,11 +183,13 @@ class Service:
             target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True
         )
         books = threading.Thread(target=self._keep_books, name="books", daemon=True)
-        lease = threading.Thread(target=self._keep_lease, name="lease", daemon=True)
-        for thread in (http, books, lease):
+        renewals = threading.Thread(target=self._keep_lease, name="lease", daemon=True)
+        for thread in (http, books, renewals):
             thread.start()
         try:
             while not self._ending.is_set():
+                # Before the turn: a request that comes in the turn may come too late for it, and
+                # then the wait below ends at once.
                 self._wake.clear()
                 self._turn()
                 self._wake.wait(self.settings.poll_s)
@@ -199,7 +198,7 @@ class Service:
             server.should_exit = True
             http.join(10)
             books.join(10)
-            lease.join(10)
+            renewals.join(10)
 
     def _turn(self) -> None:
         try:
@@ -213,7 +212,8 @@ class Service:
             LOG.warning("ledger: %s; tried again", reason(error))
         except OSError as error:
             LOG.warning("storage or network: %s; tried again", error)
-        except Exception:  # a service that ended would help nobody
+        except Exception:
+            # Nobody foresaw it, but trials run and people ask for them: the service must go on.
             LOG.exception("a turn of the loop failed; tried again")
         if self.settings.idle_minutes and self._idle():
             LOG.info("idle for %g minutes: ends itself", self.settings.idle_minutes)
@@ -231,7 +231,7 @@ class Service:
                 local.child.url,
                 ", its predecessor is dead" * local.replaced,
             )
-            self._hang_timer.answered()
+            self._hang_timer.answered()  # a head that starts does not answer for some seconds
             self.loop.cluster_words = "the cluster is starting"
         if self._cluster is None or self._cluster.url != local.child.url:
             if self._cluster is not None:
@@ -240,6 +240,7 @@ class Service:
 
     def _note_unreachable(self, error: UnreachableError) -> None:
         if self.loop.cluster_words == "ready":
+            # only now, not in each turn until it answers again
             LOG.warning("%s", error)
             self.loop.cluster_words = f"the cluster does not answer: {error}"
         if self.settings.ray == "local" and self._hang_timer.over():
@@ -249,6 +250,7 @@ class Service:
 
     def _keep_books(self) -> None:
         while not self._ending.is_set():
+            # each in its own `try`: webhooks are sent while MLflow is down
             for turn in (self._turn_books, self._turn_webhooks):
                 try:
                     turn()
@@ -269,6 +271,7 @@ class Service:
             uri = self._tracking_uri = local.child.url
         if uri and (self._mlflow is None or self.loop.tracking_uri != uri):
             mlflow = MLflow(uri)
+            # trials get the URI once the server answers, and wait for it until then (mlflow_wait_s)
             if not mlflow.ready():
                 mlflow.close()
                 return
@@ -285,34 +288,28 @@ class Service:
         renewed = time.monotonic()
         while not self._ending.wait(_LEASE_EVERY_S):
             try:
-                held = store.renew_lease(self.ledger, self.holder, time.time())
+                held = lease.renew_lease(self.ledger, self.holder, time.time())
                 renewed = time.monotonic()
             except LedgerError as error:
                 LOG.warning("lease: %s", reason(error))
-                held = time.monotonic() - renewed < store.LEASE_S
+                # the database may be back before the lease runs out; no other service took it until
+                # then
+                held = time.monotonic() - renewed < lease.LEASE_S
             if not held:
                 LOG.error("another service took the ledger: ending without touching anything")
-                os._exit(1)
+                os._exit(1)  # an orderly end would stop the Ray head, which is the other one's now
 
     def _idle(self) -> bool:
         if time.monotonic() - self._touched < 60 * self.settings.idle_minutes:
             return False
         with self.ledger.reading() as transaction:
-            query = (
-                select(TRIALS.c.id)
-                .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
-                .where(
-                    (TRIALS.c.state.in_(("starting", "running", "stopping")))
-                    | ((TRIALS.c.state == "queued") & (STUDIES.c.state == "active"))
-                )
-                .limit(1)
-            )
-            return transaction.execute(query).first() is None
+            return not queries.anything_to_do(transaction)
 
 
 def serve(settings: ServiceSettings, first_token: str = "") -> int:
-    """Runs a service until it is asked to end. `first_token` is the administrator's, in place of one in a file.
+    """Runs a service until it is asked to end.
 
+    first_token: the administrator's, in place of one in a file.
     Raises RuntimeError if the ledger is another's or the port is taken.
     """
     home = Path(settings.home).absolute()
@@ -326,9 +323,10 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     ledger = Ledger(settings.ledger or f"sqlite:///{home / 'ledger.db'}")
     holder = secrets.token_hex(16)
-    store.take_lease(ledger, holder, time.time())
+    lease.take_lease(ledger, holder, time.time())
     try:
         _set_first_admin(ledger, settings, first_token)
+        # bound before the service starts anything: a port that is taken must not cost a Ray head
         listener = _listen(settings, bool(first_token or settings.token_file))
         path = settings.ray_token_file
         ray_token = Path(path).read_text().strip() if path else os.environ.get("RAY_AUTH_TOKEN", "")
@@ -354,7 +352,7 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
             stack.end_mlflow(settings)
         (home / "service.json").unlink(missing_ok=True)
     finally:
-        store.drop_lease(ledger, holder)
+        lease.drop_lease(ledger, holder)
         ledger.close()
     return 0
 
@@ -375,10 +373,12 @@ def _listen(settings: ServiceSettings, has_token: bool) -> socket.socket:
     wide = settings.host not in ("127.0.0.1", "::1", "localhost")
     if wide and not has_token:
         raise ValueError(
-            f"host {settings.host}: beyond this machine needs your own token: set MASKRAY_TOKEN or token_file"
+            f"host {settings.host}: beyond this machine needs your own token: "
+            "set MASKRAY_TOKEN or token_file"
         )
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
+    # a service that starts again within a minute finds its port still in TIME_WAIT
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))

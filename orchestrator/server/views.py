@@ -3,195 +3,156 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from sqlalchemy import func, select
-
-from contract.answers import AttemptView, EventView, QueueEntry, StudyView, TrialView
-from contract.study import Submission
-from orchestrator.ledger import queries, store
+from contract.answers import AttemptView, EventView, QueueEntry, QueueView, StudyView, TrialView
+from contract.attempt import Event, Wish
+from contract.study import LIVE_TRIALS, Study, Submission, TrialState
+from orchestrator.ledger import queries
 from orchestrator.ledger.opening import Transaction
-from orchestrator.ledger.tables import ATTEMPTS, STUDIES, TRIALS
+from orchestrator.ledger.rows import AttemptRow, QueuedTrial, StudyRow, TrialBrief
 from orchestrator.schedule.decide import Wait
 from orchestrator.schedule.gang import needs
 from orchestrator.schedule.run_spec import gang_of
 
-_HEAVY = ("run", "tags")
 _PAUSED = "its study is paused"
+_STOPPING: Mapping[Wish, str] = {
+    "cancel": "is being cancelled",
+    "pause": "is being paused",
+    "stall": "hangs, is being stopped",
+}
 
 
 def study_views(
     transaction: Transaction, waits: Mapping[str, Wait], study: str = "", with_trials: bool = True
 ) -> list[StudyView]:
-    """All studies, newest last, or the one; without their trials' attempts unless it is the one."""
-    query = select(STUDIES).order_by(STUDIES.c.created_at, STUDIES.c.id)
-    columns = [column for column in TRIALS.c if column.name not in _HEAVY]
-    trials = select(*columns).order_by(TRIALS.c.study, TRIALS.c.position)
-    attempts: dict[str, list[AttemptView]] = {}
-    if study:
-        query = query.where(STUDIES.c.id == study)
-        trials = trials.where(TRIALS.c.study == study)
-        attempts = _attempts(transaction, study)
-    counting = select(TRIALS.c.study, TRIALS.c.state, func.count()).group_by(
-        TRIALS.c.study, TRIALS.c.state
-    )
-    counts: dict[str, dict[str, int]] = {}
-    for of, state, count in transaction.execute(
-        counting.where(TRIALS.c.study == study) if study else counting
-    ):
-        counts.setdefault(of, {})[state] = count
-    by_study: dict[str, list[TrialView]] = {}
-    for row in transaction.execute(trials).mappings() if with_trials else ():
-        by_study.setdefault(row["study"], []).append(
-            _trial_view(row, waits, attempts.get(row["id"], []))
-        )
+    """All studies, newest last, or the one that is named. Attempts only of the latter's trials."""
+    # The attempts of ten thousand trials would be most of an answer that lists them all.
+    attempts = queries.attempts_of(transaction, study) if study else {}
+    counts = queries.trial_counts(transaction, study)
+    trials: dict[str, list[TrialBrief]] = {}
+    for trial in queries.trials(transaction, study) if with_trials else ():
+        trials.setdefault(trial.study, []).append(trial)
     return [
         StudyView(
-            study=row["id"],
-            name=row["name"],
-            owner=row["owner"],
-            state=row["state"],
-            priority=row["priority"],
-            created_at=row["created_at"],
-            storage=row["storage"],
-            spec=row["spec"],
-            warnings=row["warnings"],
-            mlflow_experiment=row["mlflow_experiment"],
-            counts=counts.get(row["id"], {}),
-            trials=_with_pause(row["state"], by_study.get(row["id"], [])),
+            study=row.id,
+            name=row.name,
+            owner=row.owner,
+            state=row.state,
+            priority=row.priority,
+            created_at=row.created_at,
+            storage=row.storage,
+            spec=row.spec_json,
+            warnings=row.warnings,
+            mlflow_experiment=row.mlflow_experiment,
+            counts={str(state): count for state, count in counts.get(row.id, {}).items()},
+            trials=[
+                _trial_view(row, trial, waits, attempts.get(trial.id, []))
+                for trial in trials.get(row.id, [])
+            ],
         )
-        for row in transaction.execute(query).mappings()
+        for row in queries.studies(transaction, study)
     ]
 
 
-def _with_pause(state: str, trials: list[TrialView]) -> list[TrialView]:
-    if state != "paused":
-        return trials
-    return [t.model_copy(update={"why": _PAUSED}) if t.state == "queued" else t for t in trials]
-
-
 def _trial_view(
-    row: store.Row, waits: Mapping[str, Wait], attempts: list[AttemptView]
+    study: StudyRow, trial: TrialBrief, waits: Mapping[str, Wait], attempts: Sequence[AttemptRow]
 ) -> TrialView:
-    wait = waits.get(row["id"])
-    live = row["state"] in ("starting", "running", "stopping")
+    progress = trial.progress
+    # The ledger holds the progress of the attempt before until the ranks of a new one write theirs.
+    if progress and trial.state in LIVE_TRIALS and progress.attempt != trial.attempts:
+        progress = None
     return TrialView(
-        trial=row["id"],
-        key=row["key"],
-        study=row["study"],
-        arm=row["arm"],
-        seed=row["seed"],
-        baseline=row["baseline"],
-        state=row["state"],
-        attempts=row["attempts"],
-        metrics=row["metrics"],
-        error=row["error"],
-        error_class=row["error_class"],
-        why=_why(row, wait),
-        cached_from=row["cached_from"],
-        identity=row["identity"],
-        storage=row["folder"],
-        mlflow_run_id=row["mlflow_run_id"],
-        progress=row["progress"]
-        if not live or row["progress"].get("attempt") == row["attempts"]
-        else {},
-        events=row["marks"],
-        attempt_list=attempts,
+        trial=trial.id,
+        key=trial.key,
+        study=trial.study,
+        arm=trial.arm,
+        seed=trial.seed,
+        baseline=trial.baseline,
+        state=trial.state,
+        attempts=trial.attempts,
+        metrics=trial.metrics,
+        error=trial.error,
+        error_class=trial.error_class,
+        why=_why(trial.state, trial.wish, study.state == "paused", waits.get(trial.id)),
+        cached_from=trial.cached_from,
+        identity=trial.identity,
+        storage=trial.folder,
+        mlflow_run_id=trial.mlflow_run_id,
+        progress=progress,
+        events=[Event.model_validate(mark) for mark in trial.marks],
+        attempt_list=[_attempt_view(attempt) for attempt in attempts],
     )
 
 
-def _why(row: store.Row, wait: Wait | None) -> str:
-    if row["state"] == "queued":
-        return wait.why if wait is not None else "waits for the cluster"
-    return {
-        "cancel": "is being cancelled",
-        "pause": "is being paused",
-        "stall": "hangs, is being stopped",
-    }.get(row["wish"], "")
-
-
-def _attempts(transaction: Transaction, study: str) -> dict[str, list[AttemptView]]:
-    query = (
-        select(ATTEMPTS)
-        .join(TRIALS, TRIALS.c.id == ATTEMPTS.c.trial)
-        .where(TRIALS.c.study == study)
-        .order_by(ATTEMPTS.c.trial, ATTEMPTS.c.number)
+def _attempt_view(attempt: AttemptRow) -> AttemptView:
+    return AttemptView(
+        number=attempt.number,
+        state=attempt.state,
+        submission_id=attempt.submission_id,
+        cause=attempt.cause,
+        started_at=attempt.started_at,
+        ended_at=attempt.ended_at,
+        step=attempt.step,
     )
-    found: dict[str, list[AttemptView]] = {}
-    for row in transaction.execute(query).mappings():
-        fields = {name: row[name] for name in AttemptView.model_fields}
-        found.setdefault(row["trial"], []).append(AttemptView(**fields))
-    return found
+
+
+def _why(state: TrialState, wish: Wish, paused: bool, wait: Wait | None) -> str:
+    """Why a trial waits or stops, in words."""
+    if state != "queued":
+        return _STOPPING.get(wish, "")
+    if paused:
+        return _PAUSED
+    return wait.why if wait is not None else "waits for the cluster"
 
 
 def submission_of(transaction: Transaction, study: str) -> Submission | None:
-    row = store.study_row(transaction, study)
+    """The study as it was submitted. Raises ValueError if this version would refuse it.
+
+    A field that this version does not know must not get lost on the way into another ledger.
+    """
+    row = queries.study_row(transaction, study)
     if row is None:
         return None
-    query = select(TRIALS).where(TRIALS.c.study == study).order_by(TRIALS.c.position)
-    names = ("key", "arm", "seed", "baseline", "identity", "run", "tags")
-    return Submission.model_validate(
-        {
-            "study": row["spec"],
-            "study_yaml": row["study_yaml"],
-            "trials": [
-                {name: trial[name] for name in names}
-                for trial in transaction.execute(query).mappings()
-            ],
-            "code": row["code"],
-            "storage": row["storage"],
-            "warnings": row["warnings"],
-            "idempotency_key": row["idempotency_key"] or "",
-            "fresh": row["fresh"],
-        }
+    return Submission(
+        study=Study.model_validate(row.spec_json),
+        study_yaml=row.study_yaml,
+        trials=tuple(queries.trial_plans(transaction, study)),
+        code=row.code,
+        storage=row.storage,
+        warnings=tuple(row.warnings),
+        idempotency_key=row.idempotency_key or "",
+        fresh=row.fresh,
     )
 
 
-def queue(transaction: Transaction, waits: Mapping[str, Wait]) -> dict[str, Sequence[QueueEntry]]:
+def queue(transaction: Transaction, waits: Mapping[str, Wait]) -> QueueView:
     """What runs, and what waits in the order in which it would start."""
-    columns = (
-        STUDIES.c.id,
-        STUDIES.c.owner,
-        STUDIES.c.name,
-        STUDIES.c.priority,
-        STUDIES.c.spec,
-        STUDIES.c.state,
-    )
-    live = select(*columns).where(STUDIES.c.state.in_(("active", "paused")))
-    ordered = live.order_by(STUDIES.c.created_at, STUDIES.c.id)
-    studies = {
-        row["id"]: (index, row) for index, row in enumerate(transaction.execute(ordered).mappings())
-    }
-    wants = {study: needs(gang_of(row["spec"])) for study, (_, row) in studies.items()}
-    query = select(
-        TRIALS.c.id, TRIALS.c.key, TRIALS.c.study, TRIALS.c.state, TRIALS.c.wish, TRIALS.c.position
-    ).where(TRIALS.c.state.in_(("queued", "starting", "running", "stopping")))
-    rows = [row for row in transaction.execute(query).mappings() if row["study"] in studies]
-    rows.sort(key=lambda row: (studies[row["study"]][0], row["position"]))
-    entries = [_entry(row, studies[row["study"]][1], wants[row["study"]], waits) for row in rows]
+    trials = queries.unfinished_trials(transaction)
+    # once for each study, not for each of its thousand trials
+    studies = {trial.study.id: trial.study for trial in trials}
+    wants = {study.id: needs(gang_of(study.spec)) for study in studies.values()}
+    entries = [_entry(trial, wants[trial.study.id], waits) for trial in trials]
     waiting = [entry for entry in entries if entry.state == "queued"]
-    return {
-        "running": [entry for entry in entries if entry.state != "queued"],
-        "queue": sorted(
-            waiting, key=lambda entry: (entry.position == 0, entry.position, -entry.priority)
-        ),
-    }
+    # position 0 waits for something else than resources: such trials come last
+    waiting.sort(key=lambda entry: (entry.position == 0, entry.position, -entry.priority))
+    return QueueView(running=[entry for entry in entries if entry.state != "queued"], queue=waiting)
 
 
-def _entry(row: store.Row, study: store.Row, wants: str, waits: Mapping[str, Wait]) -> QueueEntry:
-    wait = waits.get(row["id"]) if row["state"] == "queued" else None
-    paused = row["state"] == "queued" and study["state"] == "paused"
+def _entry(trial: QueuedTrial, wants: str, waits: Mapping[str, Wait]) -> QueueEntry:
+    study = trial.study
+    paused = study.state == "paused"
+    wait = waits.get(trial.id) if trial.state == "queued" and not paused else None
     return QueueEntry(
-        trial=row["id"],
-        key=row["key"],
-        study=row["study"],
-        study_name=study["name"],
-        owner=study["owner"],
-        state=row["state"],
-        priority=study["priority"],
-        position=wait.position if wait is not None and not paused else 0,
+        trial=trial.id,
+        key=trial.key,
+        study=study.id,
+        study_name=study.name,
+        owner=study.owner,
+        state=trial.state,
+        priority=study.priority,
+        position=wait.position if wait is not None else 0,
         needs=wants,
-        why=_PAUSED if paused else _why(row, wait),
+        why=_why(trial.state, trial.wish, paused, wait),
     )
 
 

@@ -21,7 +21,7 @@ from contract.attempt import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Outcome, Prog
 
 def main(path: str) -> int:
     spec = json.loads(Path(path).read_text())
-    folder, attempt, plan = Path(spec["storage"]), spec["attempt"], spec["run"]["fake"]
+    folder, attempt, plan = Path(spec["storage"]), spec.get("attempt", 1), spec["run"]["fake"]
     signals: list[int] = []
     signal.signal(signal.SIGINT, lambda number, _: signals.append(number))
     print(f"attempt {attempt} of {spec['trial']} as process {os.getpid()}", flush=True)
@@ -75,7 +75,7 @@ def main(path: str) -> int:
         metrics=metrics,
         step=steps,
         attempt=attempt,
-        world_size=spec["ranks"],
+        world_size=spec.get("ranks", 1),
         weights_sha256="0" * 64,
     )
     _write(folder / "result.json", result.model_dump_json())

@@ -27,6 +27,7 @@ from contract.attempt import (
     EXIT_FAILED,
     EXIT_PREEMPTED,
     EXIT_STOPPED,
+    AttemptSpec,
     Outcome,
     Progress,
     Result,
@@ -42,21 +43,22 @@ class Rank:
 
 
 def main(path: str) -> int:
-    spec = json.loads(Path(path).read_text())
-    if "fake" not in spec["run"]:
+    data = json.loads(Path(path).read_text())
+    run = data.pop("run")
+    if "fake" not in run:
         os.execv(sys.executable, [sys.executable, "-m", "workers.ray_entry", "--spec", path])
+    spec = AttemptSpec.model_validate(data)
     signals: list[int] = []
     signal.signal(signal.SIGINT, lambda number, _: signals.append(number))
     ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="warning")
-    folder, attempt, plan = Path(spec["storage"]), spec["attempt"], spec["run"]["fake"]
-    needs = {"CPU": spec["cpus_per_rank"], "GPU": spec["gpus_per_rank"], **spec["rank_resources"]}
-    avoid = (
-        {"ray.io/node-id": f"!in({','.join(spec['avoid_nodes'])})"} if spec["avoid_nodes"] else None
-    )
+    folder, attempt, plan = Path(spec.storage), spec.attempt, run["fake"]
+    needs = {"CPU": spec.cpus_per_rank, "GPU": spec.gpus_per_rank, **spec.rank_resources}
+    others = f"!in({','.join(spec.avoid_nodes)})"
+    avoid = {"ray.io/node-id": others} if spec.avoid_nodes else None
     group = placement_group(
-        [needs] * spec["ranks"],
-        strategy="STRICT_PACK" if spec["max_nodes"] == 1 else "PACK",
-        bundle_label_selector=[avoid] * spec["ranks"] if avoid else None,
+        [needs] * spec.ranks,
+        strategy="STRICT_PACK" if spec.max_nodes == 1 else "PACK",
+        bundle_label_selector=[avoid] * spec.ranks if avoid else None,
     )
     ray.get(group.ready(), timeout=120)
     actor = ray.remote(Rank)
@@ -68,7 +70,7 @@ def main(path: str) -> int:
                 group, placement_group_bundle_index=index
             ),
         ).remote()
-        for index in range(spec["ranks"])
+        for index in range(spec.ranks)
     ]
     nodes = ray.get([rank.node.remote() for rank in ranks])
     (folder / f"attempts/{attempt}/nodes.json").write_text(json.dumps(nodes))

@@ -1,4 +1,4 @@
-"""Submissions for the fake entry: what the service needs to know of a study, and nothing of models or data."""
+"""Submissions for the fake entry: studies whose trials train nothing."""
 
 from __future__ import annotations
 

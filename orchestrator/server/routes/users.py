@@ -20,7 +20,9 @@ router = APIRouter(prefix="/v1/users")
 def users(hub: HubOfApp) -> UserList:
     with hub.ledger.reading() as transaction:
         rows = ledger_users.users(transaction)
-    return UserList(users=[UserView.model_validate(row) for row in rows])
+    return UserList(
+        users=[UserView(name=row.name, role=row.role, created_at=row.created_at) for row in rows]
+    )
 
 
 @router.put("/{name}")

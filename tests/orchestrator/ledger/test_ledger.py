@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
-from orchestrator.ledger import commands as steer
-from orchestrator.ledger import store
+from orchestrator.ledger import attempts, commands, lease, queries
+from orchestrator.ledger.changes import end_study_if_over, move_trial
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import ATTEMPTS, EVENTS, METADATA, STUDIES, TRIALS
 from orchestrator.server import accept, views
@@ -87,8 +87,8 @@ def test_one_idempotency_key_is_one_study(house):
 def test_an_attempt_starts_once_and_only_from_the_queue(house):
     study, _ = house.submit(plan("a"))
     trial = f"{study}-000"
-    assert store.start_attempt(house.ledger, trial, 1.0, "free") == 1
-    assert store.start_attempt(house.ledger, trial, 1.0, "free") == 0
+    assert attempts.start_attempt(house.ledger, trial, 1.0, "free") == 1
+    assert attempts.start_attempt(house.ledger, trial, 1.0, "free") == 0
     with pytest.raises(IntegrityError), house.ledger.writing() as transaction:
         transaction.execute(
             insert(ATTEMPTS).values(
@@ -100,14 +100,12 @@ def test_an_attempt_starts_once_and_only_from_the_queue(house):
 def test_a_move_names_where_it_starts_and_which_attempt(house):
     study, _ = house.submit(plan("a"))
     trial = f"{study}-000"
-    store.start_attempt(house.ledger, trial, 1.0, "free")
+    attempts.start_attempt(house.ledger, trial, 1.0, "free")
     with house.ledger.writing() as transaction:
-        assert not store.move_trial(transaction, trial, ["queued"], {"state": "done"})
-        assert not store.move_trial(transaction, trial, ["starting"], {"state": "done"}, attempt=2)
-        assert store.move_trial(transaction, trial, ["starting"], {"state": "done"}, attempt=1)
-        assert not store.move_trial(
-            transaction, trial, ["starting"], {"state": "failed"}, attempt=1
-        )
+        assert not move_trial(transaction, trial, ["queued"], state="done")
+        assert not move_trial(transaction, trial, ["starting"], at_attempt=2, state="done")
+        assert move_trial(transaction, trial, ["starting"], at_attempt=1, state="done")
+        assert not move_trial(transaction, trial, ["starting"], at_attempt=1, state="failed")
 
 
 def test_a_study_ends_once_with_its_last_trial(house):
@@ -117,9 +115,9 @@ def test_a_study_ends_once_with_its_last_trial(house):
         (f"{study}-001", "failed", "failed"),
     ):
         with house.ledger.writing() as transaction:
-            store.move_trial(transaction, trial, ["queued"], {"state": state})
-            assert store.end_study_if_over(transaction, study, 2.0) == expected
-            assert store.end_study_if_over(transaction, study, 2.0) == ""
+            move_trial(transaction, trial, ["queued"], state=state)
+            assert end_study_if_over(transaction, study, 2.0) == expected
+            assert end_study_if_over(transaction, study, 2.0) == ""
     with house.ledger.reading() as transaction:
         kinds = list(
             transaction.execute(select(EVENTS.c.kind).where(EVENTS.c.study == study)).scalars()
@@ -130,8 +128,7 @@ def test_a_study_ends_once_with_its_last_trial(house):
 def test_a_finished_identity_is_taken_unless_the_study_is_fresh(house):
     first, _ = house.submit(plan("a"))
     with house.ledger.writing() as transaction:
-        done = {"state": "done", "metrics": {"segm/AP": 0.5}}
-        store.move_trial(transaction, f"{first}-000", ["queued"], done)
+        move_trial(transaction, f"{first}-000", ["queued"], state="done", metrics={"segm/AP": 0.5})
     second, _ = house.submit(plan("renamed"))
     fresh, _ = house.submit(plan("a"), fresh=True)
     with house.ledger.reading() as transaction:
@@ -145,61 +142,61 @@ def test_a_finished_identity_is_taken_unless_the_study_is_fresh(house):
 
 def test_a_second_service_waits_for_the_lease(ledger):
     now = time.time()
-    store.take_lease(ledger, "first", now)
+    lease.take_lease(ledger, "first", now)
     with ledger.writing() as transaction:  # a live process elsewhere
         transaction.execute(text("update lease set host = 'elsewhere'"))
     with pytest.raises(RuntimeError, match="holds it for 30 s more"):
-        store.take_lease(ledger, "second", now)
-    assert store.renew_lease(ledger, "first", now)
-    store.take_lease(ledger, "second", now + 31)
-    assert not store.renew_lease(ledger, "first", now + 31), (
+        lease.take_lease(ledger, "second", now)
+    assert lease.renew_lease(ledger, "first", now)
+    lease.take_lease(ledger, "second", now + 31)
+    assert not lease.renew_lease(ledger, "first", now + 31), (
         "the first one learns that it lost the ledger"
     )
 
 
 def test_a_lease_of_a_dead_process_on_this_host_is_free_at_once(ledger):
     now = time.time()
-    store.take_lease(ledger, "first", now)
+    lease.take_lease(ledger, "first", now)
     with pytest.raises(RuntimeError, match="end that service first"):
-        store.take_lease(ledger, "second", now)
+        lease.take_lease(ledger, "second", now)
     with ledger.writing() as transaction:
         transaction.execute(text("update lease set process = '999999999@1.00'"))
-    store.take_lease(ledger, "second", now)
+    lease.take_lease(ledger, "second", now)
 
 
-def test_steering_moves_only_what_can_move(house):
+def test_commands_move_only_what_can_move(house):
     study, _ = house.submit(plan("a"), plan("b", identity="b" * 64), plan("c", identity="c" * 64))
     first, second, third = (f"{study}-00{i}" for i in range(3))
-    store.start_attempt(house.ledger, first, 1.0, "free")
+    attempts.start_attempt(house.ledger, first, 1.0, "free")
     with house.ledger.writing() as transaction:
-        assert steer.pause_study(transaction, study, "ann", 1.0)
-        assert not steer.pause_study(transaction, study, "ann", 1.0)
+        assert commands.pause_study(transaction, study, "ann", 1.0)
+        assert not commands.pause_study(transaction, study, "ann", 1.0)
     assert states(house.ledger) == ["stopping", "queued", "queued"]
     with house.ledger.writing() as transaction:
-        assert store.waiting_trials(transaction) == []
-        assert steer.resume_study(transaction, study, "ann", 2.0)
-        assert not steer.resume_study(transaction, study, "ann", 2.0)
-        assert [row["id"] for row in store.waiting_trials(transaction)] == [second, third]
-        assert steer.cancel_trial(transaction, second, "ann", 3.0)
-        assert not steer.cancel_trial(transaction, second, "ann", 3.0)
-        assert not steer.retry_trial(transaction, first, "ann", 3.0)
-        assert steer.cancel_study(transaction, study, "ann", 4.0)
+        assert queries.waiting_trials(transaction) == []
+        assert commands.resume_study(transaction, study, "ann", 2.0)
+        assert not commands.resume_study(transaction, study, "ann", 2.0)
+        assert [row.id for row in queries.waiting_trials(transaction)] == [second, third]
+        assert commands.cancel_trial(transaction, second, "ann", 3.0)
+        assert not commands.cancel_trial(transaction, second, "ann", 3.0)
+        assert not commands.retry_trial(transaction, first, "ann", 3.0)
+        assert commands.cancel_study(transaction, study, "ann", 4.0)
     assert states(house.ledger) == ["stopping", "cancelled", "cancelled"]
     with house.ledger.reading() as transaction:
-        assert store.trial_row(transaction, first)["wish"] == "cancel"
+        assert queries.trial_row(transaction, first).wish == "cancel"
     with house.ledger.writing() as transaction:
         with pytest.raises(ValueError, match="cancel it before"):
-            steer.forget_study(transaction, study, "ann", 5.0)
-        store.move_trial(transaction, first, ["stopping"], {"state": "failed"})
-        assert store.end_study_if_over(transaction, study, 5.0) == "failed"
-        assert not steer.cancel_study(transaction, study, "ann", 6.0)
-        assert steer.retry_study(transaction, study, "ann", 6.0)
-        assert not steer.retry_study(transaction, study, "ann", 6.0)
+            commands.forget_study(transaction, study, "ann", 5.0)
+        move_trial(transaction, first, ["stopping"], state="failed")
+        assert end_study_if_over(transaction, study, 5.0) == "failed"
+        assert not commands.cancel_study(transaction, study, "ann", 6.0)
+        assert commands.retry_study(transaction, study, "ann", 6.0)
+        assert not commands.retry_study(transaction, study, "ann", 6.0)
     assert states(house.ledger) == ["queued", "queued", "queued"]
     with house.ledger.writing() as transaction:
-        assert store.study_row(transaction, study)["state"] == "active"
-        steer.cancel_study(transaction, study, "ann", 7.0)
-        steer.forget_study(transaction, study, "ann", 8.0)
+        assert queries.study_row(transaction, study).state == "active"
+        commands.cancel_study(transaction, study, "ann", 7.0)
+        commands.forget_study(transaction, study, "ann", 8.0)
         assert views.study_views(transaction, {}) == []
         assert transaction.execute(select(EVENTS.c.kind)).scalars().all() == ["study-forgotten"]
 
@@ -217,7 +214,7 @@ def test_many_trials_are_listed_whole_and_in_order(house):
         seen = views.study_views(transaction, {})
         assert [len(view.trials) for view in seen] == [500] * 4
         assert [view.study for view in seen] == studies
-        assert len(views.queue(transaction, {})["queue"]) == 1000
+        assert len(views.queue(transaction, {}).queue) == 1000
 
 
 def test_an_unknown_server_is_named_without_its_password():

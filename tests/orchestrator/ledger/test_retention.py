@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sqlalchemy import select, update
 
-from orchestrator.ledger import commands as steer
+from orchestrator.ledger import commands
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.retention import apply_retention, plan_retention
 from orchestrator.ledger.tables import STUDIES, TRIALS
@@ -30,18 +30,18 @@ def test_only_checkpoints_of_studies_long_over_go(tmp_path):
                 Path(folder, name).mkdir(parents=True)
                 Path(folder, name, "data").write_bytes(b"x" * 100)
         for study, at in ((old, 1 * DAY), (recent, 9 * DAY)):
-            steer.cancel_study(transaction, study, "ann", at)
+            commands.cancel_study(transaction, study, "ann", at)
     with ledger.reading() as transaction:
         removals = plan_retention(transaction, now=10 * DAY, checkpoints_days=7)
     assert [(removal.study, removal.bytes) for removal in removals] == [(old, 100)]
     folder = Path(removals[0].folder)
     assert folder.exists(), "a plan deletes nothing"
     with ledger.writing() as transaction:
-        steer.retry_trial(transaction, removals[0].trial, "ann", 10 * DAY)
+        commands.retry_trial(transaction, removals[0].trial, "ann", 10 * DAY)
     assert apply_retention(ledger, removals, 10 * DAY, 7) == 0
     assert folder.exists(), "it goes on from there"
     with ledger.writing() as transaction:
-        steer.cancel_study(transaction, old, "ann", 1 * DAY)
+        commands.cancel_study(transaction, old, "ann", 1 * DAY)
     assert apply_retention(ledger, removals, 10 * DAY, 7) == 100
     assert not folder.exists()
     assert (folder.parent / "artifacts/data").exists()

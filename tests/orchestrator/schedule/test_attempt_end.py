@@ -16,19 +16,19 @@ from contract.attempt import (
     EXIT_STOPPED,
     Outcome,
 )
-from orchestrator.schedule.attempt_end import Ended, judge, suspects
+from orchestrator.schedule.attempt_end import EndedAttempt, after_attempt, suspects
 from orchestrator.settings import Limits
 
 LIMITS = Limits(backoff_s=10, lost_without_progress=3)
-LOST = Ended(
-    outcome=None, has_result=False, exit_code=None, message="", wish="", step=0, best_step=0, failures=0, lost=0,
-    last_error="", max_attempts=3,
+LOST = EndedAttempt(
+    outcome=None, has_result=False, exit_code=None, message="", wish="", step=0, best_step=0,
+    failures=0, lost=0, last_error="", max_attempts=3,
 )  # fmt: skip
 
 
-def failed(error_class: str, error: str = "boom") -> Ended:
+def failed(error_class: str, error: str = "boom", rank: int = -1) -> EndedAttempt:
     outcome = Outcome.model_validate(
-        {"state": "failed", "error_class": error_class, "error": error}
+        {"state": "failed", "error_class": error_class, "error": error, "rank": rank}
     )
     return replace(LOST, outcome=outcome, exit_code=EXIT_FAILED)
 
@@ -36,17 +36,17 @@ def failed(error_class: str, error: str = "boom") -> Ended:
 def test_a_result_is_the_end_whatever_was_wished():
     done = replace(LOST, outcome=Outcome(state="done"), has_result=True, exit_code=EXIT_DONE)
     for wish in ("", "cancel", "pause", "stall"):
-        assert judge(replace(done, wish=wish), LIMITS).state == "done"
+        assert after_attempt(replace(done, wish=wish), LIMITS).state == "done"
 
 
 def test_a_result_whose_account_was_lost_still_counts():
-    assert judge(replace(LOST, has_result=True, exit_code=-9), LIMITS).state == "done"
+    assert after_attempt(replace(LOST, has_result=True, exit_code=-9), LIMITS).state == "done"
 
 
 @pytest.mark.parametrize("error_class", ["person", "out_of_memory", "diverged"])
 def test_errors_that_a_retry_repeats_are_final(error_class):
-    verdict = judge(failed(error_class, "reason and remedy"), LIMITS)
-    assert (verdict.state, verdict.error_class, verdict.error) == (
+    after = after_attempt(failed(error_class, "reason and remedy"), LIMITS)
+    assert (after.state, after.error_class, after.error) == (
         "failed",
         error_class,
         "reason and remedy",
@@ -68,81 +68,88 @@ def test_errors_that_a_retry_repeats_are_final(error_class):
     ],
 )
 def test_without_an_account_the_exit_status_tells(code, error_class, state):
-    verdict = judge(replace(LOST, exit_code=code), LIMITS)
-    assert (verdict.error_class, verdict.state) == (error_class, state)
+    after = after_attempt(replace(LOST, exit_code=code), LIMITS)
+    assert (after.error_class, after.state) == (error_class, state)
 
 
 def test_out_of_memory_without_an_account_says_what_to_change():
     assert (
-        "max_images_per_forward" in judge(replace(LOST, exit_code=EXIT_OUT_OF_MEMORY), LIMITS).error
+        "max_images_per_forward"
+        in after_attempt(replace(LOST, exit_code=EXIT_OUT_OF_MEMORY), LIMITS).error
     )
 
 
 def test_a_lost_node_is_free_while_the_trial_moves_and_ends_when_it_does_not():
-    moved = judge(replace(LOST, step=50, best_step=40, lost=2, failures=1), LIMITS)
+    moved = after_attempt(replace(LOST, step=50, best_step=40, lost=2, failures=1), LIMITS)
     assert (moved.state, moved.lost, moved.failures, moved.delay_s) == ("queued", 1, 1, 0.0)
-    still = judge(replace(LOST, step=40, best_step=40, lost=1), LIMITS)
+    still = after_attempt(replace(LOST, step=40, best_step=40, lost=1), LIMITS)
     assert (still.state, still.lost, still.delay_s) == ("queued", 2, 10.0)
-    assert judge(replace(LOST, step=40, best_step=40, lost=2), LIMITS).state == "failed"
+    assert after_attempt(replace(LOST, step=40, best_step=40, lost=2), LIMITS).state == "failed"
 
 
 def test_collective_failures_back_off_and_end_with_the_attempts():
-    first = judge(failed("collective"), LIMITS)
+    first = after_attempt(failed("collective"), LIMITS)
     assert (first.state, first.failures, first.delay_s) == ("queued", 1, 10.0)
-    second = judge(replace(failed("collective"), failures=1, last_error="boom"), LIMITS)
+    second = after_attempt(replace(failed("collective"), failures=1, last_error="boom"), LIMITS)
     assert (second.state, second.delay_s) == ("queued", 20.0)
-    assert judge(replace(failed("collective"), failures=2), LIMITS).state == "failed"
+    assert after_attempt(replace(failed("collective"), failures=2), LIMITS).state == "failed"
 
 
 def test_an_unknown_error_is_tried_again_unless_it_is_the_same_one():
-    assert judge(failed("unknown"), LIMITS).state == "queued"
-    same = judge(replace(failed("unknown"), failures=1, last_error="boom"), LIMITS)
+    assert after_attempt(failed("unknown"), LIMITS).state == "queued"
+    same = after_attempt(replace(failed("unknown"), failures=1, last_error="boom"), LIMITS)
     assert (same.state, same.cause) == ("failed", "failed the same way twice")
     assert (
-        judge(replace(failed("unknown", "other"), failures=1, last_error="boom"), LIMITS).state
+        after_attempt(
+            replace(failed("unknown", "other"), failures=1, last_error="boom"), LIMITS
+        ).state
         == "queued"
     )
 
 
 def test_wishes():
     stopped = replace(LOST, outcome=Outcome(state="stopped"), exit_code=EXIT_STOPPED)
-    assert judge(replace(stopped, wish="cancel"), LIMITS).state == "cancelled"
-    assert judge(replace(LOST, wish="cancel"), LIMITS).state == "cancelled", (
+    assert after_attempt(replace(stopped, wish="cancel"), LIMITS).state == "cancelled"
+    assert after_attempt(replace(LOST, wish="cancel"), LIMITS).state == "cancelled", (
         "also if it had to be killed"
     )
-    paused = judge(replace(stopped, wish="pause", failures=1), LIMITS)
+    paused = after_attempt(replace(stopped, wish="pause", failures=1), LIMITS)
     assert (paused.state, paused.attempt, paused.failures, paused.lost) == (
         "queued",
         "stopped",
         1,
         0,
     )
-    stalled = judge(replace(stopped, wish="stall"), LIMITS)
+    stalled = after_attempt(replace(stopped, wish="stall"), LIMITS)
     assert (stalled.state, stalled.error_class, stalled.failures) == ("queued", "collective", 1)
-    assert judge(replace(stopped, wish="budget"), LIMITS).state == "cancelled"
+    assert after_attempt(replace(stopped, wish="budget"), LIMITS).state == "cancelled"
 
 
 def test_a_person_s_error_beats_a_pause():
-    assert judge(replace(failed("person"), wish="pause"), LIMITS).state == "failed"
+    assert after_attempt(replace(failed("person"), wish="pause"), LIMITS).state == "failed"
 
 
-def test_after_a_broken_collective_the_nodes_of_the_gang_are_under_suspicion_the_named_rank_s_first():
-    broken = judge(failed("collective", "rank 2: connection closed by peer"), LIMITS)
-    assert suspects(broken, ["n0", "n0", "n1", "n2"], False) == ["n1", "n0", "n2"]
-    stalled = judge(
-        replace(LOST, outcome=Outcome(state="stopped"), exit_code=EXIT_STOPPED, wish="stall"),
-        LIMITS,
-    )
-    assert suspects(stalled, ["n0", "n1"], False) == ["n0", "n1"]
-    assert suspects(broken, [], False) == [], "it did not come to say where it sits"
+def test_after_a_broken_collective_its_nodes_are_suspects_that_of_the_named_rank_first():
+    nodes = ["n0", "n0", "n1", "n2"]
+    broken = failed("collective", "rank 2: connection closed by peer", rank=2)
+    after = after_attempt(broken, LIMITS)
+    assert suspects(after, nodes, broken.outcome) == ["n1", "n0", "n2"]
+    assert suspects(after, [], broken.outcome) == [], "its rank 0 wrote no nodes down"
+    # an older code package names its rank in the sentence alone
+    older = failed("collective", "rank 2: connection closed by peer")
+    assert suspects(after_attempt(older, LIMITS), nodes, older.outcome) == ["n0", "n1", "n2"]
+    outcome = Outcome(state="stopped")
+    hung = replace(LOST, outcome=outcome, exit_code=EXIT_STOPPED, wish="stall")
+    assert suspects(after_attempt(hung, LIMITS), ["n0", "n1"], outcome) == ["n0", "n1"]
 
 
 @pytest.mark.parametrize("error_class", ["person", "unknown", "node", "diverged"])
 def test_other_ends_put_no_node_under_suspicion(error_class):
-    assert suspects(judge(failed(error_class, "rank 0: boom"), LIMITS), ["n0"], False) == []
+    ended = failed(error_class, "rank 0: boom", rank=0)
+    assert suspects(after_attempt(ended, LIMITS), ["n0"], ended.outcome) == []
 
 
 def test_after_a_preemption_the_nodes_are_about_to_go():
     outcome = Outcome(state="preempted")
-    preempted = judge(replace(LOST, outcome=outcome, exit_code=EXIT_PREEMPTED, step=1), LIMITS)
-    assert suspects(preempted, ["n0", "n1", "n1"], True) == ["n0", "n1"]
+    ended = replace(LOST, outcome=outcome, exit_code=EXIT_PREEMPTED, step=1)
+    assert suspects(after_attempt(ended, LIMITS), ["n0", "n1", "n1"], outcome) == ["n0", "n1"]

@@ -25,7 +25,7 @@ def test_a_gang_is_a_bundle_for_each_rank_beside_what_runs() -> None:
 
 
 def test_a_gang_that_must_stay_together_asks_for_nodes_that_are_large_enough() -> None:
-    """Eight bundles of one GPU could be met by eight nodes of one GPU, on which this gang would never start."""
+    """Eight nodes of one GPU meet eight bundles of one, but this gang never starts on them."""
     assert wanted([], Gang(8, {"GPU": 1, "CPU": 2}, max_nodes=1), SHAPES) == [{"GPU": 8, "CPU": 16}]
     assert wanted([], Gang(12, {"GPU": 1}, max_nodes=2), SHAPES) == [{"GPU": 8}, {"GPU": 4}]
     assert wanted([], Gang(8, {"GPU": 1}, max_nodes=1)) == [{"GPU": 1}] * 8, (

@@ -51,7 +51,7 @@ def why(situation: Situation, trial: str, limits: Limits = LIMITS) -> str:
     return next(d.why for d in decide(situation, limits) if d.trial == trial)
 
 
-# --- random situations ----------------------------------------------------------------------------------------------
+# --- random situations ---------------------------------------------------------------------------
 
 gangs = st.builds(
     Gang,
@@ -65,7 +65,7 @@ gangs = st.builds(
 
 @st.composite
 def situations(draw: st.DrawFn) -> Situation:
-    """Nodes, running gangs that really sit on them (what is free lacks them), and a queue of three users."""
+    """Nodes, running gangs on them (the free resources lack these), and a queue of three users."""
     totals = {
         f"n{i}": {"GPU": draw(st.sampled_from([2.0, 4.0, 8.0])), "CPU": 16.0}
         for i in range(draw(st.integers(1, 4)))
@@ -159,7 +159,10 @@ def head_of(situation: Situation, limits: Limits) -> Waiting | None:
 def earliest_start(
     situation: Situation, extra: list[tuple[Waiting, Start]], head: Waiting
 ) -> float:
-    """When `head` fits if nothing else starts any more, the trials of `extra` beside it. Unknown ends count as now."""
+    """When `head` fits if nothing else starts any more, the trials of `extra` beside it.
+
+    Unknown ends count as now.
+    """
     free = {n.id: dict(n.free) for n in situation.nodes}
     ends = [(max(0.0, r.seconds_left), r.gang, r.placement) for r in situation.running]
     for trial, start in extra:
@@ -188,7 +191,8 @@ def test_backfill_never_delays_the_head_of_the_queue(situation):
     trials = {w.trial: w for w in situation.waiting}
     before = [(trials[d.trial], d) for d in decisions[:at] if isinstance(d, Start)]
     after = [(trials[d.trial], d) for d in decisions[at:] if isinstance(d, Start)]
-    # those ahead of the head are in their right; an unknown end of theirs counts as now, as decide says
+    # those ahead of the head are in their right; an unknown end of theirs counts as now, as decide
+    # says
     before = [(replace(w, seconds=max(0.0, w.seconds)), d) for w, d in before]
     assert earliest_start(situation, before + after, head) <= earliest_start(
         situation, before, head
@@ -198,7 +202,10 @@ def test_backfill_never_delays_the_head_of_the_queue(situation):
 @PATIENT
 @given(situations())
 def test_nothing_idles_that_a_free_trial_could_use(situation):
-    """If no trial lacks resources, all that may start do; and the first in the queue always starts if it fits."""
+    """If no trial lacks resources, all that may start do.
+
+    The first in the queue always starts if it fits.
+    """
     situation = replace(
         situation, studies={}, waiting=[replace(w, backoff_s=0.0) for w in situation.waiting]
     )
@@ -208,7 +215,7 @@ def test_nothing_idles_that_a_free_trial_could_use(situation):
         assert fit(first.gang, {n.id: n.free for n in situation.nodes}) is None
 
 
-# --- order ----------------------------------------------------------------------------------------------------------
+# --- order ---------------------------------------------------------------------------------------
 
 
 def test_priority_goes_first_and_equal_trials_keep_their_order():
@@ -255,7 +262,7 @@ def test_a_gang_too_large_for_the_cluster_does_not_block_the_others():
     ]
 
 
-# --- words ----------------------------------------------------------------------------------------------------------
+# --- words ---------------------------------------------------------------------------------------
 
 
 def test_reasons_name_the_need_the_lack_and_what_comes_before():
@@ -313,7 +320,7 @@ def test_needs_read_well():
     )
 
 
-# --- nodes under suspicion ------------------------------------------------------------------------------------------
+# --- nodes under suspicion -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""The loop against a cluster made of a dict: every end of an attempt, and a service that dies at any point."""
+"""The loop against a cluster made of a dict.
+
+Every end of an attempt, and a service that dies at any point.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select, update
 
-from contract.attempt import Outcome, Progress, Result
+from contract.attempt import LIVE_ATTEMPTS, AttemptSpec, Outcome, Progress, Result
 from contract.study import Resources
 from orchestrator.cluster.jobs import Job, UnreachableError
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import commands as steer
-from orchestrator.ledger import store
+from orchestrator.ledger import commands, queries
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import ATTEMPTS, EVENTS, STUDIES, TRIALS
 from orchestrator.schedule.reconcile import Reconciler
@@ -33,12 +35,15 @@ class DiedError(Exception):
 
 
 class FakeCluster:
-    """Ray as the loop sees it. At the `die_in`th call the service dies, before or after it took effect."""
+    """Ray as the loop sees it.
+
+    At the `die_in`th call the service dies, before or after it took effect.
+    """
 
     def __init__(self, cpus: float = 2.0) -> None:
         self.cpus = cpus
         self.alive: dict[str, Job] = {}
-        self.specs: dict[str, dict[str, Any]] = {}
+        self.specs: dict[str, AttemptSpec] = {}
         self.stops: list[str] = []
         self.down = False
         self.die_in = -1
@@ -67,8 +72,8 @@ class FakeCluster:
         if submission_id not in self.specs:
             return False
         spec = self.specs[submission_id]
-        progress = Path(spec["storage"], "progress.json")
-        return progress.exists() and json.loads(progress.read_text())["attempt"] == spec["attempt"]
+        progress = Path(spec.storage, "progress.json")
+        return progress.exists() and json.loads(progress.read_text())["attempt"] == spec.attempt
 
     def jobs(self) -> dict[str, Job]:
         return dict(self._called(lambda: dict(self.alive)))
@@ -84,7 +89,9 @@ class FakeCluster:
         def effect() -> None:
             if submission_id not in self.alive:
                 self.alive[submission_id] = Job(submission_id, "RUNNING", "", None, "n", metadata)
-                self.specs[submission_id] = json.loads(Path(entry.split("--spec ")[1]).read_text())
+                data = json.loads(Path(entry.split("--spec ")[1]).read_text())
+                del data["run"]  # the code package checks it
+                self.specs[submission_id] = AttemptSpec.model_validate(data)
                 self.started.append(submission_id)
 
         self._called(effect)
@@ -103,9 +110,9 @@ class FakeCluster:
     def step(self, submission_id: str, step: int) -> None:
         spec = self.specs[submission_id]
         progress = Progress(
-            attempt=spec["attempt"], step=step, steps=9, phase="training", updated_at=0.0
+            attempt=spec.attempt, step=step, steps=9, phase="training", updated_at=0.0
         )
-        Path(spec["storage"], "progress.json").write_text(progress.model_dump_json())
+        Path(spec.storage, "progress.json").write_text(progress.model_dump_json())
 
     def end(
         self,
@@ -115,24 +122,23 @@ class FakeCluster:
         done: bool = True,
     ) -> None:
         spec = self.specs[submission_id]
-        folder = Path(spec["storage"])
+        folder = Path(spec.storage)
         if done and code == 0:
             outcome = Outcome(state="done", step=9)
             made = Result(
                 metrics={"segm/AP": 0.5},
                 step=9,
-                attempt=spec["attempt"],
+                attempt=spec.attempt,
                 world_size=1,
                 weights_sha256="0" * 64,
             )
             (folder / "result.json").write_text(made.model_dump_json())
         if outcome is not None:
-            (folder / f"attempts/{spec['attempt']}/outcome.json").write_text(
-                outcome.model_dump_json()
-            )
+            (folder / f"attempts/{spec.attempt}/outcome.json").write_text(outcome.model_dump_json())
         state = "SUCCEEDED" if code == 0 else "FAILED"
         job = self.alive[submission_id]
-        self.alive[submission_id] = Job(submission_id, state, "", code, "n", job.metadata)  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        self.alive[submission_id] = Job(submission_id, state, "", code, "n", job.metadata)
 
 
 class House:
@@ -159,10 +165,10 @@ class House:
 
     def trial(self, trial: str) -> Any:
         with self.ledger.reading() as transaction:
-            return store.trial_row(transaction, trial)
+            return queries.trial_row(transaction, trial)
 
     def state(self, trial: str) -> str:
-        return str(self.trial(trial)["state"])
+        return str(self.trial(trial).state)
 
     def kinds(self, trial: str) -> list[str]:
         with self.ledger.reading() as transaction:
@@ -190,14 +196,14 @@ def test_a_trial_goes_from_the_queue_to_its_result(house):
     house.tick()
     house.cluster.step(f"{trial}-1", 4)
     house.tick()
-    assert (house.state(trial), house.trial(trial)["progress"]["step"]) == ("running", 4)
+    assert (house.state(trial), house.trial(trial).progress.step) == ("running", 4)
     house.cluster.end(f"{trial}-1")
     house.tick()
     row = house.trial(trial)
-    assert (row["state"], row["metrics"], row["error"]) == ("done", {"segm/AP": 0.5}, "")
+    assert (row.state, row.metrics, row.error) == ("done", {"segm/AP": 0.5}, "")
     assert house.kinds(trial) == ["starting", "running", "done"]
     assert house.cluster.alive == {}, "Ray's own memory of the job is dropped"
-    assert Path(row["folder"], "attempts/1/driver.log").read_text() == f"log of {trial}-1"
+    assert Path(row.folder, "attempts/1/driver.log").read_text() == f"log of {trial}-1"
 
 
 def test_an_attempt_whose_step_stands_still_is_started_again(house):
@@ -212,7 +218,7 @@ def test_an_attempt_whose_step_stands_still_is_started_again(house):
     assert house.cluster.stops == [f"{trial}-1"]
     house.cluster.end(f"{trial}-1", 76, Outcome(state="stopped", step=4), done=False)
     house.tick()
-    assert (house.state(trial), house.trial(trial)["error_class"]) == ("starting", "collective")
+    assert (house.state(trial), house.trial(trial).error_class) == ("starting", "collective")
     assert house.cluster.started == [f"{trial}-1", f"{trial}-2"]
     assert "stalled" in house.kinds(trial)
 
@@ -222,20 +228,20 @@ def test_after_a_hang_the_next_attempt_keeps_off_the_node_and_the_one_after_a_lo
     house.cluster.nodes = lambda: both  # type: ignore[method-assign]
     trial = f"{house.submit(plan('a'))}-000"
     house.tick(2)
-    folder = Path(house.trial(trial)["folder"])
+    folder = Path(house.trial(trial).folder)
     (folder / "attempts/1/nodes.json").write_text('["n0"]')
     broken = Outcome(
         state="failed", error_class="collective", error="rank 0: transaction closed by peer"
     )
     house.cluster.end(f"{trial}-1", 1, broken, done=False)
     house.tick(2)
-    assert house.trial(trial)["suspects"] == "n0"
-    assert house.cluster.specs[f"{trial}-2"]["avoid_nodes"] == ["n0"]
-    assert house.cluster.specs[f"{trial}-1"]["avoid_nodes"] == []
+    assert house.trial(trial).suspects == "n0"
+    assert house.cluster.specs[f"{trial}-2"].avoid_nodes == ("n0",)
+    assert house.cluster.specs[f"{trial}-1"].avoid_nodes == ()
     (folder / "attempts/2/nodes.json").write_text('["n1"]')
     house.cluster.end(f"{trial}-2", -9, done=False)
     house.tick(2)
-    assert house.cluster.specs[f"{trial}-3"]["avoid_nodes"] == []
+    assert house.cluster.specs[f"{trial}-3"].avoid_nodes == ()
 
 
 def test_a_head_that_forgot_everything_costs_no_failure(house):
@@ -247,7 +253,7 @@ def test_a_head_that_forgot_everything_costs_no_failure(house):
         house.cluster.alive.clear()
     house.tick(2)
     row = house.trial(trial)
-    assert (row["attempts"], row["failures"], row["lost"], row["best_step"]) == (5, 0, 1, 4)
+    assert (row.attempts, row.failures, row.lost, row.best_step) == (5, 0, 1, 4)
 
 
 def test_a_result_written_before_the_head_died_is_not_run_again(house):
@@ -267,10 +273,10 @@ def test_a_result_of_an_older_attempt_does_not_end_a_newer_one(house):
     late = Result(
         metrics={"segm/AP": 0.9}, step=9, attempt=1, world_size=1, weights_sha256="0" * 64
     )
-    Path(house.trial(trial)["folder"], "result.json").write_text(late.model_dump_json())
+    Path(house.trial(trial).folder, "result.json").write_text(late.model_dump_json())
     house.cluster.end(f"{trial}-2", -9, done=False)
     house.tick()
-    assert (house.state(trial), house.trial(trial)["attempts"]) == ("starting", 3)
+    assert (house.state(trial), house.trial(trial).attempts) == ("starting", 3)
 
 
 def test_nothing_changes_while_ray_does_not_answer(house):
@@ -280,7 +286,7 @@ def test_nothing_changes_while_ray_does_not_answer(house):
     with pytest.raises(UnreachableError):
         house.tick()
     assert house.state(trial) == "running"
-    house.act(steer.cancel_trial, trial)
+    house.act(commands.cancel_trial, trial)
     house.cluster.down = False
     house.tick()
     assert house.cluster.stops == [f"{trial}-1"], "a cancel given meanwhile is honoured"
@@ -301,7 +307,7 @@ def test_the_same_run_twice_is_paid_for_once(house):
     house.cluster.end(f"{first}-000-1")
     house.tick(2)
     row = house.trial(f"{second}-000")
-    assert (row["state"], row["cached_from"], row["attempts"]) == ("done", f"{first}-000", 0)
+    assert (row.state, row.cached_from, row.attempts) == ("done", f"{first}-000", 0)
 
 
 def test_of_the_same_run_twice_the_one_of_higher_priority_runs(house):
@@ -315,14 +321,14 @@ def test_of_the_same_run_twice_the_one_of_higher_priority_runs(house):
 def test_a_study_of_unsound_resources_stops_no_other(house, resources):
     bad = house.submit(plan("a", identity("bad")), priority=9)
     with house.ledger.writing() as transaction:  # as an older version let it in
-        spec = store.study_row(transaction, bad)["spec"]
+        spec = queries.study_row(transaction, bad).spec_json
         spec["resources"]["custom_per_rank"] = resources
         transaction.execute(update(STUDIES).where(STUDIES.c.id == bad).values(spec=spec))
     good = house.submit(plan("b", identity("good")))
     house.tick()
     assert house.state(f"{good}-000") == "starting"
     assert house.state(f"{bad}-000") == "failed"
-    assert house.trial(f"{bad}-000")["error"].startswith("resources.custom_per_rank")
+    assert house.trial(f"{bad}-000").error.startswith("resources.custom_per_rank")
 
 
 def test_a_cancel_that_comes_while_an_attempt_is_judged_is_kept(house):
@@ -335,7 +341,7 @@ def test_a_cancel_that_comes_while_an_attempt_is_judged_is_kept(house):
 
     def cancelled_meanwhile(name: str) -> str:
         house.cluster.log = plain
-        house.act(steer.cancel_trial, trial)
+        house.act(commands.cancel_trial, trial)
         return str(plain(name))
 
     house.cluster.log = cancelled_meanwhile
@@ -350,7 +356,7 @@ def test_a_pause_that_comes_while_trials_are_being_started_starts_no_more(house)
 
     def paused_meanwhile(*arguments: Any, **more: Any) -> None:
         house.cluster.submit = plain
-        house.act(steer.pause_study, study)
+        house.act(commands.pause_study, study)
         plain(*arguments, **more)
 
     house.cluster.submit = paused_meanwhile
@@ -370,7 +376,8 @@ def test_what_runs_in_a_paused_study_is_stopped(house):
 
 
 def test_a_spent_budget_ends_the_study(house):
-    house.cluster.nodes = lambda: [Node("n", {"CPU": 2.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 1.0})]  # type: ignore[method-assign]
+    # type: ignore[method-assign]
+    house.cluster.nodes = lambda: [Node("n", {"CPU": 2.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 1.0})]
     fields = {"resources": Resources(ranks=1, gpus_per_rank=1), "gpu_hours": 1.0, "max_parallel": 1}
     study = house.submit(plan("a"), plan("b", identity("b")), **fields)
     house.tick(2)
@@ -383,7 +390,7 @@ def test_a_spent_budget_ends_the_study(house):
     house.cluster.end(f"{study}-000-1", 76, Outcome(state="stopped", step=2), done=False)
     house.tick()
     assert house.state(f"{study}-000") == "cancelled"
-    assert "of its 1 GPU-hours" in house.trial(f"{study}-001")["error"]
+    assert "of its 1 GPU-hours" in house.trial(f"{study}-001").error
 
 
 def test_jobs_that_the_ledger_holds_for_over_are_ended_and_those_of_others_left_alone(house):
@@ -445,7 +452,7 @@ def test_the_head_of_the_queue_becomes_a_capacity_request_until_it_runs(tmp_path
     house.ledger.close()
 
 
-# --- a service that dies anywhere -----------------------------------------------------------------------------------
+# --- a service that dies anywhere ----------------------------------------------------------------
 
 faults = st.lists(
     st.tuples(
@@ -462,7 +469,7 @@ faults = st.lists(
 @given(faults=faults)
 @example(faults=[("die", 8), ("lose", 0), ("die", 9), ("forget-jobs", 0)])
 def test_every_trial_ends_exactly_once_whatever_dies(tmp_path_factory, faults):
-    """Random deaths of the service before or after any call to Ray, of jobs and of the head, and a person's wishes."""
+    """A person's wishes and random deaths: of jobs, the head, the service at any call to Ray."""
     house = House(tmp_path_factory.mktemp("chaos"), limits={"lost_without_progress": 50})
     study = house.submit(*(plan(f"t{i}", identity(f"t{i}")) for i in range(3)), max_attempts=50)
     trials = [f"{study}-00{i}" for i in range(3)]
@@ -498,17 +505,17 @@ def test_every_trial_ends_exactly_once_whatever_dies(tmp_path_factory, faults):
                     chosen, {"lose": None, "crash": -9, "fail": 1}[fault], outcome, done=False
                 )
             case "cancel":
-                house.act(steer.cancel_trial, trials[which % 3])
+                house.act(commands.cancel_trial, trials[which % 3])
             case "pause":
-                house.act(steer.pause_study, study)
+                house.act(commands.pause_study, study)
             case "resume":
-                house.act(steer.resume_study, study)
+                house.act(commands.resume_study, study)
             case "forget-jobs":
                 forgotten |= house.cluster.alive.keys()
                 house.cluster.alive.clear()
         turn()
     house.cluster.die_in = -1
-    house.act(steer.resume_study, study)
+    house.act(commands.resume_study, study)
     for _ in range(40):
         turn()
         for name, job in list(house.cluster.alive.items()):
@@ -529,11 +536,11 @@ def test_every_trial_ends_exactly_once_whatever_dies(tmp_path_factory, faults):
         assert sorted(ended) == trials, "each trial ends once"
         assert transaction.execute(select(STUDIES.c.state)).scalar() in ("done", "cancelled")
         states = transaction.execute(select(ATTEMPTS.c.state)).scalars().all()
-        assert not set(states) & set(store.LIVE_ATTEMPTS)
+        assert not set(states) & set(LIVE_ATTEMPTS)
     assert house.cluster.alive == {}, "nothing is left behind"
     twice = {name for name, starts in Counter(house.cluster.started).items() if starts > 1}
-    # a head that forgets a job before the service has noted its start makes the service start it again: a claim's token
-    # tells the two apart, should the first one live
+    # a head that forgets a job before the service has noted its start makes the service start it
+    # again: a claim's token tells the two apart, should the first one live
     assert twice <= forgotten, "no attempt was started twice"
     house.ledger.close()
 

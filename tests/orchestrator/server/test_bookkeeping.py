@@ -1,4 +1,4 @@
-"""What MLflow is told of studies and trials that are over."""
+"""What MLflow and the webhook hear of studies and trials that are over."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import httpx
 import pytest
 from sqlalchemy import update
 
-from contract.answers import StudyView
 from contract.attempt import SPOOL_CURSOR, SPOOL_RECORDS
-from orchestrator.ledger import store
+from orchestrator.ledger import queries
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.server import accept
 from orchestrator.server.bookkeeping import close_runs, send_webhooks, study_metrics
-from orchestrator.server.mlflow import TrackingRefusedError
+from orchestrator.server.mlflow import Run, RunInfo, TrackingRefusedError
 from orchestrator.settings import ServiceSettings
 from tests.orchestrator.studies import finished
 from tests.orchestrator.submissions import plan, submission
@@ -25,7 +24,10 @@ from workers.tracking.spool import Spool
 
 
 def test_means_differences_and_their_intervals_are_metrics_with_names_that_mlflow_takes() -> None:
-    """Two seeds 0.30 and 0.32: t(0.975, 1) = 12.7062 times 0.01 each side of 0.31; the differences are 0.1 and 0.1."""
+    """Two seeds, 0.30 and 0.32: t(0.975, 1) = 12.7062 times 0.01 on each side of 0.31.
+
+    The differences are 0.1 and 0.1.
+    """
     base = [
         finished({"roi": "align"}, seed, True, metrics={"segm/AP": 0.30 + 0.02 * seed})
         for seed in (0, 1)
@@ -34,28 +36,20 @@ def test_means_differences_and_their_intervals_are_metrics_with_names_that_mlflo
         finished({"roi": "pool (2x)"}, seed, metrics={"segm/AP": 0.40 + 0.02 * seed})
         for seed in (0, 1)
     ]
-    spec = submission().study.model_dump()
-    view = StudyView(
-        study="s", name="s", owner="o", state="done", priority=0, created_at=0, storage="", spec=spec,
-        trials=[*base, *pool],
-    )  # fmt: skip
-    found = study_metrics(view)
-    assert found["roi-align/segm/AP/mean"] == pytest.approx(0.31)
-    assert found["roi-align/segm/AP/high"] == pytest.approx(0.31 + 0.127062, rel=1e-5)
-    assert found["roi-pool _2x_/segm/AP/difference"] == pytest.approx(0.1)
-    assert not [name for name in found if name.startswith("roi-align") and "difference" in name]
+    metrics = study_metrics([*base, *pool], ["segm/AP"])
+    assert metrics["roi-align/segm/AP/mean"] == pytest.approx(0.31)
+    assert metrics["roi-align/segm/AP/high"] == pytest.approx(0.31 + 0.127062, rel=1e-5)
+    assert metrics["roi-pool _2x_/segm/AP/difference"] == pytest.approx(0.1)
+    assert not [name for name in metrics if name.startswith("roi-align") and "difference" in name]
 
 
 def test_one_seed_has_no_interval() -> None:
-    view = StudyView(
-        study="s", name="s", owner="o", state="done", priority=0, created_at=0, storage="",
-        spec=submission().study.model_dump(), trials=[finished({}, 0, True, metrics={"segm/AP": 0.3})],
-    )  # fmt: skip
-    assert study_metrics(view) == {"baseline/segm/AP/mean": 0.3}
+    trials = [finished({}, 0, True, metrics={"segm/AP": 0.3})]
+    assert study_metrics(trials, ["segm/AP"]) == {"baseline/segm/AP/mean": 0.3}
 
 
 class FakeMLflow:
-    """Keeps what it is told."""
+    """Remembers which runs it was asked to end."""
 
     def __init__(self) -> None:
         self.ended: list[str] = []
@@ -63,8 +57,8 @@ class FakeMLflow:
     def experiment(self, name: str, tags: Any) -> str:
         return name
 
-    def runs(self, experiment: str, condition: str) -> list[dict[str, Any]]:
-        return [{"info": {"run_id": "r", "status": "RUNNING"}, "data": {}}]
+    def runs(self, experiment: str, condition: str) -> list[Run]:
+        return [Run(info=RunInfo(run_id="r", status="RUNNING"))]
 
     def set_tag(self, run: str, key: str, value: str) -> None:
         pass
@@ -125,9 +119,7 @@ def test_what_mlflow_refuses_of_one_trial_holds_up_no_other(
     assert mlflow.ended == ["FINISHED"]
     assert f"trial {studies[0]}-000: status 400, experiment is deleted" in caplog.text
     with ledger.reading() as transaction:
-        closed = [
-            store.trial_row(transaction, f"{study}-000")["mlflow_closed"] for study in studies
-        ]
+        closed = [queries.trial_row(transaction, f"{study}-000").mlflow_closed for study in studies]
     assert closed == [False, True]
     ledger.close()
 
@@ -142,10 +134,10 @@ def test_a_webhook_that_refuses_one_study_is_told_of_the_others(
     ]
     with ledger.writing() as transaction:
         transaction.execute(update(STUDIES).values(state="done", ended_at=3.0))
-    told: list[str] = []
+    heard: list[str] = []
 
     def post(url: str, json: dict[str, Any], **_: Any) -> httpx.Response:
-        told.append(json["study"])
+        heard.append(json["study"])
         return httpx.Response(
             400 if json["study"] == studies[0] else 200, request=httpx.Request("POST", url)
         )
@@ -153,5 +145,5 @@ def test_a_webhook_that_refuses_one_study_is_told_of_the_others(
     monkeypatch.setattr(httpx, "post", post)
     for _ in range(2):
         send_webhooks(ledger, "http://hook")
-    assert told == [*studies, studies[0]]
+    assert heard == [*studies, studies[0]]
     ledger.close()

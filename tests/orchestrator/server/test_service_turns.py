@@ -1,4 +1,4 @@
-"""What the service's threads do about errors that nobody foresaw: say so, seldom twice, and go on."""
+"""The service's threads go on after an error that nobody foresaw, and log it once a minute."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def test_an_unforeseen_error_in_the_books_does_not_end_their_thread(service, mon
 
 
 def test_a_warning_is_let_through_once_a_minute():
-    found = SeldomTwice()
+    seldom = SeldomTwice()
 
     def said(text: str, at: float, level: int = logging.WARNING) -> bool:
         record = logging.LogRecord("maskray", level, "", 0, text, None, None)
         record.created = at
-        return bool(found.filter(record))
+        return bool(seldom.filter(record))
 
     assert [said("a", 1000.0), said("b", 1001.0), said("a", 1002.0), said("a", 1061.0)] == [
         True,

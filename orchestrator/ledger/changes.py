@@ -1,0 +1,281 @@
+"""What is written to studies and trials.
+
+A change of state names the states that it starts from. So of two threads that want to change one
+trial (a person's cancel and the loop) one succeeds, and the other learns that it did not.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Literal, TypedDict, Unpack
+
+from sqlalchemy import ColumnElement, func, insert, select, update
+
+from contract.attempt import Wish
+from contract.files import join
+from contract.study import FINAL_STATES, Submission, TrialState
+from orchestrator.ledger import queries
+from orchestrator.ledger.events import record
+from orchestrator.ledger.opening import Ledger, Transaction
+from orchestrator.ledger.rows import OPEN_STUDY, Json, TrialRow
+from orchestrator.ledger.tables import STUDIES, TRIALS
+
+
+class TrialChange(TypedDict, total=False):
+    """The columns of a trial that change after it was submitted."""
+
+    state: TrialState
+    queued_at: float
+    not_before: float
+    wish: Wish
+    attempts: int
+    failures: int
+    lost: int
+    best_step: int
+    metrics: dict[str, float]
+    error: str
+    error_class: str
+    folder: str
+    cached_from: str
+    mlflow_run_id: str
+    mlflow_closed: bool
+    progress: Json
+    moved_at: float
+    marks: list[Json]
+    rank_seconds: float | ColumnElement[float]
+    suspects: str
+
+
+def move_trial(
+    transaction: Transaction,
+    trial: str,
+    states: Sequence[TrialState],
+    *,
+    at_attempt: int = 0,
+    with_wish: Wish | None = None,
+    **change: Unpack[TrialChange],
+) -> bool:
+    """Changes a trial that is in one of `states`, and at this attempt and with this wish if named.
+
+    False if it is not: then nothing changes.
+    """
+    # One statement reads and writes: between two of them another thread could change the trial.
+    query = update(TRIALS).where(TRIALS.c.id == trial, TRIALS.c.state.in_(states))
+    if at_attempt:
+        query = query.where(TRIALS.c.attempts == at_attempt)
+    if with_wish is not None:
+        query = query.where(TRIALS.c.wish == with_wish)
+    return transaction.execute(query.values(**change)).rowcount == 1
+
+
+# --- submitting ----------------------------------------------------------------------------------
+
+
+def add_study(
+    transaction: Transaction, submission: Submission, folder: str, owner: str, now: float
+) -> str:
+    """Writes a study with its trials; the study's id. folder: below it each study has its own.
+
+    A trial whose identity has a result is done at once, unless the submission is `fresh`.
+    """
+    # The random end lets two studies have one name.
+    study = f"{submission.study.name}-{secrets.token_hex(3)}"
+    transaction.execute(
+        insert(STUDIES).values(
+            id=study,
+            name=submission.study.name,
+            owner=owner,
+            state="active",
+            priority=submission.study.priority,
+            created_at=now,
+            storage=folder,
+            code=submission.code,
+            spec=submission.study.model_dump(mode="json"),
+            study_yaml=submission.study_yaml,
+            warnings=list(submission.warnings),
+            fresh=submission.fresh,
+            # NULL, because the pair of owner and key is unique and most studies have no key
+            idempotency_key=submission.idempotency_key or None,
+        )
+    )
+    record(
+        transaction,
+        "submitted",
+        f"{len(submission.trials)} trials, by {owner}",
+        study=study,
+        at=now,
+    )
+    _add_trials(transaction, study, submission, folder, now)
+    end_study_if_over(transaction, study, now)
+    return study
+
+
+def _add_trials(
+    transaction: Transaction, study: str, submission: Submission, folder: str, now: float
+) -> None:
+    finished: Mapping[str, TrialRow] = {}
+    if not submission.fresh:
+        identities = [trial.identity for trial in submission.trials]
+        finished = queries.finished_by_identity(transaction, identities)
+    rows: list[Json] = []
+    for position, plan in enumerate(submission.trials):
+        trial = f"{study}-{position:03d}"
+        # one statement inserts them all, so each row names the same columns
+        change: TrialChange = {
+            "state": "queued",
+            "metrics": {},
+            "marks": [],
+            "folder": join(folder, study, trial),
+            "cached_from": "",
+            "mlflow_run_id": "",
+            "mlflow_closed": False,
+        }
+        source = finished.get(plan.identity)
+        if source is not None:
+            change = _taken_from(source)
+            text = f"taken from trial {source.id}"
+            record(transaction, "cached", text, study=study, trial=trial, at=now)
+        own = {"id": trial, "study": study, "position": position, "queued_at": now, "progress": {}}
+        rows.append({**own, **plan.model_dump(), **change})
+    # in parts: a statement holds the JSON of all its runs at once
+    for start in range(0, len(rows), 500):
+        transaction.execute(insert(TRIALS), rows[start : start + 500])
+
+
+# --- results of other trials ---------------------------------------------------------------------
+
+
+def _taken_from(source: TrialRow) -> TrialChange:
+    """What a trial takes over from a finished one with its identity."""
+    return {
+        "state": "done",
+        "metrics": source.metrics,
+        "marks": source.marks,
+        "folder": source.folder,
+        "cached_from": source.id,
+        "mlflow_run_id": source.mlflow_run_id,
+        "mlflow_closed": True,  # the run is the other trial's, which closes it
+    }
+
+
+def take_finished(ledger: Ledger, now: float) -> None:
+    """Ends queued trials whose run another trial has finished meanwhile, with that one's result."""
+    with ledger.reading() as transaction:
+        twins = queries.twins_of_finished(transaction)
+        identities = sorted({identity for _, _, identity in twins})
+        finished = queries.finished_by_identity(transaction, identities)
+    for trial, study, identity in twins:
+        source = finished[identity]
+        # one transaction for each, so that a long list keeps no other writer waiting
+        with ledger.writing() as transaction:
+            if move_trial(transaction, trial, ["queued"], **_taken_from(source)):
+                text = f"taken from trial {source.id}"
+                record(transaction, "cached", text, study=study, trial=trial, at=now)
+                end_study_if_over(transaction, study, now)
+
+
+# --- stopping and ending -------------------------------------------------------------------------
+
+
+def ask_to_stop(
+    ledger: Ledger,
+    trial: str,
+    wish: Wish,
+    why: str,
+    now: float,
+    *,
+    kind: str = "stopping",
+    at_attempt: int = 0,
+) -> None:
+    """A starting or running trial writes a checkpoint and ends.
+
+    wish: what becomes of the trial then. kind: of the event. at_attempt: nothing happens if the
+    trial is at another one by now.
+    """
+    with ledger.writing() as transaction:
+        row = queries.trial_row(transaction, trial)
+        if row is not None and move_trial(
+            transaction,
+            trial,
+            ["starting", "running"],
+            at_attempt=at_attempt,
+            state="stopping",
+            wish=wish,
+        ):
+            record(transaction, kind, why, study=row.study, trial=trial, attempt=at_attempt, at=now)
+
+
+def give_up(
+    ledger: Ledger, trial: str, error_class: Literal["budget", "person"], why: str, now: float
+) -> None:
+    """Ends a queued trial that will never run.
+
+    It is cancelled if the budget of its study is used up, and failed if a person must change
+    something.
+    """
+    state: TrialState = "cancelled" if error_class == "budget" else "failed"
+    with ledger.writing() as transaction:
+        row = queries.trial_row(transaction, trial)
+        if row is not None and move_trial(
+            transaction, trial, ["queued"], state=state, error=why, error_class=error_class
+        ):
+            record(transaction, state, why, study=row.study, trial=trial, at=now)
+            end_study_if_over(transaction, row.study, now)
+
+
+def end_study_if_over(transaction: Transaction, study: str, now: float) -> str:
+    """Gives a study its final state once all its trials have theirs.
+
+    The state, or "" if nothing changes.
+    """
+    query = select(TRIALS.c.state, func.count()).where(TRIALS.c.study == study)
+    counts: dict[str, int] = dict(transaction.execute(query.group_by(TRIALS.c.state)).all())
+    if not counts.keys() <= set(FINAL_STATES):
+        return ""
+    # one failed trial makes a failed study, whatever became of the others
+    state = next((state for state in ("failed", "cancelled") if state in counts), "done")
+    changed = transaction.execute(
+        update(STUDIES)
+        .where(STUDIES.c.id == study, STUDIES.c.state.in_(OPEN_STUDY))
+        .values(state=state, ended_at=now)
+    ).rowcount
+    if not changed:
+        return ""
+    summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    record(transaction, f"study-{state}", f"all trials ended: {summary}", study=study, at=now)
+    return state
+
+
+# --- MLflow and the webhook ----------------------------------------------------------------------
+
+
+def set_parent_run(ledger: Ledger, study: str, experiment: str, run_id: str) -> None:
+    """Notes the study's experiment and parent run in MLflow."""
+    values = {"mlflow_experiment": experiment, "mlflow_run_id": run_id}
+    with ledger.writing() as transaction:
+        transaction.execute(update(STUDIES).where(STUDIES.c.id == study).values(values))
+
+
+def close_trial(ledger: Ledger, trial: str, run_id: str) -> None:
+    """Notes that MLflow knows of the trial's end. run_id: of its run, empty if it has none."""
+    change: TrialChange = {"mlflow_closed": True}
+    if run_id:
+        change["mlflow_run_id"] = run_id
+    with ledger.writing() as transaction:
+        # a retry may have put it back in the queue meanwhile: then its run goes on
+        move_trial(transaction, trial, FINAL_STATES, **change)
+
+
+def close_study(ledger: Ledger, study: str) -> None:
+    """Notes that MLflow knows of the study's end."""
+    with ledger.writing() as transaction:
+        query = update(STUDIES).where(STUDIES.c.id == study)
+        transaction.execute(query.values(mlflow_closed=True))
+
+
+def note_webhook(ledger: Ledger, study: str) -> None:
+    """Notes that the webhook knows of the study's end."""
+    with ledger.writing() as transaction:
+        query = update(STUDIES).where(STUDIES.c.id == study)
+        transaction.execute(query.values(webhook_sent=True))
