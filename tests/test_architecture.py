@@ -121,7 +121,7 @@ def offences(path: Path) -> set[str]:
         case "workers":
             bad = ours(imported, ("contract", "model", "pipelines", "workers"))
             bad |= set() if path.name == "ray_entry.py" else names(imported, "ray")
-            return bad | (set() if path.name == "mlflow_target.py" else names(imported, "mlflow"))
+            return bad | (set() if path.name == "mlflow_tracker.py" else names(imported, "mlflow"))
         case _:
             bad = ours(imported, ("contract", "orchestrator")) | names(imported, "torch")
             bad |= names(imported, "torchvision")
@@ -202,7 +202,7 @@ def test_rooms_import_without_ray_and_mlflow() -> None:
         module_of(path)
         for room in ("contract", "model", "pipelines", "workers")
         for path in sources(room)
-        if path.name not in ("__main__.py", "ray_entry.py", "mlflow_target.py")
+        if path.name not in ("__main__.py", "ray_entry.py", "mlflow_tracker.py")
     ]
     code = "import importlib, sys\nsys.modules.update(ray=None, mlflow=None)\n"
     code += f"for name in {modules!r}: importlib.import_module(name)\n"
@@ -263,7 +263,7 @@ def test_the_order_of_the_shelves_bites(tmp_path: Path, monkeypatch: pytest.Monk
         ),
         ("contract/x.py", "def f():\n    from pyarrow import fs\n"),
         ("workers/ray_entry.py", "import ray.train\n"),
-        ("workers/tracking/mlflow_target.py", "import mlflow\n"),
+        ("workers/tracking/mlflow_tracker.py", "import mlflow\n"),
         ("orchestrator/cluster/jobs.py", "import ray\n"),
         ("orchestrator/ledger/x.py", "from sqlalchemy import select\n"),
         (

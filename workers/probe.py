@@ -1,7 +1,8 @@
-"""`python -m workers.probe PLAN`: what one node of a cluster has to say before trials run on it, as a line of JSON.
+"""`python -m workers.probe PLAN`: examines one node of a cluster and prints a line of JSON.
 
-`maskray doctor` starts one of these on every node at once. They meet at a store on the first node, and from there they
-compare clocks, read each other's files in the storage and add up numbers in pairs, as the ranks of a gang will.
+`maskray doctor` starts a probe on every node at once, before trials run there. The probes meet at a
+store on the first node. From there they compare clocks, read each other's files in the storage and
+sum numbers in pairs, as the ranks of a gang will.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from model.cpu import native
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow", "pycocotools", "pydantic")
 _SOURCES = ("contract", "model", "pipelines", "workers")
 _FLOATS = 1 << 20  # of an all-reduce: 4 MiB
-_REPEATS = 5
+_REPEATS = 5  # all-reduces whose mean is the rate of a link
+_MOST_PAIR_S = 30.0  # for one pair: a link that is broken must not use up everybody's patience
+_MOST_ERROR_CHARS = 300
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,8 +50,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def look(plan: ProbePlan) -> NodeReport:
-    """Everything this node can tell by itself and with the others."""
-    report = NodeReport(
+    """What this node finds alone and with the others."""
+    alone = NodeReport(
         index=plan.index,
         host=socket.gethostname(),
         now=time.time(),
@@ -68,21 +71,25 @@ def look(plan: ProbePlan) -> NodeReport:
     try:
         store = _meet(plan)
     except (RuntimeError, OSError) as error:
-        report.meeting_error = _one_line(error)
-        return report
-    with suppress(RuntimeError):  # those who are late go on alone and say whom they missed
+        return alone.model_copy(update={"meeting_error": _one_line(error)})
+    with suppress(RuntimeError):  # who is late goes on alone and names the nodes that it missed
         _barrier(store, plan, "start")
-    report.storage_error = _storage_error(store, plan)
-    report.clock = _clock(store, plan)
-    report.links = [_link(store, plan, peer) for peer in partners(plan.index, plan.nodes)]
+    together = {
+        "storage_error": _storage_error(store, plan),
+        "clock": _clock(store, plan),
+        "links": [_link(store, plan, peer) for peer in partners(plan.index, plan.nodes)],
+    }
     with suppress(RuntimeError):
         _part(store, plan)
-    return report
+    return alone.model_copy(update=together)
 
 
 def partners(index: int, nodes: int) -> Iterator[int]:
-    """Whom to meet, round by round, so that every pair meets once and nobody waits for two (the circle method)."""
-    seats = nodes + nodes % 2
+    """The node that `index` meets in each round.
+
+    Every pair meets once, and no node has two partners at a time (the circle method).
+    """
+    seats = nodes + nodes % 2  # with an odd number, one seat is empty: its partner has a round off
     for turn in range(seats - 1):
         if index == seats - 1:
             other = turn * seats // 2 % (seats - 1)
@@ -93,17 +100,19 @@ def partners(index: int, nodes: int) -> Iterator[int]:
             yield other
 
 
-# --- alone ----------------------------------------------------------------------------------------------------------
+# --- alone ---
 
 
 def sources_hash() -> str:
-    """SHA-256 over the sources of a run as this node has them installed."""
+    """SHA-256 over the sources of a run as this node has them installed.
+
+    A node with other sources would train another model under the same name.
+    """
     top, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
     for room in _SOURCES:
         for path in sorted((top / room).rglob("*.py")):
-            digest.update(
-                f"{path.relative_to(top)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
-            )
+            own = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{path.relative_to(top)}\0{own}\n".encode())
     return digest.hexdigest()
 
 
@@ -138,6 +147,7 @@ def _shm_free_gib() -> float:
 
 
 def _mlflow_error(uri: str) -> str:
+    """Why this node does not reach the tracking server; empty if it does, or if there is none."""
     if not uri.startswith(("http://", "https://")):
         return ""
     try:
@@ -147,14 +157,18 @@ def _mlflow_error(uri: str) -> str:
         return _one_line(error)
 
 
-# --- together -------------------------------------------------------------------------------------------------------
+# --- together ---
 
 
 def _meet(plan: ProbePlan) -> Store:
-    """The store of all probes. The first one opens it and prints its address for the others' plans."""
+    """The store of all probes.
+
+    The first probe opens it and prints its address, which the service puts into the others' plans.
+    """
     patience = timedelta(seconds=plan.patience_s)
     if plan.index == 0:
-        listener = socket.create_server((plan.address, 0))  # on this address alone
+        # on this address alone: a TCPStore by itself listens on all of them
+        listener = socket.create_server((plan.address, 0))
         port = listener.getsockname()[1]
         store = TCPStore(
             plan.address,
@@ -182,7 +196,7 @@ def _barrier(store: Store, plan: ProbePlan, name: str) -> None:
 
 
 def _part(store: Store, plan: ProbePlan) -> None:
-    """The store lives in the first one's process, which leaves last."""
+    """The store lives in the first probe's process, which leaves last."""
     _barrier(store, plan, "end")
     if plan.index:
         store.set(f"left/{plan.index}", "")
@@ -193,7 +207,10 @@ def _part(store: Store, plan: ProbePlan) -> None:
 
 
 def _storage_error(store: Store, plan: ProbePlan) -> str:
-    """Writes a file, and reads those of the others and of the service; what went wrong, in words."""
+    """Writes a file, and reads those of the other nodes and of the service.
+
+    Returns what went wrong, empty if nothing did.
+    """
     error = ""
     storage = None
     try:
@@ -205,7 +222,7 @@ def _storage_error(store: Store, plan: ProbePlan) -> str:
         _barrier(store, plan, "written")
     except RuntimeError:
         return error or "other nodes did not come to write theirs"
-    for index in (-1, *range(plan.nodes)):
+    for index in (-1, *range(plan.nodes)):  # -1 is the service
         if error or storage is None:
             break
         whose = "the service" if index < 0 else f"node {index}"
@@ -224,7 +241,10 @@ def _content(plan: ProbePlan, index: int) -> bytes:
 
 
 def _clock(store: Store, plan: ProbePlan) -> ClockReport | None:
-    """The first node's clock minus this one's; on the first node, which answers the others, nothing to tell."""
+    """The first node's clock minus this one's.
+
+    None on the first node, which answers the others one after the other, and if somebody is late.
+    """
     patience = timedelta(seconds=plan.patience_s)
     try:
         if plan.index:
@@ -233,6 +253,7 @@ def _clock(store: Store, plan: ProbePlan) -> ClockReport | None:
             store.set(f"ask/{plan.index}", "?")
             answer = float(store.get(f"answer/{plan.index}"))
             end = time.time()
+            # the answer is as old as half the way there and back, give or take that half
             return ClockReport(offset_s=answer - (begin + end) / 2, uncertainty_s=(end - begin) / 2)
         for index in range(1, plan.nodes):
             store.set(f"turn/{index}", "")
@@ -246,9 +267,9 @@ def _clock(store: Store, plan: ProbePlan) -> ClockReport | None:
 def _link(store: Store, plan: ProbePlan, peer: int) -> LinkReport:
     """All-reduces of 4 MiB with one other node, as gloo sets them up by default."""
     low, high = sorted((plan.index, peer))
-    before = _local_ends()
+    before = _local_ends()  # the connections of the pair are those that come after
     pair = PrefixStore(f"pair/{low}-{high}", store)
-    patience = timedelta(seconds=min(plan.patience_s, 30.0))
+    patience = timedelta(seconds=min(plan.patience_s, _MOST_PAIR_S))
     try:
         dist.init_process_group(
             "gloo", store=pair, rank=int(plan.index == high), world_size=2, timeout=patience
@@ -260,7 +281,7 @@ def _link(store: Store, plan: ProbePlan, peer: int) -> LinkReport:
         dist.all_reduce(values)
         if not bool((values == low + high + 2).all()):
             return LinkReport(peer=peer, error="the sum is wrong")
-        taken = sorted(_local_ends() - before)
+        ends = sorted(_local_ends() - before)
         started = time.perf_counter()
         for _ in range(_REPEATS):
             dist.all_reduce(values)
@@ -269,7 +290,8 @@ def _link(store: Store, plan: ProbePlan, peer: int) -> LinkReport:
         return LinkReport(peer=peer, error=_one_line(error))
     finally:
         dist.destroy_process_group()
-    address = taken[0][0] if taken else ""
+    # gloo takes the address that the host's name resolves to, which may be the wrong interface
+    address = ends[0][0] if ends else ""
     return LinkReport(
         peer=peer, address=address, interface=_interface(address), mib_per_s=4 / seconds
     )
@@ -277,16 +299,15 @@ def _link(store: Store, plan: ProbePlan, peer: int) -> LinkReport:
 
 def _local_ends() -> set[tuple[str, int]]:
     """This process's side of its connections: address and port."""
-    found = psutil.Process().net_connections(kind="tcp")
     return {
         (one.laddr[0], one.laddr[1])
-        for one in found
+        for one in psutil.Process().net_connections(kind="tcp")
         if one.status == psutil.CONN_ESTABLISHED and one.raddr
     }
 
 
 def _interface(address: str) -> str:
-    plain = address.removeprefix("::ffff:")
+    plain = address.removeprefix("::ffff:")  # of an IPv4 address in an IPv6 socket
     names = [
         name
         for name, entries in psutil.net_if_addrs().items()
@@ -296,7 +317,7 @@ def _interface(address: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(str(error).split())[:_MOST_ERROR_CHARS] or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""`python -m workers.propose TRIAL_FOLDER --out URI`: a trained run's proposals, for arms that are to share them."""
+"""`python -m workers.propose TRIAL_FOLDER --out URI`: writes the proposals of a trained run.
+
+Other arms then train on the same ones.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +57,18 @@ def _propose(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     detector = trained_detector(run, storage).to(device)
     images = write_proposals(arguments.out, proposals(run, detector, device))
-    text = f"proposals for {images} images: {arguments.out}"
-    print(json.dumps({"out": arguments.out, "images": images}) if arguments.json else text)
+    if arguments.json:
+        print(json.dumps({"out": arguments.out, "images": images}))
+    else:
+        print(f"proposals for {images} images: {arguments.out}")
     return 0
 
 
 def trained_run(storage: Files) -> RunConfig:
-    """The configuration of a finished run. Raises ValueError if there is none, or if it has no RPN."""
+    """The configuration of a finished run.
+
+    Raises ValueError if there is none, or if it has no RPN.
+    """
     try:
         data = yaml.safe_load(storage.read(f"{ARTIFACT_FOLDER}/config.yaml"))
     except FileNotFoundError:
@@ -70,7 +78,8 @@ def trained_run(storage: Files) -> RunConfig:
     run = parse_run(data, storage.uri)
     if isinstance(run.model.proposals, FixedProposals):
         raise ValueError(
-            f"{storage.uri}: model.proposals.kind is 'fixed', it has no RPN; take a run that trained one"
+            f"{storage.uri}: model.proposals.kind is 'fixed', it has no RPN; "
+            "take a run that trained one"
         )
     return run
 
@@ -82,6 +91,7 @@ def trained_detector(run: RunConfig, storage: Files) -> Detector:
             f"{storage.uri}: has no {WEIGHTS}; the run is not finished, resume it first"
         )
     detector = build_detector(run.model, run.seed)
+    # safetensors reads local files alone; behind a URI this is a copy
     with tempfile.TemporaryDirectory() as folder:
         detector.load_state_dict(load_file(storage.fetch(WEIGHTS, Path(folder))))
     return detector.eval()
@@ -90,11 +100,15 @@ def trained_detector(run: RunConfig, storage: Files) -> Detector:
 def proposals(
     run: RunConfig, detector: Detector, device: torch.device
 ) -> Iterator[tuple[int, Boxes, Boxes]]:
-    """(image id, boxes, scores) of every training and validation image, in pixels of its file, at test-time size."""
+    """(image id, boxes, scores) of every training and validation image.
+
+    Boxes are in pixels of the image's file. The detector sees each image at test-time size.
+    """
+    # with a holdout the loader would give the held-out images alone
     everything = run.data.model_copy(
         update={"filter": run.data.filter.model_copy(update={"holdout": 0.0})}
     )
-    for uri in dict.fromkeys((run.data.train, run.data.val)):
+    for uri in dict.fromkeys((run.data.train, run.data.val)):  # once where both are the same
         dataset = open_dataset(uri, cache_gib=run.data.cache_gib)
         loader = EvalLoader(
             everything,
@@ -105,9 +119,9 @@ def proposals(
             world_size=1,
         )
         for batch in loader:
-            found = detector.propose(batch.to(device))
+            proposed = detector.propose(batch.to(device))
             for image_id, boxes, scores, valid in zip(
-                batch.sample_ids.tolist(), *found, strict=True
+                batch.sample_ids.tolist(), *proposed, strict=True
             ):
                 yield image_id, boxes[valid].cpu().numpy(), scores[valid].cpu().numpy()
         loader.close()

@@ -1,6 +1,7 @@
-"""`python -m workers.ray_entry --spec FILE_OR_URI`: the entrypoint of a Ray job; one TorchTrainer, one attempt.
+"""`python -m workers.ray_entry --spec FILE_OR_URI`: the entrypoint of a Ray job, one attempt.
 
-The retry budget is the orchestrator's: this tries once, and says in `outcome.json` and its exit status how it went.
+It tries once: the retry budget is the service's. How it went is in `outcome.json` and in the exit
+status.
 """
 
 from __future__ import annotations
@@ -10,26 +11,39 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
-from contract.attempt import LOG_FILE, NODES_FILE, OUTCOME_FILE, RESULT_FILE, Outcome, RunSpec
+from contract.attempt import (
+    ATTEMPT_STOP_FILE,
+    LOG_FILE,
+    NODES_FILE,
+    OUTCOME_FILE,
+    PREEMPT_FILE,
+    RESULT_FILE,
+    Outcome,
+    RunSpec,
+)
 from contract.command import run_command
-from contract.files import Files
+from contract.files import Files, split
 from workers.trial.causes import exit_status, most_telling, recorded_causes, write_outcome
-from workers.trial.stop import ATTEMPT_STOP_FILE, PREEMPT_FILE, Reason, StopRequest, late_outcome
+from workers.trial.stop import Reason, StopRequest, late_outcome
 
-# Read by Ray Train when it is imported: poll the ranks often, give up instead of waiting for ever, stay in our folder.
+# Ray Train reads these when it is imported.
 _RAY_SETTINGS = {
+    # between two looks at the ranks; the default costs a trial 5 s
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # without it a trial for which resources are missing retries its placement group for ever
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-_LOG_UPLOAD_S = 10.0
+_LOG_UPLOAD_S = 10.0  # between two uploads of a rank's log to a remote folder
+_MOST_ERROR_CHARS = 1000
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,10 +58,9 @@ def main(argv: Sequence[str]) -> int:
 
 def read_spec(where: str) -> RunSpec:
     """Raises ValueError if there is no readable spec."""
-    folder, _, name = where.partition("?")[0].rpartition("/")
-    query = f"?{where.partition('?')[2]}" if "?" in where else ""
+    folder, name = split(where)
     try:
-        return RunSpec.model_validate_json(Files((folder or ".") + query).read(name))
+        return RunSpec.model_validate_json(Files(folder).read(name))
     except FileNotFoundError:
         raise ValueError(f"--spec {where}: no such file") from None
 
@@ -55,14 +68,12 @@ def read_spec(where: str) -> RunSpec:
 def run_spec(spec: RunSpec) -> int:
     """Runs the attempt on Ray and returns its exit status."""
     for name, value in _RAY_SETTINGS.items():
-        os.environ.setdefault(name, value)
-    storage, asked, failures, connected = (
-        Files(spec.storage),
-        StopRequest(),
-        list[str](),
-        threading.Event(),
-    )
-    # in a thread of its own: in the main thread Ray would answer SIGINT by aborting all ranks within 5 s
+        os.environ.setdefault(name, value)  # an operator may have set another value
+    storage, asked = Files(spec.storage), StopRequest()
+    failures: list[str] = []
+    connected = threading.Event()
+    # In a thread of its own: in the main thread Ray answers SIGINT by aborting all ranks within
+    # 5 s, too soon for a checkpoint.
     thread = threading.Thread(
         target=lambda: failures.extend(_fit(spec, connected)), name="ray-train", daemon=True
     )
@@ -83,9 +94,10 @@ def run_spec(spec: RunSpec) -> int:
 
 
 def _fit(spec: RunSpec, connected: threading.Event) -> list[str]:
-    """Trains to the end; returns how ranks or Ray itself failed, nothing if they did not.
+    """Trains to the end. Returns how ranks or Ray itself failed, nothing if they did not.
 
-    connected: set once Ray is there. Its core has then put its own handler of SIGTERM, which aborts, in place of ours.
+    connected: set once Ray is there. By then its core has replaced our handler of SIGTERM with its
+    own, which aborts.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -116,6 +128,7 @@ def _fit(spec: RunSpec, connected: threading.Event) -> list[str]:
             run_config=RunConfig(
                 name=f"ray-{spec.attempt}",
                 storage_path=spec.storage,
+                # no retries here: Ray counts them in memory, the ledger counts them for good
                 failure_config=FailureConfig(
                     max_failures=0, controller_failure_limit=0, max_preemption_failures=0
                 ),
@@ -146,18 +159,22 @@ def _elsewhere(avoid: Sequence[str]) -> dict[str, str] | None:
 
 def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return (lines[-1].strip() if lines else type(error).__name__)[:1000]
+    return (lines[-1].strip() if lines else type(error).__name__)[:_MOST_ERROR_CHARS]
 
 
-# --- on a rank ------------------------------------------------------------------------------------------------------
+# --- on a rank ---
 
 
-def train_rank(config: dict[str, Any]) -> None:
-    """What Ray Train calls in every worker process. Raises if the attempt failed, so that Ray ends the other ranks."""
+def train_rank(config: dict[str, str]) -> None:
+    """Ray Train calls this in every worker process.
+
+    Raises if the attempt failed, so that Ray ends the other ranks.
+    """
     spec = RunSpec.model_validate_json(config["spec"])
     storage = Files(spec.storage)
     rank = int(os.environ["RANK"])
     with logged_to(storage, LOG_FILE.format(attempt=spec.attempt, rank=rank)):
+        # inside, so that the log holds what goes wrong in these imports, too
         from workers.tracking.console import progress_shower, show_nothing
         from workers.tracking.spool import print_warning
         from workers.training.run import run_trial
@@ -170,6 +187,7 @@ def train_rank(config: dict[str, Any]) -> None:
             flush=True,
         )
         stop = StopRequest()
+        # the service reads them: a retry avoids the nodes of a lost attempt
         nodes = world.gather(_node_id())
         if world.is_first:
             storage.write_json(NODES_FILE.format(attempt=spec.attempt), nodes)
@@ -193,7 +211,10 @@ def _node_id() -> str:
 
 
 def _draining(nodes: Sequence[str]) -> bool:
-    """Whether Ray says that one of the nodes is about to go away. Raises RuntimeError if Ray cannot be asked."""
+    """Whether Ray says that one of the nodes is about to go away.
+
+    Raises RuntimeError if Ray does not answer.
+    """
     from ray._private.state import state
     from ray.exceptions import RayError
 
@@ -205,14 +226,16 @@ def _draining(nodes: Sequence[str]) -> bool:
 
 @contextlib.contextmanager
 def logged_to(storage: Files, path: str) -> Iterator[None]:
-    """Within the block all that this process prints goes to a file of the trial, followed there if it is remote."""
-    import tempfile
+    """Within the block everything that this process prints goes to a file of the trial.
 
+    If the trial's folder is remote, a thread uploads the file now and then.
+    """
     if storage.local is not None:
         file = storage.local / path
         file.parent.mkdir(parents=True, exist_ok=True)
     else:
         file = Path(tempfile.mkdtemp(prefix="maskray-log-")) / "rank.log"
+    # the descriptors themselves: libraries in C write to them, past `sys.stdout`
     kept = [os.dup(1), os.dup(2)]
     handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     _flush()
@@ -241,7 +264,8 @@ def _upload_log(storage: Files, file: Path, path: str, ended: threading.Event) -
         over = ended.wait(_LOG_UPLOAD_S)
         size = file.stat().st_size
         if size != last:
-            with contextlib.suppress(OSError, RuntimeError):  # the next round tries again
+            # an upload that fails leaves `last` as it is, and the next round tries again
+            with contextlib.suppress(OSError, RuntimeError):
                 storage.write(path, file.read_bytes())
                 last = size
         if over:
@@ -253,20 +277,21 @@ def _flush() -> None:
     sys.stderr.flush()
 
 
-# --- in the driver --------------------------------------------------------------------------------------------------
+# --- in the driver ---
 
 
 @contextlib.contextmanager
 def _signals_forwarded(
     storage: Files, spec: RunSpec, asked: StopRequest
 ) -> Iterator[Callable[[], None]]:
-    """Within the block a signal to this process becomes a file that rank 0 looks for: SIGINT stop, SIGTERM preempt.
+    """Within the block a signal to this process becomes a file that rank 0 looks for.
 
-    Gives a function that takes the signals again, from whoever took them meanwhile.
+    SIGINT asks for a stop, SIGTERM for preemption. The block gets a function that installs the
+    handlers again, after Ray has replaced them.
     """
 
-    def forward(path: str, reason: Reason) -> Callable[[int, Any], None]:
-        def handle(number: int, _: Any) -> None:
+    def forward(path: str, reason: Reason) -> Callable[[int, FrameType | None], None]:
+        def handle(number: int, _: FrameType | None) -> None:
             storage.write(path, str(number).encode())
             asked.ask(reason)
 
@@ -291,10 +316,14 @@ def _signals_forwarded(
 
 
 def conclude(spec: RunSpec, storage: Files, failures: Sequence[str]) -> int:
-    """The attempt's outcome as rank 0 left it, or, if that died, as the other ranks and Ray tell it."""
+    """Writes the attempt's outcome, also to the tracker, and returns the exit status.
+
+    Rank 0 left the outcome. If it died, the causes of the other ranks and Ray's words make one.
+    """
     path = OUTCOME_FILE.format(attempt=spec.attempt)
     outcome = Outcome.model_validate_json(storage.read(path)) if storage.exists(path) else None
     causes = recorded_causes(storage, spec.attempt)
+    # a rank may know better than rank 0 why the collective broke
     if causes and (outcome is None or outcome.state == "failed"):
         cause = most_telling(causes)
         if outcome is None or outcome.error_class in ("collective", "unknown"):
@@ -304,14 +333,15 @@ def conclude(spec: RunSpec, storage: Files, failures: Sequence[str]) -> int:
                 error=f"rank {cause.rank}: {cause.error}",
                 rank=cause.rank,
             )
+    # a rank that left no cause was killed: Ray's words name it, its peers only lost it
     if outcome is None or (failures and outcome.error_class == "collective"):
-        said = "; ".join(failures) or "the ranks ended without an outcome"
-        outcome = Outcome(state="failed", error_class="node", error=f"Ray: {said}")
+        failure = "; ".join(failures) or "the ranks ended without an outcome"
+        outcome = Outcome(state="failed", error_class="node", error=f"Ray: {failure}")
     write_outcome(storage, spec.attempt, outcome)
     if outcome.state == "failed":
-        from workers.tracking.scribe import tell_failure
+        from workers.tracking.journal import track_failure
 
-        tell_failure(spec, storage, outcome)
+        track_failure(spec, storage, outcome)
         print(f"error: {outcome.error}", file=sys.stderr, flush=True)
     else:
         result = f"; {spec.storage}/{RESULT_FILE}" if outcome.state == "done" else ""

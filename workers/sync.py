@@ -1,4 +1,4 @@
-"""`python -m workers.sync SPOOL_OR_TRIAL_FOLDER`: ships what a run could not tell its tracker while it lasted."""
+"""`python -m workers.sync SPOOL_OR_TRIAL_FOLDER`: ships the records that a run left unsent."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from contract.attempt import MLflowTracking
 from contract.command import run_command
-from contract.files import Files
-from workers.tracking.scribe import SPOOL_FOLDER, TARGET_FILE, SpoolTarget, build_target
-from workers.tracking.spool import Spool, ship_once
+from contract.files import Files, join
+from workers.tracking.mlflow_tracker import MLflowTracker
+from workers.tracking.shipper import ship_once
+from workers.tracking.spool import DESTINATION_FILE, SPOOL_FOLDER, Destination, Spool
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,48 +36,61 @@ def _sync(where: str, as_json: bool) -> int:
     return 0
 
 
-def tell(text: str) -> None:
-    print(text, file=sys.stderr)
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)  # stdout holds the answer alone
 
 
 def sync(where: str) -> int:
-    """Ships all unsent records of a spool; returns how many. Raises RuntimeError if the tracker cannot be reached."""
-    remote = Files(where)
-    names = remote.names("")
-    if TARGET_FILE not in names:
-        if SPOOL_FOLDER not in names:
-            raise ValueError(
-                f"{where}: has no {TARGET_FILE} and no folder {SPOOL_FOLDER!r}; give a spool or a trial's folder"
-            )
-        folder_uri, mark, query = where.partition("?")
-        remote = Files(f"{folder_uri.rstrip('/')}/{SPOOL_FOLDER}{mark}{query}")
+    """Ships all unsent records of a spool; returns how many.
+
+    Raises ValueError if there is no spool or no tracker, RuntimeError if the tracker cannot be
+    reached.
+    """
+    remote = _spool_at(where)
     with tempfile.TemporaryDirectory() as scratch:
         folder = remote.local or Path(scratch)
         if remote.local is None:
             for name in remote.names(""):
                 remote.fetch(name, folder)
-        target = SpoolTarget.model_validate_json((folder / TARGET_FILE).read_bytes())
-        sender = build_target(target.tracking, target, Files(target.storage))
-        if sender is None:
+        destination = Destination.model_validate_json((folder / DESTINATION_FILE).read_bytes())
+        tracking = destination.tracking
+        if not isinstance(tracking, MLflowTracking):
             raise ValueError(
-                f"{where}: its run has no tracker; resume it with one (--mlflow), which sends all of it"
+                f"{where}: its run has no tracker; "
+                "resume it with one (--mlflow), which sends all of it"
             )
-        spool = Spool(folder, take=False, warn=tell)  # its run may be alive
+        storage = Files(destination.storage)
+        tracker = MLflowTracker(tracking, destination.trial, destination.name, storage)
+        spool = Spool(folder, take=False, warn=_warn)  # the run may be alive: it keeps its spool
         total = 0
         try:
-            while batch := spool.unsent():
-                ship_once(spool, sender, tell)
-                total += len(batch)
+            while sent := ship_once(spool, tracker, _warn):
+                total += sent
         except Exception as error:
             left = f"{total} records sent, the others stay in {where}"
             raise RuntimeError(
-                f"{target.tracking.kind} cannot be reached: {str(error).splitlines()[0]}; {left}"
+                f"{tracking.kind} cannot be reached: {str(error).splitlines()[0]}; {left}"
             ) from error
         finally:
             spool.close()
             if remote.local is None:
+                # also after an error: the next call then goes on where this one stopped
                 remote.write("cursor.json", json.dumps({"bytes": spool.cursor}).encode())
     return total
+
+
+def _spool_at(where: str) -> Files:
+    """The spool itself, or the one in a trial's folder. Raises ValueError if there is none."""
+    storage = Files(where)
+    names = storage.names("")
+    if DESTINATION_FILE in names:
+        return storage
+    if SPOOL_FOLDER not in names:
+        raise ValueError(
+            f"{where}: has no {DESTINATION_FILE} and no folder {SPOOL_FOLDER!r}; "
+            "give a spool or a trial's folder"
+        )
+    return Files(join(where, SPOOL_FOLDER))
 
 
 if __name__ == "__main__":

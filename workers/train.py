@@ -1,4 +1,4 @@
-"""`python -m workers.train RUN.yaml`: one run without Ray; under torchrun, one run on as many ranks."""
+"""`python -m workers.train RUN.yaml`: one run without Ray, under torchrun on several ranks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
-import yaml
-
 from contract.attempt import (
-    CHECKPOINT_FOLDER,
     RESULT_FILE,
     SPEC_FILE,
     STOP_FILE,
@@ -23,13 +19,16 @@ from contract.attempt import (
     NoTracking,
     Outcome,
     Progress,
+    Result,
     RunSpec,
 )
 from contract.command import run_command
 from contract.files import Files
-from contract.presets import run_preset
-from contract.recipe import apply_overrides, parse_run
-from contract.words import one_line
+from contract.recipe import RunConfig, apply_overrides, parse_run
+from contract.record import Message
+from contract.run_file import parse_overrides, read_run_file
+
+_SHOWN = ("bbox/AP", "segm/AP", "keypoints/AP")  # of the metrics, to a person
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=60.0,
         metavar="SECONDS",
-        help="from a stop request to the end by force, if no checkpoint was reached (default: %(default)s)",
+        help="from a stop request to the end by force, if no checkpoint was reached "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else on stdout"
@@ -97,13 +97,7 @@ def _train(arguments: argparse.Namespace) -> int:
         signals_asking,
     )
 
-    if arguments.cpus_per_rank < 0:
-        raise ValueError(
-            f"--cpus-per-rank {arguments.cpus_per_rank}: give 1 or more, or leave it out"
-        )
-    if not arguments.grace_s > 0:
-        raise ValueError(f"--grace-s {arguments.grace_s:g}: give more than 0 seconds")
-    run = parse_run(read_run(Path(arguments.run), arguments.set), arguments.run)
+    run = _checked(arguments)
     out = arguments.out or f"runs/{Path(arguments.run).stem}"
     stop = StopRequest()
     with contextlib.ExitStack() as stack:
@@ -112,6 +106,7 @@ def _train(arguments: argparse.Namespace) -> int:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         world = stack.enter_context(launched_world(os.environ))
         storage = Files(out)
+        # only a request that is older than this command may be for the run that it resumes
         old_request = world.is_first and storage.exists(STOP_FILE)
         attempt, trial = world.from_first(next_attempt(storage) if world.is_first else (0, ""))
         spec = RunSpec(
@@ -129,17 +124,14 @@ def _train(arguments: argparse.Namespace) -> int:
         )
         show: Callable[[Progress], None] = show_nothing
         if world.is_first:
-            storage.write(
-                SPEC_FILE.format(attempt=attempt), spec.model_dump_json(indent=1).encode()
-            )
+            storage.write_json(SPEC_FILE.format(attempt=attempt), spec.sparse())
             show = progress_shower()
             if world.device.type == "cpu":
                 print(f"{spec.cpus_per_rank:.0f} thread(s) a rank (--cpus-per-rank)", flush=True)
 
         def claimed() -> None:
-            if (
-                old_request
-            ):  # to the run that this one resumes; until here it might have been to one that lives
+            # not before: until the folder is ours, the request may be for a run that lives in it
+            if old_request:
                 storage.delete(STOP_FILE)
             stack.enter_context(files_asking(stop, storage, attempt, lambda: False, print))
 
@@ -148,119 +140,84 @@ def _train(arguments: argparse.Namespace) -> int:
             if world.is_first:
                 write_outcome(storage, attempt, late)
             print(f"{late.state}: {late.error}", file=sys.stderr, flush=True)
+            # not sys.exit: the main thread hangs, and this is another one
             os._exit(exit_status(late))
 
         stack.enter_context(grace_enforced(stop, spec.grace_s, leave))
         outcome = run_trial(spec, world, stop, show, claimed)
     if world.is_first:
-        _report(outcome, storage, arguments)
+        _report(outcome, storage, arguments.json)
     return exit_status(outcome)
 
 
-def read_run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Nested data of a run file with `PATH=VALUE` overrides. Raises ValueError with one line."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _checked(arguments: argparse.Namespace) -> RunConfig:
+    """The run that the arguments ask for. Raises ValueError of one line."""
+    if arguments.cpus_per_rank < 0:
         raise ValueError(
-            f"{path}: no such file; give a run file, e.g. with `preset: tiny` and `data: ...`"
-        ) from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: is a folder; give a run file in it") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: not YAML: {one_line(error)}") from None
-    if not isinstance(data, dict):
-        raise ValueError(
-            f"{path}: holds {type(data).__name__}, a run is a mapping with `data:`, maybe `preset:`"
+            f"--cpus-per-rank {arguments.cpus_per_rank}: give 1 or more, or leave it out"
         )
-    name = data.pop("preset", None)
-    if not isinstance(name, str | None):
-        raise ValueError(f"{path}: preset: {name!r} is no name; write e.g. `preset: tiny`")
-    try:
-        base = {} if name is None else run_preset(name)
-    except ValueError as error:
-        raise ValueError(f"{path}: preset: {error}") from None
-    pairs = {}
-    for override in overrides:
-        field, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"--set {override}: has no '='; write --set path=value")
-        try:
-            pairs[field] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(
-                f"--set {override}: the value is not YAML: {one_line(error)}"
-            ) from None
-    return apply_overrides(merged(base, data), pairs)
+    if not arguments.grace_s > 0:  # so that nan is refused, too
+        raise ValueError(f"--grace-s {arguments.grace_s:g}: give more than 0 seconds")
+    return read_run(Path(arguments.run), arguments.set)
 
 
-def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the nested fields of `over`; a record of another `kind` replaces the whole record."""
-    result = dict(base)
-    for key, value in over.items():
-        old = result.get(key)
-        if (
-            isinstance(value, dict)
-            and isinstance(old, dict)
-            and value.get("kind", old.get("kind")) == old.get("kind")
-        ):
-            result[key] = merged(old, value)
-        else:
-            result[key] = value
-    return result
+def read_run(path: Path, overrides: Sequence[str]) -> RunConfig:
+    """The run of a file with `PATH=VALUE` overrides.
+
+    Raises ValueError or FileNotFoundError of one line.
+    """
+    data = apply_overrides(read_run_file(path), parse_overrides(overrides))
+    return parse_run(data, str(path))
 
 
 def share_of_cores(environment: Mapping[str, str]) -> int:
-    """The cores that this process may use, divided by the ranks that torchrun started on this machine."""
+    """The cores of this process, divided by the ranks that torchrun started on this machine.
+
+    Ranks with more threads than cores are far slower: OpenMP threads spin at barriers.
+    """
+    # the cores that it may use, which in a container are fewer than the machine has
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     return max(cores // int(environment.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
+class _SpecTrial(Message):
+    """What `next_attempt` reads of a RunSpec, which another version may have written."""
+
+    trial: str = ""
+
+
 def next_attempt(storage: Files) -> tuple[int, str]:
-    """One more than the last attempt that claimed this folder or was refused, and the trial's id.
+    """The number of this folder's next attempt, and the trial's id.
 
-    The tracker knows the trial by its id, so two folders of one name have two.
+    The number is one more than that of the last attempt, even of one that was refused. The tracker
+    knows the trial by its id, so two folders of one name have two.
     """
-    try:
-        last = int(storage.read_json(f"{CHECKPOINT_FOLDER}/claim.json")["attempt"])
-    except FileNotFoundError:
-        last = 0
-    last = max([last, *(int(name) for name in storage.names("attempts") if name.isdecimal())])
-    specs = [SPEC_FILE.format(attempt=attempt) for attempt in range(last, 0, -1)]
-    known = next(
-        (str(storage.read_json(spec)["trial"]) for spec in specs if storage.exists(spec)), ""
-    )
+    from workers.trial.checkpoints import claimed_attempt
+
+    numbers = (int(name) for name in storage.names("attempts") if name.isdecimal())
+    last = max([claimed_attempt(storage), *numbers])
     name = storage.uri.partition("?")[0].rstrip("/").rpartition("/")[2]
-    return last + 1, known or f"{name}-{uuid4().hex[:8]}"
+    for attempt in range(last, 0, -1):
+        spec = SPEC_FILE.format(attempt=attempt)
+        if storage.exists(spec):
+            known = _SpecTrial.model_validate_json(storage.read(spec)).trial
+            if known:
+                return last + 1, known
+    return last + 1, f"{name}-{uuid4().hex[:8]}"
 
 
-def _report(outcome: Outcome, storage: Files, arguments: argparse.Namespace) -> None:
-    done = outcome.state == "done"
-    metrics = storage.read_json(RESULT_FILE)["metrics"] if done else {}
-    if arguments.json:
+def _report(outcome: Outcome, storage: Files, as_json: bool) -> None:
+    metrics: dict[str, float] = {}
+    if outcome.state == "done":
+        metrics = Result.model_validate_json(storage.read(RESULT_FILE)).metrics
+    if as_json:
+        answer = {"state": outcome.state, "step": outcome.step, "out": storage.uri}
         error = {"error": outcome.error} if outcome.error else {}
-        print(
-            json.dumps(
-                {
-                    "state": outcome.state,
-                    "step": outcome.step,
-                    "out": storage.uri,
-                    "metrics": metrics,
-                    **error,
-                }
-            )
-        )
-        return
-    if done:
-        shown = ", ".join(
-            f"{name} {metrics[name]:.4f}"
-            for name in ("bbox/AP", "segm/AP", "keypoints/AP")
-            if name in metrics
-        )
+        print(json.dumps({**answer, "metrics": metrics, **error}))
+    elif outcome.state == "done":
+        shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in _SHOWN if name in metrics)
         print(f"done: {shown}; {storage.uri}/{RESULT_FILE}")
     elif outcome.error:
         print(f"error: {outcome.error}", file=sys.stderr)

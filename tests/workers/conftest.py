@@ -1,4 +1,4 @@
-"""What several tests of the workers start from."""
+"""The data and servers that several tests of the workers start from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from pipelines.pack.synth import synthesise
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As ranks of `run_ranks` have it: torch's sums round by the number of threads, and tests compare bits."""
+    """One thread, as in the ranks of `run_ranks`.
+
+    The number of threads changes how torch's sums round, and the tests compare bits.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -37,7 +40,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables and nothing in them; to be copied, since making one takes seconds."""
+    """An MLflow database with empty tables. Tests copy it, since making one takes seconds."""
     from mlflow.tracking import MlflowClient
 
     path = tmp_path_factory.mktemp("mlflow") / "empty.db"

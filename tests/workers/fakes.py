@@ -1,11 +1,11 @@
-"""A small detector and a stream without files, so that the promises of the loop itself test in moments."""
+"""A small detector and a stream without files: with them the loop itself is tested in moments."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,16 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from contract.attempt import Progress
 from contract.files import Files
 from contract.recipe import RunConfig
 from model.structures import Batch, LossTerm
 from pipelines.load.loader import TrainStep
 from pipelines.load.order import chunks, rank_slice
 from tests.builders import tiny_run
-from workers.tracking.journal import NOTHING, SilentJournal, TrialJournal
+from workers.tracking.journal import Journal, JournalState, SilentJournal, TrialJournal
+from workers.tracking.records import TrackingRecord
+from workers.tracking.shipper import NoShipper
 from workers.tracking.spool import Spool
 from workers.training.evaluate import Scores
 from workers.training.loop import Ending, Parts, train
@@ -94,7 +97,7 @@ class FakeLoader:
 
 
 class FakeDetector(nn.Module):
-    """Two losses, one of which few samples count for, so that only global counts give the right mean."""
+    """Two losses. Few samples count for one of them, so only global counts give the right mean."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -125,7 +128,7 @@ class FakeDetector(nn.Module):
 
 
 class PatientWriter(BackgroundWriter):
-    """Is waited for, so that no checkpoint of these short steps is passed over, however slow the disk."""
+    """The loop waits for it, so that it passes over no checkpoint, however slow the disk is."""
 
     busy = False
 
@@ -152,6 +155,32 @@ def alone() -> World:
     return World(0, 1, torch.device("cpu"))
 
 
+class HeldShipper(NoShipper):
+    """Ships nothing, as to a tracker that is down: a checkpoint carries what waits."""
+
+    def __init__(self, spool: Spool) -> None:
+        super().__init__(owed=True)
+        self._spool = spool
+
+    def unsent(self) -> list[TrackingRecord]:
+        return [record for _, record in self._spool.unsent(100_000)]
+
+
+def trial_journal(
+    spool: Spool,
+    storage: Files,
+    attempt: int,
+    run: RunConfig,
+    window_steps: int = 2,
+    show: Callable[[Progress], None] = lambda progress: None,
+) -> TrialJournal:
+    """Rank 0's journal, whose records wait in the spool."""
+    loop, shipper = run.loop, HeldShipper(spool)
+    return TrialJournal(
+        spool, shipper, storage, attempt, loop.steps, loop.global_batch, window_steps, show
+    )
+
+
 def fake_trial(
     folder: Path,
     run: RunConfig,
@@ -165,25 +194,19 @@ def fake_trial(
     evaluate: Callable[[TrainState, Callable[[], bool]], Scores | None] | None = None,
     writer: type[BackgroundWriter] = PatientWriter,
 ) -> Trial:
-    """Trains the fake detector in `folder` as `workers.training.run` trains a real one, from its newest checkpoint."""
+    """Trains the fake detector in `folder` as `workers.training.run` trains a real one.
+
+    It goes on from the newest checkpoint there.
+    """
     world, storage = world or alone(), storage or Files(str(folder))
     state = TrainState(run, detector or FakeDetector(run.seed))
     store = CheckpointStore(storage, attempt, run.loop.keep_checkpoints, lambda text: None)
-    journal: Any = SilentJournal()
+    journal: Journal = SilentJournal()
     if world.is_first:
         store.claim()
-        spool = Spool(folder / "spool")
-        journal = TrialJournal(
-            spool, storage, attempt, run.loop.steps, run.loop.global_batch, 2, lambda p: None
-        )
+        journal = trial_journal(Spool(folder / "spool"), storage, attempt, run)
     name = world.from_first(store.newest() if world.is_first else "")
-    if name:
-        snapshot = store.load(name)
-        state.restore(snapshot)
-        if world.is_first:
-            journal.restore(snapshot.plain["journal"], state.step)
-    elif world.is_first:
-        journal.restore(NOTHING, 0)
+    journal.restore(state.restore(store.load(name)) if name else JournalState(), state.step)
 
     def start_again(now: TrainState) -> None:
         now.detector.load_state_dict(FakeDetector(run.seed).state_dict())
@@ -202,12 +225,11 @@ def fake_trial(
         with patch("workers.training.loop.BackgroundWriter", writer):
             return Trial(train(run, world, parts), state, journal)
     finally:
-        if world.is_first:
+        if isinstance(journal, TrialJournal):
             journal.close()
-            spool.close()
 
 
-# --- death at a chosen moment ---------------------------------------------------------------------------------------
+# --- death at a chosen moment ---
 
 
 def die() -> None:
@@ -215,7 +237,7 @@ def die() -> None:
 
 
 class DyingStorage(Files):
-    """Kills its process in the middle of the n-th file that it writes below `checkpoints/` (or anywhere)."""
+    """Kills its process in the middle of the n-th file that it writes below `checkpoints/`."""
 
     def __init__(self, uri: str, at_write: int) -> None:
         super().__init__(uri)
@@ -231,7 +253,3 @@ class DyingStorage(Files):
                     sink.flush()  # type: ignore[attr-defined]
                     die()
             yield sink
-
-
-def values_of(rows: list[Mapping[str, Any]], name: str) -> list[float]:
-    return [row[name] for row in rows]

@@ -24,7 +24,8 @@ _PATIENCE_S = 240
 def run_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[Any]:
     """`function(world, *arguments)` on every rank; the results in the order of ranks.
 
-    The result of a rank that raised is the exception, of one that was killed None. No process outlives the call.
+    A rank that raises gives its exception, one that is killed gives None. No process outlives the
+    call.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])

@@ -1,4 +1,4 @@
-"""What only a GPU can show: a step that never waits for the host, and how far two equal runs agree."""
+"""What only a GPU shows: a step that never waits for the host, and how far equal runs agree."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_ten_steps_never_wait_for_the_host(packed, precision):
 
 
 def test_two_runs_of_one_seed_take_the_same_first_step(tmp_path, packed):
-    """The order of atomic additions differs between two runs on a GPU, so later steps only resemble each other."""
+    """Later steps only resemble each other: on a GPU the order of atomic additions differs."""
     first, second = (losses_of(tmp_path / name, packed) for name in ("first", "second"))
     assert first[0] == pytest.approx(second[0], rel=1e-4)
     assert len(first) == len(second) == 4

@@ -1,4 +1,7 @@
-"""Thirty SIGKILLs of real runs, in five groups of six: no bit of the weights and no point of any curve may change."""
+"""Thirty SIGKILLs of real runs, in five groups of six.
+
+No bit of the weights and no point of any curve may change.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ import pytest
 from contract.files import Files
 from tests.workers.test_train import run_file, train_command
 from workers.sync import sync
-from workers.tracking.scribe import TARGET_FILE, SpoolTarget
+from workers.tracking.spool import DESTINATION_FILE, Destination
 from workers.train import next_attempt
 
 STEPS, EVALUATED, LOGGED = 72, 24, 2
@@ -30,7 +33,7 @@ _PATIENCE_S = 300
 
 
 class Training:
-    """A run in a folder that can be started, watched and killed."""
+    """A run in a folder that a test can start, watch and kill."""
 
     def __init__(self, folder: Path, packed: tuple[str, str], ranks: int, tracker: str) -> None:
         folder.mkdir(exist_ok=True)
@@ -62,7 +65,7 @@ class Training:
         return result
 
     def kill(self, moment: str, victim: str, chance: random.Random) -> bool:
-        """Starts, waits for the moment, kills. Returns whether there still was something to kill."""
+        """Starts, waits for the moment and kills. Returns whether the run was still alive then."""
         attempt, _ = next_attempt(Files(str(self.out)))
         process = self.start()
         first: list[int] = []
@@ -96,7 +99,7 @@ class Training:
 
 
 def end(process: subprocess.Popen[bytes], victim: str, chance: random.Random) -> bool:
-    """Kills the launcher, one rank or all of them at once; sees to it that nothing is left of them."""
+    """Kills the launcher, one rank or all of them at once, and checks that none is left."""
     if process.poll() is not None:
         return False
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -117,13 +120,13 @@ def whole(
     tmp_path_factory: pytest.TempPathFactory, packed: tuple[str, str]
 ) -> Callable[[int], Training]:
     """The run that is never killed, by its number of ranks."""
-    found: dict[int, Training] = {}
+    runs: dict[int, Training] = {}
 
     def of(ranks: int) -> Training:
-        if ranks not in found:
-            found[ranks] = Training(tmp_path_factory.mktemp("whole"), packed, ranks, DEAD_SERVER)
-            found[ranks].finish()
-        return found[ranks]
+        if ranks not in runs:
+            runs[ranks] = Training(tmp_path_factory.mktemp("whole"), packed, ranks, DEAD_SERVER)
+            runs[ranks].finish()
+        return runs[ranks]
 
     return of
 
@@ -174,8 +177,8 @@ def test_six_kills_change_no_bit_and_no_point(tmp_path, packed, whole, empty_sto
         assert series[name].to_pylist() == wanted[name].to_pylist()
 
     if group % 2 == 0:
-        target = killed.out / "spool" / TARGET_FILE
-        dead = SpoolTarget.model_validate_json(target.read_text())
+        target = killed.out / "spool" / DESTINATION_FILE
+        dead = Destination.model_validate_json(target.read_text())
         alive = dead.model_copy(
             update={"tracking": dead.tracking.model_copy(update={"uri": store})}
         )

@@ -24,7 +24,7 @@ from workers.ray_entry import conclude, logged_to, read_spec
 
 
 class Head:
-    """A Ray of its own with nodes of the given numbers of cores; all of its processes end with it."""
+    """A Ray of its own, a node for each number of cores. All of its processes end with it."""
 
     def __init__(self, folder: Path, *cores: int) -> None:
         self._temporary = tempfile.mkdtemp(
@@ -35,7 +35,8 @@ class Head:
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
             "RAY_TMPDIR": self._temporary,
             "RAY_AUTH_MODE": "disabled",
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # 127.0.0.1 stays what it is, in the driver too
+            # 127.0.0.1 stays what it is, in the driver too
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_enable_worker_prestart": "0",
             "RAY_memory_monitor_refresh_ms": "0",
@@ -97,7 +98,7 @@ def head(tmp_path_factory):
 
 
 class Driver:
-    """`python -m workers.ray_entry` on two ranks of a run without end."""
+    """`python -m workers.ray_entry` on two ranks, with a run that does not end by itself."""
 
     def __init__(self, folder: Path, attempt: int, packed: tuple[str, str], head: Head) -> None:
         self.attempt_folder = folder / "attempts" / str(attempt)

@@ -18,6 +18,7 @@ def progress_text(progress: Progress) -> str:
         parts.append(f"loss {progress.loss:.4f}")
     if progress.images_per_s is not None:
         parts.append(f"{progress.images_per_s:.1f} images/s")
+    # the estimate counts training steps: it says nothing of an evaluation
     if progress.seconds_left is not None and progress.phase == "training":
         minutes, seconds = divmod(int(progress.seconds_left), 60)
         parts.append(f"{minutes}:{seconds:02d} left")
@@ -25,9 +26,10 @@ def progress_text(progress: Progress) -> str:
 
 
 def progress_shower(stream: TextIO | None = None) -> Callable[[Progress], None]:
-    """What to call with each Progress; by default it writes to standard output as that is at the time of the call."""
+    """Returns what to call with each Progress. By default that writes to standard output."""
     to = stream or sys.stdout
     if not to.isatty():
+        # `sys.stdout` is looked up at each call: `--json` and Ray's ranks redirect it meanwhile
         return lambda progress: print(
             progress_text(progress), file=stream or sys.stdout, flush=True
         )
@@ -35,6 +37,7 @@ def progress_shower(stream: TextIO | None = None) -> Callable[[Progress], None]:
     def show(progress: Progress) -> None:
         filled = round(_BAR_CHARS * progress.step / progress.steps)
         end = "\n" if progress.phase == "finishing" else ""
+        # back to the first column and clear the line: the bar replaces the one before
         to.write(
             f"\r\x1b[K[{'#' * filled}{'.' * (_BAR_CHARS - filled)}] {progress_text(progress)}{end}"
         )
@@ -44,4 +47,4 @@ def progress_shower(stream: TextIO | None = None) -> Callable[[Progress], None]:
 
 
 def show_nothing(_: Progress) -> None:
-    """Of every rank but the first."""
+    """For every rank but the first."""

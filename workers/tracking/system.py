@@ -9,7 +9,7 @@ _GIB = 2**30
 
 
 class SystemSampler:
-    """Use since the sample before."""
+    """Measures the use of processor and memory since the sample before."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -17,15 +17,19 @@ class SystemSampler:
         self._process.cpu_percent()  # the first call only starts the clock
 
     def sample(self) -> dict[str, float]:
+        """By metric name: percent, and GiB."""
         values = {
             "cpu_percent": self._process.cpu_percent(),
             "memory_gib": self._process.memory_info().rss / _GIB,
             "node_memory_percent": psutil.virtual_memory().percent,
         }
         if self._device.type == "cuda":
-            values["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / _GIB
-            values["gpu_memory_reserved_gib"] = torch.cuda.memory_reserved(self._device) / _GIB
-            values |= _utilisation(self._device)
+            # the peak, not the present use: memory runs out at the peak
+            values |= {
+                "gpu_memory_gib": torch.cuda.max_memory_allocated(self._device) / _GIB,
+                "gpu_memory_reserved_gib": torch.cuda.memory_reserved(self._device) / _GIB,
+                **_utilisation(self._device),
+            }
         return values
 
 

@@ -1,4 +1,4 @@
-"""From a run's record to the parts that the loop works with. The only reader of configs beside `model.build`."""
+"""From a run's record to the parts of the loop. Beside `model.build` the only reader of configs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from workers.training.world import World
 
 
 def open_datasets(run: RunConfig, cache: str) -> tuple[Dataset, Dataset]:
-    """Training and validation data, checked against the model. Raises ValueError with one line."""
+    """Training and validation data, checked against the model.
+
+    Raises ValueError of one line. Everything that a person can get wrong about the data shows here,
+    before the attempt takes the trial's folder.
+    """
     train, val = (
         open_dataset(uri, cache, run.data.cache_gib) for uri in (run.data.train, run.data.val)
     )
@@ -26,6 +30,7 @@ def open_datasets(run: RunConfig, cache: str) -> tuple[Dataset, Dataset]:
     evaluated = val.for_evaluation(run.data)
     check_data(run, trained, run.data.train)
     check_data(run, evaluated, run.data.val)
+    # a missing image would otherwise fail in the middle of the training
     if isinstance(run.model.proposals, FixedProposals):
         table = ProposalTable(run.model.proposals.uri)
         table.check_covers(trained.image_ids())
@@ -35,12 +40,14 @@ def open_datasets(run: RunConfig, cache: str) -> tuple[Dataset, Dataset]:
 
 def check_data(run: RunConfig, dataset: Dataset, uri: str) -> None:
     """Raises ValueError if `dataset` does not have what the model is built for."""
-    model, found = run.model, len(dataset.category_ids)
-    if found != model.num_classes:
-        names = ", ".join(category.name for category in dataset.categories[:5])
+    # the box head has one output for each category, the keypoint head one for each keypoint
+    model, count = run.model, len(dataset.category_ids)
+    if count != model.num_classes:
+        names = [category.name for category in dataset.categories[:5]]
+        shown = ", ".join([*names, "..."] if count > len(names) else names)
         raise ValueError(
-            f"model.num_classes is {model.num_classes}, {uri} has {found} categories ({names}{', ...' * (found > 5)}); "
-            f"set model.num_classes={found}, or choose categories with data.filter.categories"
+            f"model.num_classes is {model.num_classes}, {uri} has {count} categories ({shown}); "
+            f"set model.num_classes={count}, or choose categories with data.filter.categories"
         )
     if (
         isinstance(model.keypoints, KeypointBranch)
@@ -58,10 +65,14 @@ def check_data(run: RunConfig, dataset: Dataset, uri: str) -> None:
 
 
 def initial_detector(run: RunConfig) -> nn.Module:
-    """The detector as training begins. Raises ValueError if its weights do not fit, with where they are from."""
+    """The detector as training begins.
+
+    Raises ValueError if its initial weights do not fit, with the field that names them.
+    """
     detector = build_detector(run.model, run.seed)
     weights = initial_weights(run.model.weights, run.model.backbone)
     if weights is not None:
+        # its error knows the names of parameters, not the file that they are from
         try:
             load_initial(detector, *weights)
         except ValueError as error:
@@ -72,8 +83,9 @@ def initial_detector(run: RunConfig) -> nn.Module:
 def train_loader_opener(
     run: RunConfig, dataset: Dataset, world: World
 ) -> Callable[[int], TrainLoader]:
-    """Opens the stream of this rank's share of the global batches from a given one on."""
+    """Returns what opens this rank's share of the global batches, from a given one on."""
 
+    # a function, since a rollback opens the stream again at another step
     def open_loader(start_step: int) -> TrainLoader:
         keypoints = run.model.keypoints
         return TrainLoader(
@@ -94,6 +106,7 @@ def train_loader_opener(
 
 
 def eval_loader(run: RunConfig, dataset: Dataset, world: World) -> EvalLoader:
+    """This rank's part of the validation images."""
     return EvalLoader(
         run.data,
         dataset,
@@ -106,4 +119,5 @@ def eval_loader(run: RunConfig, dataset: Dataset, world: World) -> EvalLoader:
 
 
 def proposals_uri(model: ModelConfig) -> str:
+    """Where fixed proposals are; empty for a model with an RPN."""
     return model.proposals.uri if isinstance(model.proposals, FixedProposals) else ""

@@ -1,14 +1,15 @@
-"""Evaluation over all ranks: each image once, masks as run-length codes, the score of a single process to the bit."""
+"""Evaluation over all ranks: each image once, and the score of a single process to the bit."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from contract.metrics import metric_names, result_kinds
 from contract.model import ModelConfig
@@ -24,11 +25,12 @@ from pipelines.shards.dataset import Dataset
 from workers.training.world import World
 from workers.trial.causes import FEWER_EVALUATED, memory_explained
 
-ImageResults = dict[str, list[dict[str, Any]]]  # kind of result -> COCO results
+CocoResult: TypeAlias = dict[str, Any]  # one detection in COCO's own JSON
+Results: TypeAlias = dict[str, list[CocoResult]]  # by kind: "bbox", "segm", "keypoints", ...
 
 
 class Batches(Protocol):
-    """This rank's part of the validation batches, and how many there are over all ranks."""
+    """This rank's part of the validation batches, and their number over all ranks."""
 
     num_batches: int
     dataset: Dataset
@@ -38,14 +40,15 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """metrics: "bbox/AP", "segm/AP75", "segm-argmax/AP", ... per_class: "segm/AP" -> category -> value.
+    """What an evaluation gives on rank 0. On the other ranks all three are empty.
 
-    results: "bbox", "segm", ... -> COCO results; on rank 0 alone, empty elsewhere. So are the others.
+    metrics: "bbox/AP", "segm/AP75", "segm-argmax/AP", ... per_class: for names like "segm/AP", the
+    value of each category. results: every detection.
     """
 
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]
-    results: ImageResults
+    results: Results
 
 
 def evaluate_detector(
@@ -55,35 +58,38 @@ def evaluate_detector(
     world: World,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Scores | None:
-    """Predicts and scores every image of `batches`. None on every rank if some rank was `stopping`."""
-    mine: ImageResults = {kind: [] for kind in result_kinds(model)}
+    """Predicts and scores all images. Returns None on all ranks if some rank is `stopping`."""
+    mine: Results = {kind: [] for kind in result_kinds(model)}
     stream = iter(batches)
     was_training = detector.training
     detector.eval()
     try:
         for first in range(0, batches.num_batches, world.size):
+            # ranks must leave together: one that stopped alone would leave the others in `gather`
             if world.sum_on_host(torch.tensor(float(stopping()))).item():
                 return None
             if first + world.rank < batches.num_batches:
                 batch = next(stream).to(world.device)
                 with memory_explained([batch.images], world.device, FEWER_EVALUATED):
-                    found = detector.predict(batch)  # type: ignore[operator]
-                for kind, results in coco_results(
-                    model, found, batches.dataset.category_ids
-                ).items():
-                    mine[kind] += results
+                    detections = detector.predict(batch)  # type: ignore[operator]
+                results = coco_results(model, detections, batches.dataset.category_ids)
+                for kind in mine:
+                    mine[kind] += results[kind]
     finally:
         detector.train(was_training)
     gathered = world.gather(mine)
     if not gathered:
         return Scores({}, {}, {})
-    return score(
-        batches.dataset, {kind: [r for part in gathered for r in part[kind]] for kind in mine}
-    )
+    # the order of the ranks' parts does not matter: `evaluate` sorts the results
+    together = {kind: [r for part in gathered for r in part[kind]] for kind in mine}
+    return score(batches.dataset, together)
 
 
 def best_metric(run: RunConfig) -> str:
-    """What the best weights are chosen by. Raises ValueError if the model is not scored on it."""
+    """The metric that chooses the best weights.
+
+    Raises ValueError if the model is not scored on it.
+    """
     wanted, names = run.loop.best_metric, metric_names(run.model)
     if wanted in names:
         return wanted
@@ -96,63 +102,59 @@ def best_metric(run: RunConfig) -> str:
 
 
 def coco_results(
-    model: ModelConfig, found: Detections, category_ids: Sequence[int]
-) -> ImageResults:
+    model: ModelConfig, detections: Detections, category_ids: Sequence[int]
+) -> Results:
     """The detections of a batch as COCO results of every kind that the model is scored on."""
-    found = _on_host(found)
-    results: ImageResults = {kind: [] for kind in result_kinds(model)}
-    for index in range(len(found.sample_ids)):
-        kept = found.valid[index]
-        boxes, image_id = found.boxes_xyxy[index, kept], int(found.sample_ids[index])
-        arguments = (
-            image_id,
+    batch = _on_host(detections)
+    results: Results = {kind: [] for kind in result_kinds(model)}
+    for index in range(len(batch.sample_ids)):
+        kept = batch.valid[index]  # the rest of a row is padding
+        boxes = batch.boxes_xyxy[index, kept]
+        image = partial(
+            image_results,
+            int(batch.sample_ids[index]),
             boxes.numpy(),
-            found.scores[index, kept].numpy(),
-            found.labels[index, kept].numpy(),
+            batch.scores[index, kept].numpy(),
+            batch.labels[index, kept].numpy(),
+            category_ids,
         )
-        results["bbox"] += image_results(*arguments, category_ids)
-        height, width = found.image_sizes[index].tolist()
-        for number, (name, masks_BDMM) in enumerate(found.masks.items()):
-            kinds = [
-                kind
-                for kind in (f"segm-{name}", *(["segm"] if number == 0 else []))
-                if kind in results
-            ]
-            if kinds:
+        results["bbox"] += image()
+        height, width = batch.image_sizes[index].tolist()
+        for number, (name, masks_BDMM) in enumerate(batch.masks.items()):
+            # the first inference is the one that the model is known by: it counts as "segm", too
+            kinds = [f"segm-{name}", "segm"] if number == 0 else [f"segm-{name}"]
+            wanted = [kind for kind in kinds if kind in results]
+            if wanted:
                 rles = [
                     _encoded(mask, box, height, width)
                     for mask, box in zip(masks_BDMM[index, kept], boxes, strict=True)
                 ]
-                for kind in kinds:
-                    results[kind] += image_results(*arguments, category_ids, rles=rles)
+                for kind in wanted:
+                    results[kind] += image(rles=rles)
         if "keypoints" in results:
-            points = found.keypoints[index, kept].numpy()
-            results["keypoints"] += image_results(*arguments, category_ids, keypoints=points)
+            results["keypoints"] += image(keypoints=batch.keypoints[index, kept].numpy())
     return results
 
 
-def _encoded(
-    mask_MM: torch.Tensor, box_xyxy: torch.Tensor, height: int, width: int
-) -> dict[str, Any]:
+def _encoded(mask_MM: Tensor, box_xyxy: Tensor, height: int, width: int) -> dict[str, Any]:
+    # encoded at once: full-size masks of all detections would fill the memory
     crop, top, left = paste_mask(mask_MM, box_xyxy, height, width)
     return encode_crop(crop.numpy(), top, left, height, width)
 
 
-def _on_host(found: Detections) -> Detections:
-    tensors = {
-        name: value.cpu() for name, value in vars(found).items() if isinstance(value, torch.Tensor)
-    }
-    return replace(
-        found, masks={name: masks.float().cpu() for name, masks in found.masks.items()}, **tensors
-    )
+def _on_host(detections: Detections) -> Detections:
+    tensors = {n: value.cpu() for n, value in vars(detections).items() if isinstance(value, Tensor)}
+    masks = {name: masks.float().cpu() for name, masks in detections.masks.items()}
+    return replace(detections, masks=masks, **tensors)
 
 
-def score(dataset: Dataset, results: Mapping[str, list[dict[str, Any]]]) -> Scores:
+def score(dataset: Dataset, results: Mapping[str, list[CocoResult]]) -> Scores:
     """pycocotools' numbers for every kind of result."""
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {}
-    for kind, found in results.items():
-        evaluation = evaluate(dataset, found, "segm" if kind.startswith("segm") else kind)  # type: ignore[arg-type]
+    for kind, of_kind in results.items():
+        iou_type = "segm" if kind.startswith("segm") else kind
+        evaluation = evaluate(dataset, of_kind, iou_type)  # type: ignore[arg-type]
         metrics |= {f"{kind}/{name}": value for name, value in evaluation.stats.items()}
         per_class |= {f"{kind}/{name}": values for name, values in evaluation.per_class.items()}
     return Scores(metrics, per_class, dict(results))

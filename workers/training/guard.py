@@ -1,4 +1,4 @@
-"""The divergence guard: decisions on losses that have already reached the host, as values that the loop acts on."""
+"""The divergence guard: decisions on losses that have reached the host, returned as values."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from contract.recipe import Guard
 
 _MEMORY = 0.98  # of the running mean, per step
-_PATIENCE = 20  # steps before a spike can be told from a beginning
+_PATIENCE_STEPS = 20  # before them the mean has not settled, and any start looks like a spike
 
 
 @dataclass(frozen=True)
 class GuardState:
     """mean: running mean of the total loss over `seen` steps. rollbacks: so far in the run.
 
-    rate: factor on the learning rate. skipped: global batches that were passed over, all told.
+    rate: factor on the learning rate. skipped: global batches that were passed over so far.
     returned_to: step of the checkpoint that the last rollback went back to, -1 before the first.
     """
 
@@ -28,13 +28,19 @@ class GuardState:
     returned_to: int = -1
 
 
-def judge(cfg: Guard, state: GuardState, losses: Sequence[float]) -> tuple[GuardState, int | None]:
-    """The state after the total losses of consecutive steps, and the index of the first bad one, if any."""
+def first_bad_step(
+    cfg: Guard, state: GuardState, losses: Sequence[float]
+) -> tuple[GuardState, int | None]:
+    """The state after the total losses of consecutive steps, and the index of the first bad one.
+
+    The index is None if all of them are good. A bad loss does not enter the mean.
+    """
     mean, seen = state.mean, state.seen
     for index, loss in enumerate(losses):
-        spiked = seen >= _PATIENCE and loss > cfg.spike_factor * mean
+        spiked = seen >= _PATIENCE_STEPS and loss > cfg.spike_factor * mean
         if not math.isfinite(loss) or spiked:
             return replace(state, mean=mean, seen=seen), index
+        # a plain mean at first: a fixed memory would keep the weight of the first loss for long
         memory = min(_MEMORY, seen / (seen + 1))
         mean, seen = memory * mean + (1 - memory) * loss, seen + 1
     return replace(state, mean=mean, seen=seen), None
@@ -43,7 +49,8 @@ def judge(cfg: Guard, state: GuardState, losses: Sequence[float]) -> tuple[Guard
 def rolled_back(
     cfg: Guard, at_checkpoint: GuardState, now: GuardState, step: int, reached: int
 ) -> GuardState:
-    """The state to go on with from the checkpoint of `step`, when a step up to `reached` was bad."""
+    """The state to go on with from the checkpoint of `step`, if a step up to `reached` was bad."""
+    # the running mean is the checkpoint's; what the rollbacks did so far is not forgotten with it
     state = replace(
         at_checkpoint,
         rollbacks=now.rollbacks + 1,

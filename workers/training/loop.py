@@ -1,27 +1,36 @@
-"""The training loop. Read it from top to bottom; everything it calls returns values, and it performs the effects."""
+"""The training loop. Read it downwards: what it calls returns values, it performs the effects."""
 
 from __future__ import annotations
 
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from contract.recipe import LoopConfig, RunConfig
+from model.structures import Batch
 from pipelines.load.loader import TrainStep
 from workers.tracking.journal import Journal
 from workers.tracking.series import Row
+from workers.tracking.spool import print_warning
 from workers.tracking.system import SystemSampler
 from workers.training.evaluate import Scores
-from workers.training.guard import GuardState, judge, rolled_back
+from workers.training.guard import GuardState, first_bad_step, rolled_back
 from workers.training.meter import Meter
 from workers.training.optim import base_rate, rate_factor
-from workers.training.state import TrainState
-from workers.training.step import LossSums, accumulate_gradients, apply_gradients, distributed
+from workers.training.state import TrainState, with_journal
+from workers.training.step import (
+    Gradients,
+    LossSums,
+    accumulate_gradients,
+    apply_gradients,
+    distributed,
+)
 from workers.training.world import World
 from workers.trial.causes import DivergedError, memory_explained
 from workers.trial.checkpoints import BackgroundWriter, CheckpointStore, step_of
@@ -38,10 +47,11 @@ class Loader(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop runs on, built by its caller.
+    """What the loop runs on; its caller builds it.
 
-    open_loader: the stream of global batches from one on. evaluate: at a step, on all ranks together; None if a stop
-    was asked for meanwhile. start_again: puts a TrainState back to its beginning.
+    open_loader: opens the stream of global batches at a given one. evaluate: scores the state, on
+    all ranks together; None if somebody asked for a stop meanwhile. start_again: puts a TrainState
+    back to its beginning.
     """
 
     state: TrainState
@@ -55,7 +65,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Ending:
-    """How the loop ended. scores: of the evaluation after the last step, on rank 0, if it came to that."""
+    """How the loop ended. scores: of the evaluation after the last step, if there was one."""
 
     state: Literal["done", "stopped", "preempted"]
     scores: Scores | None
@@ -70,30 +80,24 @@ class _Due:
 
 
 def train(run: RunConfig, world: World, parts: Parts) -> Ending:
-    """Trains from the state it is given to the last step, or until a stop is asked for.
+    """Trains from the given state to the last step, or until somebody asks for a stop.
 
     Raises DivergedError when the guard may not roll back again.
     """
     loop, state, journal = run.loop, parts.state, parts.journal
     module = distributed(_compiled(LossSums(state.detector), loop), world)
     state.detector.train()
-    full_rate = base_rate(run.optimiser, loop.global_batch)
-    writer, meter, flags, system = (
-        BackgroundWriter(),
-        Meter(),
-        FlagReader(world.device),
-        SystemSampler(world.device),
-    )
+    writer, meter, flags = BackgroundWriter(), Meter(), FlagReader(world.device)
+    system = SystemSampler(world.device)
     scores: Scores | None = None
     gc.collect()
-    gc.freeze()  # what is built by now stays; the collector need not walk through it again
+    gc.freeze()  # what is built by now stays: the collector need not walk through it again
     loader = parts.open_loader(state.data_step)
     batches = iter(loader)
     try:
-        if (
-            state.step and due(loop, state.step).evaluation
-        ):  # a stop or a kill came before this one was finished
-            scores = parts.evaluate(state, lambda: bool(parts.stop.reason))
+        # a stop or a kill came after the checkpoint of this step and before its evaluation ended
+        if state.step and due(loop, state.step).evaluation:
+            scores = parts.evaluate(state, parts.stop.asked)
             if scores is None:
                 return Ending(_common_reason(parts.stop, world), None)
         last_end = time.perf_counter()
@@ -102,24 +106,14 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
             wait_began = time.perf_counter()
             data = next(batches)
             wait_s = time.perf_counter() - wait_began
-            chunks = [batch.to(world.device, non_blocking=True) for batch in data.batches]
-            rate = full_rate * rate_factor(run.schedule, state.step, loop.steps) * state.guard.rate
-            torch.manual_seed(_step_seed(run.seed, state.data_step, world.rank))
-            with memory_explained([chunk.images for chunk in chunks], world.device):
-                gradients = accumulate_gradients(
-                    module, chunks, loop, world, state.scaler, parts.stop.flags
-                )
-                norm = apply_gradients(
-                    state.trained, state.optimiser, state.scaler, rate, loop.clip_grad_norm
-                )
-            state.update_average()
+            rate = _rate(run, state)
+            gradients, norm = _step(run, world, parts, module, data.batches, rate)
             state.step += 1
             step_s, last_end = time.perf_counter() - last_end, time.perf_counter()
-            state.train_seconds, state.wait_seconds = (
-                state.train_seconds + step_s,
-                state.wait_seconds + wait_s,
-            )
+            state.train_seconds += step_s
+            state.wait_seconds += wait_s
             meter.add(state.step, gradients, norm, {"lr": rate, "step_s": step_s, "wait_s": wait_s})
+            # all ranks read the same flags in the same step, so they leave the loop together
             asked = flags.read(gradients.flags)
             now = due(loop, state.step, asked)
             if not now.read:
@@ -127,10 +121,12 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
 
             # --- values reach the host ---
             rows = meter.read(world)
-            state.guard, bad = judge(loop.guard, state.guard, [_judged(row, loop) for row in rows])
+            losses = [_guarded_loss(row, loop) for row in rows]
+            state.guard, bad = first_bad_step(loop.guard, state.guard, losses)
             journal.rows(rows)
             if bad is not None:
                 _roll_back(run, world, parts, writer, rows[bad], loader)
+                # the stream goes on elsewhere: at the step before, or past the skipped batches
                 loader.close()
                 loader = parts.open_loader(state.data_step)
                 batches = iter(loader)
@@ -144,10 +140,10 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
                 return Ending(asked, None)
             if now.evaluation:
                 journal.progress("evaluating", state.step, rows[-1])
-                scores = parts.evaluate(state, lambda: bool(parts.stop.reason))
+                scores = parts.evaluate(state, parts.stop.asked)
                 if scores is None:
                     return Ending(_common_reason(parts.stop, world), None)
-                last_end = time.perf_counter()
+                last_end = time.perf_counter()  # the next step's time has no evaluation in it
         return Ending("done", scores)
     finally:
         loader.close()
@@ -156,40 +152,76 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
 
 
 def due(loop: LoopConfig, step: int, asked: Reason = "") -> _Due:
-    """What happens after `step` finished steps. A checkpoint stands before every evaluation and every end."""
+    """What happens after `step` finished steps.
+
+    A checkpoint stands before every evaluation and every end, so that neither is lost.
+    """
     last = step == loop.steps
     evaluation = last or bool(loop.eval_every_steps and step % loop.eval_every_steps == 0)
     checkpoint = evaluation or bool(asked) or step % loop.checkpoint_every_steps == 0
     log = last or step % loop.log_every_steps == 0
-    return _Due(
-        log or checkpoint or step % loop.guard.check_every_steps == 0, log, checkpoint, evaluation
-    )
+    # a checkpoint reads, too: the guard must see every loss before it is saved with the state
+    read = log or checkpoint or step % loop.guard.check_every_steps == 0
+    return _Due(read, log, checkpoint, evaluation)
+
+
+def _rate(run: RunConfig, state: TrainState) -> float:
+    """The learning rate of the next step."""
+    full = base_rate(run.optimiser, run.loop.global_batch)
+    return full * rate_factor(run.schedule, state.step, run.loop.steps) * state.guard.rate
+
+
+def _step(
+    run: RunConfig,
+    world: World,
+    parts: Parts,
+    module: nn.Module,
+    batches: Sequence[Batch],
+    rate: float,
+) -> tuple[Gradients, Tensor]:
+    """One optimiser step; the losses of its gradients and their norm stay on the device."""
+    loop, state = run.loop, parts.state
+    chunks = [batch.to(world.device, non_blocking=True) for batch in batches]
+    torch.manual_seed(_step_seed(run.seed, state.data_step, world.rank))
+    with memory_explained([chunk.images for chunk in chunks], world.device):
+        # one reduction carries the requests to stop and the counts of the losses
+        gradients = accumulate_gradients(
+            module, chunks, loop, world, state.scaler, parts.stop.flags
+        )
+        norm = apply_gradients(
+            state.trained, state.optimiser, state.scaler, rate, loop.clip_grad_norm
+        )
+    state.update_average()
+    return gradients, norm
 
 
 def _save(parts: Parts, writer: BackgroundWriter, world: World, wait: bool) -> None:
-    """Rank 0 writes in the background; while one checkpoint is still being written, the next is passed over."""
+    """Rank 0 writes in the background. While it writes one checkpoint, it passes over the next."""
     state, journal, checkpoints = parts.state, parts.journal, parts.checkpoints
     if not world.is_first:
         return
     writer.check()
+    # never the last: the run ends with it
     if writer.busy and not wait and state.step != state.run.loop.steps:
-        journal.warn(
-            f"step {state.step}: the checkpoint before is still being written, this one is passed over"
+        print_warning(
+            f"step {state.step}: the checkpoint before is still being written, "
+            "this one is passed over"
         )
         return
+    # both on this thread, at the same step; only what follows may take long
     snapshot, journal_state = state.snapshot(), journal.state()
 
     def publish() -> None:
         checkpoints.check_claim()
-        checkpoints.publish(replace(snapshot, plain={**snapshot.plain, "journal": journal_state()}))
+        checkpoints.publish(with_journal(snapshot, journal_state()))
 
     writer.submit(publish)
     if wait:
         writer.drain()
 
 
-def _judged(row: Row, loop: LoopConfig) -> float:
-    """The loss that the guard judges: not a number where the gradients were not finite, and the weights now are not.
+def _guarded_loss(row: Row, loop: LoopConfig) -> float:
+    """The loss that the guard sees: nan if the gradients were not finite, as the weights now are.
 
     With fp16 the scaler looks for such gradients itself, and takes no step on them.
     """
@@ -200,15 +232,11 @@ def _judged(row: Row, loop: LoopConfig) -> float:
 def _roll_back(
     run: RunConfig, world: World, parts: Parts, writer: BackgroundWriter, bad: Row, loader: Loader
 ) -> None:
-    """Puts the state back to the last good checkpoint, on all ranks, with the guard's decision in it."""
+    """Puts all ranks back to the last good checkpoint, with the guard's decision in the state."""
     state, guard = parts.state, run.loop.guard
     reached, before = state.step, state.guard
-    losses = {
-        name.removeprefix("loss/"): value
-        for name, value in bad.values.items()
-        if name.startswith("loss")
-    }
-    shown = {**losses, "gradient norm": bad.values["grad_norm"]}
+    shown = {n.removeprefix("loss/"): v for n, v in bad.values.items() if n.startswith("loss")}
+    shown["gradient norm"] = bad.values["grad_norm"]
     what = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
     sample_ids = loader.sample_ids(bad.step - 1 + before.skipped)
     if before.rollbacks >= guard.max_rollbacks:
@@ -216,16 +244,16 @@ def _roll_back(
             f"training diverged at step {bad.step} after {before.rollbacks} rollbacks "
             f"({what}; sample ids {sample_ids}); lower the rate, warm up longer or clip gradients"
         )
-    writer.drain()
+    writer.drain()  # the checkpoint under way may be the one to go back to
     best = state.best
+    # rank 0 chooses for all: others may look at a moment at which they see another checkpoint
     name = world.from_first(_last_good(parts.checkpoints, before) if world.is_first else "")
     if name:
         state.restore(parts.checkpoints.load(name))
     else:
         parts.start_again(state)
-    state.best = max(
-        best, state.best
-    )  # its weights are kept already: a worse evaluation must not replace them
+    # the best weights are kept already: a worse evaluation must not replace them
+    state.best = max(best, state.best)
     state.guard = rolled_back(guard, state.guard, before, state.step, reached)
     parts.journal.rewind(state.step)
     parts.journal.event(
@@ -236,7 +264,10 @@ def _roll_back(
 
 
 def _last_good(checkpoints: CheckpointStore, guard: GuardState) -> str:
-    """The newest checkpoint; of one that led astray once already, the one before, if it is still kept."""
+    """The newest checkpoint.
+
+    If the last rollback went back to it already, the one before, as long as that is still kept.
+    """
     newest = checkpoints.newest()
     if newest and step_of(newest) == guard.returned_to:
         return checkpoints.newest(below=guard.returned_to) or newest
@@ -256,16 +287,21 @@ def _log_system(step: int, system: SystemSampler, world: World, journal: Journal
 
 
 def _common_reason(stop: StopRequest, world: World) -> Literal["stopped", "preempted"]:
+    """The reason on which all ranks agree, after an evaluation that one of them ended."""
     stopped = world.sum_on_host(torch.tensor(float(stop.reason == "stopped"))).item()
     return "stopped" if stopped else "preempted"
 
 
 def _compiled(sums: LossSums, loop: LoopConfig) -> LossSums:
     if loop.compile:
-        sums.compile(dynamic=False)
+        sums.compile(dynamic=False)  # shapes are fixed: a few canvases, padded to their size
     return sums
 
 
 def _step_seed(seed: int, data_step: int, rank: int) -> int:
-    """Nothing of ours draws from torch's generator in a step; what might is the same after a resume."""
+    """Nothing of ours draws from torch's generator in a step.
+
+    With this seed, whatever else does draws the same numbers after a resume.
+    """
+    # torch takes 63 bits; the hash of integers is the same in every process
     return hash((seed, data_step, rank)) & 0x7FFF_FFFF_FFFF_FFFF

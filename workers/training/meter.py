@@ -1,4 +1,4 @@
-"""Per-step values that stay on the device until they are due, then reach every rank's host in one reduction."""
+"""Per-step values that stay on the device until they are due, and then reach every rank's host."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from workers.tracking.series import Row
 from workers.training.step import Gradients
 from workers.training.world import World
 
+# N steps since the last reading, T loss terms
+
 
 class Meter:
-    """Collects steps between two readings."""
+    """Collects the steps between two readings."""
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
@@ -22,15 +24,17 @@ class Meter:
     def add(
         self, step: int, gradients: Gradients, norm: Tensor, host_values: dict[str, float]
     ) -> None:
+        """Keeps tensors as they are: reading one here would make the host wait for the device."""
         self._names = gradients.names
         self._losses.append(gradients.losses_T)
         self._norms.append(norm.detach())
         self._host.append((step, host_values))
 
     def read(self, world: World) -> list[Row]:
-        """The rows since the last reading, losses added over the ranks. Every rank gets the same losses."""
+        """The rows since the last reading; every rank gets the losses summed over the ranks."""
         if not self._host:
             return []
+        # one reduction and one copy for all steps
         losses_NT = world.sum(torch.stack(self._losses)).cpu()
         norms_N = torch.stack(self._norms).cpu().tolist()
         rows = []

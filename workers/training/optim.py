@@ -14,19 +14,17 @@ _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.SyncBatchNorm)
 
 
 def build_optimiser(cfg: Optimiser, module: nn.Module) -> torch.optim.Optimizer:
-    """An optimiser over the trained parameters, normalisation layers with a decay of their own."""
+    """An optimiser over the trained parameters; normalisation layers have a decay of their own."""
     norm_ids = {
         id(p) for layer in module.modules() if isinstance(layer, _NORMS) for p in layer.parameters()
     }
     trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) not in norm_ids], "weight_decay": cfg.weight_decay},
-        {
-            "params": [p for p in trained if id(p) in norm_ids],
-            "weight_decay": cfg.norm_weight_decay,
-        },
+    parts = [
+        ([p for p in trained if id(p) not in norm_ids], cfg.weight_decay),
+        ([p for p in trained if id(p) in norm_ids], cfg.norm_weight_decay),
     ]
-    groups = [group for group in groups if group["params"]]
+    # where normalisation layers are frozen, the second group would be empty
+    groups = [{"params": params, "weight_decay": decay} for params, decay in parts if params]
     match cfg:
         case SGD():
             return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, fused=True)
@@ -42,7 +40,7 @@ def base_rate(cfg: Optimiser, global_batch: int) -> float:
 
 
 def rate_factor(cfg: Schedule, step: int, steps: int) -> float:
-    """What the full rate is multiplied by in optimiser step `step` of `steps`, counted from 0."""
+    """The factor on the full rate in optimiser step `step` of `steps`, counted from 0."""
     match cfg:
         case StepSchedule():
             drops = sum(step >= drop for drop in cfg.drop_steps)

@@ -1,4 +1,4 @@
-"""The same few validation images at every evaluation: true objects on the left, predicted ones on the right."""
+"""The same few validation images at every evaluation: true objects on the left, predicted right."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle_tools
+from pydantic import BaseModel
 
 from pipelines.load.sample import read_image
 from pipelines.shards.dataset import Dataset
@@ -31,23 +32,56 @@ _COLOURS = (
 Pixels = NDArray[np.uint8]
 
 
+class _Object(BaseModel):
+    """A COCO annotation or result, as far as it is drawn.
+
+    segmentation: any of COCO's forms, None without a mask. bbox: x, y, width, height.
+    """
+
+    category_id: int
+    score: float | None = None  # an annotation has none
+    iscrowd: int = 0
+    segmentation: Any = None
+    bbox: tuple[float, float, float, float] | None = None
+    keypoints: list[float] = []
+
+    @property
+    def points(self) -> NDArray[np.float64]:
+        """Keypoints (P, 3): x, y, visibility."""
+        return np.asarray(self.keypoints, np.float64).reshape(-1, 3)
+
+    def box(self) -> Sequence[float]:
+        """x, y, width, height; of the mask or the keypoints where the record has no box."""
+        if self.bbox is not None:
+            return self.bbox
+        if self.segmentation is not None:
+            return [float(value) for value in rle_tools.toBbox(self.segmentation)]
+        (x0, y0), (x1, y1) = self.points[:, :2].min(axis=0), self.points[:, :2].max(axis=0)
+        return [float(x0), float(y0), float(x1 - x0), float(y1 - y0)]
+
+
 def comparison(dataset: Dataset, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """A PNG of the dataset's first images, one a row, as `results` (by kind, COCO) and the annotations have them."""
+    """A PNG of the dataset's first images, one a row: their annotations beside the `results`.
+
+    results: COCO results by kind; masks are drawn if there are any, else keypoints, else boxes.
+    """
     names = {category.id: category.name for category in dataset.categories}
-    kind = "segm" if "segm" in results else "keypoints" if "keypoints" in results else "bbox"
+    kind = next(kind for kind in ("segm", "keypoints", "bbox") if kind in results)
     rows = []
     for number in dataset.rows()[:NUM_IMAGES]:
         row = dataset.row(number)
         pixels = read_image(row, dataset).permute(1, 2, 0).numpy()
         predicted = [
-            r for r in results[kind] if r["image_id"] == row.image_id and r["score"] >= _MIN_SCORE
+            (r["score"], _Object.model_validate(r))
+            for r in results[kind]
+            if r["image_id"] == row.image_id and r["score"] >= _MIN_SCORE
         ]
-        truth = [a.json() for a in dataset.annotations(row.image_id) if not a.iscrowd]
-        sides = [
-            _drawn(pixels, truth, names),
-            _drawn(pixels, sorted(predicted, key=lambda r: r["score"]), names),
-        ]
-        rows.append(np.concatenate([sides[0], _gap(sides[0].shape[0], _GAP_PX), sides[1]], axis=1))
+        # the best last, on top of the others
+        predicted.sort(key=lambda pair: pair[0])
+        annotations = [_Object.model_validate(a.json()) for a in dataset.annotations(row.image_id)]
+        left = _drawn(pixels, [a for a in annotations if not a.iscrowd], names)
+        right = _drawn(pixels, [thing for _, thing in predicted], names)
+        rows.append(np.concatenate([left, _gap(left.shape[0], _GAP_PX), right], axis=1))
     if not rows:
         rows = [_gap(16, 16)]
     width = max(row.shape[1] for row in rows)
@@ -60,32 +94,30 @@ def comparison(dataset: Dataset, results: Mapping[str, Sequence[Mapping[str, Any
     return sink.getvalue()
 
 
-def _drawn(
-    pixels: Pixels, objects: Iterable[Mapping[str, Any]], names: Mapping[int, str]
-) -> Pixels:
-    """`pixels` (H, W, 3), at most `_MAX_SIDE_PX` on its long side, with the objects' masks, boxes or keypoints."""
+def _drawn(pixels: Pixels, objects: Iterable[_Object], names: Mapping[int, str]) -> Pixels:
+    """`pixels` (H, W, 3) with the objects' masks, boxes and keypoints.
+
+    The long side of the picture is at most `_MAX_SIDE_PX`.
+    """
     height, width = pixels.shape[:2]
     canvas = pixels.astype(np.float32)
-    labels = []
-    for thing in objects:
-        colour = _COLOURS[int(thing["category_id"]) % len(_COLOURS)]
-        if thing.get("segmentation"):
-            mask = _mask(thing["segmentation"], height, width)
+    coloured = [(thing, _COLOURS[thing.category_id % len(_COLOURS)]) for thing in objects]
+    for thing, colour in coloured:
+        if thing.segmentation:
+            mask = _mask(thing.segmentation, height, width)
             canvas[mask] = 0.5 * canvas[mask] + 0.5 * np.asarray(colour, np.float32)
-        labels.append((thing, colour))
+    # lines and text after the scaling, so that they stay sharp
     scale = min(1.0, _MAX_SIDE_PX / max(height, width))
     image = Image.fromarray(canvas.astype(np.uint8)).resize(
         (max(round(width * scale), 1), max(round(height * scale), 1))
     )
     draw = ImageDraw.Draw(image)
-    for thing, colour in labels:
-        x, y, w, h = (value * scale for value in _box(thing))
+    for thing, colour in coloured:
+        x, y, w, h = (value * scale for value in thing.box())
         draw.rectangle((x, y, x + w, y + h), outline=colour)
-        score = f" {thing['score']:.2f}" if "score" in thing else ""
-        draw.text(
-            (x + 2, y + 1), f"{names.get(int(thing['category_id']), '?')}{score}", fill=colour
-        )
-        for px, py, seen in np.asarray(thing.get("keypoints", ()), np.float64).reshape(-1, 3):
+        score = "" if thing.score is None else f" {thing.score:.2f}"
+        draw.text((x + 2, y + 1), f"{names.get(thing.category_id, '?')}{score}", fill=colour)
+        for px, py, seen in thing.points:
             if seen > 0:
                 draw.ellipse(
                     (px * scale - 2, py * scale - 2, px * scale + 2, py * scale + 2), fill=colour
@@ -97,19 +129,9 @@ def _mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     """Any of COCO's forms: polygons, compressed or uncompressed run lengths."""
     if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
         segmentation = rle_tools.frPyObjects(segmentation, height, width)
-    if isinstance(segmentation, list):
+    if isinstance(segmentation, list):  # several polygons are one object
         segmentation = rle_tools.merge(segmentation)
     return np.asarray(rle_tools.decode(segmentation), dtype=bool)
-
-
-def _box(thing: Mapping[str, Any]) -> Sequence[float]:
-    if "bbox" in thing:
-        return [float(value) for value in thing["bbox"]]
-    if "segmentation" in thing:
-        return [float(value) for value in rle_tools.toBbox(thing["segmentation"])]
-    points = np.asarray(thing["keypoints"], np.float64).reshape(-1, 3)[:, :2]
-    (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
-    return [float(x0), float(y0), float(x1 - x0), float(y1 - y0)]
 
 
 def _gap(height: int, width: int) -> Pixels:

@@ -1,4 +1,4 @@
-"""One attempt of one trial on one rank: builds the parts, runs the loop, leaves the trial's files."""
+"""One attempt of one trial on one rank: builds the parts, runs the loop, leaves the files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -17,8 +17,7 @@ from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Re
 from contract.files import Files
 from contract.words import one_line
 from pipelines.shards.dataset import Dataset
-from workers.tracking.journal import NOTHING, Journal, SilentJournal
-from workers.tracking.scribe import Scribe
+from workers.tracking.journal import Journal, JournalState, SilentJournal, open_journal
 from workers.tracking.spool import print_warning
 from workers.training.build import eval_loader, initial_detector, open_datasets, train_loader_opener
 from workers.training.evaluate import Scores, best_metric, evaluate_detector
@@ -38,6 +37,13 @@ from workers.trial.causes import (
 from workers.trial.checkpoints import CheckpointStore, FencedError
 from workers.trial.stop import StopRequest
 
+_CONFIG = f"{ARTIFACT_FOLDER}/config.yaml"
+_SERIES = f"{ARTIFACT_FOLDER}/series.parquet"
+_PICTURES = f"{ARTIFACT_FOLDER}/pictures"
+_LAST_WEIGHTS = f"{ARTIFACT_FOLDER}/weights-last.safetensors"
+_BEST_WEIGHTS = f"{ARTIFACT_FOLDER}/weights-best.safetensors"
+_PER_CLASS = ("bbox/AP", "segm/AP", "keypoints/AP")  # what the tracker gets of each category
+
 
 def run_trial(
     spec: RunSpec,
@@ -46,86 +52,58 @@ def run_trial(
     show: Callable[[Progress], None],
     claimed: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """Runs the attempt to its end, whichever it is; never raises an Exception. Every rank returns its outcome.
+    """Runs the attempt to its end, whichever it is. Every rank returns its outcome.
 
-    Leaves `outcome.json` in the attempt's folder, and `result.json` when the trial is done. `claimed` is called on
-    rank 0 once the trial's folder is this attempt's.
+    Never raises an Exception. Leaves `outcome.json` in the attempt's folder, and `result.json` when
+    the trial is done. `claimed` is called on rank 0 once the trial's folder is this attempt's.
     """
+    storage = Files(spec.storage)
     try:
-        storage = Files(spec.storage)
+        storage.path()  # raises where nothing can open the URI: no cause can be written there
     except ValueError as error:
         return Outcome(state="failed", error_class="person", error=str(error))
-    scribe: Scribe | None = None
+    attempt = _Attempt(
+        spec,
+        world,
+        storage,
+        CheckpointStore(storage, spec.attempt, spec.run.loop.keep_checkpoints, print_warning),
+        SilentJournal(),
+    )
     try:
-        store = CheckpointStore(
-            storage, spec.attempt, spec.run.loop.keep_checkpoints, print_warning
-        )
         if world.is_first:
-            store.check_claim()
+            attempt.store.check_claim()
         check_shared(storage, spec.attempt, world)
         with refused_together(world):
-            given = _open(spec, world, store)
-        if (
-            world.is_first
-        ):  # from here on the folder is ours: an attempt that still trains in it ends
-            store.claim()
+            inputs = _open(spec, world, attempt.store)
+        # from here on the folder is ours: an attempt that still trains in it ends
+        if world.is_first:
+            attempt.store.claim()
             claimed()
-            scribe = Scribe(spec, storage, show)
-        outcome = _run(spec, world, stop, storage, store, scribe, given)
+            attempt = replace(attempt, journal=open_journal(spec, storage, show))
+        outcome = _run(attempt, stop, inputs)
     except Exception as error:  # noqa: BLE001 - whatever it is, the attempt ends with it and says so
-        outcome = _failed(spec, world, storage, error)
-        if scribe is not None:
-            outcome = outcome.model_copy(update={"events": scribe.journal.events})
-    if scribe is not None:
-        write_outcome(
-            storage, spec.attempt, outcome
-        )  # before the tracker: it may be slow, and others wait to read it
-        scribe.finish(outcome)
+        outcome = _failed(attempt, error)
+    outcome = outcome.model_copy(update={"events": attempt.journal.events})
+    attempt.journal.finish(outcome)
     return outcome
-
-
-def _failed(spec: RunSpec, world: World, storage: Files, error: Exception) -> Outcome:
-    own = cause_of(error, world.rank)
-    explained = own.error_class == "person" or isinstance(error, DivergedError | FencedError)
-    print(f"rank {world.rank} ends: {own.error}" if explained else own.details, flush=True)
-    try:
-        record_cause(storage, spec.attempt, own)
-        cause = common_cause(storage, spec.attempt, own)
-        outcome = _failed_with(cause, world)
-        write_outcome(storage, spec.attempt, outcome)
-    except (OSError, RuntimeError) as unwritten:  # the storage itself may be what failed
-        print_warning(f"the reason could not be written to {storage.uri}: {unwritten}")
-        outcome = _failed_with(own, world)
-    return outcome
-
-
-def _failed_with(cause: Cause, world: World) -> Outcome:
-    named = world.size > 1 and cause.error_class != "person"
-    return Outcome(
-        state="failed",
-        error_class=cause.error_class,
-        error=f"rank {cause.rank}: {cause.error}" if named else cause.error,
-        rank=cause.rank,
-    )
-
-
-@contextmanager
-def refused_together(world: World) -> Iterator[None]:
-    """What a person got wrong, found in the block by some rank, is raised at its end on every rank."""
-    own: Exception | None = None
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        own = error
-    told = world.from_first([text for text in world.gather(one_line(own) if own else "") if text])
-    if own is not None:
-        raise own
-    if told:
-        raise ValueError(told[0])
 
 
 @dataclass(frozen=True)
-class _Given:
+class _Attempt:
+    """What everything below works with. journal: silent until the folder is claimed."""
+
+    spec: RunSpec
+    world: World
+    storage: Files
+    store: CheckpointStore
+    journal: Journal
+
+
+# --- how it begins ---
+
+
+@dataclass(frozen=True)
+class _Inputs:
     train_data: Dataset
     val_data: Dataset
     detector: nn.Module
@@ -135,194 +113,52 @@ class _Given:
         return {"train": self.train_data.manifest.hash, "val": self.val_data.manifest.hash}
 
 
-def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Given:
-    """Data and detector, once all that a person can get wrong is checked; leaves the trial's folder as it is."""
+@contextmanager
+def refused_together(world: World) -> Iterator[None]:
+    """What some rank refuses in the block, every rank refuses at its end.
+
+    Without it the others would wait for that rank until the process group times out.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        own = error
+    refusals = world.gather(one_line(own) if own else "")
+    refusals = world.from_first([text for text in refusals if text])
+    if own is not None:
+        raise own
+    if refusals:
+        raise ValueError(refusals[0])
+
+
+def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Inputs:
+    """Data and detector, once everything that a person can get wrong is checked.
+
+    Leaves the trial's folder as it is: another attempt may be training in it.
+    """
     run = spec.run
+    # ranks that share a machine must share its cores: OpenMP threads spin at barriers
     if world.device.type == "cpu":
         torch.set_num_threads(max(int(spec.cpus_per_rank), 1))
     check_precision(run.loop, world.device)
     if world.is_first and (slow := slow_precision(run.loop, world.device)):
         print_warning(slow)
-    best_metric(run)
+    best_metric(run)  # for its error: a misspelt metric must not show at the first evaluation
     if run.loop.global_batch < world.size:
         raise ValueError(
-            f"loop.global_batch is {run.loop.global_batch} for {world.size} ranks; each needs an image"
+            f"loop.global_batch is {run.loop.global_batch} for {world.size} ranks; "
+            "each needs an image"
         )
-    given = _Given(*open_datasets(run, spec.cache), initial_detector(run))
+    inputs = _Inputs(*open_datasets(run, spec.cache), initial_detector(run))
     name = store.newest() if world.is_first else ""
     if name:
-        check_same_training(store.plain(name), run, given.manifests)
-    return given
-
-
-def _run(
-    spec: RunSpec,
-    world: World,
-    stop: StopRequest,
-    storage: Files,
-    store: CheckpointStore,
-    scribe: Scribe | None,
-    given: _Given,
-) -> Outcome:
-    run = spec.run
-    journal: Journal = scribe.journal if scribe is not None else SilentJournal()
-    journal.progress("starting", 0, None)
-    if scribe is not None:
-        scribe.begin(
-            {f"maskray.manifest.{name}": digest for name, digest in given.manifests.items()}
-        )
-    state = TrainState(run, given.detector.to(world.device), given.manifests)
-    name = world.from_first(store.newest() if world.is_first else "")
-    if name:
-        snapshot = store.load(name)
-        state.restore(snapshot)
-        if scribe is not None:
-            scribe.journal.restore(snapshot.plain["journal"], state.step)
-            scribe.journal.event(
-                "resume", state.step, f"attempt {spec.attempt} on {world.size} rank(s)"
-            )
-        del snapshot
-    elif scribe is not None:
-        scribe.journal.restore(NOTHING, 0)
-    with closing(eval_loader(run, given.val_data, world)) as batches:
-        reporter = _Reporter(spec, storage, store, journal, batches.dataset)
-
-        def evaluate(now: TrainState, stopping: Callable[[], bool]) -> Scores | None:
-            with now.evaluated_weights():
-                scores = evaluate_detector(run.model, now.detector, batches, world, stopping)
-                batches.close()
-                if scores is not None and world.is_first:
-                    reporter.evaluated(now, scores)
-            return scores
-
-        def start_again(now: TrainState) -> None:
-            now.detector.load_state_dict(initial_detector(run).state_dict())
-            now.begin()
-
-        parts = Parts(
-            state,
-            train_loader_opener(run, given.train_data, world),
-            evaluate,
-            store,
-            journal,
-            stop,
-            start_again,
-        )
-        ending = train(run, world, parts)
-    outcome = Outcome(state=ending.state, step=state.step)
-    if scribe is not None:
-        outcome = outcome.model_copy(update={"events": scribe.journal.events})
-        if ending.state == "done":
-            _finish(spec, world, storage, store, scribe, state, ending)
-    return outcome
-
-
-def _finish(
-    spec: RunSpec,
-    world: World,
-    storage: Files,
-    store: CheckpointStore,
-    scribe: Scribe,
-    state: TrainState,
-    ending: Ending,
-) -> None:
-    """Rank 0 leaves the last weights, the series and `result.json`."""
-    assert ending.scores is not None
-    journal = scribe.journal
-    journal.progress("finishing", state.step, None)
-    store.check_claim()
-    with state.evaluated_weights():
-        digest = _write_weights(storage, state.detector, "weights-last")
-    artifacts = _artifact_paths(ending.scores, storage)
-    journal.finish_series(artifacts["series"])
-    for path in (artifacts["weights/last"], artifacts["series"]):
-        journal.artifact(path, "")
-    total_s = max(state.train_seconds, 1e-9)
-    rates = {
-        "images_per_s": state.step * spec.run.loop.global_batch / total_s,
-        "data_wait_fraction": state.wait_seconds / total_s,
-        "train_seconds": state.train_seconds,
-    }
-    result = Result(
-        metrics={**ending.scores.metrics, **rates},
-        per_class=ending.scores.per_class,
-        step=state.step,
-        attempt=spec.attempt,
-        world_size=world.size,
-        weights_sha256=digest,
-        artifacts=artifacts,
-        mlflow_run_id=scribe.flush(),
-        events=journal.events,
-    )
-    store.check_claim()
-    storage.write(RESULT_FILE, result.model_dump_json(indent=1).encode())
-
-
-def _artifact_paths(scores: Scores, storage: Files) -> dict[str, str]:
-    paths = {
-        f"detections/{kind}": f"{ARTIFACT_FOLDER}/detections/{kind}.json" for kind in scores.results
-    }
-    pictures = storage.names(f"{ARTIFACT_FOLDER}/pictures")
-    if pictures:
-        paths["picture/last"] = f"{ARTIFACT_FOLDER}/pictures/{pictures[-1]}"
-    if storage.exists(f"{ARTIFACT_FOLDER}/weights-best.safetensors"):
-        paths["weights/best"] = f"{ARTIFACT_FOLDER}/weights-best.safetensors"
-    paths["weights/last"] = f"{ARTIFACT_FOLDER}/weights-last.safetensors"
-    paths["series"] = f"{ARTIFACT_FOLDER}/series.parquet"
-    paths["config"] = f"{ARTIFACT_FOLDER}/config.yaml"
-    return paths
-
-
-class _Reporter:
-    """Rank 0's account of each evaluation: metrics, a picture, the best weights, at the end the detections."""
-
-    def __init__(
-        self,
-        spec: RunSpec,
-        storage: Files,
-        store: CheckpointStore,
-        journal: Journal,
-        dataset: Dataset,
-    ) -> None:
-        self._loop, self._storage, self._store = spec.run.loop, storage, store
-        self._best_metric = best_metric(spec.run)
-        self._journal, self._dataset = journal, dataset
-
-    def evaluated(self, state: TrainState, scores: Scores) -> None:
-        self._store.check_claim()
-        self._journal.metrics(state.step, scores.metrics)
-        for kind in ("bbox/AP", "segm/AP", "keypoints/AP"):
-            per_class = scores.per_class.get(kind, {})
-            self._journal.metrics(
-                state.step, {f"{kind}/{_metric_name(c)}": v for c, v in per_class.items()}
-            )
-        picture = f"{ARTIFACT_FOLDER}/pictures/step-{state.step:08d}.png"
-        self._storage.write(picture, comparison(self._dataset, scores.results))
-        self._journal.artifact(picture, "pictures")
-        best = scores.metrics[self._best_metric]
-        if best > state.best:
-            state.best = best
-            _write_weights(self._storage, state.detector, "weights-best")
-            self._journal.artifact(f"{ARTIFACT_FOLDER}/weights-best.safetensors", "")
-        if state.step == self._loop.steps:
-            for kind, results in scores.results.items():
-                path = f"{ARTIFACT_FOLDER}/detections/{kind}.json"
-                self._storage.write(path, json.dumps(results).encode())
-                self._journal.artifact(path, "detections")
-
-
-def _write_weights(storage: Files, detector: nn.Module, name: str) -> str:
-    data = safetensors_bytes(weights_of(detector))
-    storage.write(f"{ARTIFACT_FOLDER}/{name}.safetensors", data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def _metric_name(category: str) -> str:
-    return re.sub(r"[^\w\-. ]", "_", category)
+        check_same_training(store.plain(name), run, inputs.manifests)
+    return inputs
 
 
 def check_shared(storage: Files, attempt: int, world: World) -> None:
-    """Raises ValueError on every rank if some rank does not see what rank 0 writes to the trial's folder."""
+    """Raises ValueError on every rank if some rank does not see what rank 0 writes."""
     if world.size == 1:
         return
     probe = f"attempts/{attempt}/shared-{world.size}"
@@ -338,3 +174,179 @@ def check_shared(storage: Files, attempt: int, world: World) -> None:
             f"storage {storage.uri} is not shared: {', '.join(blind)} cannot see it; "
             "a run over several nodes needs a shared folder or a URI (s3://...)"
         )
+
+
+# --- the run ---
+
+
+def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
+    spec, world, store, journal = attempt.spec, attempt.world, attempt.store, attempt.journal
+    run = spec.run
+    journal.progress("starting", 0, None)
+    journal.begin({f"maskray.manifest.{name}": hash for name, hash in inputs.manifests.items()})
+    state = TrainState(run, inputs.detector.to(world.device), inputs.manifests)
+    # rank 0 chooses for all: others may look at a moment at which they see another checkpoint
+    name = world.from_first(store.newest() if world.is_first else "")
+    if name:
+        journal.restore(state.restore(store.load(name)), state.step)
+        journal.event("resume", state.step, f"attempt {spec.attempt} on {world.size} rank(s)")
+    else:
+        journal.restore(JournalState(), 0)
+    with closing(eval_loader(run, inputs.val_data, world)) as batches:
+        reporter = _Reporter(attempt, batches.dataset)
+
+        def evaluate(now: TrainState, stopping: Callable[[], bool]) -> Scores | None:
+            with now.evaluated_weights():
+                scores = evaluate_detector(run.model, now.detector, batches, world, stopping)
+                # its workers hold memory that the training needs until the next evaluation
+                batches.close()
+                if scores is not None and world.is_first:
+                    reporter.evaluated(now, scores)
+            return scores
+
+        # for a loss that was bad before the first checkpoint
+        def start_again(now: TrainState) -> None:
+            now.detector.load_state_dict(initial_detector(run).state_dict())
+            now.begin()
+
+        parts = Parts(
+            state,
+            train_loader_opener(run, inputs.train_data, world),
+            evaluate,
+            store,
+            journal,
+            stop,
+            start_again,
+        )
+        ending = train(run, world, parts)
+    if world.is_first and ending.state == "done":
+        _finish(attempt, state, ending)
+    return Outcome(state=ending.state, step=state.step)
+
+
+class _Reporter:
+    """Rank 0's account of each evaluation: metrics, a picture, the best weights.
+
+    After the last step the detections, too.
+    """
+
+    def __init__(self, attempt: _Attempt, dataset: Dataset) -> None:
+        self._storage, self._store = attempt.storage, attempt.store
+        self._journal, self._dataset = attempt.journal, dataset
+        self._loop = attempt.spec.run.loop
+        self._best_metric = best_metric(attempt.spec.run)
+
+    def evaluated(self, state: TrainState, scores: Scores) -> None:
+        self._store.check_claim()  # a newer attempt writes to the same artifacts
+        self._journal.metrics(state.step, scores.metrics)
+        for kind in _PER_CLASS:
+            per_class = scores.per_class.get(kind, {})
+            self._journal.metrics(
+                state.step, {f"{kind}/{_metric_name(c)}": v for c, v in per_class.items()}
+            )
+        picture = f"{_PICTURES}/step-{state.step:08d}.png"
+        self._storage.write(picture, comparison(self._dataset, scores.results))
+        self._journal.artifact(picture, "pictures")
+        best = scores.metrics[self._best_metric]
+        if best > state.best:
+            state.best = best
+            _write_weights(self._storage, _BEST_WEIGHTS, state.detector)
+            self._journal.artifact(_BEST_WEIGHTS, "")
+        # once, at the end: the detections of a whole validation set are a large file
+        if state.step == self._loop.steps:
+            for kind, results in scores.results.items():
+                path = _detections(kind)
+                self._storage.write(path, json.dumps(results).encode())
+                self._journal.artifact(path, "detections")
+
+
+# --- how it ends ---
+
+
+def _finish(attempt: _Attempt, state: TrainState, ending: Ending) -> None:
+    """Rank 0 leaves the last weights, the series and `result.json`."""
+    assert ending.scores is not None
+    spec, storage, journal = attempt.spec, attempt.storage, attempt.journal
+    journal.progress("finishing", state.step, None)
+    attempt.store.check_claim()
+    # the averaged weights, if the run keeps an average: they gave the scores
+    with state.evaluated_weights():
+        digest = _write_weights(storage, _LAST_WEIGHTS, state.detector)
+    journal.finish_series(_SERIES)
+    for path in (_LAST_WEIGHTS, _SERIES):
+        journal.artifact(path, "")
+    total_s = max(state.train_seconds, 1e-9)
+    rates = {
+        "images_per_s": state.step * spec.run.loop.global_batch / total_s,
+        "data_wait_fraction": state.wait_seconds / total_s,
+        "train_seconds": state.train_seconds,
+    }
+    result = Result(
+        metrics={**ending.scores.metrics, **rates},
+        per_class=ending.scores.per_class,
+        step=state.step,
+        attempt=spec.attempt,
+        world_size=attempt.world.size,
+        weights_sha256=digest,
+        artifacts=_artifact_paths(ending.scores, storage),
+        mlflow_run_id=journal.run_id(),
+        events=journal.events,
+    )
+    # waiting for the tracker may have taken long enough for a newer attempt to begin
+    attempt.store.check_claim()
+    storage.write(RESULT_FILE, result.model_dump_json(indent=1).encode())
+
+
+def _artifact_paths(scores: Scores, storage: Files) -> dict[str, str]:
+    """Paths relative to the trial's folder, by what they hold."""
+    paths = {f"detections/{kind}": _detections(kind) for kind in scores.results}
+    pictures = storage.names(_PICTURES)
+    if pictures:
+        paths["picture/last"] = f"{_PICTURES}/{pictures[-1]}"
+    # a metric of -1, where there is nothing to evaluate, chooses no weights
+    if storage.exists(_BEST_WEIGHTS):
+        paths["weights/best"] = _BEST_WEIGHTS
+    return paths | {"weights/last": _LAST_WEIGHTS, "series": _SERIES, "config": _CONFIG}
+
+
+def _detections(kind: str) -> str:
+    return f"{ARTIFACT_FOLDER}/detections/{kind}.json"
+
+
+def _write_weights(storage: Files, path: str, detector: nn.Module) -> str:
+    """Returns their SHA-256."""
+    data = safetensors_bytes(weights_of(detector))
+    storage.write(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _metric_name(category: str) -> str:
+    return re.sub(r"[^\w\-. ]", "_", category)  # MLflow refuses a metric with other characters
+
+
+def _failed(attempt: _Attempt, error: Exception) -> Outcome:
+    """The outcome on which all ranks agree, written by each: rank 0 may be the one that is dead."""
+    spec, world, storage = attempt.spec, attempt.world, attempt.storage
+    own = cause_of(error, world.rank)
+    explained = own.error_class == "person" or isinstance(error, DivergedError | FencedError)
+    # a traceback helps nobody with an error that its line explains
+    print(f"rank {world.rank} ends: {own.error}" if explained else own.details, flush=True)
+    try:
+        record_cause(storage, spec.attempt, own)
+        outcome = _failed_with(common_cause(storage, spec.attempt, own), world)
+        write_outcome(storage, spec.attempt, outcome)
+    except (OSError, RuntimeError) as unwritten:  # the storage itself may be what failed
+        print_warning(f"the reason could not be written to {storage.uri}: {unwritten}")
+        outcome = _failed_with(own, world)
+    return outcome
+
+
+def _failed_with(cause: Cause, world: World) -> Outcome:
+    # a person's mistake is the same on every rank, so no rank is named
+    named = world.size > 1 and cause.error_class != "person"
+    return Outcome(
+        state="failed",
+        error_class=cause.error_class,
+        error=f"rank {cause.rank}: {cause.error}" if named else cause.error,
+        rank=cause.rank,
+    )

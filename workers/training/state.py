@@ -1,37 +1,78 @@
-"""All that changes while a run trains: weights, optimiser, average, scaler, guard, position."""
+"""What changes while a run trains: weights, optimiser, average, scaler, guard, position."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
-from contract.recipe import RunConfig
+from contract.recipe import RunConfig, parse_run
+from contract.record import Message, parse_record
+from workers.tracking.journal import JournalState
 from workers.training.guard import GuardState
 from workers.training.optim import build_optimiser
 from workers.trial.checkpoints import Snapshot, copied_to_host
 
-# Fields that may differ between a checkpoint and the run that resumes it: they change no number of the training.
+# Fields in which a checkpoint and the run that resumes it may differ: they change no number of the
+# training.
 _FREE_FIELDS = {
-    ("data", "num_loader_workers"),
-    ("data", "cache_gib"),
-    ("loop", "log_every_steps"),
-    ("loop", "checkpoint_every_steps"),
-    ("loop", "keep_checkpoints"),
-    ("loop", "eval_every_steps"),
-    ("loop", "eval_batch"),
-    ("loop", "best_metric"),
+    "data.num_loader_workers",
+    "data.cache_gib",
+    "loop.log_every_steps",
+    "loop.checkpoint_every_steps",
+    "loop.keep_checkpoints",
+    "loop.eval_every_steps",
+    "loop.eval_batch",
+    "loop.best_metric",
 }
+
+
+class SavedState(Message):
+    """The JSON part of a checkpoint. A field that an older version did not write has its default.
+
+    run: a RunConfig as nested data; see `check_same_run`. manifests: hashes of the data's
+    manifests, by "train" and "val". seconds: in steps, and of these waiting for data.
+    """
+
+    run: dict[str, JsonValue]
+    manifests: dict[str, str] = {}
+    guard: GuardState = GuardState()
+    best: float = -1.0
+    seconds: tuple[float, float] = (0.0, 0.0)
+    journal: JournalState = JournalState()
+
+
+def saved_state(plain: Mapping[str, JsonValue]) -> SavedState:
+    """Raises ValueError of one line if a checkpoint's JSON is not what this version reads."""
+    return parse_record(SavedState, plain, "the checkpoint")
+
+
+def with_journal(snapshot: Snapshot, journal: JournalState) -> Snapshot:
+    """A snapshot of the training with what the journal has to keep at the same step."""
+    return replace(snapshot, plain={**snapshot.plain, "journal": journal.model_dump()})
+
+
+@dataclass(frozen=True)
+class _SavedTensors:
+    """The names in `state.pt`. `optimiser` and `scaler` are torch's own nested state."""
+
+    detector: dict[str, Tensor]
+    optimiser: dict[str, Any]
+    scaler: dict[str, Any]
+    average: list[Tensor]
+    random: Tensor
 
 
 class TrainState:
     """The state after `step` finished optimiser steps.
 
-    best: highest value so far of the run's best metric. train_seconds: in steps, of which wait_seconds for data.
-    manifests: hashes of the data's manifests, by "train" and "val".
+    best: highest value so far of the run's best metric. train_seconds: in steps, of which
+    wait_seconds for data. manifests: hashes of the data's manifests, by "train" and "val".
     """
 
     def __init__(
@@ -44,7 +85,7 @@ class TrainState:
         self.begin()
 
     def begin(self) -> None:
-        """Everything but the weights as it is before the first step."""
+        """Puts everything but the weights back to before the first step."""
         self.optimiser = build_optimiser(self.run.optimiser, self.detector)
         self.scaler = torch.amp.GradScaler(
             _device_type(self.detector), enabled=self.run.loop.precision == "fp16"
@@ -61,10 +102,12 @@ class TrainState:
     @property
     def data_step(self) -> int:
         """The global batch that the next step trains on."""
+        # batches that the guard skipped took no step, so that the data runs ahead
         return self.step + self.guard.skipped
 
     def update_average(self) -> None:
         if self.average:
+            # all parameters in a few launches; torch has no public name for it
             torch._foreach_lerp_(self.average, list(self.trained), 1 - self.run.loop.ema_decay)
 
     @contextmanager
@@ -77,79 +120,110 @@ class TrainState:
             self._swap_average()
 
     def _swap_average(self) -> None:
+        # swapped and not copied: the training goes on with its own weights afterwards
         with torch.no_grad():
+            # not strict: a run that keeps no average has an empty list
             for parameter, average in zip(self.trained, self.average, strict=False):
                 kept = parameter.clone()
                 parameter.copy_(average)
                 average.copy_(kept)
 
     def snapshot(self) -> Snapshot:
-        """A copy on the host."""
-        tensors = copied_to_host(
-            {
-                "detector": dict(self.detector.state_dict()),
-                "optimiser": self.optimiser.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "average": list(self.average),
-                "random": torch.get_rng_state(),
-            }
+        """A copy on the host, which training does not change any more."""
+        tensors = _SavedTensors(
+            detector=dict(self.detector.state_dict()),
+            optimiser=self.optimiser.state_dict(),
+            scaler=self.scaler.state_dict(),
+            average=list(self.average),
+            random=torch.get_rng_state(),
         )
-        plain = {
-            "run": self.run.model_dump(mode="json"),
-            "manifests": self.manifests,
-            "guard": vars(self.guard),
-            "best": self.best,
-            "seconds": [self.train_seconds, self.wait_seconds],
-        }
-        return Snapshot(self.step, tensors, plain)
+        plain = SavedState(
+            run=self.run.sparse(),
+            manifests=self.manifests,
+            guard=self.guard,
+            best=self.best,
+            seconds=(self.train_seconds, self.wait_seconds),
+        )
+        # a copy: the next step changes the tensors while a thread writes the checkpoint
+        return Snapshot(self.step, copied_to_host(vars(tensors)), plain.model_dump())
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Raises ValueError if the checkpoint was written by another configuration or on other data."""
-        check_same_training(snapshot.plain, self.run, self.manifests)
-        self.detector.load_state_dict(snapshot.tensors["detector"])
-        self.optimiser.load_state_dict(snapshot.tensors["optimiser"])
-        self.scaler.load_state_dict(snapshot.tensors["scaler"])
-        for average, saved in zip(self.average, snapshot.tensors["average"], strict=True):
+    def restore(self, snapshot: Snapshot) -> JournalState:
+        """Goes back to a checkpoint. Returns what its journal was at the same step.
+
+        Raises ValueError if another configuration or other data wrote the checkpoint.
+        """
+        plain, tensors = saved_state(snapshot.plain), _SavedTensors(**snapshot.tensors)
+        # before the first change: a checkpoint that is refused leaves the state as it is
+        _check_same_training(plain, self.run, self.manifests)
+        self.detector.load_state_dict(tensors.detector)
+        self.optimiser.load_state_dict(tensors.optimiser)
+        self.scaler.load_state_dict(tensors.scaler)
+        # in place: the checkpoint's tensors lie on the CPU
+        for average, saved in zip(self.average, tensors.average, strict=True):
             average.copy_(saved)
-        torch.set_rng_state(snapshot.tensors["random"])
-        self.guard = GuardState(**snapshot.plain["guard"])
-        self.best = snapshot.plain["best"]
-        self.train_seconds, self.wait_seconds = snapshot.plain["seconds"]
+        torch.set_rng_state(tensors.random)
+        self.guard, self.best = plain.guard, plain.best
+        self.train_seconds, self.wait_seconds = plain.seconds
         self.step = snapshot.step
+        return plain.journal
 
 
 def check_same_training(
-    plain: Mapping[str, Any], run: RunConfig, manifests: Mapping[str, str]
+    plain: Mapping[str, JsonValue], run: RunConfig, manifests: Mapping[str, str]
 ) -> None:
-    """Raises ValueError if a checkpoint's plain data is of another configuration, or of other data at the same path."""
-    check_same_run(plain["run"], run.model_dump(mode="json"))
-    for name, before in plain.get("manifests", {}).items():  # which older checkpoints do not have
+    """Raises ValueError if a checkpoint's JSON is of another configuration or of other data.
+
+    Data counts as other data if its manifest has another hash, even at the same path.
+    """
+    _check_same_training(saved_state(plain), run, manifests)
+
+
+def _check_same_training(saved: SavedState, run: RunConfig, manifests: Mapping[str, str]) -> None:
+    check_same_run(saved.run, run)
+    uris = {"train": run.data.train, "val": run.data.val}
+    # the path alone does not say which data it was: somebody may have packed it again
+    for name, before in saved.manifests.items():  # older checkpoints have none
         now = manifests.get(name, before)
         if now != before:
             raise ValueError(
-                f"data.{name}: {getattr(run.data, name)} is other data than the checkpoint was written on (manifest "
-                f"{before[:12]} then, {now[:12]} now); put the old data back, or start in a new folder"
+                f"data.{name}: {uris[name]} is other data than the checkpoint was written on "
+                f"(manifest {before[:12]} then, {now[:12]} now); "
+                "put the old data back, or start in a new folder"
             )
 
 
-def check_same_run(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises ValueError with the first field in which a checkpoint's run differs from the one that resumes it."""
-    for path, (before, now) in _differences(saved, wanted, ()):
+def check_same_run(saved: Mapping[str, JsonValue], run: RunConfig) -> None:
+    """Raises ValueError with the first field in which a checkpoint's run differs from `run`.
+
+    Records are compared, not their JSON: a field that the saved run does not have counts as its
+    default. Otherwise each new field of RunConfig would refuse every older checkpoint.
+    """
+    try:
+        before = parse_run(saved, "the checkpoint's run")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; another version wrote it: resume with that one, or start in a new folder"
+        ) from None
+    for path, old, new in _differences(
+        before.model_dump(mode="json"), run.model_dump(mode="json"), ""
+    ):
         if path not in _FREE_FIELDS:
             raise ValueError(
-                f"the checkpoint was written with {'.'.join(path)} = {before!r}, this run has {now!r}; "
+                f"the checkpoint was written with {path} = {old!r}, this run has {new!r}; "
                 "set it back, or start in a new folder"
             )
 
 
 def _differences(
-    a: Any, b: Any, path: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], tuple[Any, Any]]]:
+    a: JsonValue, b: JsonValue, path: str
+) -> Iterator[tuple[str, JsonValue, JsonValue]]:
+    """(dotted path, value in `a`, value in `b`) where they differ, None for a missing value."""
     if isinstance(a, dict) and isinstance(b, dict):
+        # sorted, so that the same difference always gives the same message
         for key in sorted(a.keys() | b.keys()):
-            yield from _differences(a.get(key), b.get(key), (*path, key))
+            yield from _differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
     elif a != b:
-        yield path, (a, b)
+        yield path, a, b
 
 
 def weights_of(detector: nn.Module) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """One optimiser step on this rank's share of a global batch: the same sums at any number of ranks.
 
-Every loss is `weight * sum / count` with the count of the whole global batch, so ranks and chunks may be of any size.
+Every loss is `weight * sum / count` with the count of the whole global batch, so ranks and chunks
+may be of any size.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,9 +25,11 @@ _PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 class LossSums(nn.Module):
-    """A detector's weighted loss sums and their counts as plain dicts, which DDP and `torch.compile` see through.
+    """A detector's weighted loss sums and their counts as plain dicts.
 
-    `in_arrival_order` lists the parameters last to first, the order in which backward produces their gradients.
+    DDP and `torch.compile` see through dicts, not through the detector's own records.
+    `in_arrival_order` lists the parameters last to first, the order in which the backward pass
+    produces their gradients.
     """
 
     def __init__(self, detector: nn.Module) -> None:
@@ -36,11 +39,11 @@ class LossSums(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         terms = self.detector(batch)
-        return {n: t.sum * t.weight for n, t in terms.items()}, {
-            n: t.count for n, t in terms.items()
-        }
+        weighted = {name: term.sum * term.weight for name, term in terms.items()}
+        return weighted, {name: term.count for name, term in terms.items()}
 
 
+# the private calls of `distributed`, which another version of torch may not have
 CAN_PIN = all(
     hasattr(dist.Reducer, name)  # type: ignore[attr-defined]
     for name in ("_push_all_rebuilt_params", "_rebuild_buckets")
@@ -50,24 +53,25 @@ CAN_PIN = all(
 def distributed(sums: LossSums, world: World, can_pin: bool = CAN_PIN) -> nn.Module:
     """`sums` under DDP with buckets that are the same in every process, from the first step on.
 
-    DDP would rebuild its buckets after the first backward pass in the order in which gradients arrived; with three or
-    more ranks the order of a sum, and so its last bits, would then differ between a resumed run and one that never
-    stopped. Declaring the parameters in arrival order and rebuilding at once pins them. That takes two private calls;
-    a torch without them gets `find_unused_parameters`, under which DDP keeps its first buckets, at a small cost.
+    DDP would rebuild its buckets after the first backward pass, in the order in which gradients
+    arrived. With three or more ranks the order of a sum, and so its last bits, would then differ
+    between a resumed run and one that never stopped. Declaring the parameters in arrival order and
+    rebuilding at once pins the buckets. That takes two private calls. A torch without them gets
+    `find_unused_parameters`, under which DDP keeps its first buckets, at a small cost.
     """
     if world.size == 1:
         return sums
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "`broadcast_buffers` is deprecated", FutureWarning
-        )  # older versions know no other
+        # the older versions of torch know no other name for it
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         module = DistributedDataParallel(
             sums,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
             find_unused_parameters=not can_pin,
         )
-    # of 1 x 1 convolutions in channels-last order, whose strides are ambiguous; costs nothing
+    # a warning about 1 x 1 convolutions in channels-last order: their strides are ambiguous, which
+    # costs nothing
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
     if can_pin:
         module.reducer._push_all_rebuilt_params()
@@ -77,7 +81,11 @@ def distributed(sums: LossSums, world: World, can_pin: bool = CAN_PIN) -> nn.Mod
 
 @dataclass(frozen=True)
 class Gradients:
-    """names: of the loss terms. losses_T: this rank's share of each global loss. flags: summed over the ranks."""
+    """What a step leaves beside the gradients, on the device.
+
+    names: of the T loss terms. losses_T: this rank's share of each global loss. flags: summed over
+    the ranks.
+    """
 
     names: tuple[str, ...]
     losses_T: Tensor
@@ -92,7 +100,10 @@ def accumulate_gradients(
     scaler: torch.amp.GradScaler,
     flags: Sequence[float],
 ) -> Gradients:
-    """Adds the gradients of the global batch's loss to the parameters; one reduction carries counts and `flags`."""
+    """Adds the gradients of the global batch's loss to the parameters.
+
+    One reduction carries the counts of the losses and the `flags`.
+    """
     sums = module.module if isinstance(module, DistributedDataParallel) else module
     assert isinstance(sums, LossSums)
     autocast = _autocast(loop, world)
@@ -103,12 +114,11 @@ def accumulate_gradients(
         else:
             counts = _counts_of(sums.detector, batches)
     names = tuple(sorted(counts))
-    filled = [
-        torch.full((), flag, dtype=torch.float64, device=world.device) for flag in flags
-    ]  # no copy, no sync
-    told = torch.stack([*(counts[n].double() for n in names), *filled])
-    world.sum(told)
-    total_T = told[: len(names)].clamp(min=1).float()
+    # filled on the device: a tensor of the host would be copied, and the host would wait
+    filled = [torch.full((), flag, dtype=torch.float64, device=world.device) for flag in flags]
+    sums_TF = world.sum(torch.stack([*(counts[n].double() for n in names), *filled]))
+    # a term that counts nothing in the whole batch has a sum of 0: 0 / 1, not 0 / 0
+    total_T = sums_TF[: len(names)].clamp(min=1).float()
 
     losses_T = torch.zeros_like(total_T)
     for index, batch in enumerate(batches):
@@ -121,10 +131,11 @@ def accumulate_gradients(
             # DDP takes the mean over ranks; the sum is wanted
             scaler.scale(terms_T.sum() * world.size).backward()  # type: ignore[no-untyped-call]
             losses_T += terms_T.detach()
-    return Gradients(names, losses_T, told[len(names) :])
+    return Gradients(names, losses_T, sums_TF[len(names) :])
 
 
 def _counts_of(detector: Any, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """The counts of all chunks. They come before the losses: each chunk is divided by the total."""
     per_chunk = [detector.counts(batch) for batch in batches]
     return {
         name: torch.stack([counts[name] for counts in per_chunk]).sum() for name in per_chunk[0]
@@ -132,13 +143,14 @@ def _counts_of(detector: Any, batches: Sequence[Batch]) -> dict[str, Tensor]:
 
 
 def _without_sync(module: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Ranks reduce their gradients once, in the backward pass of the last chunk."""
     if last or not isinstance(module, DistributedDataParallel):
         return nullcontext()
     context: AbstractContextManager[None] = module.no_sync()
     return context
 
 
-def _autocast(loop: LoopConfig, world: World) -> Any:
+def _autocast(loop: LoopConfig, world: World) -> Callable[[], AbstractContextManager[None]]:
     dtype = _PRECISION[loop.precision]
     return lambda: torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
 
@@ -152,14 +164,17 @@ def check_precision(loop: LoopConfig, device: torch.device) -> None:
 
 
 def slow_precision(loop: LoopConfig, device: torch.device) -> str:
-    """What to tell whoever trains in a precision that the CPU only imitates; empty if all is well."""
+    """A warning about a precision that the CPU only imitates; empty if there is none to give.
+
+    On a CPU without AVX-512 `tiny` trained at 1.7 images/s in bf16, 23.5 in fp32 (docs/log.md).
+    """
     if device.type != "cpu" or loop.precision == "fp32" or _cpu_computes_in(loop.precision):
         return ""
     return f"loop.precision: this CPU imitates {loop.precision}, far slower than 'fp32' is"
 
 
 def _cpu_computes_in(precision: Literal["bf16", "fp16"]) -> bool:
-    """True too where torch does not tell: its question is a private one, and asked for a warning's sake alone."""
+    """True also where torch does not say: the question is private, and only a warning needs it."""
     answer = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
     return answer is None or bool(answer())
 
@@ -171,8 +186,11 @@ def apply_gradients(
     rate: float,
     clip_norm: float,
 ) -> Tensor:
-    """One optimiser step at `rate`, gradients clipped to `clip_norm` (0: not). Returns their norm before clipping."""
-    scaler.unscale_(optimiser)
+    """One optimiser step at `rate`. Returns the norm of the gradients before clipping.
+
+    clip_norm: what longer gradients are scaled down to, 0 for no limit.
+    """
+    scaler.unscale_(optimiser)  # first, so that norm and limit are of the true gradients
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if clip_norm:

@@ -1,4 +1,7 @@
-"""Initial weights: from torchvision's names or a file to a plain state dict. Nothing but arrays is ever unpickled."""
+"""Initial weights as a plain state dict, by torchvision's names or from a file.
+
+No code of a file ever runs: only arrays are unpickled.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,10 @@ from workers.training.zoo import read_zoo_pickle
 def initial_weights(
     weights: Weights, backbone: Backbone
 ) -> tuple[Mapping[str, Tensor], str] | None:
-    """The state dict and its layout for `model.weights.load_initial`; None where parameters start at random.
+    """The state dict and its layout for `model.weights.load_initial`.
 
-    Raises ValueError if a file is missing, damaged or no state dict, RuntimeError if a download fails.
+    None where parameters start at random. Raises ValueError if a file is missing, damaged or no
+    state dict, RuntimeError if a download fails.
     """
     match weights:
         case NoWeights():
@@ -42,7 +46,7 @@ def initial_weights(
 
 
 def weights_source(weights: Weights) -> str:
-    """The field that says where the initial weights are from, with its value: how a message about them begins."""
+    """The field that names the initial weights, with its value: a message about them begins so."""
     match weights:
         case NoWeights():
             return "model.weights"
@@ -55,7 +59,10 @@ def weights_source(weights: Weights) -> str:
 
 
 def torchvision_url(name: str, backbone: Backbone) -> str:
-    """Where torchvision keeps the checkpoint `name` of a backbone. Raises ValueError if it has none of that name."""
+    """Where torchvision keeps the checkpoint `name` of a backbone.
+
+    Raises ValueError if it has none of that name.
+    """
     from torchvision import models
 
     match backbone:
@@ -67,10 +74,12 @@ def torchvision_url(name: str, backbone: Backbone) -> str:
             model = "vgg16"
         case _:
             assert_never(backbone)
+    # torchvision's own list of releases: a new one needs no change here
     known = models.get_model_weights(model)
     if name not in known.__members__:
         raise ValueError(
-            f"weights.name: torchvision has no {name!r} of {model}; it has {', '.join(known.__members__)}"
+            f"weights.name: torchvision has no {name!r} of {model}; "
+            f"it has {', '.join(known.__members__)}"
         )
     return str(known[name].url)
 
@@ -78,7 +87,8 @@ def torchvision_url(name: str, backbone: Backbone) -> str:
 def torchvision_file(name: str, backbone: Backbone) -> Path:
     """The checkpoint in torch hub's cache, downloaded if it is not there.
 
-    Raises ValueError if it is not the file that torchvision released, RuntimeError if it cannot be downloaded.
+    Raises ValueError if it is not the file that torchvision released, RuntimeError if it cannot be
+    downloaded.
     """
     url = torchvision_url(name, backbone)
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
@@ -88,26 +98,28 @@ def torchvision_file(name: str, backbone: Backbone) -> Path:
             torch.hub.download_url_to_file(
                 url, str(path), hash_prefix=_hash_prefix(url), progress=False
             )
+        # nodes of a cluster often have no way out: the remedy says where to put the file
         except OSError as error:
             raise RuntimeError(
                 f"{url} cannot be downloaded ({error}); fetch it elsewhere and put it at {path}"
             ) from error
+    # also a file that was there: an interrupted copy may have left half of it
     check_released(path, url)
     return path
 
 
 def check_released(path: Path, url: str) -> None:
-    """Raises ValueError if the bytes at `path` are not those whose hash the name of `url` ends in."""
-    found, expected = file_sha256(path), _hash_prefix(url)
-    if not found.startswith(expected):
+    """Raises ValueError if the file's hash is not the one in which the name of `url` ends."""
+    actual, expected = file_sha256(path), _hash_prefix(url)
+    if not actual.startswith(expected):
         raise ValueError(
-            f"{path} is damaged: its SHA-256 begins with {found[:8]}, its name says {expected}; "
+            f"{path} is damaged: its SHA-256 begins with {actual[:8]}, its name says {expected}; "
             f"delete it, or fetch {url} again and put it there"
         )
 
 
 def _hash_prefix(url: str) -> str:
-    """A released file's name ends in the start of its SHA-256."""
+    """A released file's name ends in the start of its SHA-256: resnet18-f37072fd.pth."""
     return url.rsplit("-", 1)[-1].removesuffix(".pth")
 
 
@@ -115,7 +127,8 @@ def _local(path: str) -> Path:
     """Raises ValueError if no local file is there."""
     if "://" in path:
         raise ValueError(
-            f"model.weights.path {path}: only local files are read; fetch it and give the file's path"
+            f"model.weights.path {path}: only local files are read; "
+            "fetch it and give the file's path"
         )
     file = Path(path).expanduser()
     if file.is_dir():
@@ -132,10 +145,12 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         state = _read_safetensors(path)
     else:
         state = _read_torch(path)
+    # here, where the file has a name: in training they would look like a divergence
     for name, value in state.items():
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(
-                f"{path}: {name!r} holds values that are not finite; give weights from before it diverged"
+                f"{path}: {name!r} holds values that are not finite; "
+                "give weights from before it diverged"
             )
     return state
 
@@ -153,10 +168,13 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
-    """A state dict, also one in a checkpoint's entry "model" or "state_dict" or with DDP's prefix `module.`."""
+    """A state dict, bare or as trainers wrap it.
+
+    Wrapped is one in the entry "model" or "state_dict", or with DDP's prefix `module.`.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+    except Exception as error:  # torch raises many kinds for files that it cannot read
         raise ValueError(
             f"{path} is no state dict of plain tensors ({type(error).__name__}); "
             "save one with torch.save(model.state_dict()) or as .safetensors"
@@ -168,6 +186,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} holds {type(state).__name__}, not a state dict; names to tensors are expected"
         )
+    # a nested dict would otherwise fail far away, as missing parameters
     strange = [
         name
         for name, value in state.items()

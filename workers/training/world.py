@@ -1,4 +1,4 @@
-"""The ranks of one run as a value: who we are, which device is ours, and the collectives that the loop uses."""
+"""The ranks of one run as a value: our rank, our device, and the collectives that the loop uses."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=30)  # longer than any evaluation: a rank that hangs is ended after this
+# Longer than any evaluation. The process group ends when a rank hangs for so long.
+TIMEOUT = timedelta(minutes=30)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """`host_group` carries objects and host-side tensors (gloo); None in a world of one rank."""
+    """host_group: gloo, for objects and tensors on the host; None in a world of one rank."""
 
     rank: int
     size: int
@@ -35,17 +36,19 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Adds `values`, which lie on `device`, over the ranks in place. No host synchronisation."""
+        """Sums `values`, which lie on `device`, over the ranks in place; the host does not wait."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def sum_on_host(self, values: Tensor) -> Tensor:
+        """Sums `values`, which lie on the CPU, over the ranks in place."""
         if self.size > 1:
             dist.all_reduce(values, group=self.host_group)
         return values
 
     def barrier(self) -> None:
+        """Waits until every rank is here."""
         if self.size > 1:
             dist.barrier(group=self.host_group)
 
@@ -75,16 +78,12 @@ def join_world() -> World:
     if not dist.is_initialized():
         return World(0, 1, _device(0))
     rank, size = dist.get_rank(), dist.get_world_size()
-    host_group: Any = dist.group.WORLD
-    if dist.get_backend() != "gloo":
-        host_group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return World(
-        rank,
-        size,
-        _device(local_rank) if dist.get_backend() != "gloo" else torch.device("cpu"),
-        host_group,
-    )
+    if dist.get_backend() == "gloo":
+        group = cast("dist.ProcessGroup", dist.group.WORLD)
+        return World(rank, size, torch.device("cpu"), group)
+    # NCCL carries nothing but tensors on the device
+    host_group = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=TIMEOUT))
+    return World(rank, size, _device(int(os.environ.get("LOCAL_RANK", "0"))), host_group)
 
 
 def _device(local_rank: int) -> torch.device:
@@ -96,7 +95,7 @@ def _device(local_rank: int) -> torch.device:
 
 
 def end_with_launcher() -> None:
-    """On Linux: the kernel kills this process when the one that started it is gone, so that no orphan trains on."""
+    """On Linux the kernel then kills this process when its parent ends: no orphan trains on."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
@@ -105,14 +104,14 @@ def end_with_launcher() -> None:
 @contextmanager
 def launched_world(environment: Mapping[str, str]) -> Iterator[World]:
     """The world that torchrun's variables describe; without them, this process alone."""
-    if (
-        "TORCHELASTIC_RUN_ID" in environment
-    ):  # its main thread starts the ranks, and the kernel sees its end
+    # torchrun starts the ranks from its main thread, so the kernel signals them when it ends
+    if "TORCHELASTIC_RUN_ID" in environment:
         end_with_launcher()
     if "RANK" not in environment or int(environment.get("WORLD_SIZE", "1")) == 1:
         yield join_world()
         return
     if torch.cuda.is_available():
+        # before the process group: NCCL takes the current device
         _device(int(environment["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     try:

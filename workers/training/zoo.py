@@ -1,4 +1,7 @@
-"""Detectron2's model-zoo files: pickles of names to arrays, read without running anything that a pickle may call."""
+"""Detectron2's model-zoo files: pickles of names to arrays.
+
+A pickle may call any function when it is read. This reader lets it call what arrays need alone.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,11 @@ from torch import Tensor
 
 
 def _latin1(text: str, _encoding: str) -> bytes:
-    """What stands for the bytes of an array in pickles of protocol 2."""
+    """What pickles of protocol 2 call for the bytes of an array."""
     return text.encode("latin1")
 
 
-# What an array's pickle names. Files written under numpy 1 say `numpy.core`, newer ones `numpy._core`.
+# The functions that an array's pickle names: `numpy.core` under numpy 1, `numpy._core` since.
 _RECONSTRUCT = np.zeros(0).__reduce__()[0]
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
@@ -37,10 +40,14 @@ class _Arrays(pickle.Unpickler):
 
 
 def read_zoo_pickle(path: Path) -> dict[str, Tensor]:
-    """The `model` of a `model_final_*.pkl` in detectron2's names. Raises ValueError if it is anything else."""
+    """The `model` of a `model_final_*.pkl` in detectron2's names.
+
+    Raises ValueError if the file is anything else.
+    """
     try:
         with path.open("rb") as file:
             data = _Arrays(file, encoding="latin1").load()
+    # what a damaged or foreign pickle raises, by where it breaks
     except (
         pickle.UnpicklingError,
         EOFError,

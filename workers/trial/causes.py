@@ -1,4 +1,4 @@
-"""Why a rank ended badly: one line, a class that the orchestrator decides by, and an exit status."""
+"""Why a rank ended badly: one line, a class by which the service decides, and an exit status."""
 
 from __future__ import annotations
 
@@ -7,32 +7,26 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel
 from torch import Tensor
 
 from contract.attempt import (
-    EXIT_DIVERGED,
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_INPUT,
-    EXIT_OUT_OF_MEMORY,
-    EXIT_PREEMPTED,
-    EXIT_STOPPED,
+    CAUSE_FILE,
     OUTCOME_FILE,
+    ErrorClass,
+    ExitStatus,
     Outcome,
 )
 from contract.files import Files
+from contract.record import Message
 from contract.words import one_line
 from workers.trial.checkpoints import FencedError
 
-ErrorClass = Literal["none", "person", "out_of_memory", "node", "collective", "diverged", "unknown"]
-CAUSE_FILE = "attempts/{attempt}/rank-{rank}.cause.json"
-# A rank whose peer died says so itself; the peer's own cause, where it left one, says more.
-_TELLING: tuple[ErrorClass, ...] = (
+# The class that explains most comes first. A rank whose peer died only says that it lost the peer;
+# the peer's own cause, where it left one, says why.
+_BY_EXPLANATION: tuple[ErrorClass, ...] = (
     "person",
     "out_of_memory",
     "diverged",
@@ -41,6 +35,7 @@ _TELLING: tuple[ErrorClass, ...] = (
     "collective",
     "none",
 )
+# gloo and NCCL raise plain RuntimeErrors: only their words set a lost peer apart from a bug
 _PEER_LOST = (
     "connection closed by peer",
     "connection reset",
@@ -50,13 +45,14 @@ _PEER_LOST = (
     "broken pipe",
     "heartbeat",
 )
+_MOST_ERROR_CHARS = 2000
 
 
 class DivergedError(RuntimeError):
     """The loss left its range more often than the guard may roll back."""
 
 
-class Cause(BaseModel):
+class Cause(Message):
     """How one rank failed. details: its traceback."""
 
     rank: int
@@ -66,22 +62,29 @@ class Cause(BaseModel):
 
 
 def cause_of(error: BaseException, rank: int) -> Cause:
-    details = "".join(traceback.format_exception(error))
+    """What one rank knows of its own failure."""
     return Cause(
-        rank=rank, error_class=classify(error), error=f"{one_line(error)}"[:2000], details=details
+        rank=rank,
+        error_class=classify(error),
+        error=one_line(error)[:_MOST_ERROR_CHARS],
+        details="".join(traceback.format_exception(error)),
     )
 
 
 def classify(error: BaseException) -> ErrorClass:
+    """The class of an error. The service decides by it who is at fault, and whether to retry."""
     match error:
         case DivergedError():
             return "diverged"
         case FencedError():
             return "node"
+        # before RuntimeError, of which torch's two are kinds
         case torch.OutOfMemoryError() | OutOfMemoryError() | MemoryError():
             return "out_of_memory"
+        # ValueError is what a person wrote, everywhere in maskray
         case ValueError() | FileNotFoundError():
             return "person"
+        # before OSError, of which ConnectionError is one
         case dist.DistBackendError() | dist.DistNetworkError() | ConnectionError():
             return "collective"
         case OSError():
@@ -90,6 +93,7 @@ def classify(error: BaseException) -> ErrorClass:
             text = str(error).lower()
             if any(sign in text for sign in _PEER_LOST):
                 return "collective"
+            # `contract.files` explains a full disk with an error of its own
             caused_by_disk = isinstance(error.__cause__, OSError) and error.__cause__.errno in (
                 errno.ENOSPC,
                 errno.EDQUOT,
@@ -97,6 +101,9 @@ def classify(error: BaseException) -> ErrorClass:
             return "node" if caused_by_disk else "unknown"
         case _:
             return "unknown"
+
+
+# --- out of memory ---
 
 
 class OutOfMemoryError(RuntimeError):
@@ -110,14 +117,15 @@ FEWER_EVALUATED = "lower loop.eval_batch"
 def explain_out_of_memory(
     images: Sequence[tuple[int, ...]], device: torch.device, remedy: str = FEWER_IMAGES
 ) -> OutOfMemoryError:
-    """images: shapes (B, 3, H, W) of this rank's chunks of the step. remedy: what holds fewer of them at once."""
+    """The error to raise in place of torch's.
+
+    images: shapes (B, 3, H, W) of this rank's chunks of the step. remedy: how fewer of them are
+    held at once.
+    """
     shapes = ", ".join("x".join(str(side) for side in shape) for shape in images)
-    total = (
-        torch.cuda.get_device_properties(device).total_memory / 2**30
-        if device.type == "cuda"
-        else 0
-    )
-    size = f" ({total:.0f} GiB)" if total else ""
+    size = ""
+    if device.type == "cuda":
+        size = f" ({torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB)"
     return OutOfMemoryError(
         f"out of memory on {device}{size} with images of {shapes}; "
         f"{remedy}, choose loop.precision bf16, or use more ranks"
@@ -128,7 +136,7 @@ def explain_out_of_memory(
 def memory_explained(
     images: Sequence[Tensor], device: torch.device, remedy: str = FEWER_IMAGES
 ) -> Iterator[None]:
-    """Within the block running out of memory is told with the shapes of `images` and what to change."""
+    """Within the block, running out of memory raises an error with shapes and a remedy."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -140,54 +148,65 @@ def memory_explained(
         raise
 
 
+# --- what one rank leaves for the others ---
+
+
 def most_telling(causes: Sequence[Cause]) -> Cause:
     """The cause that explains the others."""
-    return min(causes, key=lambda cause: (_TELLING.index(cause.error_class), cause.rank))
+    # of equals the lowest rank, so that all ranks choose the same
+    return min(causes, key=lambda cause: (_BY_EXPLANATION.index(cause.error_class), cause.rank))
 
 
 def record_cause(storage: Files, attempt: int, cause: Cause) -> None:
-    storage.write(
-        CAUSE_FILE.format(attempt=attempt, rank=cause.rank),
-        cause.model_dump_json(indent=1).encode(),
-    )
+    """Leaves a cause in the attempt's folder, for the other ranks and the driver."""
+    path = CAUSE_FILE.format(attempt=attempt, rank=cause.rank)
+    storage.write(path, cause.model_dump_json(indent=1).encode())
 
 
 def recorded_causes(storage: Files, attempt: int) -> list[Cause]:
+    """Every cause that a rank of this attempt left."""
     folder = f"attempts/{attempt}"
     names = [name for name in storage.names(folder) if name.endswith(".cause.json")]
     return [Cause.model_validate_json(storage.read(f"{folder}/{name}")) for name in names]
 
 
 def common_cause(storage: Files, attempt: int, own: Cause, patience_s: float = 3.0) -> Cause:
-    """The most telling cause of all ranks; a rank that lost its peer waits a little for what the peer has to say."""
+    """The most telling cause of all ranks.
+
+    A rank that lost its peer waits a little: the peer may still be writing its own cause.
+    """
     until = time.monotonic() + patience_s
     while True:
         best = most_telling([own, *recorded_causes(storage, attempt)])
+        # any other class explains the end of this rank, too
         if best.error_class != "collective" or time.monotonic() > until:
             return best
         time.sleep(0.1)
 
 
+# --- what the attempt leaves for the service ---
+
+
 def write_outcome(storage: Files, attempt: int, outcome: Outcome) -> None:
     """Writes `outcome.json` of the attempt; a field at its default is left out."""
-    text = outcome.model_dump_json(indent=1, exclude_defaults=True)
-    storage.write(OUTCOME_FILE.format(attempt=attempt), text.encode())
+    storage.write_json(OUTCOME_FILE.format(attempt=attempt), outcome.sparse())
 
 
-def exit_status(outcome: Outcome) -> int:
+def exit_status(outcome: Outcome) -> ExitStatus:
+    """The exit status of a program that ends with this outcome."""
     match outcome.state:
         case "done":
-            return EXIT_DONE
+            return ExitStatus.DONE
         case "stopped":
-            return EXIT_STOPPED
+            return ExitStatus.STOPPED
         case "preempted":
-            return EXIT_PREEMPTED
+            return ExitStatus.PREEMPTED
     match outcome.error_class:
         case "person":
-            return EXIT_INPUT
+            return ExitStatus.INPUT
         case "diverged":
-            return EXIT_DIVERGED
+            return ExitStatus.DIVERGED
         case "out_of_memory":
-            return EXIT_OUT_OF_MEMORY
+            return ExitStatus.OUT_OF_MEMORY
         case _:
-            return EXIT_FAILED
+            return ExitStatus.FAILED

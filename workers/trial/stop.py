@@ -12,32 +12,36 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from contract.attempt import STOP_FILE, Outcome
+from contract.attempt import ATTEMPT_STOP_FILE, PREEMPT_FILE, STOP_FILE, Outcome
 from contract.files import Files
 
 Reason = Literal["", "stopped", "preempted"]
-# written by the driver of an attempt when it is asked itself
-ATTEMPT_STOP_FILE, PREEMPT_FILE = "attempts/{attempt}/stop", "attempts/{attempt}/preempt"
-_LAG_STEPS = 2  # on a GPU a flag is read when its copy has long arrived
+# On a GPU the host reads a flag this many steps late: by then its copy has arrived without a wait.
+_LAG_STEPS = 2
+# How often the files are looked at. Behind a URI each look is a request to a store.
+_LOCAL_PERIOD_S, _REMOTE_PERIOD_S = 0.25, 2.0
 
 
 class StopRequest:
-    """What this rank knows. Rank 0 alone watches the files."""
+    """Whether somebody asked this rank to end, and why. Rank 0 alone watches the files."""
 
     def __init__(self) -> None:
         self.reason: Reason = ""
 
     def ask(self, reason: Reason) -> None:
-        self.reason = self.reason or reason
+        self.reason = self.reason or reason  # the first reason stays
+
+    def asked(self) -> bool:
+        return bool(self.reason)
 
     @property
     def flags(self) -> tuple[float, float]:
-        """(stopped, preempted) as 0 and 1, to be added over the ranks."""
+        """(stopped, preempted) as 0 and 1, to be summed over the ranks."""
         return float(self.reason == "stopped"), float(self.reason == "preempted")
 
 
 def reason_of(flags: Sequence[float]) -> Reason:
-    """The common reason from flags added over the ranks."""
+    """The common reason from flags summed over the ranks; a person's stop counts first."""
     stopped, preempted = flags
     return "stopped" if stopped else "preempted" if preempted else ""
 
@@ -50,9 +54,10 @@ class FlagReader:
         self._waiting: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def read(self, flags: Tensor) -> Reason:
-        """Takes this step's flags; returns the reason that all ranks read in this step."""
+        """Takes this step's flags; returns the reason, the same on all ranks in the same step."""
         if not self._on_gpu:
             return reason_of(flags.tolist())
+        # pinned, or the copy would wait for the device
         host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
         host.copy_(flags, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -83,10 +88,14 @@ def signals_asking(request: StopRequest) -> Iterator[None]:
 def grace_enforced(
     request: StopRequest, grace_s: float, leave: Callable[[Reason], None]
 ) -> Iterator[None]:
-    """Within the block `leave`, which ends the process, is called `grace_s` seconds after a stop was asked for."""
+    """Within the block a stop request starts a clock; `leave` is called after `grace_s` seconds.
+
+    leave: ends the process, whatever it hangs in.
+    """
     ended = threading.Event()
 
     def watch() -> None:
+        # a look now and then: signal handlers set the reason, a plain field without a lock
         while not request.reason:
             if ended.wait(0.25):
                 return
@@ -99,14 +108,17 @@ def grace_enforced(
         yield
     finally:
         ended.set()
-        thread.join()  # what it holds must not outlive the interpreter
+        # A thread that held the last reference to a process group ended with the interpreter, and
+        # the rank aborted: about every second run on two ranks (docs/log.md).
+        thread.join()
 
 
 def late_outcome(reason: Reason, grace_s: float) -> Outcome:
-    """Of an attempt that was asked to end and did not within `grace_s`."""
+    """The outcome of an attempt that did not end within `grace_s` after a stop request."""
     return Outcome(
         state="stopped" if reason == "stopped" else "preempted",
-        error=f"not at its end {grace_s:.0f} s after the request; it resumes from its last checkpoint",
+        error=f"not at its end {grace_s:.0f} s after the request; "
+        "it resumes from its last checkpoint",
     )
 
 
@@ -118,23 +130,26 @@ def files_asking(
     notice: Callable[[], bool],
     warn: Callable[[str], None],
 ) -> Iterator[None]:
-    """Within the block the trial's stop file, the attempt's own requests and `notice` are looked at now and then."""
+    """Within the block a thread looks for the stop files of the trial and of the attempt.
+
+    notice: whether the node is about to go; the thread asks it, too.
+    """
     ended = threading.Event()
-    period_s = 0.25 if storage.local is not None else 2.0
+    period_s = _LOCAL_PERIOD_S if storage.local is not None else _REMOTE_PERIOD_S
+    stop_files = (STOP_FILE, ATTEMPT_STOP_FILE.format(attempt=attempt))
+    preempt_file = PREEMPT_FILE.format(attempt=attempt)
 
     def watch() -> None:
         failing = False
         while not ended.wait(period_s) and not request.reason:
             try:
-                if storage.exists(STOP_FILE) or storage.exists(
-                    ATTEMPT_STOP_FILE.format(attempt=attempt)
-                ):
+                if any(storage.exists(path) for path in stop_files):
                     request.ask("stopped")
-                elif storage.exists(PREEMPT_FILE.format(attempt=attempt)) or notice():
+                elif storage.exists(preempt_file) or notice():
                     request.ask("preempted")
                 failing = False
             except (OSError, RuntimeError) as error:
-                if not failing:
+                if not failing:  # one warning for each outage, not one for each look
                     warn(f"cannot look for stop requests in {storage.uri}: {error}")
                 failing = True
 
@@ -144,4 +159,4 @@ def files_asking(
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join()  # for the same reason as in `grace_enforced`

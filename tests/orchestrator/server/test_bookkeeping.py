@@ -20,6 +20,7 @@ from orchestrator.server.mlflow import Run, RunInfo, TrackingRefusedError
 from orchestrator.settings import ServiceSettings
 from tests.orchestrator.studies import finished
 from tests.orchestrator.submissions import plan, submission
+from workers.tracking.records import Tags
 from workers.tracking.spool import Spool
 
 
@@ -79,7 +80,7 @@ def test_what_a_trial_could_not_send_is_sent_before_its_run_is_closed(tmp_path: 
     left, sent = (tmp_path / "studies" / study / f"{study}-00{i}" for i in range(2))
     for folder in (left, sent):
         spool = Spool(folder / "spool")
-        spool.append({"kind": "tags", "values": {}})
+        spool.append(Tags(values={}))
         spool.close()
         assert (folder / SPOOL_RECORDS).stat().st_size > 0
     (sent / SPOOL_CURSOR).write_text(json.dumps({"bytes": (sent / SPOOL_RECORDS).stat().st_size}))

@@ -1,48 +1,69 @@
-"""What a run tells arrives once, in order, whatever the tracker does; the loop never waits for it."""
+"""Each record arrives once and in order, whatever the tracker does; the loop never waits for it."""
 
 from __future__ import annotations
 
 import errno
 import json
 import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from contract.attempt import Progress
 from contract.files import Files
-from tests.workers.fakes import fake_trial, small_run
+from tests.workers.fakes import fake_trial, small_run, trial_journal
 from tests.workers.ranks import run_ranks
 from tests.workers.training.test_resume import kill_in_step
-from workers.tracking.journal import NOTHING, TrialJournal
+from workers.tracking.journal import JournalState, TrialJournal
+from workers.tracking.records import (
+    Held,
+    Metrics,
+    Params,
+    RejectedError,
+    Rewind,
+    Status,
+    Tags,
+    TrackingRecord,
+)
 from workers.tracking.series import Row
-from workers.tracking.spool import RejectedError, Shipper, Spool, metric_points, ship_once
+from workers.tracking.shipper import Shipper, ship_once
+from workers.tracking.spool import Spool
+
+EIGHT = small_run(steps=8, global_batch=8)
 
 
 class FakeTracker:
-    """Keeps what it is sent as MLflow does: the same record twice is one."""
+    """Keeps records as MLflow does: the same record twice is one."""
+
+    run_id = "run-1"
 
     def __init__(self) -> None:
-        self.points: set[tuple[Any, ...]] = set()
+        self.points: set[tuple[str, int, int, float]] = set()
         self.calls = 0
         self.failing = False
         self.refused = ""
 
-    def send(self, records: Any) -> None:
+    def send(self, records: Sequence[TrackingRecord]) -> None:
         self.calls += 1
         if self.failing:
             raise ConnectionError("no route to the tracker")
         for record in records:
-            if record["kind"] == self.refused:
-                raise RejectedError(f"no {record['kind']} here")
-            for name, value in record.get("values", {}).items():
-                self.points.add((name, record.get("at"), record.get("step"), value))
+            if record.kind == self.refused:
+                raise RejectedError(f"no {record.kind} here")
+            if isinstance(record, Metrics):
+                for name, value in record.values.items():
+                    self.points.add((name, record.at, record.step, value))
 
 
-def metrics(step: int) -> dict[str, Any]:
-    return {"kind": "metrics", "at": 1000 + step, "step": step, "values": {"loss": 1 / step}}
+def metrics(step: int) -> Metrics:
+    return Metrics(at=1000 + step, step=step, values={"loss": 1 / step})
+
+
+def metric_steps(records: Iterable[TrackingRecord]) -> list[int]:
+    """The steps of the records that hold a loss."""
+    return [r.step for r in records if isinstance(r, Metrics) and "loss" in r.values]
 
 
 def steps_of(tracker: FakeTracker) -> list[int]:
@@ -57,7 +78,7 @@ def spool(tmp_path):
 
 
 def test_a_tracker_that_is_down_at_first_gets_all_of_it_later(spool):
-    tracker, warnings = FakeTracker(), []
+    tracker, warnings = FakeTracker(), list[str]()
     tracker.failing = True
     for step in range(1, 4):
         spool.append(metrics(step))
@@ -105,7 +126,7 @@ def test_a_line_torn_by_a_crash_is_dropped_and_the_next_is_whole(tmp_path):
     again = Spool(tmp_path)
     again.append(metrics(2))
     again.close()
-    assert [record["step"] for record in again.records()] == [1, 2]
+    assert metric_steps(again.records()) == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +134,7 @@ def test_a_line_torn_by_a_crash_is_dropped_and_the_next_is_whole(tmp_path):
 )
 @pytest.mark.parametrize("shipped", [0, 1, 2])
 def test_a_damaged_line_is_set_aside_with_one_warning(tmp_path, damage, shipped):
-    tracker, warnings = FakeTracker(), []
+    tracker, warnings = FakeTracker(), list[str]()
     first = Spool(tmp_path)
     ends = [0]
     for step in (1, 2):
@@ -124,12 +145,12 @@ def test_a_damaged_line_is_set_aside_with_one_warning(tmp_path, damage, shipped)
     lines = (tmp_path / "records.jsonl").read_bytes().splitlines()
     (tmp_path / "records.jsonl").write_bytes(b"\n".join([lines[0], damage, lines[1], damage, b""]))
     beside = Spool(tmp_path, take=False, warn=warnings.append)
-    assert {record["step"] for _, record in beside.unsent()} <= {1, 2}
+    assert set(metric_steps(record for _, record in beside.unsent())) <= {1, 2}
     beside.close()
     (tmp_path / "rejected.jsonl").unlink()
     again = Spool(tmp_path, warn=warnings.append)
     again.append(metrics(3))
-    assert [record["step"] for record in again.records()] == [1, 2, 3]
+    assert metric_steps(again.records()) == [1, 2, 3]
     assert Shipper(again, tracker, warnings.append).close(30)
     again.close()
     assert steps_of(tracker) == [1, 2, 3]
@@ -142,12 +163,12 @@ def test_a_damaged_line_is_set_aside_with_one_warning(tmp_path, damage, shipped)
 
 
 def test_a_process_whose_spool_was_taken_over_adds_and_ships_nothing(tmp_path):
-    tracker, warnings = FakeTracker(), []
+    tracker, warnings = FakeTracker(), list[str]()
     old = Spool(tmp_path)
     old.append(metrics(1))
     new = Spool(tmp_path)
     old.append(metrics(2))
-    assert [record["step"] for record in new.records()] == [1]
+    assert metric_steps(new.records()) == [1]
     assert Shipper(old, tracker, warnings.append).close(30)
     assert not tracker.calls
     assert "a newer attempt has taken" in warnings[0]
@@ -187,9 +208,9 @@ def test_a_full_disk_under_the_spool_is_one_clear_error(spool):
 
 
 def test_a_record_that_is_refused_for_good_is_set_aside_and_holds_up_no_other(spool):
-    tracker, warnings = FakeTracker(), []
+    tracker, warnings = FakeTracker(), list[str]()
     tracker.refused = "params"
-    for record in (metrics(1), {"kind": "params", "values": {"a": "b"}}, metrics(2)):
+    for record in (metrics(1), Params(values={"a": "b"}), metrics(2)):
         spool.append(record)
     ship_once(spool, tracker, warnings.append)
     assert steps_of(tracker) == [1, 2]
@@ -201,7 +222,9 @@ def test_appending_never_waits_for_a_tracker_that_hangs(spool):
     release, entered = threading.Event(), threading.Event()
 
     class Hanging:
-        def send(self, records: Any) -> None:
+        run_id = ""
+
+        def send(self, records: Sequence[TrackingRecord]) -> None:
             entered.set()
             release.wait(60)
 
@@ -215,21 +238,48 @@ def test_appending_never_waits_for_a_tracker_that_hangs(spool):
     assert shipper.close(60)
 
 
-def test_points_after_a_rewind_are_told_again():
-    records = [metrics(1), metrics(2), metrics(3), {"kind": "rewind", "step": 1}, metrics(2)]
-    assert metric_points(records) == {("loss", 1), ("loss", 2)}
+def test_points_after_a_rewind_are_new_again():
+    held = Held([metrics(1), metrics(2), metrics(3), Rewind(step=1), metrics(2)])
+    assert [held.new_part(metrics(step)) for step in (1, 2, 3)] == [None, None, metrics(3)]
 
 
-# --- the journal across restarts ------------------------------------------------------------------------------------
+def test_of_a_record_that_is_held_in_part_the_rest_is_new():
+    held = Held([metrics(1), Tags(values={"a": "b"})])
+    both = Metrics(at=7, step=1, values={"loss": 2.0, "lr": 0.1})
+    assert held.new_part(both) == Metrics(at=7, step=1, values={"lr": 0.1})
+    assert held.new_part(Tags(values={"a": "b"})) is None
+    assert held.new_part(Tags(values={"a": "c"})) == Tags(values={"a": "c"})
+
+
+def test_a_spool_is_written_and_read_as_earlier_versions_did(tmp_path):
+    """Lines that the version of 89a7758 wrote; a metric that is not finite is one of them."""
+    lines = (
+        '{"kind": "status", "at": 5, "status": "RUNNING"}\n'
+        '{"kind": "tags", "values": {"maskray.trial": "t-1"}}\n'
+        '{"kind": "params", "values": {"seed": "0"}}\n'
+        '{"kind": "artifact", "path": "artifacts/config.yaml", "folder": ""}\n'
+        '{"kind": "metrics", "at": 6, "step": 2, "values": {"loss": NaN, "lr": 0.02}}\n'
+        '{"kind": "rewind", "step": 1}\n'
+    )
+    (tmp_path / "records.jsonl").write_text(lines)
+    spool = Spool(tmp_path)
+    records = spool.records()
+    assert records[0] == Status(at=5, status="RUNNING")
+    spool.append(*records)
+    spool.close()
+    assert (tmp_path / "records.jsonl").read_text() == lines * 2
+
+
+# --- the journal across restarts ---
 
 
 def window_points(folder: Path) -> list[int]:
     spool = Spool(folder / "spool")
     spool.close()
-    return [r["step"] for r in spool.records() if r["kind"] == "metrics" and "loss" in r["values"]]
+    return metric_steps(spool.records())
 
 
-def test_a_killed_and_resumed_run_tells_every_window_once(tmp_path):
+def test_a_killed_and_resumed_run_spools_every_window_once(tmp_path):
     run = small_run()
     run_ranks(kill_in_step, 1, tmp_path, run, 7, 0)
     assert window_points(tmp_path) == [2, 4, 6]  # step 6 lies beyond the checkpoint of step 4
@@ -237,7 +287,7 @@ def test_a_killed_and_resumed_run_tells_every_window_once(tmp_path):
     assert window_points(tmp_path) == [2, 4, 6, 8, 10, 12]
 
 
-def test_a_run_killed_before_its_first_checkpoint_tells_every_window_once(tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_spools_every_window_once(tmp_path):
     run = small_run()
     run_ranks(kill_in_step, 1, tmp_path, run, 3, 0)
     assert window_points(tmp_path) == [2]
@@ -250,14 +300,13 @@ def test_a_run_killed_before_its_first_checkpoint_tells_every_window_once(tmp_pa
 def test_an_evaluation_that_was_told_before_a_kill_and_is_done_again_is_told_once(tmp_path):
     for attempt in (1, 2):
         spool = Spool(tmp_path / "spool")
-        journal = TrialJournal(
-            spool, Files(str(tmp_path)), attempt, 8, 8, 50, lambda progress: None
-        )
-        journal.restore(NOTHING, 4)
+        journal = trial_journal(spool, Files(str(tmp_path)), attempt, EIGHT, 50)
+        journal.restore(JournalState(), 4)
         journal.metrics(4, {"bbox/AP": 0.5})
         journal.close()
-        spool.close()
-    assert [record["values"] for record in spool.records()] == [{"bbox/AP": 0.5}]
+    [record] = spool.records()
+    assert isinstance(record, Metrics)
+    assert record.values == {"bbox/AP": 0.5}
 
 
 def test_what_was_told_while_a_checkpoint_was_written_is_told_once_after_the_spool_is_lost(
@@ -265,7 +314,7 @@ def test_what_was_told_while_a_checkpoint_was_written_is_told_once_after_the_spo
 ):
     def journal_in(name: str) -> tuple[Spool, TrialJournal]:
         spool = Spool(tmp_path / name)
-        return spool, TrialJournal(spool, Files(str(tmp_path)), 1, 8, 8, 2, lambda progress: None)
+        return spool, trial_journal(spool, Files(str(tmp_path)), 1, EIGHT)
 
     def row(step: int) -> Row:
         return Row(step, {"loss": 1.0, "step_s": 0.5, "wait_s": 0.0})
@@ -274,25 +323,23 @@ def test_what_was_told_while_a_checkpoint_was_written_is_told_once_after_the_spo
     journal.rows([row(1), row(2)])
     state = journal.state()
     journal.rows([row(3), row(4)])  # the loop goes on
-    checkpoint = state()
+    # as a checkpoint keeps it
+    checkpoint = JournalState.model_validate(json.loads(json.dumps(state().model_dump())))
     journal.close()
-    spool.close()
     spool, journal = journal_in("new")
     journal.restore(checkpoint, 2)
     journal.rows([row(3), row(4), row(5), row(6)])
     journal.close()
-    spool.close()
-    assert [record["step"] for record in spool.records()] == [2, 4, 6]
+    assert metric_steps(spool.records()) == [2, 4, 6]
 
 
 def test_progress_of_an_attempt_that_was_taken_over_is_not_written(tmp_path, capsys):
     storage = Files(str(tmp_path))
     spool = Spool(tmp_path / "spool")
-    journal = TrialJournal(spool, storage, 1, 8, 8, 50, lambda progress: None)
+    journal = trial_journal(spool, storage, 1, EIGHT)
     storage.write_json("checkpoints/claim.json", {"attempt": 2})
     journal.progress("training", 4, None)
     journal.close()
-    spool.close()
     assert not (tmp_path / "progress.json").exists()
     assert "attempt 2 has taken over" in capsys.readouterr().out
 
@@ -321,12 +368,12 @@ def test_the_series_has_every_step_once_after_kill_and_resume(tmp_path):
 def test_progress_is_a_whole_file_at_every_moment(tmp_path):
     spool = Spool(tmp_path / "spool")
     seen: list[Progress] = []
-    journal = TrialJournal(spool, Files(str(tmp_path)), 3, 100, 8, 50, seen.append)
+    run = small_run(steps=100, global_batch=8)
+    journal = trial_journal(spool, Files(str(tmp_path)), 3, run, show=seen.append)
     row = Row(10, {"loss": float("nan"), "step_s": 0.5, "wait_s": 0.1})
     journal.rows([row])
     journal.progress("training", 10, row)
     journal.close()
-    spool.close()
     progress = Progress.model_validate_json((tmp_path / "progress.json").read_text())
     assert (progress.attempt, progress.step, progress.loss) == (3, 10, None)
     assert (seen[0].images_per_s, seen[0].seconds_left) == (16.0, 45.0)

@@ -1,4 +1,4 @@
-"""Real MLflow: one run per trial, nothing lost and nothing doubled when the server is dead, killed or restarted."""
+"""Real MLflow: one run per trial. No record is lost or doubled when the server dies or restarts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from contract.files import Files
 from tests.workers.fakes import small_run
 from tests.workers.tracking.test_spool import metrics
 from workers.sync import sync
-from workers.tracking.mlflow_target import MLflowTarget, flattened
-from workers.tracking.scribe import Scribe, open_spool
-from workers.tracking.spool import Shipper, Spool
+from workers.tracking.journal import open_journal
+from workers.tracking.mlflow_tracker import MLflowTracker, flattened
+from workers.tracking.records import Artifact, Params, RejectedError, Status
+from workers.tracking.shipper import Shipper
+from workers.tracking.spool import DESTINATION_FILE, Destination, Spool, open_spool
 
 
-def target(uri: str, folder: Path, trial: str = "t-1") -> MLflowTarget:
-    return MLflowTarget(
+def tracker(uri: str, folder: Path, trial: str = "t-1") -> MLflowTracker:
+    return MLflowTracker(
         MLflowTracking(uri=uri, experiment="study"), trial, "arm/seed-0", Files(str(folder))
     )
 
@@ -40,25 +42,27 @@ def history(uri: str, name: str = "loss") -> list[tuple[int, float]]:
 
 
 def test_a_second_process_continues_the_run_and_drops_what_it_holds(tmp_path, store):
-    first = target(store, tmp_path)
-    first.send([metrics(1), metrics(2), {"kind": "params", "values": {"a.b": "1"}}])
-    again = target(store, tmp_path)
+    first = tracker(store, tmp_path)
+    first.send([metrics(1), metrics(2), Params(values={"a.b": "1"})])
+    again = tracker(store, tmp_path)
     again.send(
-        [{**metrics(2), "at": 9999}, metrics(3), {"kind": "status", "at": 5, "status": "FINISHED"}]
+        [
+            metrics(2).model_copy(update={"at": 9999}),
+            metrics(3),
+            Status(at=5, status="FINISHED"),
+        ]
     )
     assert again.run_id == first.run_id
     assert history(store) == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
 
 
 def test_values_that_mlflow_refuses_are_told_apart_from_a_dead_server(tmp_path, store):
-    from workers.tracking.spool import RejectedError
-
-    sender = target(store, tmp_path)
-    sender.send([{"kind": "params", "values": {"lr": "1"}}])
+    sender = tracker(store, tmp_path)
+    sender.send([Params(values={"lr": "1"})])
     with pytest.raises(RejectedError):
-        sender.send([{"kind": "params", "values": {"lr": "2"}}])
+        sender.send([Params(values={"lr": "2"})])
     with pytest.raises(RejectedError, match="artifact is gone"):
-        sender.send([{"kind": "artifact", "path": "nowhere.txt", "folder": ""}])
+        sender.send([Artifact(path="nowhere.txt", folder="")])
 
 
 def attempt_of(folder: Path, number: int, tracking: Tracking) -> RunSpec:
@@ -67,31 +71,31 @@ def attempt_of(folder: Path, number: int, tracking: Tracking) -> RunSpec:
     )
 
 
-def tell(spec: RunSpec, step: int) -> None:
-    """An attempt that tells one point and ends."""
-    scribe = Scribe(spec, Files(spec.storage), lambda progress: None)
-    scribe.journal.metrics(step, {"loss": 1 / step})
-    assert scribe.journal.state()()["tail"] == []
-    scribe.finish(Outcome(state="done", step=step))
+def train_untracked(spec: RunSpec, step: int) -> None:
+    """An attempt without a tracker that spools one point and ends; its checkpoints carry none."""
+    journal = open_journal(spec, Files(spec.storage), lambda progress: None)
+    journal.metrics(step, {"loss": 1 / step})
+    assert journal.state()().tail == ()
+    journal.finish(Outcome(state="done", step=step))
 
 
 def test_a_run_first_trained_without_a_tracker_sends_that_part_once_it_has_one(
     tmp_path, empty_store, capsys
 ):
     own = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'own.db')}"
-    tell(attempt_of(tmp_path, 1, NoTracking()), 1)
+    train_untracked(attempt_of(tmp_path, 1, NoTracking()), 1)
     assert not (tmp_path / "spool/cursor.json").exists()
     assert "warning" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="its run has no tracker; resume it with one"):
         sync(str(tmp_path))
-    scribe = Scribe(
+    journal = open_journal(
         attempt_of(tmp_path, 2, MLflowTracking(uri=own, experiment="study")),
         Files(str(tmp_path)),
         print,
     )
-    scribe.journal.metrics(2, {"loss": 0.5})
-    assert scribe.flush()
-    scribe.finish(Outcome(state="done", step=2))
+    journal.metrics(2, {"loss": 0.5})
+    assert journal.run_id()
+    journal.finish(Outcome(state="done", step=2))
     assert history(own) == [(1, 1.0), (2, 0.5)]
 
 
@@ -104,7 +108,7 @@ def test_an_attempt_without_a_tracker_leaves_its_records_to_the_tracker_before(
     )
     spool.append(metrics(1))  # and its tracker was dead
     spool.close()
-    tell(attempt_of(tmp_path, 2, NoTracking()), 2)
+    train_untracked(attempt_of(tmp_path, 2, NoTracking()), 2)
     assert "send them later with" in capsys.readouterr().out
     sync(str(tmp_path))
     assert history(own) == [(1, 1.0), (2, 0.5)]
@@ -168,17 +172,17 @@ class Server:
 
 
 def test_a_server_dead_at_first_then_killed_then_back_has_each_record_once(tmp_path, empty_store):
-    from workers.tracking.scribe import TARGET_FILE, SpoolTarget
-
     server = Server(tmp_path, empty_store)
     spool = Spool(tmp_path / "spool")
     tracking = MLflowTracking(uri=server.uri, experiment="study")
-    record = SpoolTarget(tracking=tracking, trial="t-1", name="n", storage=str(tmp_path))
-    (spool.folder / TARGET_FILE).write_text(record.model_dump_json())
+    destination = Destination(tracking=tracking, trial="t-1", name="n", storage=str(tmp_path))
+    (spool.folder / DESTINATION_FILE).write_text(destination.model_dump_json())
     warnings: list[str] = []
 
     def ship() -> bool:
-        return Shipper(spool, target(server.uri, tmp_path), warnings.append, idle_s=0.05).close(240)
+        return Shipper(spool, tracker(server.uri, tmp_path), warnings.append, idle_s=0.05).close(
+            240
+        )
 
     try:
         for step in range(1, 1500):
@@ -194,8 +198,7 @@ def test_a_server_dead_at_first_then_killed_then_back_has_each_record_once(tmp_p
         server.start()
         spool.advance(0)  # as if it had been killed before it could remember: all of it again
         assert sync(str(tmp_path)) == 1500
-        found = history(server.uri)
-        assert [step for step, _ in found] == list(range(1, 1501))
+        assert [step for step, _ in history(server.uri)] == list(range(1, 1501))
     finally:
         server.kill()
         spool.close()

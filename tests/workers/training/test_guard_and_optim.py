@@ -13,32 +13,32 @@ from contract.recipe import SGD, AdamW, CosineSchedule, Guard, LoopConfig, OneCy
 from tests.workers.fakes import FakeDetector, fake_trial, small_run
 from workers.tracking.series import Row
 from workers.training.evaluate import Scores
-from workers.training.guard import GuardState, judge, rolled_back
-from workers.training.loop import _judged
+from workers.training.guard import GuardState, first_bad_step, rolled_back
+from workers.training.loop import _guarded_loss
 from workers.training.optim import base_rate, build_optimiser, rate_factor
 from workers.trial.causes import DivergedError
 
 
 def test_a_loss_that_is_not_finite_is_bad_from_the_first_step():
-    _, bad = judge(Guard(), GuardState(), [1.0, math.nan, 1.0])
+    _, bad = first_bad_step(Guard(), GuardState(), [1.0, math.nan, 1.0])
     assert bad == 1
 
 
 def test_a_spike_is_bad_only_beside_a_mean_that_has_settled():
-    state, bad = judge(Guard(), GuardState(), [1.0, 500.0, 1.0])
+    state, bad = first_bad_step(Guard(), GuardState(), [1.0, 500.0, 1.0])
     assert bad is None
-    state, bad = judge(Guard(), GuardState(), [1.0] * 30)
+    state, bad = first_bad_step(Guard(), GuardState(), [1.0] * 30)
     assert (state.seen, bad) == (30, None)
-    assert judge(Guard(), state, [1.0, 9.9])[1] is None
-    assert judge(Guard(), state, [1.0, 10.5])[1] == 1
+    assert first_bad_step(Guard(), state, [1.0, 9.9])[1] is None
+    assert first_bad_step(Guard(), state, [1.0, 10.5])[1] == 1
 
 
-def test_judging_in_pieces_is_judging_at_once():
+def test_losses_in_pieces_are_judged_as_at_once():
     losses = [1 + 0.1 * k for k in range(50)]
-    whole, _ = judge(Guard(), GuardState(), losses)
+    whole, _ = first_bad_step(Guard(), GuardState(), losses)
     pieces = GuardState()
     for start in range(0, 50, 7):
-        pieces, _ = judge(Guard(), pieces, losses[start : start + 7])
+        pieces, _ = first_bad_step(Guard(), pieces, losses[start : start + 7])
     assert pieces == whole
 
 
@@ -52,7 +52,7 @@ def test_rolling_back_skips_the_window_or_lowers_the_rate():
 
 
 class Exploding(FakeDetector):
-    """Its loss is not finite on the global batches given."""
+    """Its loss is not finite on the global batches `bad`."""
 
     def __init__(self, bad: set[int]) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def test_the_best_score_outlives_a_rollback(tmp_path):
 
 
 class BreakingGradients(Exploding):
-    """Its loss is finite on the global batches given, its gradients are not."""
+    """Its loss is finite on the global batches `bad`, its gradients are not."""
 
     def forward(self, batch):  # type: ignore[no-untyped-def]
         terms = super().forward(batch)
@@ -136,8 +136,8 @@ def test_gradients_that_are_not_finite_roll_back_and_reach_no_checkpoint(tmp_pat
 
 def test_with_fp16_gradients_that_are_not_finite_are_left_to_the_scaler():
     row = Row(1, {"loss": 2.0, "grad_norm": math.inf})
-    assert _judged(row, LoopConfig(precision="fp16")) == 2.0
-    assert math.isnan(_judged(row, LoopConfig()))
+    assert _guarded_loss(row, LoopConfig(precision="fp16")) == 2.0
+    assert math.isnan(_guarded_loss(row, LoopConfig()))
 
 
 def test_a_loss_that_was_never_good_begins_again_from_the_start(tmp_path):

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again ends with the same bits as one that never stopped."""
+"""A run that is killed at any moment and resumed ends with the bits of one that never stopped."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def go_on(world: World, folder: Path, run: RunConfig, attempt: int) -> tuple[str
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Weights and step of `small_run()` on one rank that nobody stopped."""
-    [found] = run_ranks(go_on, 1, tmp_path_factory.mktemp("whole"), small_run(), 1)
-    return found
+    [result] = run_ranks(go_on, 1, tmp_path_factory.mktemp("whole"), small_run(), 1)
+    return result
 
 
 @pytest.mark.parametrize("step", [2, 7])
@@ -50,13 +50,13 @@ def test_killed_in_a_step_resumes_to_the_same_bits(tmp_path, whole, step):
 
 @pytest.mark.parametrize("write", [1, 2, 3, 5])
 def test_killed_in_a_checkpoint_write_resumes_to_the_same_bits(tmp_path, whole, write):
-    """Writes 1, 2 and 3 are the tensors, the plain data and the marker of the first checkpoint; then the second's."""
+    """Writes 1, 2 and 3 are tensors, plain data and marker of the first checkpoint."""
     assert run_ranks(kill_in_write, 1, tmp_path, small_run(), write) == [None]
     assert run_ranks(go_on, 1, tmp_path, small_run(), 2) == [whole]
 
 
 def test_three_ranks_killed_twice_resume_to_the_same_bits(tmp_path):
-    """Six images on three ranks; without pinned buckets the sums of a restarted process come out differently."""
+    """Six images on three ranks. Without pinned buckets a restarted process rounds otherwise."""
     run = small_run()
     whole = run_ranks(go_on, 3, tmp_path / "whole", run, 1)
     run_ranks(kill_in_step, 3, tmp_path / "killed", run, 5, 1)
@@ -95,8 +95,8 @@ def test_a_stop_request_checkpoints_and_the_next_start_resumes_to_the_same_bits(
 
 
 def test_a_stop_asked_of_one_rank_ends_all_at_the_same_step(tmp_path):
-    found = run_ranks(stop_on_last_rank, 3, tmp_path, small_run())
-    assert found == [("preempted", 4)] * 3
+    endings = run_ranks(stop_on_last_rank, 3, tmp_path, small_run())
+    assert endings == [("preempted", 4)] * 3
 
 
 def stop_on_last_rank(world: World, folder: Path, run: RunConfig) -> tuple[str, int]:

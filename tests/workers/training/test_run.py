@@ -1,4 +1,4 @@
-"""Whole trials of the tiny preset: the files they leave, what MLflow holds, and how they end when they fail."""
+"""Whole trials of the tiny preset: their files, their records in MLflow, and how they fail."""
 
 from __future__ import annotations
 
@@ -308,14 +308,14 @@ def test_a_refused_attempt_leaves_the_folder_to_the_one_that_trains_in_it(
 def test_proposals_that_lack_an_image_are_refused_before_the_folder_is_taken(
     tmp_path, packed, missing
 ):
-    given = {
+    images = {
         name: open_dataset(uri).image_ids().tolist()
         for name, uri in zip(("train", "val"), packed, strict=True)
     }
-    gone = min(given[missing])
+    gone = min(images[missing])
     boxes, scores = np.array([[0, 0, 8, 8]], np.float32), np.ones(1, np.float32)
     uri = str(tmp_path / "proposals.arrow")
-    write_proposals(uri, [(i, boxes, scores) for i in {*given["train"], *given["val"]} - {gone}])
+    write_proposals(uri, [(i, boxes, scores) for i in {*images["train"], *images["val"]} - {gone}])
     out = tmp_path / "out"
     refused = go(
         spec_of(out, run_of(packed, model__proposals__kind="fixed", model__proposals__uri=uri))
@@ -357,7 +357,8 @@ def test_other_data_at_the_same_path_is_not_resumed_on(tmp_path, packed, name):
     shutil.rmtree(place)
     shutil.copytree(packed[("val", "train").index(name)], place)
     refused = go(spec_of(tmp_path / "out", run, attempt=2))
-    pattern = rf"data\.{name}: {place} is other data .*manifest [0-9a-f]{{12}} then, [0-9a-f]{{12}} now.*new folder"
+    hashes = "manifest [0-9a-f]{12} then, [0-9a-f]{12} now"
+    pattern = rf"data\.{name}: {place} is other data .*{hashes}.*new folder"
     assert (refused.error_class, bool(re.search(pattern, refused.error))) == ("person", True), (
         refused.error
     )
@@ -407,9 +408,9 @@ def test_a_trial_on_an_object_store_keeps_there_what_a_dead_tracker_could_not_be
     assert tracked.info.status == "FINISHED"
 
 
-@pytest.mark.parametrize(("rank", "told"), [(0, 1), (1, 0)])
+@pytest.mark.parametrize(("rank", "warnings"), [(0, 1), (1, 0)])
 def test_a_precision_that_the_cpu_imitates_is_told_once(
-    tmp_path, packed, monkeypatch, capsys, rank, told
+    tmp_path, packed, monkeypatch, capsys, rank, warnings
 ):
     monkeypatch.setattr("workers.training.step._cpu_computes_in", lambda precision: False)
     spec = spec_of(tmp_path, run_of(packed, loop__precision="bf16", loop__global_batch=2))
@@ -419,7 +420,8 @@ def test_a_precision_that_the_cpu_imitates_is_told_once(
             World(rank, 3, torch.device("cpu")),
             CheckpointStore(Files(str(tmp_path)), 1, 2, print),
         )
-    assert capsys.readouterr().out.count("warning: loop.precision: this CPU imitates bf16") == told
+    printed = capsys.readouterr().out
+    assert printed.count("warning: loop.precision: this CPU imitates bf16") == warnings
 
 
 def test_the_score_of_three_ranks_is_that_of_one_to_the_bit(packed):
@@ -431,12 +433,12 @@ def test_the_score_of_three_ranks_is_that_of_one_to_the_bit(packed):
 
 def scores(world: World, run: RunConfig) -> tuple[Any, ...]:
     _, data = open_datasets(run, "")
-    found = evaluate_detector(
+    scored = evaluate_detector(
         run.model, initial_detector(run), eval_loader(run, data, world), world
     )
-    assert found is not None
-    ordered = {kind: sorted(results, key=str) for kind, results in found.results.items()}
-    return found.metrics, ordered, found.per_class
+    assert scored is not None
+    ordered = {kind: sorted(results, key=str) for kind, results in scored.results.items()}
+    return scored.metrics, ordered, scored.per_class
 
 
 def test_a_rank_that_dies_ends_the_others_with_an_outcome(tmp_path, packed):

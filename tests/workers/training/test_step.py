@@ -47,7 +47,10 @@ def fake_step(world: World, run: RunConfig) -> dict[str, Any]:
 
 
 def real_steps(world: World, run: RunConfig, until: int) -> list[dict[str, Any]]:
-    """A step of the real detector from the beginning and one after `until`, which every rank takes alone and alike."""
+    """The real detector's first step, and the one after `until` steps.
+
+    Every rank takes those in between alone, and they are the same on all.
+    """
     data, _ = open_datasets(run, "")
     state = TrainState(run, initial_detector(run))
     alone_loader = iter(train_loader_opener(run, data, alone())(0))
@@ -69,11 +72,11 @@ def real_steps(world: World, run: RunConfig, until: int) -> list[dict[str, Any]]
     ]
 
 
-def assert_same_step(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5, abs=1e-6)
+def assert_same_step(actual: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert actual["losses"] == pytest.approx(wanted["losses"], rel=1e-5, abs=1e-6)
     for name, gradient in wanted["gradients"].items():
         torch.testing.assert_close(
-            found["gradients"][name], gradient, rtol=1e-4, atol=1e-5, msg=name
+            actual["gradients"][name], gradient, rtol=1e-4, atol=1e-5, msg=name
         )
 
 
@@ -90,9 +93,9 @@ def test_ranks_that_share_a_batch_unevenly_give_the_step_of_one(ranks):
     """Seven images: 4 + 3 on two ranks, 3 + 2 + 2 on three, in chunks of two."""
     run = small_run(global_batch=7, max_images_per_forward=2)
     whole = fake_step(alone(), small_run(global_batch=7))
-    for found in run_ranks(fake_step, ranks, run):
-        assert_same_step(found, whole)
-        assert found["flags"] == [0.0, float(ranks)]
+    for actual in run_ranks(fake_step, ranks, run):
+        assert_same_step(actual, whole)
+        assert actual["flags"] == [0.0, float(ranks)]
 
 
 def test_the_detector_takes_the_same_step_on_one_two_and_three_ranks(packed):
@@ -102,8 +105,8 @@ def test_the_detector_takes_the_same_step_on_one_two_and_three_ranks(packed):
     run = tiny_run(overrides, train, val)
     whole = real_steps(alone(), run, 2)
     for ranks in (2, 3):
-        for found in run_ranks(real_steps, ranks, run, 2):
-            for step, wanted in zip(found, whole, strict=True):
+        for steps in run_ranks(real_steps, ranks, run, 2):
+            for step, wanted in zip(steps, whole, strict=True):
                 assert_same_step(step, wanted)
 
 

@@ -1,4 +1,4 @@
-"""Files of initial weights: what is read, and what is refused in one line with the file and the remedy."""
+"""Files of initial weights: what is read, and what one line refuses with file and remedy."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ ONE = {"conv1.weight": torch.ones(2)}
 
 
 def read(path: Path | str) -> dict[str, Tensor]:
-    found = initial_weights(FileWeights(path=str(path)), ResNet())
-    assert found is not None
-    assert found[1] == "backbone"
-    return dict(found[0])
+    weights = initial_weights(FileWeights(path=str(path)), ResNet())
+    assert weights is not None
+    state, layout = weights
+    assert layout == "backbone"
+    return dict(state)
 
 
 @pytest.mark.parametrize(
@@ -41,9 +42,9 @@ def read(path: Path | str) -> dict[str, Tensor]:
 )
 def test_the_usual_wrappings_of_a_state_dict_are_taken_off(tmp_path, data):
     torch.save(data, tmp_path / "w.pth")
-    found = read(tmp_path / "w.pth")
-    assert list(found) == ["conv1.weight"]
-    assert torch.equal(found["conv1.weight"], torch.ones(2))
+    state = read(tmp_path / "w.pth")
+    assert list(state) == ["conv1.weight"]
+    assert torch.equal(state["conv1.weight"], torch.ones(2))
 
 
 def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
@@ -107,7 +108,7 @@ def test_a_file_that_does_not_fit_is_named_with_its_own_names(tmp_path):
     assert torch.equal(loaded["backbone.conv1.weight"], state["conv1.weight"])
 
 
-# --- torch hub's cache ----------------------------------------------------------------------------------------------
+# --- torch hub's cache ---
 
 
 @pytest.mark.parametrize("data", [b"", b"truncated", b"x" * 5000])

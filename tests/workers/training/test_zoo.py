@@ -27,9 +27,9 @@ def test_arrays_are_read_under_their_names(tmp_path):
     file = written(
         tmp_path / "model_final_0.pkl", {"model": weights, "__author__": "Detectron2 Model Zoo"}
     )
-    found = initial_weights(file, ResNet())
-    assert found is not None
-    state, layout = found
+    weights_read = initial_weights(file, ResNet())
+    assert weights_read is not None
+    state, layout = weights_read
     assert layout == "detectron2"
     assert {name: value.tolist() for name, value in state.items()} == {
         n: v.tolist() for n, v in weights.items()
@@ -42,9 +42,9 @@ def test_a_file_of_an_older_numpy_is_read(tmp_path):
     file = FileWeights(path=str(path), layout="detectron2")
     data = pickle.dumps({"model": {"w": np.ones(2, np.float32)}}, protocol=2)
     path.write_bytes(data.replace(b"numpy._core", b"numpy.core"))
-    found = initial_weights(file, ResNet())
-    assert found is not None
-    assert found[0]["w"].tolist() == [1, 1]
+    weights = initial_weights(file, ResNet())
+    assert weights is not None
+    assert weights[0]["w"].tolist() == [1, 1]
 
 
 class Runs:

@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ import pytest
 import torch
 
 from contract.files import Files
+from contract.recipe import RunConfig
 from tests.workers.fakes import fake_trial, small_run
+from workers.training.state import check_same_run
 from workers.trial.causes import classify
 from workers.trial.checkpoints import BackgroundWriter, CheckpointStore, FencedError, Snapshot
+from workers.trial.stop import StopRequest
 
 
 def snapshot(step: int) -> Snapshot:
@@ -223,6 +227,61 @@ def test_a_checkpoint_of_another_configuration_is_refused_by_field(tmp_path):
     ):
         fake_trial(tmp_path, small_run(steps=4, clip_grad_norm=1.0), attempt=2)
     fake_trial(tmp_path, small_run(steps=4, keep_checkpoints=5), attempt=2)
+
+
+def without(data: dict[str, Any], path: str) -> dict[str, Any]:
+    """A copy without the field at a dotted path."""
+    head, _, rest = path.partition(".")
+    return {
+        key: without(value, rest) if key == head else value
+        for key, value in data.items()
+        if rest or key != head
+    }
+
+
+def complete(run: RunConfig) -> dict[str, Any]:
+    """As versions up to 89a7758 wrote it: with the fields at their default."""
+    return run.model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [complete, RunConfig.sparse, lambda run: without(complete(run), "loop.guard.rate_factor")],
+    ids=["complete", "sparse", "of before a field"],
+)
+def test_a_field_that_a_checkpoint_does_not_have_counts_as_its_default(tmp_path, saved):
+    """The last kind refused every older checkpoint as soon as RunConfig got a field."""
+    run = small_run(steps=8)
+    stop = StopRequest()
+    first = fake_trial(
+        tmp_path, run, stop=stop, visit=lambda now: stop.ask("stopped") if now == 5 else None
+    )
+    assert first.state.step == 6
+    store, _ = store_in(tmp_path, attempt=2)
+    before = store.load(store.newest())
+    store.publish(replace(before, plain={**before.plain, "run": saved(run)}))
+    resumed = fake_trial(tmp_path, run, attempt=3)
+    assert resumed.digest == fake_trial(tmp_path / "whole", run).digest
+    with pytest.raises(ValueError, match=r"written with loop\.guard\.rate_factor = 0\.5, this run"):
+        check_same_run(saved(run), small_run(steps=8, guard={"rate_factor": 0.25}))
+
+
+def test_a_field_that_this_version_does_not_know_is_refused_by_name():
+    saved = complete(small_run())
+    saved["loop"]["frobnicate"] = 3
+    with pytest.raises(
+        ValueError, match=r"\Athe checkpoint's run: loop\.frobnicate: no such field; .*[^\n]*\Z"
+    ) as refused:
+        check_same_run(saved, small_run())
+    assert "resume with that one, or start in a new folder" in str(refused.value)
+
+
+def test_a_checkpoint_holds_the_run_without_the_fields_at_their_default(tmp_path):
+    fake_trial(tmp_path, small_run(steps=4))
+    [path] = tmp_path.glob("checkpoints/*/plain.json")
+    saved = json.loads(path.read_text())["run"]
+    assert saved == json.loads(json.dumps(small_run(steps=4).sparse()))
+    assert "ema_decay" not in saved["loop"]
 
 
 def test_storage_replaces_files_whole_or_not_at_all(tmp_path):
