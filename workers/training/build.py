@@ -9,6 +9,7 @@ from torch import nn
 from contract.model import FixedProposals, KeypointBranch, MaskBranch, ModelConfig
 from contract.recipe import RunConfig
 from model.build import build_detector
+from model.cpu.accelerate import accelerate
 from model.weights import load_initial
 from pipelines.load.loader import EvalLoader, TrainLoader
 from pipelines.load.proposals import ProposalTable
@@ -60,6 +61,7 @@ def check_data(run: RunConfig, dataset: Dataset, uri: str) -> None:
 def initial_detector(run: RunConfig) -> nn.Module:
     """The detector as training begins. Raises ValueError if its weights do not fit, with where they are from."""
     detector = build_detector(run.model, run.seed)
+    accelerate(detector)
     weights = initial_weights(run.model.weights, run.model.backbone)
     if weights is not None:
         try:

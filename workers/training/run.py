@@ -16,6 +16,7 @@ from torch import nn
 from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
 from contract.files import Files
 from contract.words import one_line
+from model.cpu.accelerate import kernels
 from pipelines.shards.dataset import Dataset
 from workers.tracking.journal import NOTHING, Journal, SilentJournal
 from workers.tracking.scribe import Scribe
@@ -250,6 +251,7 @@ def _finish(
         attempt=spec.attempt,
         world_size=world.size,
         weights_sha256=digest,
+        kernels=kernels(world.device),
         artifacts=artifacts,
         mlflow_run_id=scribe.flush(),
         events=journal.events,
