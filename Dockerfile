@@ -9,7 +9,7 @@ RUN apt-get update \
     && chown maskray:maskray /storage /data /app
 
 WORKDIR /app
-COPY --chown=maskray:maskray pyproject.toml constraints.txt README.md LICENSE ./
+COPY --chown=maskray:maskray pyproject.toml setup.py constraints.txt README.md LICENSE ./
 COPY --chown=maskray:maskray contract contract
 COPY --chown=maskray:maskray model model
 COPY --chown=maskray:maskray pipelines pipelines

@@ -18,7 +18,7 @@ help:
 install: $(STAMP)
 
 # A change of native.c installs again, because the installation compiles it.
-$(STAMP): pyproject.toml constraints.txt model/cpu/native.c
+$(STAMP): pyproject.toml setup.py constraints.txt model/cpu/native.c
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is older than 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -24,6 +24,7 @@ from benchmarks.pairs import in_turns, report, seconds
 from contract.presets import preset
 from model.branches.paste import paste_mask
 from model.build import build_detector
+from model.cpu.accelerate import accelerate
 from model.structures import Batch
 from model.weights import from_torchvision
 from pipelines.evaluate.evaluation import encode_crop
@@ -72,6 +73,7 @@ def main() -> None:
     sharpen(peer, image)
     detector = build_detector(preset("r50-fpn-torchvision"))
     detector.load_state_dict(from_torchvision(peer.state_dict()), strict=True)
+    accelerate(detector)
     detector, peer, image = detector.to(device).eval(), peer.to(device), image.to(device)
     batch = one_image(image.cpu()).to(device)
 

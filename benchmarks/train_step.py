@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.pairs import in_turns, report, seconds
 from contract.presets import preset
 from model.build import build_detector
+from model.cpu.accelerate import accelerate
 from model.structures import Batch
 from model.weights import from_torchvision
 
@@ -165,6 +166,7 @@ def main() -> None:
     detector, peer = build_detector(cfg), their_model(args.preset, args.side).train()
     if args.preset == "r50-fpn":
         share_weights(detector, peer)
+    accelerate(detector)
     detector, peer = detector.to(device), peer.to(device)
     floats, targets = [image.float() / 255 for image in batch.images], their_targets(batch)
     masks: dict[str, list[int]] = {"ours": [], "peer": []}

@@ -66,11 +66,14 @@ def bare_step(config: dict[str, Any]) -> None:
 
     from contract.recipe import RunConfig
     from model.build import build_detector
+    from model.cpu.accelerate import accelerate
     from pipelines.load.loader import TrainLoader
     from pipelines.shards.dataset import open_dataset
 
     run = RunConfig.model_validate(config["run"])
-    detector = prepare_model(build_detector(run.model, run.seed))
+    built = build_detector(run.model, run.seed)
+    accelerate(built)
+    detector = prepare_model(built)
     optimiser = torch.optim.SGD(detector.parameters(), lr=1e-3, momentum=0.9)
     loader = TrainLoader(
         run.data,

@@ -168,6 +168,7 @@ class Result(Message):
     attempt: int
     world_size: int
     weights_sha256: str  # of the last weights
+    kernels: str = ""  # what computed: "torch", or "compiled" and the checksum of native.c
     # "detections/bbox", "picture/last", ... -> path relative to the trial's folder
     artifacts: dict[str, str] = {}
     mlflow_run_id: str = ""

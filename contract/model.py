@@ -414,6 +414,10 @@ class SigmoidMask(Record):
     kind: Literal["sigmoid"] = "sigmoid"
     class_agnostic: bool = False
 
+    def num_channels(self, num_classes: int) -> int:
+        """How many masks the head predicts for a RoI."""
+        return 1 if self.class_agnostic else num_classes
+
 
 # What makes a mask of the softmax's probabilities; `model.branches.mask` defines each.
 SoftmaxInference: TypeAlias = Literal["probability", "argmax", "versus_background"]
@@ -430,6 +434,10 @@ class SoftmaxMask(Record):
     kind: Literal["softmax"] = "softmax"
     others: Literal["background", "own_class"] = "background"  # other instances inside the RoI
     inference: SoftmaxInference = "argmax"  # this one is `segm/AP`
+
+    def num_channels(self, num_classes: int) -> int:
+        """How many masks the head predicts for a RoI: one for each class, and the background."""
+        return num_classes + 1
 
 
 MaskLoss: TypeAlias = Annotated[SigmoidMask | SoftmaxMask, Field(discriminator="kind")]

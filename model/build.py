@@ -1,9 +1,12 @@
-"""From a config to a detector: the only code that reads `contract.model`. No I/O: pretrained weights come later."""
+"""From a config to a detector of torch's own modules. Only this code reads `contract.model`.
+
+No I/O: pretrained weights come later (`model.weights`), and so do kernels for CPUs (`model.cpu.accelerate`).
+"""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import assert_never, cast
+from typing import Literal, assert_never, cast
 
 import torch
 from torch import nn
@@ -20,66 +23,80 @@ from model.backbone.networks import (
     move_strides_to_1x1,
     resnet,
 )
-from model.branches.box import BoxBranch, FCTrunk, MeanTrunk
+from model.branches.box import BoxBranch, BoxSelection, FCTrunk, MeanTrunk
 from model.branches.keypoint import KeypointBranch
-from model.branches.mask import FCNHead, MaskBranch, MLPHead, SigmoidMasks, SoftmaxMasks
-from model.cpu.convolution import take_fast_convolutions
-from model.cpu.group_norm import take_fast_norms
-from model.detector import Detector, Settings
+from model.branches.mask import (
+    FCNHead,
+    Head,
+    MaskBranch,
+    Masks,
+    MLPHead,
+    Paste,
+    SigmoidMasks,
+    SoftmaxMasks,
+)
+from model.branches.paste import paste_all, paste_all_torchvision
+from model.detector import Detector
 from model.initial import initialise
-from model.pixels import Normalise
+from model.pixels import ImageSize, Normalise
 from model.roi.crops import SeparateCrops, SharedCrops
-from model.roi.operations import RoIOperation, align_operation, pool_operation, warp_operation
-from model.rpn.network import RPN
+from model.roi.operations import Align, Pool, RoIOperation, Warp
+from model.roi.sampling import RoISampler
+from model.rpn.network import RPN, AnchorSampler
+from model.rpn.proposals import Counts, FixedProposals, ProposalFilter
 
 BOX_SIDE, MASK_SIDE = 7, 14  # of RoI features
-RESNEXTS = {
+RESNEXTS = {  # depth, groups, width of a group
     "50-32x4d": (50, 32, 4),
     "101-32x8d": (101, 32, 8),
     "101-64x4d": (101, 64, 4),
-}  # depth, groups, width
+}
 MAP_STRIDES = (4, 8, 16, 32)  # of res2 to res5
 VGG_CHANNELS = 512
 
 
 def build_detector(cfg: config.ModelConfig, seed: int = 0) -> Detector:
     """The detector with its initial parameters, each drawn from (seed, its name)."""
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # torch's own initialisation draws from the global generator
-        detector = _assemble(cfg)
-    for head in (detector.mask, detector.keypoints):
-        if head is not None:  # it sees boxes that are chosen already
-            take_fast_convolutions(head, in_evaluation=True)
-    take_fast_convolutions(detector)
-    take_fast_norms(detector)
+    # torch's own initialisation draws from the global generator, which belongs to the caller.
+    with torch.random.fork_rng(devices=[]):
+        detector = assemble(cfg)
     initialise(detector, seed)
     return detector
 
 
-def _assemble(cfg: config.ModelConfig) -> Detector:
+def assemble(cfg: config.ModelConfig) -> Detector:
+    """The detector with parameters as torch leaves them."""
     backbone, channels = build_backbone(cfg.backbone, _num_stages(cfg.layout))
     layout, width, rpn_strides, roi_strides = build_layout(
         cfg.layout, channels, len(cfg.anchors.sizes_px)
     )
     roi = partial(build_roi_op, cfg.roi, strides=roi_strides)
-    rpn = build_rpn(cfg, width, rpn_strides)
+    proposals = build_proposals(cfg, width, rpn_strides)
     crops: SeparateCrops | SharedCrops
     if isinstance(cfg.layout, config.C4):
+        # A 14 x 14 crop is halved by res5's own stride, a 7 x 7 crop keeps its side.
         res5 = build_res5(cfg.backbone, halves=cfg.layout.roi_side == 2 * BOX_SIDE)
         crops, width, side = SharedCrops(roi(cfg.layout.roi_side), res5), channels[-1], BOX_SIDE
     else:
         crops, side = SeparateCrops(roi(BOX_SIDE), roi(MASK_SIDE)), MASK_SIDE
     return Detector(
-        Normalise(cfg.image.mean, cfg.image.std, cfg.image.channels == "bgr"),
+        *build_image_input(cfg.image),
         backbone,
         layout,
-        rpn,
+        proposals,
+        build_roi_sampler(cfg.sampling, cfg.num_classes),
         crops,
         build_box_branch(cfg, width),
         build_mask_branch(cfg.mask, cfg.num_classes, width, side),
         build_keypoint_branch(cfg.keypoints, width, side),
-        _settings(cfg),
+    )
+
+
+def build_image_input(cfg: config.ImageInput) -> tuple[Normalise, ImageSize]:
+    """How pixels enter, and the size of an image at test time."""
+    return (
+        Normalise(cfg.mean, cfg.std, cfg.channels == "bgr"),
+        ImageSize(cfg.short_side_px, cfg.max_side_px, cfg.canvas_multiple_px, cfg.resize),
     )
 
 
@@ -110,6 +127,7 @@ def build_backbone(cfg: config.Backbone, stages: int) -> tuple[nn.Module, list[i
 
 def build_res5(cfg: config.Backbone, halves: bool) -> nn.Module:
     """The last residual stage as the RoI head of C4: `halves` with its own stride of 2, else at stride 1."""
+    # The config refuses C4 with VGG-16, which has no residual stages.
     assert not isinstance(cfg, config.VGG16)
     res5 = cast(nn.Module, _residual(cfg).layer4)
     if not halves:
@@ -136,6 +154,7 @@ def _normed(
 ) -> nn.Module:
     match norm:
         case config.FrozenBatchNorm():
+            # Batch-norm, to be folded into the convolutions with its pretrained statistics.
             network = resnet(block, layers, groups, width, None)
             fold_norms(network, norm.eps)
             return network
@@ -161,6 +180,7 @@ def build_layout(
         case config.FPN():
             levels = [cfg.strides.index(stride) for stride in cfg.roi_strides]
             used = [channels[MAP_STRIDES.index(stride)] for stride in cfg.strides]
+            # Anchor levels beyond the maps, as P6, read maps that halve the last one.
             coarser = rpn_levels - len(used)
             rpn_strides = tuple(cfg.strides[0] << level for level in range(rpn_levels))
             return (
@@ -174,48 +194,89 @@ def build_layout(
 
 
 def build_roi_op(cfg: config.RoIOp, side: int, strides: tuple[int, ...]) -> RoIOperation:
+    """The operation at one side, over the maps of these strides."""
     match cfg:
         case config.RoIAlign():
-            return align_operation(side, strides, cfg.samples, cfg.reduce, cfg.aligned)
+            return RoIOperation(Align(cfg.samples, cfg.reduce, cfg.aligned), side, strides)
         case config.RoIPool():
-            return pool_operation(side, strides)
+            return RoIOperation(Pool(), side, strides)
         case config.RoIWarp():
-            return warp_operation(side, strides, cfg.reduce)
+            return RoIOperation(Warp(cfg.reduce), side, strides)
         case _:
             assert_never(cfg)
 
 
-def build_rpn(cfg: config.ModelConfig, channels: int, strides: tuple[int, ...]) -> RPN | None:
+def build_proposals(
+    cfg: config.ModelConfig, channels: int, strides: tuple[int, ...]
+) -> RPN | FixedProposals:
+    """The source of proposals: an RPN on maps of these channels and strides, or the batch."""
     match cfg.proposals:
         case config.EndToEnd():
-            return RPN(
-                channels, cfg.anchors.sizes_px, cfg.anchors.ratios, strides, cfg.anchors.rounded
-            )
+            return build_rpn(cfg.rpn, cfg.anchors, channels, strides)
         case config.FixedProposals():
-            return None
+            return FixedProposals(cfg.rpn.post_nms_train, cfg.rpn.post_nms_test)
         case _:
             assert_never(cfg.proposals)
 
 
+def build_rpn(
+    cfg: config.RPN, anchors: config.Anchors, channels: int, strides: tuple[int, ...]
+) -> RPN:
+    """The RPN on maps of these channels and strides."""
+    sampler = AnchorSampler(
+        cfg.batch_per_image, cfg.positive_fraction, cfg.positive_iou, cfg.negative_iou
+    )
+    proposals = ProposalFilter(
+        Counts(cfg.pre_nms_train, cfg.post_nms_train),
+        Counts(cfg.pre_nms_test, cfg.post_nms_test),
+        cfg.nms_iou,
+        cfg.min_side_px,
+    )
+    return RPN(
+        channels,
+        anchors.sizes_px,
+        anchors.ratios,
+        strides,
+        anchors.rounded,
+        sampler,
+        proposals,
+        _beta(cfg.box_loss),
+    )
+
+
+def build_roi_sampler(cfg: config.RoISampling, num_classes: int) -> RoISampler:
+    """Which RoIs train the heads."""
+    return RoISampler(num_classes, cfg.rois_per_image, cfg.positive_fraction, cfg.positive_iou)
+
+
 def build_box_branch(cfg: config.ModelConfig, channels: int) -> BoxBranch:
+    """The box branch on RoI features of these channels."""
     trunk: nn.Module
     cells = channels * BOX_SIDE * BOX_SIDE
     match cfg.box_head:
         case config.Res5Head():
             trunk, width = MeanTrunk(), channels
         case config.FCHead():
-            trunk, width = (
-                FCTrunk(cells, [cfg.box_head.width] * cfg.box_head.layers, 0.0),
-                cfg.box_head.width,
-            )
+            width = cfg.box_head.width
+            trunk = FCTrunk(cells, [width] * cfg.box_head.layers, 0.0)
         case config.VGGHead():
             trunk, width = FCTrunk(cells, [4096, 4096], cfg.box_head.dropout), 4096
         case _:
             assert_never(cfg.box_head)
-    first = cfg.background == "first"
     return BoxBranch(
-        trunk, width, cfg.num_classes, cfg.class_agnostic_boxes, first, _beta(cfg.box_loss)
+        trunk,
+        width,
+        cfg.num_classes,
+        cfg.class_agnostic_boxes,
+        cfg.background == "first",
+        _beta(cfg.box_loss),
+        build_box_selection(cfg.inference),
     )
+
+
+def build_box_selection(cfg: config.BoxInference) -> BoxSelection:
+    """Which boxes become detections."""
+    return BoxSelection(cfg.score_threshold, cfg.nms_iou, cfg.detections_per_image)
 
 
 def build_mask_branch(
@@ -224,33 +285,48 @@ def build_mask_branch(
     """`side` is that of the RoI features; a deconvolution doubles it, an MLP has 28 x 28 outputs."""
     if isinstance(cfg, config.NoMask):
         return None
-    masks: SigmoidMasks | SoftmaxMasks
-    match cfg.loss:
-        case config.SigmoidMask():
-            masks = SigmoidMasks(num_classes, cfg.loss.class_agnostic)
-            outputs = 1 if cfg.loss.class_agnostic else num_classes
-        case config.SoftmaxMask():
-            masks, outputs = (
-                SoftmaxMasks(cfg.loss.others == "own_class", cfg.loss.inference),
-                num_classes + 1,
-            )
-        case _:
-            assert_never(cfg.loss)
+    outputs = cfg.loss.num_channels(num_classes)
+    head: Head
     match cfg.head:
         case config.FCNMask():
-            head: FCNHead | MLPHead = FCNHead(channels, cfg.head.convs, cfg.head.width, outputs)
             mask_side = 2 * side
+            head = FCNHead(channels, cfg.head.convs, cfg.head.width, outputs)
         case config.MLPMask():
             mask_side = 2 * MASK_SIDE
-            head = MLPHead(
-                channels * side * side, cfg.head.layers, cfg.head.width, outputs, mask_side
-            )
+            cells = channels * side * side
+            head = MLPHead(cells, cfg.head.layers, cfg.head.width, outputs, mask_side)
         case _:
             assert_never(cfg.head)
-    return MaskBranch(head, masks, mask_side, cfg.loss_weight)
+    masks = build_mask_loss(cfg.loss, num_classes)
+    return MaskBranch(head, masks, mask_side, cfg.loss_weight, build_paste(cfg.paste))
+
+
+def build_mask_loss(cfg: config.MaskLoss, num_classes: int) -> Masks:
+    """The meaning of the mask head's logits."""
+    match cfg:
+        case config.SigmoidMask():
+            return SigmoidMasks(num_classes, cfg.class_agnostic)
+        case config.SoftmaxMask():
+            return SoftmaxMasks(cfg.others == "own_class", cfg.inference)
+        case _:
+            assert_never(cfg)
+
+
+def build_paste(
+    convention: Literal["pixel_centres", "torchvision"],
+) -> Paste:
+    """How `predict_image` pastes masks into the image."""
+    match convention:
+        case "pixel_centres":
+            return paste_all
+        case "torchvision":
+            return paste_all_torchvision
+        case _:
+            assert_never(convention)
 
 
 def build_keypoint_branch(cfg: config.Keypoints, channels: int, side: int) -> KeypointBranch | None:
+    """`side` is that of the RoI features, `channels` their channels."""
     match cfg:
         case config.NoKeypoints():
             return None
@@ -269,6 +345,7 @@ def build_keypoint_branch(cfg: config.Keypoints, channels: int, side: int) -> Ke
 
 
 def _beta(cfg: config.BoxLoss) -> float:
+    # `model.losses.smooth_l1` takes 0 as the limit, the absolute value.
     match cfg:
         case config.L1():
             return 0.0
@@ -276,30 +353,3 @@ def _beta(cfg: config.BoxLoss) -> float:
             return cfg.beta
         case _:
             assert_never(cfg)
-
-
-def _settings(cfg: config.ModelConfig) -> Settings:
-    rpn, sampling, inference, image = cfg.rpn, cfg.sampling, cfg.inference, cfg.image
-    return Settings(
-        rpn_batch=rpn.batch_per_image,
-        rpn_positive_fraction=rpn.positive_fraction,
-        rpn_positive_iou=rpn.positive_iou,
-        rpn_negative_iou=rpn.negative_iou,
-        rpn_beta=_beta(rpn.box_loss),
-        pre_nms=(rpn.pre_nms_train, rpn.pre_nms_test),
-        post_nms=(rpn.post_nms_train, rpn.post_nms_test),
-        rpn_nms_iou=rpn.nms_iou,
-        min_side_px=rpn.min_side_px,
-        rois_per_image=sampling.rois_per_image,
-        roi_positive_fraction=sampling.positive_fraction,
-        roi_positive_iou=sampling.positive_iou,
-        score_threshold=inference.score_threshold,
-        nms_iou=inference.nms_iou,
-        detections_per_image=inference.detections_per_image,
-        short_side_px=image.short_side_px,
-        max_side_px=image.max_side_px,
-        canvas_multiple_px=image.canvas_multiple_px,
-        resize=image.resize,
-        paste_as_torchvision=isinstance(cfg.mask, config.MaskBranch)
-        and cfg.mask.paste == "torchvision",
-    )

@@ -13,64 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from model.backbone.layouts import Maps
-from model.branches.box import BoxBranch, Boxes, detect
+from model.branches.box import BoxBranch, Boxes
 from model.branches.keypoint import KeypointBranch, keypoint_positions
 from model.branches.mask import MaskBranch
-from model.branches.paste import paste_all, paste_all_torchvision
-from model.cpu import native
-from model.pixels import (
-    Normalise,
-    Resize,
-    check_image,
-    enter,
-    pad_to_multiple,
-    test_size,
-    zero_padding,
-)
+from model.pixels import ImageSize, Normalise, check_image, zero_padding
 from model.roi.crops import SeparateCrops, SharedCrops
 from model.roi.samples import FlatRoIs, Samples, flatten
-from model.roi.sampling import sample_rois
-from model.rpn.network import (
-    RPN,
-    AnchorOutputs,
-    Proposals,
-    RPNTargets,
-    rpn_losses,
-    sample_anchors,
-    select_proposals,
-)
+from model.roi.sampling import RoISampler
+from model.rpn.network import RPN, RPNTargets
+from model.rpn.proposals import AnchorOutputs, FixedProposals, Proposals
 from model.structures import Batch, Detections, LossTerm
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Plain numbers of the training step and of inference, as `contract.model` names them."""
-
-    rpn_batch: int
-    rpn_positive_fraction: float
-    rpn_positive_iou: float
-    rpn_negative_iou: float
-    rpn_beta: float
-    pre_nms: tuple[int, int]  # training, test
-    post_nms: tuple[int, int]
-    rpn_nms_iou: float
-    min_side_px: float
-    rois_per_image: int
-    roi_positive_fraction: float
-    roi_positive_iou: float
-    score_threshold: float
-    nms_iou: float
-    detections_per_image: int
-    short_side_px: int
-    max_side_px: int
-    canvas_multiple_px: int
-    resize: Resize
-    paste_as_torchvision: bool
-
-
-@dataclass(frozen=True)
 class _Step:
-    """What a training step knows before its heads run."""
+    """The parts of a training step that exist before its heads run."""
 
     batch: Batch
     maps: Maps
@@ -82,39 +39,45 @@ class _Step:
 
 
 class Detector(nn.Module):
-    """Mask R-CNN from built parts. `rpn`, `mask` and `keypoints` may be absent.
+    """Mask R-CNN from built parts. `mask` and `keypoints` may be absent; proposals come from an RPN or a file.
 
-    On the CPU padded RoIs are dropped before the heads, where finding them costs no sync; `keep_padding` keeps them
-    there too. The numbers are the same.
+    On the CPU padded RoIs are dropped before the heads, because finding them costs no sync there; `keep_padding`
+    keeps them there too. The numbers are the same.
     """
 
     def __init__(
         self,
         normalise: Normalise,
+        image_size: ImageSize,
         backbone: nn.Module,
         layout: nn.Module,
-        rpn: RPN | None,
+        proposals: RPN | FixedProposals,
+        sampler: RoISampler,
         crops: SeparateCrops | SharedCrops,
         box: BoxBranch,
         mask: MaskBranch | None,
         keypoints: KeypointBranch | None,
-        settings: Settings,
     ) -> None:
         super().__init__()
         self.normalise = normalise
+        self.image_size = image_size
         self.backbone = backbone
         self.layout = layout
-        self.rpn = rpn
+        self.rpn = proposals if isinstance(proposals, RPN) else None
+        self.fixed = proposals if isinstance(proposals, FixedProposals) else None
+        self.sampler = sampler
         self.crops = crops
         self.box = box
         self.mask = mask
         self.keypoints = keypoints
-        self.settings = settings
         self.keep_padding = False
+        # In training; `model.cpu.accelerate` sets it, because its kernels read channels-last maps.
+        self.channels_last_on_cpu = False
 
     # --- training ---------------------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
+        """As `losses`; DDP calls it."""
         return self.losses(batch)
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
@@ -134,13 +97,20 @@ class Detector(nn.Module):
     def _prepare(self, batch: Batch) -> _Step:
         batch = self._with_needed_objects(batch)
         maps, outputs = self._read(zero_padding(self.normalise(batch.images), batch.sizes))
-        samples = self._sample(batch, self._proposals(outputs, batch, training=True))
+        samples = self.sampler(
+            self._proposals(outputs, batch, training=True),
+            batch.boxes_xyxy,
+            batch.labels,
+            batch.valid,
+            batch.noise_keys,
+        )
+        # A GPU would wait for the number of real RoIs, so it computes the padded ones too.
         keep = self.keep_padding or batch.images.device.type != "cpu"
         return _Step(
             batch,
             maps,
             outputs,
-            self._rpn_targets(outputs, batch) if outputs is not None else None,
+            self._rpn_targets(outputs, batch),
             samples,
             flatten(samples, samples.valid, samples.valid.shape[1], keep),
             flatten(samples, samples.positive, samples.most_positives, keep),
@@ -148,6 +118,7 @@ class Detector(nn.Module):
 
     def _with_needed_objects(self, batch: Batch) -> Batch:
         """At least one object slot; on the CPU no more slots than the fullest image has objects."""
+        # One slot without an object: matching and gathering need something to point at.
         slots = max(batch.valid.shape[1], 1)
         if batch.images.device.type == "cpu" and not self.keep_padding and len(batch):
             slots = max(int(batch.valid.sum(dim=1).max()), 1)
@@ -155,63 +126,33 @@ class Detector(nn.Module):
         return replace(batch, **{name: _fit(getattr(batch, name), slots) for name in names})
 
     def _read(self, pixels: Tensor) -> tuple[Maps, AnchorOutputs | None]:
-        """Normalised pixels (B, 3, H, W) to feature maps and what the RPN makes of them."""
+        """Normalised pixels (B, 3, H, W) to feature maps and the RPN's outputs on them."""
         if pixels.shape[0] == 0:
             raise ValueError("the batch has no image; give a batch of at least one")
-        as_library = pixels.device.type == "cpu" and not (
-            self.training and native.available()
-        )  # see `Convolution`
-        layout = torch.contiguous_format if as_library else torch.channels_last
+        # Evaluation on a CPU stays channels first: it rounds as other implementations do.
+        first = pixels.device.type == "cpu" and not (self.training and self.channels_last_on_cpu)
+        layout = torch.contiguous_format if first else torch.channels_last
         maps: Maps = self.layout(self.backbone(pixels.contiguous(memory_format=layout)))
-        return maps, self.rpn(
-            maps.rpn, (pixels.shape[2], pixels.shape[3])
-        ) if self.rpn is not None else None
-
-    def _rpn_targets(self, outputs: AnchorOutputs, batch: Batch) -> RPNTargets:
-        s = self.settings
-        return sample_anchors(
-            torch.cat(outputs.anchors),
-            batch.boxes_xyxy,
-            batch.valid,
-            batch.noise_keys,
-            s.rpn_positive_iou,
-            s.rpn_negative_iou,
-            s.rpn_batch,
-            s.rpn_positive_fraction,
-        )
+        canvas = (pixels.shape[2], pixels.shape[3])
+        return maps, self.rpn(maps.rpn, canvas) if self.rpn is not None else None
 
     def _proposals(self, outputs: AnchorOutputs | None, batch: Batch, training: bool) -> Proposals:
-        if outputs is None:
-            return _fixed_proposals(
-                batch.proposals_xyxy, self.settings.post_nms[0 if training else 1]
-            )
-        return self._select(outputs, batch.sizes, training)
+        if self.fixed is not None:
+            return self.fixed(batch.proposals_xyxy, training)
+        assert self.rpn is not None
+        assert outputs is not None
+        return self.rpn.propose(outputs, batch.sizes, training)
 
-    def _select(self, outputs: AnchorOutputs, sizes_B2: Tensor, training: bool) -> Proposals:
-        s = self.settings
-        phase = 0 if training else 1
-        return select_proposals(
-            outputs, sizes_B2, s.pre_nms[phase], s.post_nms[phase], s.rpn_nms_iou, s.min_side_px
-        )
-
-    def _sample(self, batch: Batch, proposals: Proposals) -> Samples:
-        s = self.settings
-        return sample_rois(
-            proposals,
-            batch.boxes_xyxy,
-            batch.labels,
-            batch.valid,
-            batch.noise_keys,
-            self.box.num_classes,
-            s.rois_per_image,
-            s.roi_positive_fraction,
-            s.roi_positive_iou,
-        )
+    def _rpn_targets(self, outputs: AnchorOutputs | None, batch: Batch) -> RPNTargets | None:
+        if self.rpn is None or outputs is None:
+            return None
+        return self.rpn.targets(outputs, batch.boxes_xyxy, batch.valid, batch.noise_keys)
 
     def _counts(self, step: _Step) -> dict[str, Tensor]:
         counts: dict[str, Tensor] = {}
         if step.rpn_targets is not None:
             counts["rpn_objectness"] = counts["rpn_box"] = step.rpn_targets.count
+        # The box loss too is divided by all sampled RoIs (Fast R-CNN), the mask loss by the positives.
         counts["box_class"] = counts["box_regression"] = step.boxes.weight.sum()
         if self.mask is not None:
             counts["mask"] = step.positives.weight.sum()
@@ -222,10 +163,7 @@ class Detector(nn.Module):
     def _rpn_sums(self, step: _Step) -> dict[str, Tensor]:
         if self.rpn is None or step.outputs is None or step.rpn_targets is None:
             return {}
-        targets = step.rpn_targets
-        logits, offsets = self.rpn.at(step.maps.rpn, targets.sample.index)
-        anchors = torch.cat(step.outputs.anchors)
-        objectness, boxes = rpn_losses(logits, offsets, anchors, targets, self.settings.rpn_beta)
+        objectness, boxes = self.rpn.losses(step.maps.rpn, step.outputs, step.rpn_targets)
         return {"rpn_objectness": objectness, "rpn_box": boxes}
 
     def _head_sums(self, step: _Step) -> dict[str, Tensor]:
@@ -234,15 +172,11 @@ class Detector(nn.Module):
         logits, offsets = self.box(features, rois.keys)
         positive = step.samples.positive.flatten()[rois.slot].to(rois.weight.dtype)
         objects = batch.boxes_xyxy[rois.image, rois.objects]
-        sums = dict(
-            zip(
-                ("box_class", "box_regression"),
-                self.box.losses(logits, offsets, rois, objects, positive),
-                strict=True,
-            )
-        )
+        classes, regression = self.box.losses(logits, offsets, rois, objects, positive)
+        sums = {"box_class": classes, "box_regression": regression}
         if self.mask is None and self.keypoints is None:
             return sums
+        # Both lists are ordered by slot, so a search finds each positive among the box RoIs.
         rows = torch.searchsorted(rois.slot, positives.slot)
         crops = self.crops.for_positives(step.maps.roi, positives.with_image(), features, rows)
         if self.mask is not None:
@@ -267,6 +201,7 @@ class Detector(nn.Module):
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """Every module in evaluation mode and no gradients, whatever the mode outside."""
+        # Module by module: `self.train()` at the end would wake frozen norms that a caller put to evaluation.
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
@@ -286,15 +221,19 @@ class Detector(nn.Module):
             )
 
     def propose(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The RPN's proposals at test time: boxes (B, Q, 4) in pixels of the image file, scores and valid (B, Q)."""
+        """The RPN's proposals at test time: boxes (B, Q, 4) in pixels of the image file, scores and valid (B, Q).
+
+        Raises ValueError without an RPN.
+        """
         if self.rpn is None:
             raise ValueError(
-                "this model has proposals.kind 'fixed' and no RPN; propose with a model that trains one"
+                "this model has proposals.kind 'fixed' and no RPN; "
+                "propose with a model that trains one"
             )
         with self._inference():
             _, outputs = self._read(zero_padding(self.normalise(batch.images), batch.sizes))
             assert outputs is not None
-            proposals = self._select(outputs, batch.sizes, training=False)
+            proposals = self.rpn.propose(outputs, batch.sizes, training=False)
         boxes = proposals.boxes_xyxy * _scale(batch.sizes, batch.original_sizes)[:, None]
         return boxes, proposals.scores, proposals.valid
 
@@ -309,39 +248,35 @@ class Detector(nn.Module):
         check_image(image)
         if self.rpn is None:
             raise ValueError(
-                "proposals.kind is 'fixed': this model predicts batches that carry proposals, not images"
+                "proposals.kind is 'fixed': "
+                "this model predicts batches that carry proposals, not images"
             )
-        s = self.settings
         height, width = image.shape[-2:]
-        size = test_size(height, width, s.short_side_px, s.max_side_px, s.resize)
-        sizes = torch.tensor([size], device=image.device)
         original = torch.tensor([[height, width]], device=image.device)
         with self._inference():
-            pixels = pad_to_multiple(
-                enter(image, self.normalise, size, s.resize), s.canvas_multiple_px
-            )[None]
+            pixels, size = self.image_size.enter(image, self.normalise)
+            sizes = torch.tensor([size], device=image.device)
             maps, outputs = self._read(pixels)
             assert outputs is not None
-            proposals = self._select(outputs, sizes, training=False)
-            found = self._detect(
-                maps, proposals, sizes, original, torch.zeros(1, dtype=torch.int64)
-            )
-            return self._as_torchvision(found, height, width)
+            proposals = self.rpn.propose(outputs, sizes, training=False)
+            no_id = torch.zeros(1, dtype=torch.int64)
+            detections = self._detect(maps, proposals, sizes, original, no_id)
+            return self._as_torchvision(detections, height, width)
 
-    def _as_torchvision(self, found: Detections, height: int, width: int) -> dict[str, Tensor]:
-        kept = found.valid[0]
-        boxes = found.boxes_xyxy[0, kept]
+    def _as_torchvision(self, detections: Detections, height: int, width: int) -> dict[str, Tensor]:
+        kept = detections.valid[0]
+        boxes = detections.boxes_xyxy[0, kept]
         result = {
             "boxes": boxes,
-            "scores": found.scores[0, kept],
-            "labels": found.labels[0, kept] + int(self.box.background_first),
+            "scores": detections.scores[0, kept],
+            "labels": detections.labels[0, kept] + int(self.box.background_first),
         }
         if self.mask is not None:
-            masks = next(iter(found.masks.values()))[0, kept]
-            paste = paste_all_torchvision if self.settings.paste_as_torchvision else paste_all
-            result["masks"] = paste(masks, boxes, height, width)
+            masks = next(iter(detections.masks.values()))[0, kept]
+            result["masks"] = self.mask.paste(masks, boxes, height, width)
         if self.keypoints is not None:
-            points = found.keypoints[0, kept]
+            points = detections.keypoints[0, kept]
+            # torchvision's third number is the visibility, and it is always 1.
             result["keypoints"] = torch.cat(
                 [points[..., :2], torch.ones_like(points[..., :1])], dim=-1
             )
@@ -363,6 +298,7 @@ class Detector(nn.Module):
         masks: dict[str, Tensor] = {}
         keypoints = in_canvas.new_zeros(*boxes.valid.shape, 0, 3)
         if self.mask is not None or self.keypoints is not None:
+            # Masks and keypoints of the final boxes alone, as in the paper (section 3).
             crops = self.crops.for_masks(maps.roi, _with_image(image, in_canvas))
             if self.mask is not None:
                 maps_R = self.mask.probabilities(crops, boxes.labels[image, place])
@@ -385,17 +321,14 @@ class Detector(nn.Module):
     def _boxes(self, maps: Maps, proposals: Proposals, sizes_B2: Tensor) -> Boxes:
         image, place = proposals.valid.nonzero(as_tuple=True)
         rois = _with_image(image, proposals.boxes_xyxy[image, place])
+        # Inference has no dropout: the keys of the RoIs do not matter.
         logits, offsets = self.box(self.crops.for_boxes(maps.roi, rois), torch.zeros_like(image))
         counts = proposals.valid.sum(dim=1).tolist()
-        s = self.settings
-        return detect(
+        return self.box.selection(
             torch.split(rois[:, 1:], counts),
             torch.split(self.box.scores(logits), counts),
             torch.split(offsets, counts),
             sizes_B2,
-            s.score_threshold,
-            s.nms_iou,
-            s.detections_per_image,
         )
 
 
@@ -409,19 +342,8 @@ def _fit(values_BGX: Tensor, slots: int) -> Tensor:
     )
 
 
-def _fixed_proposals(boxes_BQ4: Tensor, most: int) -> Proposals:
-    if boxes_BQ4.shape[1] == 0:
-        raise ValueError(
-            "proposals.kind is 'fixed', but the batch carries no proposals; give the loader their URI"
-        )
-    boxes = boxes_BQ4[:, :most]
-    valid = (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
-    index = torch.arange(boxes.shape[1], device=boxes.device).expand(boxes.shape[:2])
-    return Proposals(boxes, valid.to(boxes.dtype), valid, index)
-
-
 def _scale(sizes_B2: Tensor, original_B2: Tensor) -> Tensor:
-    """(B, 4): what takes x0, y0, x1, y1 from the resized image to the image file."""
+    """(B, 4): the factors of x0, y0, x1, y1 from the resized image to the image file."""
     ratio = original_B2.float() / sizes_B2.float()
     return ratio.flip(1).repeat(1, 2)
 

@@ -1,4 +1,4 @@
-"""Which object a box stands for, and which boxes train: fixed shapes, no loop over images.
+"""Which object each box matches, and which boxes train: fixed shapes, no loop over images.
 
 Axes: B images, N boxes (anchors or RoI candidates), G padded objects, S samples.
 """
@@ -34,6 +34,7 @@ def match(boxes_BN4: Tensor, objects_BG4: Tensor, valid_BG: Tensor) -> Match:
     best_iou = boxes_BN4.new_zeros(shape)
     best_object = torch.zeros(shape, dtype=torch.int64, device=boxes_BN4.device)
     is_best = torch.zeros(shape, dtype=torch.bool, device=boxes_BN4.device)
+    # The maximum over chunks keeps the lowest object on ties, because a later one must be better.
     for start in range(0, objects, _OBJECTS_AT_ONCE):
         chunk = slice(start, start + _OBJECTS_AT_ONCE)
         overlap = iou(objects_BG4[:, chunk], boxes_BN4) * valid_BG[:, chunk, None]
@@ -64,8 +65,9 @@ def sample(
 ) -> Sample:
     """At most `size` boxes an image, at most that fraction of them positive, negatives filling the rest.
 
-    Those with the largest noise win, so a box's luck does not depend on where it stands in the list.
+    Those with the largest noise win, so a box's luck does not depend on its place in the list.
     """
+    # Masked top-k in place of `nonzero`: its length depends on data, and a GPU would wait for it.
     boxes = positive_BN.shape[1]
     most_positives = min(int(size * positive_fraction), boxes)
     positive_noise, positive_index = torch.topk(
@@ -74,7 +76,9 @@ def sample(
     negative_noise, negative_index = torch.topk(
         torch.where(negative_BN, noise_BN, -1), min(size, boxes), dim=1
     )
-    positive_valid = positive_noise >= 0
+    positive_valid = (
+        positive_noise >= 0
+    )  # noise is never negative, so -1 marks what was not eligible
     room = size - positive_valid.sum(dim=1, keepdim=True)
     place = torch.arange(negative_index.shape[1], device=noise_BN.device)
     negative_valid = (negative_noise >= 0) & (place < room)
@@ -87,3 +91,8 @@ def sample(
         order < positive_valid.sum(dim=1, keepdim=True),
         most_positives,
     )
+
+
+def take_rows(values_BNX: Tensor, index_BS: Tensor) -> Tensor:
+    """values[b, index[b, s]]: (B, N, X) and (B, S) to (B, S, X)."""
+    return values_BNX.gather(1, index_BS[:, :, None].expand(-1, -1, values_BNX.shape[2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,7 +20,9 @@ class Normalise(nn.Module):
     std: Tensor
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], bgr: bool) -> None:
+        """mean, std: of pixels in 0 to 255, in the network's channel order."""
         super().__init__()
+        # Not in the state dict: they follow from the config.
         self.register_buffer(
             "mean", torch.tensor([m / 255 for m in mean]).view(3, 1, 1), persistent=False
         )
@@ -42,44 +45,52 @@ def zero_padding(pixels: Tensor, sizes_B2: Tensor) -> Tensor:
     return pixels * (rows[:, None, :, None] & columns[:, None, None, :])
 
 
-def test_size(
-    height: int, width: int, short_side_px: int, max_side_px: int, resize: Resize
-) -> tuple[int, int]:
-    """Height and width after scaling the short side to `short_side_px`, the long one to `max_side_px` if that is less.
+@dataclass(frozen=True)
+class ImageSize:
+    """The size of one image at test time, and how it enters the network.
 
-    As the evaluation loader resizes (`pipelines.load.images`): antialiased ones are rounded half up, as in detectron2,
-    torchvision's detectors round down. A side is 1 at least.
+    The short side becomes `short_side_px`; if the long one is then over `max_side_px`, that becomes `max_side_px`.
+    The canvas has sides that are multiples of `canvas_multiple_px`.
     """
-    shorter, longer = min(height, width), max(height, width)
-    if resize == "torchvision-detection":
-        scale, half = min(short_side_px / shorter, max_side_px / longer), 0.0
-    else:
-        scale, half = short_side_px / shorter, 0.5
-        if scale * longer > max_side_px:
-            scale = max_side_px / longer
-    return max(1, int(height * scale + half)), max(1, int(width * scale + half))
+
+    short_side_px: int
+    max_side_px: int
+    canvas_multiple_px: int
+    resize: Resize
+
+    def of(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the resized image, 1 at least, as the evaluation loader has them.
+
+        Antialiased sizes (`pipelines.load.images`) are rounded half up, as in detectron2; torchvision's detectors
+        round down.
+        """
+        shorter, longer = min(height, width), max(height, width)
+        # Two orders of the same operations: they differ in the last bit, and so in a pixel now and then.
+        if self.resize == "torchvision-detection":
+            scale, half = min(self.short_side_px / shorter, self.max_side_px / longer), 0.0
+        else:
+            scale, half = self.short_side_px / shorter, 0.5
+            if scale * longer > self.max_side_px:
+                scale = self.max_side_px / longer
+        return max(1, int(height * scale + half)), max(1, int(width * scale + half))
+
+    def enter(self, image: Tensor, normalise: Normalise) -> tuple[Tensor, tuple[int, int]]:
+        """A uint8 RGB image (3, H, W) as its canvas (1, 3, H', W'), normalised; and its own size there."""
+        size = self.of(*image.shape[-2:])
+        if self.resize == "torchvision-detection":
+            # Torchvision's detectors normalise first and do not antialias.
+            pixels = F.interpolate(normalise(image)[None], size=size, mode="bilinear")
+        else:
+            pixels = normalise(
+                F.interpolate(image[None], size=size, mode="bilinear", antialias=True)
+            )
+        # Zeros after the normalisation: in training, padding is zero for the network too.
+        right, below = (-side % self.canvas_multiple_px for side in (size[1], size[0]))
+        return F.pad(pixels, (0, right, 0, below)), size
 
 
 def check_image(image: Tensor) -> None:
     """Raises ValueError unless `image` is what `predict_image` takes."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-        found = f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
-        raise ValueError(f"an image is uint8 RGB (3, H, W) in 0 to 255; this is {found}")
-
-
-def enter(image: Tensor, normalise: Normalise, size: tuple[int, int], resize: Resize) -> Tensor:
-    """A uint8 RGB image (3, H, W) as normalised float (3, *size): antialiased, then normalised; torchvision's
-    detectors normalise first and do not antialias.
-    """
-    if resize == "torchvision-detection":
-        return F.interpolate(normalise(image)[None], size=size, mode="bilinear")[0]
-    resized: Tensor = normalise(
-        F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
-    )
-    return resized
-
-
-def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """(3, H, W) with zeros right and below up to the next multiples."""
-    height, width = image.shape[-2:]
-    return F.pad(image, (0, -width % multiple, 0, -height % multiple))
+        kind = f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
+        raise ValueError(f"an image is uint8 RGB (3, H, W) in 0 to 255; this is {kind}")

@@ -25,8 +25,8 @@ CONTRACT_MAY = {
 # before it and none after it. A new shelf takes its place here.
 SHELVES = {
     "model": (
-        *("boxes", "initial", "losses", "pixels", "sample_hash", "structures", "cpu"),
-        *("matching", "backbone", "rpn", "roi", "branches", "detector", "build", "weights"),
+        *("boxes", "initial", "losses", "pixels", "sample_hash", "structures", "matching"),
+        *("backbone", "rpn", "roi", "branches", "detector", "build", "weights", "cpu"),
     ),
     "pipelines": (
         *("progress", "coco", "shards", "pack", "load", "evaluate", "inspect", "__main__"),

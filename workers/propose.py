@@ -22,6 +22,7 @@ from contract.files import Files
 from contract.model import FixedProposals
 from contract.recipe import RunConfig, parse_run
 from model.build import build_detector
+from model.cpu.accelerate import accelerate
 from model.detector import Detector
 from pipelines.load.loader import EvalLoader
 from pipelines.load.proposals import Boxes, write_proposals
@@ -91,6 +92,7 @@ def trained_detector(run: RunConfig, storage: Files) -> Detector:
             f"{storage.uri}: has no {WEIGHTS}; the run is not finished, resume it first"
         )
     detector = build_detector(run.model, run.seed)
+    accelerate(detector)
     # safetensors reads local files alone; behind a URI this is a copy
     with tempfile.TemporaryDirectory() as folder:
         detector.load_state_dict(load_file(storage.fetch(WEIGHTS, Path(folder))))

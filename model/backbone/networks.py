@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-
-from model.cpu.convolution import Convolution
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -23,11 +21,39 @@ RESNETS: dict[int, tuple[type[nn.Module], tuple[int, ...]]] = {
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # res2 to res5
 
 
-class FoldedConv2d(Convolution):
+class Geometry(TypedDict):
+    """All arguments of a convolution but its bias."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: str | tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
+
+
+def geometry(conv: nn.Conv2d) -> Geometry:
+    """The arguments that make a convolution like this one."""
+    return {
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
+        "kernel_size": cast(tuple[int, int], conv.kernel_size),
+        "stride": cast(tuple[int, int], conv.stride),
+        "padding": cast(str | tuple[int, int], conv.padding),
+        "dilation": cast(tuple[int, int], conv.dilation),
+        "groups": conv.groups,
+        "padding_mode": conv.padding_mode,
+    }
+
+
+class FoldedConv2d(nn.Conv2d):
     """A bias-free convolution followed by frozen batch-norm.
 
-    Training folds both into one convolution: that costs a pass over the weights, a separate norm two passes over the
-    activations and their gradients. Inference keeps them apart, so that it rounds as other implementations do.
+    Training folds both into one convolution. That costs a pass over the weights; a separate norm costs two passes
+    over the activations and their gradients. Inference keeps them apart, so that it rounds as other implementations
+    do.
     """
 
     norm_weight: Tensor
@@ -36,16 +62,10 @@ class FoldedConv2d(Convolution):
     running_var: Tensor
 
     def __init__(self, conv: nn.Conv2d, eps: float) -> None:
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            conv.dilation,  # type: ignore[arg-type]
-            conv.groups,
-            bias=False,
-        )
+        """Shares the weights of `conv`; the norm is the identity until statistics are loaded."""
+        # On the meta device a layer draws no random number and takes no memory.
+        super().__init__(**geometry(conv), bias=False, device="meta")
+        self.weight = conv.weight
         self.eps = eps
         self.register_buffer("norm_weight", torch.ones(conv.out_channels))
         self.register_buffer("norm_bias", torch.zeros(conv.out_channels))
@@ -53,17 +73,20 @@ class FoldedConv2d(Convolution):
         self.register_buffer("running_var", torch.ones(conv.out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the normalised outputs."""
         if not self.training:
-            x = self._conv_forward(x, self.weight, None)
+            x = cast(Tensor, self._conv_forward(x, self.weight, None))
             norm = (self.running_mean, self.running_var, self.norm_weight, self.norm_bias)
             return F.batch_norm(x, *norm, training=False, eps=self.eps)
         scale = self.norm_weight * torch.rsqrt(self.running_var + self.eps)
         shift = self.norm_bias - self.running_mean * scale
-        return self._conv_forward(x, self.weight * scale[:, None, None, None], shift)
+        weight = self.weight * scale[:, None, None, None]
+        return cast(Tensor, self._conv_forward(x, weight, shift))
 
 
 def fold_norms(network: nn.Module, eps: float) -> None:
     """Replaces every (conv, norm) pair of a torchvision ResNet by one `FoldedConv2d` in the conv's place."""
+    # The stem is a block too: it has a conv1 and a bn1.
     for block in [network, *(m for stage in STAGES for m in getattr(network, stage))]:
         for name in ("conv1", "conv2", "conv3"):
             if hasattr(block, name):
@@ -75,7 +98,7 @@ def fold_norms(network: nn.Module, eps: float) -> None:
 
 
 def move_strides_to_1x1(network: nn.Module) -> None:
-    """The stride of a downsampling bottleneck from its 3x3 to its first 1x1, as in the original (MSRA) ResNet."""
+    """Moves the stride of a downsampling bottleneck from its 3x3 to its first 1x1, as in the original (MSRA) ResNet."""
     for stage in STAGES[1:]:
         block = getattr(network, stage)[0]
         block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
@@ -90,15 +113,16 @@ class ResNetMaps(nn.Module):
         for name in STAGES[:stages]:
             self.add_module(name, getattr(network, name))
         self.stage_names = STAGES[:stages]
+        # One frozen stage is the stem, which is two modules.
         for name in ("conv1", "bn1", *STAGES)[: 1 + frozen_stages if frozen_stages else 0]:
             if name in ("conv1", "bn1", *self.stage_names):
                 getattr(self, name).requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised images (B, 3, H, W) to one map of each stage, finest first."""
         x = F.max_pool2d(self.bn1(self.conv1(images)), kernel_size=3, stride=2, padding=1)
-        x = F.relu(
-            x, inplace=True
-        )  # the maximum's, four times fewer: the same numbers and gradients
+        # After the pooling and not before it: the same numbers and gradients from a quarter of the cells.
+        x = F.relu(x, inplace=True)
         maps = []
         for name in self.stage_names:
             x = getattr(self, name)(x)
@@ -112,15 +136,23 @@ class VGGMaps(nn.Module):
     def __init__(self, frozen_blocks: int) -> None:
         super().__init__()
         self.features = torchvision.models.vgg16(weights=None).features[:30]
-        starts = [0, 5, 10, 17, 24, 30]  # of the five convolution blocks
+        starts = [
+            0,
+            5,
+            10,
+            17,
+            24,
+            30,
+        ]  # where the five convolution blocks begin in torchvision's list
         self.features[: starts[frozen_blocks]].requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        """Normalised images (B, 3, H, W) to the only map."""
         return [self.features(images)]
 
 
 def keep_resolution(stage: Any) -> None:
-    """Stride 1 in the first block of a ResNet stage, wherever its stride was."""
+    """Sets stride 1 in the first block of a ResNet stage, wherever its stride was."""
     for conv in (stage[0].conv1, stage[0].conv2, stage[0].downsample[0]):
         conv.stride = (1, 1)
 
@@ -137,5 +169,6 @@ def resnet(
 
 def feature_channels(network: Any) -> list[int]:
     """Channels of C2 to C5."""
+    # Bottlenecks end in conv3, basic blocks in conv2.
     last = "conv3" if hasattr(network.layer1[0], "conv3") else "conv2"
     return [getattr(getattr(network, stage)[-1], last).out_channels for stage in STAGES]

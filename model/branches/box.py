@@ -19,7 +19,7 @@ from model.roi.samples import FlatRoIs
 from model.sample_hash import DROPOUT_STREAM, noise
 
 OFFSET_WEIGHTS: OffsetWeights = (10.0, 5.0)
-_MIN_SIDE_PX = 1e-2  # of a detection
+_MIN_SIDE_PX = 1e-2  # of a detection, as in torchvision
 
 
 class FCTrunk(nn.Module):
@@ -34,6 +34,7 @@ class FCTrunk(nn.Module):
         self.dropout = dropout
 
     def forward(self, features: Tensor, keys_R: Tensor) -> Tensor:
+        """RoI features to hidden features (R, C); keys_R: what the noise of each RoI is drawn from."""
         x = features.flatten(1)
         for layer, fc in enumerate(self.fc):
             x = F.relu(fc(x), inplace=True)
@@ -44,6 +45,7 @@ class FCTrunk(nn.Module):
 
 def keyed_dropout(x_RC: Tensor, keys_R: Tensor, layer: int, probability: float) -> Tensor:
     """Dropout whose draws belong to the RoI (`keys_R`) and the unit, not to a position in the batch or a rank."""
+    # Each layer draws from indices of its own; no layer is as wide as 2 ** 20.
     units = torch.arange(x_RC.shape[1], device=x_RC.device) + layer * (1 << 20)
     draw = noise(keys_R[:, None], DROPOUT_STREAM, units)
     return x_RC * (draw >= int(probability * (1 << 62))) / (1 - probability)
@@ -53,7 +55,63 @@ class MeanTrunk(nn.Module):
     """Average pooling alone: what follows C4's res5."""
 
     def forward(self, features: Tensor, keys_R: Tensor) -> Tensor:  # noqa: ARG002 (no dropout here)
+        """RoI features (R, C, S, S) to their means, (R, C)."""
         return features.mean(dim=(2, 3))
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Detected boxes of a batch in canvas pixels, best first: (B, D, 4), scores, labels and valid (B, D)."""
+
+    boxes_xyxy: Tensor
+    scores: Tensor
+    labels: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class BoxSelection:
+    """Which (proposal, class) pairs become detections.
+
+    Those above the threshold are decoded, clipped and suppressed within their class; the best `most` of an image stay.
+    """
+
+    score_threshold: float
+    max_iou: float
+    most: int
+
+    def __call__(
+        self,
+        boxes: Sequence[Tensor],
+        scores: Sequence[Tensor],
+        offsets: Sequence[Tensor],
+        sizes_B2: Tensor,
+    ) -> Boxes:
+        """Per image: proposals (Q, 4), foreground scores (Q, K), offsets (Q, K or 1, 4)."""
+        images = [
+            self._of_image(*image) for image in zip(boxes, scores, offsets, sizes_B2, strict=True)
+        ]
+        missing = [self.most - len(scores) for _, scores, _ in images]
+        place = torch.arange(self.most, device=sizes_B2.device)
+        padded = list(zip(images, missing, strict=True))
+        return Boxes(
+            torch.stack([F.pad(boxes, (0, 0, 0, pad)) for (boxes, _, _), pad in padded]),
+            torch.stack([F.pad(scores, (0, pad)) for (_, scores, _), pad in padded]),
+            torch.stack([F.pad(labels, (0, pad)) for (_, _, labels), pad in padded]),
+            torch.stack([place < self.most - pad for pad in missing]),
+        )
+
+    def _of_image(
+        self, boxes_Q4: Tensor, scores_QK: Tensor, offsets_QK4: Tensor, size_2: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, scores and labels, best first."""
+        row, labels = (scores_QK > self.score_threshold).nonzero(as_tuple=True)
+        own = offsets_QK4[row, labels if offsets_QK4.shape[1] > 1 else 0]
+        decoded = clip(decode(boxes_Q4[row], own, OFFSET_WEIGHTS)[None], size_2[None])[0]
+        large = at_least(decoded, _MIN_SIDE_PX)
+        decoded, scores, labels = decoded[large], scores_QK[row, labels][large], labels[large]
+        kept = torchvision.ops.batched_nms(decoded, scores, labels, self.max_iou)[: self.most]
+        return decoded[kept], scores[kept], labels[kept]
 
 
 class BoxBranch(nn.Module):
@@ -67,7 +125,9 @@ class BoxBranch(nn.Module):
         class_agnostic: bool,
         background_first: bool,
         beta: float,
+        selection: BoxSelection,
     ) -> None:
+        """width: of the trunk's output. beta: of the box loss."""
         super().__init__()
         self.trunk = trunk
         self.class_logits = nn.Linear(width, num_classes + 1)
@@ -75,6 +135,7 @@ class BoxBranch(nn.Module):
         self.num_classes = num_classes
         self.background_first = background_first
         self.beta = beta
+        self.selection = selection
 
     def forward(self, features: Tensor, keys_R: Tensor) -> tuple[Tensor, Tensor]:
         """RoI features to logits (R, K + 1) in the order of `background_first` and offsets (R, K or 1, 4)."""
@@ -91,21 +152,20 @@ class BoxBranch(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Class loss over all RoIs and box loss over the positives, on the true class's offsets, as sums."""
         classes = class_loss(logits, self._target(rois.labels, positive_R > 0), rois.weight)
+        # Background RoIs take the last class's offsets; they weigh nothing.
         own = (
             rois.labels.clamp(max=self.num_classes - 1)
             if offsets.shape[1] > 1
             else torch.zeros_like(rois.labels)
         )
-        chosen = offsets.gather(1, own[:, None, None].expand(-1, 1, 4))[:, 0]
+        own_offsets = offsets.gather(1, own[:, None, None].expand(-1, 1, 4))[:, 0]
         wanted = encode(rois.boxes_xyxy, object_boxes_R4, OFFSET_WEIGHTS)
-        return classes, box_loss(chosen, wanted, rois.weight * positive_R, self.beta)
+        return classes, box_loss(own_offsets, wanted, rois.weight * positive_R, self.beta)
 
     def _target(self, labels_R: Tensor, positive_R: Tensor) -> Tensor:
-        """The place of each RoI's class among the logits.
-
-        An object's label outside [0, K) gets one that does not exist: cross-entropy fails on it, also on a GPU,
-        where looking at the labels here would be a sync.
-        """
+        """The place of each RoI's class among the logits."""
+        # An object's label outside [0, K) gets a place that does not exist: cross-entropy fails on it. A check of
+        # the labels here would make a GPU wait.
         target = (labels_R + 1) % (self.num_classes + 1) if self.background_first else labels_R
         wrong = positive_R & ((labels_R < 0) | (labels_R >= self.num_classes))
         return target.masked_fill(wrong, self.num_classes + 1)
@@ -114,45 +174,3 @@ class BoxBranch(nn.Module):
         """Probabilities of the K foreground classes, (R, K), in float32."""
         probabilities = logits.float().softmax(dim=1)
         return probabilities[:, 1:] if self.background_first else probabilities[:, :-1]
-
-
-@dataclass(frozen=True)
-class Boxes:
-    """Detected boxes of a batch in canvas pixels, best first: (B, D, 4), scores, labels and valid (B, D)."""
-
-    boxes_xyxy: Tensor
-    scores: Tensor
-    labels: Tensor
-    valid: Tensor
-
-
-def detect(
-    boxes: Sequence[Tensor],
-    scores: Sequence[Tensor],
-    offsets: Sequence[Tensor],
-    sizes_B2: Tensor,
-    score_threshold: float,
-    max_iou: float,
-    most: int,
-) -> Boxes:
-    """Every (proposal, class) above the threshold, decoded, clipped and suppressed within its class; the best `most`.
-
-    Per image: proposals (Q, 4), foreground scores (Q, K), offsets (Q, K or 1, 4).
-    """
-    found = []
-    for box, score, offset, size in zip(boxes, scores, offsets, sizes_B2, strict=True):
-        row, label = (score > score_threshold).nonzero(as_tuple=True)
-        own = offset[row, label if offset.shape[1] > 1 else 0]
-        decoded = clip(decode(box[row], own, OFFSET_WEIGHTS)[None], size[None])[0]
-        large = at_least(decoded, _MIN_SIDE_PX)
-        decoded, chosen, label = decoded[large], score[row, label][large], label[large]
-        kept = torchvision.ops.batched_nms(decoded, chosen, label, max_iou)[:most]
-        found.append((decoded[kept], chosen[kept], label[kept]))
-    pad = [most - len(chosen) for _, chosen, _ in found]
-    place = torch.arange(most, device=sizes_B2.device)
-    return Boxes(
-        torch.stack([F.pad(box, (0, 0, 0, p)) for (box, _, _), p in zip(found, pad, strict=True)]),
-        torch.stack([F.pad(score, (0, p)) for (_, score, _), p in zip(found, pad, strict=True)]),
-        torch.stack([F.pad(label, (0, p)) for (_, _, label), p in zip(found, pad, strict=True)]),
-        torch.stack([place < most - p for p in pad]),
-    )

@@ -42,6 +42,7 @@ class KeypointBranch(nn.Module):
         x = features
         for conv in self.convs:
             x = F.relu(conv(x), inplace=True)
+        # The paper deconvolves to 28 x 28, then doubles the side (section 5).
         return F.interpolate(self.logits(x), scale_factor=2, mode="bilinear", align_corners=False)
 
     def loss(self, logits: Tensor, rois: FlatRoIs, keypoints_BGP3: Tensor) -> Tensor:
@@ -70,6 +71,7 @@ def keypoint_targets(keypoints_RP3: Tensor, rois_R4: Tensor, side: int) -> tuple
         .floor()
         .to(torch.int64)
     )
+    # The corner of a box is a keypoint of it (detectron2 and torchvision count it too).
     cell = torch.where(keypoints_RP3[..., :2] == end, side - 1, cell)
     inside = ((cell >= 0) & (cell < side)).all(dim=-1) & (keypoints_RP3[..., 2] > 0)
     cell = cell.clamp(0, side - 1)
@@ -80,8 +82,9 @@ def keypoint_positions(logits_RPMM: Tensor, rois_R4: Tensor) -> Tensor:
     """(R, P, 3) as x, y in the pixels of the RoIs, and the logit there.
 
     As in the released code: the map is resized (bicubic) to the RoI's size in whole pixels, and the largest value
-    stands at its pixel's centre.
+    is at its pixel's centre.
     """
+    # RoI by RoI: each has a size of its own, and bicubic interpolation takes one size at a time.
     results = []
     for logits, roi in zip(logits_RPMM.float(), rois_R4, strict=True):
         sides = (roi[2:] - roi[:2]).clamp(min=1)

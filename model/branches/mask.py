@@ -1,23 +1,23 @@
-"""The mask branch: heads, targets, the two losses of Table 2b, and what each inference makes of the logits.
+"""The mask branch: heads, targets, the two losses of Table 2b, and the masks that each inference makes of logits.
 
 Axes: R RoIs, C channels of the logits, K classes, M mask side, S side of a stored mask crop, G objects.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable
+from typing import Protocol, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from model.cpu import native
+from contract.model import SoftmaxInference
+from model.branches.paste import paste_all
 from model.losses import sigmoid_mask_loss, softmax_mask_loss
 from model.roi.samples import FlatRoIs
 
-SoftmaxInference = Literal["probability", "argmax", "versus_background"]
-SOFTMAX_INFERENCES: tuple[SoftmaxInference, ...] = ("probability", "argmax", "versus_background")
+Paste = Callable[[Tensor, Tensor, int, int], Tensor]  # see `model.branches.paste`
 
 
 class FCNHead(nn.Module):
@@ -29,20 +29,17 @@ class FCNHead(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(inputs[i], width, 3, padding=1) for i in range(convs))
         self.deconv = nn.ConvTranspose2d(inputs[-1], width, 2, stride=2)
         self.logits = nn.Conv2d(width, out_channels, 1)
+        self.product = OwnChannelProduct()
 
     def forward(self, features: Tensor) -> Tensor:
+        """RoI features to all logits, (R, C, M, M)."""
         logits: Tensor = self.logits(self._hidden(features))
         return logits
 
     def own(self, features: Tensor, channel_R: Tensor) -> Tensor:
         """forward(features)[r, channel[r]], (R, M, M), without computing the other channels."""
-        hidden = self._hidden(features)
         weight = self.logits.weight.flatten(1)[channel_R]
-        own: Tensor = (
-            _OwnChannel.apply(hidden, weight)
-            if native.takes(hidden, weight)
-            else _own(hidden, weight)
-        )
+        own: Tensor = self.product(self._hidden(features), weight)
         assert self.logits.bias is not None
         return own + self.logits.bias[channel_R][:, None, None]
 
@@ -53,26 +50,18 @@ class FCNHead(nn.Module):
         return F.relu(self.deconv(x), inplace=True)
 
 
-def _own(hidden_RCMM: Tensor, weight_RC: Tensor) -> Tensor:
+class OwnChannelProduct(nn.Module):
+    """`own_channel_product` as a part: `model.cpu` has a faster one."""
+
+    def forward(self, hidden_RCMM: Tensor, weight_RC: Tensor) -> Tensor:
+        """(R, M, M)."""
+        return own_channel_product(hidden_RCMM, weight_RC)
+
+
+def own_channel_product(hidden_RCMM: Tensor, weight_RC: Tensor) -> Tensor:
+    """A 1 x 1 convolution with one output, whose weights are each RoI's own: (R, M, M)."""
     own = torch.bmm(weight_RC[:, None], hidden_RCMM.flatten(2))
     return torch.unflatten(own[:, 0], 1, hidden_RCMM.shape[2:])
-
-
-class _OwnChannel(torch.autograd.Function):
-    """`_own` with a channels-last gradient: torch's own takes a copy of the whole to come back to that."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_RCMM: Tensor, weight_RC: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden_RCMM, weight_RC)
-        return _own(hidden_RCMM, weight_RC)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_RMM: Tensor) -> tuple[Tensor, Tensor]:
-        hidden_RCMM, weight_RC = ctx.saved_tensors
-        to_hidden = (gradient_RMM[..., None] * weight_RC[:, None, None]).permute(0, 3, 1, 2)
-        pixels_RPC = hidden_RCMM.permute(0, 2, 3, 1).flatten(1, 2)
-        return to_hidden, torch.bmm(gradient_RMM.flatten(1)[:, None], pixels_RPC)[:, 0]
 
 
 class MLPHead(nn.Module):
@@ -88,6 +77,7 @@ class MLPHead(nn.Module):
         self.side = side
 
     def forward(self, features: Tensor) -> Tensor:
+        """RoI features to all logits, (R, C, M, M)."""
         x = features.flatten(1)
         for fc in self.fc:
             x = F.relu(fc(x), inplace=True)
@@ -95,23 +85,42 @@ class MLPHead(nn.Module):
         return logits
 
     def own(self, features: Tensor, channel_R: Tensor) -> Tensor:
-        """forward(features)[r, channel[r]], (R, M, M); all channels at once are the better product here."""
+        """forward(features)[r, channel[r]], (R, M, M)."""
+        # All channels at once: one large product is faster here than a small one for each RoI.
         return own_channel(self(features), channel_R)
 
 
 Head: TypeAlias = FCNHead | MLPHead
 
 
-class SigmoidMasks(nn.Module):
+class Masks(Protocol):
+    """What the logits of a head mean: a mask loss. A new one is a class with these three methods."""
+
+    def logits(self, head: Head, features: Tensor, labels_R: Tensor) -> Tensor:
+        """The logits that `loss` and `probabilities` read, of each RoI's features."""
+        ...
+
+    def loss(
+        self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor
+    ) -> Tensor:
+        """The loss, summed over RoIs. object_boxes: (B, G, 4). crops: (B, G, S, S). labels: (B, G)."""
+        ...
+
+    def probabilities(self, logits: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
+        """Inference name to a map (R, M, M) that reaches 0.5 on the object, the configured one first."""
+        ...
+
+
+class SigmoidMasks:
     """Independent masks per class, or one for all classes."""
 
     def __init__(self, num_classes: int, class_agnostic: bool) -> None:
-        super().__init__()
         self.num_classes = num_classes
         self.class_agnostic = class_agnostic
 
     def logits(self, head: Head, features: Tensor, labels_R: Tensor) -> Tensor:
-        """Each RoI's own mask, (R, M, M); which one a RoI of background or padding takes does not count."""
+        """Each RoI's own mask, (R, M, M)."""
+        # RoIs of background and padding have no class; they weigh nothing, so any channel will do.
         channel = (
             torch.zeros_like(labels_R)
             if self.class_agnostic
@@ -122,7 +131,7 @@ class SigmoidMasks(nn.Module):
     def loss(
         self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor
     ) -> Tensor:
-        """Sum over RoIs. logits: (R, M, M). object_boxes: (B, G, 4). crops: (B, G, S, S). labels: (B, G)."""
+        """As `Masks.loss`. logits: (R, M, M)."""
         boxes = object_boxes[rois.image, rois.objects]
         inside = sample_crops(
             crops[rois.image, rois.objects], boxes, rois.boxes_xyxy, logits.shape[-1]
@@ -130,10 +139,11 @@ class SigmoidMasks(nn.Module):
         return sigmoid_mask_loss(logits, inside.to(rois.weight.dtype), rois.weight)
 
     def probabilities(self, logits: Tensor, labels_R: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """The only inference. logits: (R, M, M)."""
         return {"sigmoid": logits.float().sigmoid()}
 
 
-class SoftmaxMasks(nn.Module):
+class SoftmaxMasks:
     """Classes and background (the last channel) compete in every pixel.
 
     Targets: the RoI's object has its class; pixels outside it are background or, with `others_own_class`, the class
@@ -141,9 +151,9 @@ class SoftmaxMasks(nn.Module):
     """
 
     def __init__(self, others_own_class: bool, inference: SoftmaxInference) -> None:
-        super().__init__()
         self.others_own_class = others_own_class
-        self.order = (inference, *(other for other in SOFTMAX_INFERENCES if other != inference))
+        names = get_args(SoftmaxInference)
+        self.order = (inference, *(other for other in names if other != inference))
 
     def logits(self, head: Head, features: Tensor, labels_R: Tensor) -> Tensor:  # noqa: ARG002
         """Every class and background, (R, C, M, M)."""
@@ -153,7 +163,7 @@ class SoftmaxMasks(nn.Module):
     def loss(
         self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor
     ) -> Tensor:
-        """As `SigmoidMasks.loss`, of all channels."""
+        """As `Masks.loss`, of all channels."""
         return softmax_mask_loss(
             logits, self.targets(logits.shape, rois, object_boxes, crops, labels), rois.weight
         )
@@ -167,6 +177,7 @@ class SoftmaxMasks(nn.Module):
         own = sample_crops(crops[rois.image, rois.objects], boxes, rois.boxes_xyxy, side)
         target = torch.full((len(own), side, side), background, device=own.device)
         if self.others_own_class:
+            # Backwards, so that the first of several objects is the last to write.
             for g in range(crops.shape[1] - 1, -1, -1):
                 other = sample_crops(
                     crops[rois.image, g], object_boxes[rois.image, g], rois.boxes_xyxy, side
@@ -175,7 +186,7 @@ class SoftmaxMasks(nn.Module):
         return torch.where(own, rois.labels.clamp(max=background)[:, None, None], target)
 
     def probabilities(self, logits: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
-        """Each inference as a map that reaches 0.5 where it says "object", the configured one first.
+        """As `Masks.probabilities`, for every inference.
 
         probability: p_k. argmax: p_k / (p_k + the largest other p). versus_background: p_k / (p_k + p_background).
         """
@@ -192,26 +203,28 @@ class SoftmaxMasks(nn.Module):
 
 
 class MaskBranch(nn.Module):
-    """A head on the mask features of each RoI, and the meaning of its logits."""
+    """A head on the mask features of each RoI, the meaning of its logits, and how masks are pasted."""
 
     def __init__(
-        self, head: Head, masks: SigmoidMasks | SoftmaxMasks, side: int, loss_weight: float
+        self, head: Head, masks: Masks, side: int, loss_weight: float, paste: Paste = paste_all
     ) -> None:
+        """side: of the predicted masks. paste: used by `predict_image` alone; evaluation pastes on its own."""
         super().__init__()
         self.head = head
         self.masks = masks
         self.side = side
         self.loss_weight = loss_weight
+        self.paste = paste
 
     def loss(
         self, features: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor
     ) -> Tensor:
-        """Sum over RoIs of the mask loss on their features. object_boxes: (B, G, 4). crops: (B, G, S, S)."""
+        """The mask loss of RoI features, summed over RoIs. object_boxes: (B, G, 4). crops: (B, G, S, S)."""
         logits = self.masks.logits(self.head, features, rois.labels)
         return self.masks.loss(logits, rois, object_boxes, crops, labels)
 
     def probabilities(self, features: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
-        """Inference name to a map (R, M, M) of each RoI that reaches 0.5 on its object, the configured one first."""
+        """As `Masks.probabilities`, of RoI features."""
         return self.masks.probabilities(self.masks.logits(self.head, features, labels_R), labels_R)
 
 
@@ -232,9 +245,8 @@ def sample_crops(crops_RSS: Tensor, crop_boxes_R4: Tensor, rois_R4: Tensor, side
     points = rois_R4[:, None, :2] + steps[None, :, None] * (
         rois_R4[:, None, 2:] - rois_R4[:, None, :2]
     )
-    relative = (points - start) / (end - start).clamp(
-        min=1e-6
-    ) * 2 - 1  # (R, M, 2), -1 to 1 over the crop
+    # (R, M, 2), -1 to 1 over the crop; the clamp keeps padded boxes without an area finite.
+    relative = (points - start) / (end - start).clamp(min=1e-6) * 2 - 1
     x, y = (
         relative[:, None, :, 0].expand(-1, side, -1),
         relative[:, :, None, 1].expand(-1, -1, side),

@@ -1,25 +1,52 @@
-"""RoIAlign's mean on the CPU: bilinear sampling is linear and separable, so that a bin is a weighted sum of its cells.
+"""RoIAlign's mean on the CPU as a weighted sum of cells.
 
-The same numbers as torchvision's kernel, whose backward pass scatters each sample of each channel on its own.
+Bilinear sampling is linear and separable, so that a bin is a sum over the cells of its rows and columns. The numbers
+are those of torchvision's kernel, whose backward pass scatters each sample of each channel on its own.
 
 Axes: R RoIs, N images, C channels, S side of the crops, T = 2 samples taps of a bin on one axis.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
-from model.cpu.native import LANES, cells, empty_maps, run, takes
+from model.cpu.native import (
+    LANES,
+    Context,
+    Gradients,
+    cells,
+    empty_maps,
+    register,
+    run,
+    takes,
+)
+from model.roi.operations import sample_mean
 
 _MAX_SAMPLES = 8  # native.c has room for 16 x 16 cells of a bin
 
 
+class BinMean(nn.Module):
+    """`SampleMean` in training by our kernel; inference keeps torchvision's, and so its rounding."""
+
+    def forward(
+        self,
+        features: Tensor,
+        rois_R5: Tensor,
+        scale: float,
+        side: int,
+        samples: int,
+        aligned: bool,
+    ) -> Tensor:
+        """As `SampleMean`."""
+        # Maps without a gradient are those of inference: a `training` flag does not tell of frozen layers.
+        if features.requires_grad and fits(features, rois_R5, samples):
+            return align_by_bins(features, rois_R5, scale, side, samples, aligned)
+        return sample_mean(features, rois_R5, scale, side, samples, aligned)
+
+
 def fits(features: Tensor, rois_R5: Tensor, samples: int) -> bool:
-    """Whether `align_by_bins` takes these maps (N, C, H, W), RoIs and so many samples of a bin's side."""
+    """Whether `align_by_bins` takes these maps (N, C, H, W), RoIs and samples per side of a bin."""
     return (
         0 < samples <= _MAX_SAMPLES and features.shape[1] % LANES == 0 and takes(features, rois_R5)
     )
@@ -36,18 +63,16 @@ def align_by_bins(
         sides = sides.clamp(min=1)
     rows, row_weights = _taps(corners[:, 1], sides[:, 1], features.shape[2], side, samples)
     columns, column_weights = _taps(corners[:, 0], sides[:, 0], features.shape[3], side, samples)
-    crops: Tensor = _Bins.apply(
-        features, rois_R5[:, 0].to(torch.int32), rows, row_weights, columns, column_weights
-    )
-    return crops
+    image = rois_R5[:, 0].to(torch.int32)
+    return bins(features, image, rows, row_weights, columns, column_weights)
 
 
 def _taps(
     start_R: Tensor, length_R: Tensor, cells: int, side: int, samples: int
 ) -> tuple[Tensor, Tensor]:
-    """Cells (R, side, 2 samples), int32, and weights of each bin on one axis; points over one cell outside are 0.
+    """Cells (R, side, 2 samples), int32, and weights of each bin on one axis.
 
-    Of a RoI that is not finite the weights are not, but its cells are inside.
+    Points more than one cell outside weigh 0. A RoI that is not finite has weights that are not, and cells inside.
     """
     step = (torch.arange(side * samples, dtype=start_R.dtype, device=start_R.device) + 0.5) / (
         side * samples
@@ -57,40 +82,71 @@ def _taps(
     points = points.clamp(0, cells - 1)
     low = points.floor()
     share = points - low
+    # The clamp after the conversion: NaN becomes some integer, and the kernel reads memory by it.
     index = torch.stack([low, low + 1], dim=2).to(torch.int32).clamp(0, cells - 1)
     weights = torch.stack([(1 - share) * inside, share * inside], dim=2)
     return index.view(-1, side, 2 * samples), weights.view(-1, side, 2 * samples)
 
 
-class _Bins(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_NCHW: Tensor, *bins: Tensor) -> Tensor:
-        """bins: image (R,), rows (R, S, T), their weights, columns (R, S, T), their weights."""
-        ctx.save_for_backward(*bins)
-        ctx.shape = x_NCHW.shape
-        rois, side, taps = bins[1].shape
-        crops = empty_maps(rois, x_NCHW.shape[1], side, side)
-        run(
-            "bins_forward", cells(x_NCHW), *bins, cells(crops), rois, side, taps, *_sizes(ctx.shape)
-        )
-        return crops
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_RCSS: Tensor) -> tuple[Tensor | None, ...]:
-        bins = ctx.saved_tensors
-        to_x = empty_maps(*ctx.shape).zero_()
-        run(
-            "bins_backward",
-            cells(gradient_RCSS),
-            *bins,
-            cells(to_x),
-            *bins[1].shape,
-            *_sizes(ctx.shape),
-        )
-        return to_x, *[None] * len(bins)
+def _forward(
+    x: Tensor,
+    image: Tensor,
+    rows: Tensor,
+    row_weights: Tensor,
+    columns: Tensor,
+    column_weights: Tensor,
+) -> Tensor:
+    rois, side, taps = rows.shape
+    crops = empty_maps(rois, x.shape[1], side, side)
+    tensors = (cells(x), image, rows, row_weights, columns, column_weights, cells(crops))
+    run("bins_forward", *tensors, rois, side, taps, x.shape[2], x.shape[3], x.shape[1])
+    return crops
 
 
-def _sizes(shape_NCHW: torch.Size) -> tuple[int, int, int]:
-    _, channels, height, width = shape_NCHW
-    return height, width, channels
+def _input_gradient(
+    gradient: Tensor,
+    image: Tensor,
+    rows: Tensor,
+    row_weights: Tensor,
+    columns: Tensor,
+    column_weights: Tensor,
+    shape: list[int],
+) -> Tensor:
+    images, channels, height, width = shape
+    to_x = empty_maps(images, channels, height, width).zero_()
+    tensors = (cells(gradient), image, rows, row_weights, columns, column_weights, cells(to_x))
+    run("bins_backward", *tensors, *rows.shape, height, width, channels)
+    return to_x
+
+
+def _keep(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[1:])
+    ctx.sizes = tuple(inputs[0].shape)
+
+
+def _backward(ctx: Context, gradient: Tensor) -> Gradients:
+    image, rows, row_weights, columns, column_weights = ctx.saved_tensors
+    to_x = input_gradient(
+        gradient, image, rows, row_weights, columns, column_weights, list(ctx.sizes)
+    )
+    return to_x, None, None, None, None, None
+
+
+_BINS = "Tensor image, Tensor rows, Tensor row_weights, Tensor columns, Tensor column_weights"
+input_gradient = register(
+    f"bins_input_gradient(Tensor gradient, {_BINS}, SymInt[] shape) -> Tensor",
+    _input_gradient,
+    lambda gradient, image, rows, row_weights, columns, column_weights, shape: gradient.new_empty(
+        shape
+    ).contiguous(memory_format=torch.channels_last),
+)
+# Crops (R, C, S, S) of maps (N, C, H, W). image: (R,) int32. rows, columns: (R, S, T) int32. Weights: (R, S, T).
+bins = register(
+    f"bins(Tensor x, {_BINS}) -> Tensor",
+    _forward,
+    lambda x, image, rows, row_weights, columns, column_weights: x.new_empty(
+        rows.shape[0], x.shape[1], rows.shape[1], rows.shape[1]
+    ).contiguous(memory_format=torch.channels_last),
+    _keep,
+    _backward,
+)

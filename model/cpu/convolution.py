@@ -1,7 +1,6 @@
-"""Convolutions as torch has them, computed on the CPU in the way that is fastest for their shape.
+"""Convolutions on the CPU in training, each in the way that is fastest for its shape.
 
-The numbers are the library's but for rounding. On a GPU the library chooses. Gradients of gradients are the library's
-alone: a first backward pass through these has none.
+The numbers are torch's but for rounding. Only torch has gradients of gradients: a second backward pass raises.
 """
 
 from __future__ import annotations
@@ -13,44 +12,76 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.backbone.networks import FoldedConv2d, geometry
 from model.cpu import native, windows, winograd
 
 
 class Convolution(nn.Conv2d):
-    """3 x 3 at stride 1 by Winograd's algorithm, 1 x 1 as one product, others by windows; the rest as torch has it.
+    """A convolution by the kernels, in training.
 
-    In evaluation the library's alone, unless `in_evaluation`: what ranks and places boxes there rounds as in other
-    implementations, so that one's weights give another's detections to the hundredth of a pixel.
+    With `in_evaluation` in evaluation too. Layers that rank and place boxes are torch's there: they round as in
+    other implementations, so that one's weights give another's detections to the hundredth of a pixel.
     """
 
-    in_evaluation = False
+    def __init__(self, conv: nn.Conv2d, in_evaluation: bool = False) -> None:
+        """Shares the parameters of `conv`."""
+        # On the meta device a layer draws no random number and takes no memory.
+        super().__init__(**geometry(conv), bias=conv.bias is not None, device="meta")
+        self.weight, self.bias = conv.weight, conv.bias
+        self.in_evaluation = in_evaluation
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not (self.training or self.in_evaluation) or not self._is_ours(input, weight):
+        fast = convolve(self, input, weight) if self.training or self.in_evaluation else None
+        if fast is None:
             return cast(Tensor, super()._conv_forward(input, weight, bias))
-        result: Tensor
-        if _plain(self, 3) and winograd.pays_off(input, weight):
-            result = winograd.convolve(input, weight)
-        elif _plain(self, 1) and input.is_contiguous(memory_format=torch.channels_last):
-            result = _Pointwise.apply(input, weight.flatten(1))
-        elif windows.fits(self, input):
-            result = windows.convolve(input, weight, self.stride[0], cast(int, self.padding[0]))
-        elif self.padding_mode == "zeros" and not isinstance(self.padding, str):
-            result = _Library.apply(
-                input, weight, self.stride, self.padding, self.dilation, self.groups
-            )
-        else:
-            return cast(Tensor, super()._conv_forward(input, weight, bias))
-        return result if bias is None else result.add_(bias[:, None, None])
+        return fast if bias is None else fast.add_(bias[:, None, None])
 
-    def _is_ours(self, x: Tensor, weight: Tensor) -> bool:
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            return False  # for the library to take, or to refuse
-        return native.takes(x, weight)
+
+class FoldedConvolution(FoldedConv2d):
+    """A `FoldedConv2d` by the kernels, in training."""
+
+    def __init__(self, folded: FoldedConv2d) -> None:
+        """Shares the parameters and buffers of `folded`."""
+        super().__init__(folded, folded.eps)
+        for name, buffer in folded.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        fast = convolve(self, input, weight) if self.training else None
+        if fast is None:
+            return cast(Tensor, super()._conv_forward(input, weight, bias))
+        return fast if bias is None else fast.add_(bias[:, None, None])
+
+
+def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor | None:
+    """The layer without its bias; None if torch is to compute it."""
+    if x.dim() != 4 or x.shape[1] != conv.in_channels or not native.takes(x, weight):
+        return None  # torch takes it, or refuses it with its own words
+    if _is_plain(conv, 3) and winograd.pays_off(x, weight):
+        return winograd.convolve(x, weight)
+    if _is_plain(conv, 1) and x.is_contiguous(memory_format=torch.channels_last):
+        pointwise: Tensor = _Pointwise.apply(x, weight.flatten(1))
+        return pointwise
+    if windows.fits(conv, x):
+        return windows.convolve(x, weight, conv.stride[0], cast(int, conv.padding[0]))
+    if conv.padding_mode == "zeros" and not isinstance(conv.padding, str):
+        how = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        torchs: Tensor = _FromCopies.apply(x, weight, *how)
+        return torchs
+    return None
+
+
+def _is_plain(conv: nn.Conv2d, side: int) -> bool:
+    """side x side at stride 1, in one group, with maps that keep their height and width."""
+    margin = (side // 2, side // 2)
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return shape == ((side, side), (1, 1), margin, (1, 1)) and (
+        (conv.groups, conv.padding_mode) == (1, "zeros")
+    )
 
 
 class _Pointwise(torch.autograd.Function):
-    """A 1 x 1 convolution of channels-last maps."""
+    """A 1 x 1 convolution of channels-last maps: one matrix product."""
 
     @staticmethod
     def forward(ctx: Any, x_NCHW: Tensor, weight_OC: Tensor) -> Tensor:
@@ -75,10 +106,10 @@ def _as_rows(maps_NCHW: Tensor) -> Tensor:
     return maps_NCHW.permute(0, 2, 3, 1).reshape(-1, maps_NCHW.shape[1])
 
 
-class _Library(torch.autograd.Function):
-    """The library's convolution, but the gradient of its weights always from channels-first copies.
+class _FromCopies(torch.autograd.Function):
+    """torch's convolution, but the gradient of its weights always from channels-first copies.
 
-    Of channels-last maps the library takes up to three times as long for it.
+    Of channels-last maps torch takes up to three times as long for that gradient.
     """
 
     @staticmethod
@@ -103,27 +134,3 @@ class _Library(torch.autograd.Function):
             copies = (gradient_NOHW.contiguous(), x_NCHW.contiguous())
             to_weight = torch.ops.aten.convolution_backward(*copies, *rest, (False, True, False))[1]
         return to_x, to_weight, None, None, None, None
-
-
-def take_fast_convolutions(network: nn.Module, in_evaluation: bool = False) -> None:
-    """Turns every convolution into a `Convolution`; parameters and their names stay."""
-    for module in network.modules():
-        if type(module) is nn.Conv2d:
-            module.__class__ = Convolution
-            cast(Convolution, module).in_evaluation = in_evaluation
-        if type(module) is nn.ConvTranspose2d:
-            module.__class__ = windows.Deconvolution
-
-
-def _plain(conv: nn.Conv2d, side: int) -> bool:
-    """side x side at stride 1, in one group, whose maps keep their height and width."""
-    margin = (side // 2, side // 2)
-    given = (
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-        conv.padding_mode,
-    )
-    return given == ((side, side), (1, 1), margin, (1, 1), 1, "zeros")

@@ -1,75 +1,93 @@
-"""Group norm of channels-last maps on the CPU, where torch's copies them first.
+"""Group norm of channels-last maps on the CPU; torch's copies them first.
 
 Axes: N images, C channels, H x W cells, G groups.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from model.cpu.native import cells, empty_maps, run, takes, workspace
+from model.cpu.native import (
+    Context,
+    Gradients,
+    cells,
+    empty_maps,
+    register,
+    run,
+    takes,
+    workspace,
+)
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's numbers but for rounding."""
+    """torch's numbers but for rounding, in training; in evaluation torch's own."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        """Shares the parameters of `norm`."""
+        super().__init__(norm.num_groups, norm.num_channels, norm.eps, norm.affine, device="meta")
+        self.weight, self.bias = norm.weight, norm.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        if (
-            not self.training
-            or not self.affine
-            or input.dim() != 4
-            or not takes(input, self.weight, self.bias)
-        ):
+        """(N, C, H, W) to the same shape; torch takes what is no batch of maps."""
+        if not self.training or not self.affine or input.dim() != 4:
             return super().forward(input)
+        # Wrong channels and a single number per group are errors: torch has the words for them.
         if input.shape[1] != self.num_channels or input[0].numel() == self.num_groups:
-            return super().forward(input)  # for torch to refuse, or to take
-        result: Tensor = _GroupNorm.apply(
-            input, self.weight.contiguous(), self.bias.contiguous(), self.num_groups, self.eps
-        )
-        return result
+            return super().forward(input)
+        if not takes(input, self.weight, self.bias):
+            return super().forward(input)
+        weight, bias = self.weight.contiguous(), self.bias.contiguous()
+        return group_norm(input, weight, bias, self.num_groups, self.eps)[0]
 
 
-class _GroupNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x_NCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float
-    ) -> Tensor:
-        images, channels, height, width = x_NCHW.shape
-        y, moments = empty_maps(*x_NCHW.shape), x_NCHW.new_empty(images, groups, 2)
-        sizes = (images, height * width, channels, groups)
-        run(
-            "group_norm_forward",
-            cells(x_NCHW),
-            weight_C,
-            bias_C,
-            cells(y),
-            moments,
-            workspace(4 * images * channels),
-            *sizes,
-            eps,
-        )
-        ctx.save_for_backward(x_NCHW, weight_C, moments)
-        ctx.sizes = sizes
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_NCHW: Tensor) -> tuple[Tensor | None, ...]:
-        x_NCHW, weight_C, moments = ctx.saved_tensors
-        images, _, channels, _ = ctx.sizes
-        to_x = empty_maps(*x_NCHW.shape)
-        shares, room = x_NCHW.new_empty(2, images, channels), workspace(8 * images * channels)
-        given = (cells(gradient_NCHW), cells(x_NCHW), weight_C, moments)
-        run("group_norm_backward", *given, cells(to_x), shares, room, *ctx.sizes)
-        return to_x, *shares.sum(1), None, None
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The normalised maps, and the mean and 1 / deviation of each group: (N, G, 2)."""
+    images, channels, height, width = x.shape
+    y, moments = empty_maps(*x.shape), x.new_empty(images, groups, 2)
+    tensors = (cells(x), weight, bias, cells(y), moments, workspace(4 * images * channels))
+    run("group_norm_forward", *tensors, images, height * width, channels, groups, eps)
+    return y, moments
 
 
-def take_fast_norms(network: nn.Module) -> None:
-    """Turns every group norm into a `GroupNorm`; parameters and their names stay."""
-    for module in network.modules():
-        if type(module) is nn.GroupNorm:
-            module.__class__ = GroupNorm
+def _input_gradient(
+    gradient: Tensor, x: Tensor, weight: Tensor, moments: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the maps, and what each image adds to those of weight and bias: (2, N, C)."""
+    images, channels, height, width = x.shape
+    to_x, shares = empty_maps(*x.shape), x.new_empty(2, images, channels)
+    room = workspace(8 * images * channels)
+    tensors = (cells(gradient), cells(x), weight, moments, cells(to_x), shares, room)
+    run("group_norm_backward", *tensors, images, height * width, channels, moments.shape[1])
+    return to_x, shares
+
+
+def _keep(ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight = inputs[:2]
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _backward(ctx: Context, gradient: Tensor, of_moments: Tensor) -> Gradients:  # noqa: ARG001
+    to_x, shares = gradients(gradient, *ctx.saved_tensors)
+    to_weight, to_bias = shares.sum(1)
+    return to_x, to_weight, to_bias, None, None
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+gradients = register(
+    "group_norm_gradients(Tensor gradient, Tensor x, Tensor weight, Tensor moments) -> (Tensor, Tensor)",
+    _input_gradient,
+    lambda gradient, x, weight, moments: (_like(x), x.new_empty(2, *x.shape[:2])),
+)
+group_norm = register(
+    "group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor, Tensor)",
+    _forward,
+    lambda x, weight, bias, groups, eps: (_like(x), x.new_empty(x.shape[0], groups, 2)),
+    _keep,
+    _backward,
+)

@@ -15,8 +15,12 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-/* Of this file without this line; native.py compares it with the file beside it. A test says what it has to be. */
-unsigned native_source(void) { return 0xc87772c6u; }
+#ifndef SOURCE_CRC32
+#error "setup.py passes the checksum of this file: build with it"
+#endif
+
+/* native.py compares it with the file beside it: the code travels to other machines, this library stays. */
+unsigned native_source(void) { return SOURCE_CRC32; }
 
 enum { LANES = 16, ROWS = 6, DEEP = 256 }; /* a sum of DEEP products: its factors fit the first cache */
 typedef float Half __attribute__((vector_size(32), aligned(4), may_alias)); /* of the lanes */
@@ -100,7 +104,7 @@ INLINE void product(long rows, const Shape *s, const float *a, const float *b, f
     }
 }
 
-/* --- 3 x 3 convolutions by Winograd's algorithm; model/winograd.py tells which -------------------------------------- */
+/* --- 3 x 3 convolutions by Winograd's algorithm; model/cpu/winograd.py tells which -------------------------------------- */
 
 enum { TILE = 4, SIDE = 6, POINTS = SIDE * SIDE, CHUNK = 64 }; /* of channels: their factors fit the second cache */
 static const float A = 0.70710678118654752f, B = 1.41421356237309505f, AA = 0.5f, BB = 2.0f;

@@ -1,6 +1,7 @@
-"""The kernels of native.c, for tensors. Installing maskray compiles them; without gcc 12 or newer there are none.
+"""The C library of native.c, and how its kernels become operators of torch. Only this file knows ctypes.
 
-Whoever calls one asks `takes` first, and has torch's own operation for where there is none.
+`setup.py` compiles the library when maskray is installed; without gcc 12 or newer there is none. Whoever calls a
+kernel asks `takes` first, and has torch's own operation for the other case.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import importlib.util
 import threading
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-LANES = 16  # channels that a kernel takes at a time
+LANES = 16  # channels that a kernel takes at a time, as in native.c
 
-_ARGUMENTS = {  # p: pointer, l: long, d: double; last comes the number of threads
+_ARGUMENTS = {  # p: pointer, l: long, d: double; the number of threads comes last
     "winograd_forward": "pplp lllll pl l",
     "winograd_weight_gradient": "ppp lllll pl l",
     "windows_forward": "ppp llll lllll l",
@@ -35,6 +39,22 @@ _TYPES: dict[str, type[ctypes.c_void_p | ctypes.c_long | ctypes.c_double]] = {
     "d": ctypes.c_double,
 }
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Context(Protocol):
+    """What an operator keeps from its forward pass for its backward pass; torch makes it."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+    sizes: tuple[int, ...]  # numbers, by the operator that keeps them
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+Gradients = tuple[Tensor | None, ...]  # one for each argument of the operator
+
 
 def _load() -> ctypes.CDLL | None:
     spec = importlib.util.find_spec("maskray_native")
@@ -46,9 +66,11 @@ def _load() -> ctypes.CDLL | None:
         _warn(f"{spec.origin} cannot be loaded ({error})")
         return None
     library.native_source.restype = ctypes.c_uint
+    # Code travels to the nodes, what was compiled stays where it is: the two may differ.
     if library.native_source() != source():
         _warn(
-            f"{spec.origin} was compiled from another native.c than this code's; install maskray again"
+            f"{spec.origin} was compiled from another native.c than this code's; "
+            "install maskray again"
         )
         return None
     for kernel, arguments in _ARGUMENTS.items():
@@ -60,11 +82,8 @@ def _load() -> ctypes.CDLL | None:
 
 
 def source() -> int:
-    """A checksum of native.c beside this file: code travels to the nodes, what was compiled stays where it is."""
-    lines = Path(__file__).with_name("native.c").read_bytes().splitlines(keepends=True)
-    return zlib.crc32(
-        b"".join(line for line in lines if not line.startswith(b"unsigned native_source"))
-    )
+    """The checksum of the native.c beside this file; `setup.py` compiles the same one in."""
+    return zlib.crc32(Path(__file__).with_name("native.c").read_bytes())
 
 
 def _warn(reason: str) -> None:
@@ -76,13 +95,18 @@ _thread = threading.local()
 
 
 def available() -> bool:
+    """Whether the kernels were compiled, from the native.c of this code."""
     return _library is not None
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels are there, and these are for them: fp32 on the CPU, computed as such and not compiled."""
+    """Whether the kernels are there and compute with these tensors: plain fp32 on the CPU.
+
+    Under autocast, `torch.compile` and tracing, torch computes by itself.
+    """
     if _library is None or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
+    # A subclass (a fake or a traced tensor) has no memory of its own that a kernel could read.
     plain = torch._C._get_tracing_state() is None and all(
         type(tensor) in (Tensor, nn.Parameter) for tensor in tensors
     )
@@ -91,18 +115,46 @@ def takes(*tensors: Tensor) -> bool:
     )
 
 
+def register(
+    schema: str,
+    kernel: Callable[P, R],
+    fake: Callable[P, R],
+    keep: Callable[[Context, tuple[Tensor, ...], R], None] | None = None,
+    backward: Callable[..., Gradients] | None = None,
+) -> Callable[P, R]:
+    """Makes `torch.ops.maskray.NAME` of a function that runs kernels, and returns it.
+
+    schema: as `torch.library` reads it, "NAME(Tensor x, int stride) -> Tensor". fake: the shape of the result, for
+    tracers. keep: saves for the backward pass. backward: the gradients; a second backward pass raises.
+    """
+    name, bracket, rest = schema.partition("(")
+    torch.library.define(f"maskray::{name}", bracket + rest)
+    torch.library.impl(f"maskray::{name}", "cpu", kernel)
+    torch.library.register_fake(f"maskray::{name}", fake)
+    if backward is not None:
+        # The kernels of the backward passes are not differentiable, and must not look constant.
+        torch.library.register_autograd(
+            f"maskray::{name}", once_differentiable(backward), setup_context=keep
+        )
+    return cast(Callable[P, R], getattr(torch.ops.maskray, name).default)
+
+
 def run(kernel: str, *arguments: Tensor | int | float) -> None:
-    """One kernel on as many threads as torch takes. Tensors are dense in the order in which they are given."""
+    """Runs one kernel on as many threads as torch uses.
+
+    Tensors are dense in the order of their axes.
+    """
     assert _library is not None
-    given = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
-    getattr(_library, kernel)(*given, torch.get_num_threads())
+    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+    getattr(_library, kernel)(*values, torch.get_num_threads())
 
 
 def workspace(numbers: int) -> Tensor:
-    """At least so many floats for one kernel, the thread's own: the pages of fresh memory would cost too much.
+    """At least so many floats for one kernel, the thread's own.
 
-    It is kept, at the size of the largest: 0.23 GB after a stem's gradient on two images of 1344 x 1344.
+    They are kept, at the size of the largest: 0.23 GB after a stem's gradient on two images of 1344 x 1344.
     """
+    # Fresh memory for each kernel would cost too much: the system clears its pages first.
     buffer: Tensor | None = getattr(_thread, "workspace", None)
     if buffer is None or len(buffer) < numbers:
         buffer = _thread.workspace = torch.empty(numbers, dtype=torch.float32, device="cpu")
@@ -110,11 +162,13 @@ def workspace(numbers: int) -> Tensor:
 
 
 def empty_maps(images: int, channels: int, height: int, width: int) -> Tensor:
-    """(N, C, H, W), channels last. No view of anything: a residual block adds to it in place."""
+    """Uninitialised maps (N, C, H, W), channels last."""
+    # No view of anything: a residual block adds to its maps in place, and autograd refuses that on a view.
+    # The device is named, because a person may have set another default.
     shape = (images, channels, height, width)
     return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
 
 
 def cells(maps_NCHW: Tensor) -> Tensor:
-    """(N, H, W, C), dense: a view of channels-last maps, of others a copy."""
+    """(N, H, W, C), dense: a view of channels-last maps, a copy of others."""
     return maps_NCHW.permute(0, 2, 3, 1).contiguous()

@@ -1,22 +1,36 @@
-"""Convolutions of any stride on the CPU as products of rows of windows, which lie in one piece in channels-last maps.
+"""Convolutions of any stride on the CPU as products of rows of windows.
+
+Such a row is one piece of memory in channels-last maps.
 
 Axes: N images, H x W cells, C input and O output channels, K x K windows, T x U outputs of an image.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from model.cpu.native import LANES, cells, empty_maps, run, takes, workspace
+from model.cpu.native import (
+    LANES,
+    Context,
+    Gradients,
+    cells,
+    empty_maps,
+    register,
+    run,
+    takes,
+    workspace,
+)
 
 
 def fits(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Square windows, multiples of 16 outputs, and of 16 inputs where these have a gradient."""
+    """Whether `convolve` takes this layer and these maps.
+
+    Windows are square; outputs are multiples of 16, and so are inputs that have a gradient.
+    """
     if (
         isinstance(conv.padding, str)
         or conv.padding_mode != "zeros"
@@ -27,94 +41,51 @@ def fits(conv: nn.Conv2d, x: Tensor) -> bool:
     if any(pair[0] != pair[1] for pair in (conv.kernel_size, conv.stride, conv.padding)):
         return False
     smallest = min(x.shape[2:]) + 2 * conv.padding[0]
+    # The stem has 3 inputs, images, which have no gradient: only that kernel wants whole panels of inputs.
     whole = conv.out_channels % LANES == 0 and (
         conv.in_channels % LANES == 0 or not x.requires_grad
     )
     return whole and smallest >= conv.kernel_size[0]
 
 
-def convolve(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """conv2d(x, weight, stride=stride, padding=padding), channels last. x: (N, C, H, W). weight: (O, C, K, K)."""
-    y: Tensor = _Windows.apply(x, weight, stride, padding)
-    return y
-
-
-class _Windows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_NCHW: Tensor, weight_OCKK: Tensor, stride: int, padding: int) -> Tensor:
-        ctx.save_for_backward(x_NCHW, weight_OCKK)
-        ctx.how = stride, padding
-        return _convolve(_padded(x_NCHW, padding), weight_OCKK, stride)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, gradient_NOTU: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x_NCHW, weight_OCKK = ctx.saved_tensors
-        stride, padding = ctx.how
-        of_x, of_weight = ctx.needs_input_grad[:2]
-        gradient, to_x, to_weight = cells(gradient_NOTU), None, None
-        if of_x:
-            images, channels, height, width = x_NCHW.shape
-            padded = gradient.new_zeros(images, height + 2 * padding, width + 2 * padding, channels)
-            _add_input_gradient(gradient, weight_OCKK, padded, stride)
-            to_x = _inside(padded, padding)
-        if of_weight:
-            to_weight = _weight_gradient(
-                _padded(x_NCHW, padding), gradient, weight_OCKK.shape[2], stride
-            )
-        return to_x, to_weight, None, None
-
-
 class Deconvolution(nn.ConvTranspose2d):
-    """A transposed convolution: the gradient of a convolution's inputs, computed as such."""
+    """A transposed convolution, computed as the gradient of a convolution's inputs."""
+
+    def __init__(self, layer: nn.ConvTranspose2d) -> None:
+        """Shares the parameters of `layer`."""
+        super().__init__(
+            layer.in_channels,
+            layer.out_channels,
+            cast(tuple[int, int], layer.kernel_size),
+            cast(tuple[int, int], layer.stride),
+            cast(tuple[int, int], layer.padding),
+            cast(tuple[int, int], layer.output_padding),
+            layer.groups,
+            layer.bias is not None,
+            cast(tuple[int, int], layer.dilation),
+            layer.padding_mode,
+            device="meta",  # draws no random number and takes no memory
+        )
+        self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if output_size is not None or not self._is_ours(input):
+        """torch's numbers but for rounding."""
+        if output_size is not None or not self._takes(input):
             return super().forward(input, output_size)
-        result: Tensor = _Deconvolution.apply(input, self.weight, self.stride[0])
+        result = deconvolve(input, self.weight, self.stride[0])
         return result if self.bias is None else result.add_(self.bias[:, None, None])
 
-    def _is_ours(self, x: Tensor) -> bool:
-        given = (self.padding, self.output_padding, self.dilation, self.groups)
-        plain = given == ((0, 0), (0, 0), (1, 1), 1) and self.kernel_size[0] == self.kernel_size[1]
-        whole = (
-            plain
-            and self.stride[0] == self.stride[1]
-            and x.dim() == 4
-            and x.shape[1] == self.in_channels
+    def _takes(self, x: Tensor) -> bool:
+        plain = (self.padding, self.output_padding, self.dilation, self.groups) == (
+            (0, 0),
+            (0, 0),
+            (1, 1),
+            1,
         )
-        whole = whole and min(x.shape[2:]) > 0
-        return (
-            whole
-            and not self.in_channels % LANES
-            and not self.out_channels % LANES
-            and takes(x, self.weight)
-        )
-
-
-class _Deconvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_NCHW: Tensor, weight_COKK: Tensor, stride: int) -> Tensor:
-        ctx.save_for_backward(x_NCHW, weight_COKK)
-        ctx.stride = stride
-        sides = ((side - 1) * stride + weight_COKK.shape[2] for side in x_NCHW.shape[2:])
-        y = empty_maps(len(x_NCHW), weight_COKK.shape[1], *sides).zero_()
-        _add_input_gradient(cells(x_NCHW), weight_COKK, cells(y), stride)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_NOTU: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x_NCHW, weight_COKK = ctx.saved_tensors
-        of_x, of_weight = ctx.needs_input_grad[:2]
-        gradient, to_x, to_weight = cells(gradient_NOTU), None, None
-        if of_x:
-            to_x = _convolve(gradient, weight_COKK, ctx.stride)
-        if of_weight:
-            to_weight = _weight_gradient(gradient, cells(x_NCHW), weight_COKK.shape[2], ctx.stride)
-        return to_x, to_weight, None
+        square = self.kernel_size[0] == self.kernel_size[1] and self.stride[0] == self.stride[1]
+        maps = x.dim() == 4 and x.shape[1] == self.in_channels and min(x.shape[2:]) > 0
+        whole = not self.in_channels % LANES and not self.out_channels % LANES
+        return plain and square and maps and whole and takes(x, self.weight)
 
 
 def _padded(x_NCHW: Tensor, padding: int) -> Tensor:
@@ -129,26 +100,31 @@ def _inside(padded_NHWC: Tensor, padding: int) -> Tensor:
     return inside.contiguous().permute(0, 3, 1, 2)
 
 
-def _convolve(x_NHWC: Tensor, weight_OCKK: Tensor, stride: int) -> Tensor:
-    outputs, channels, kernel, _ = weight_OCKK.shape
-    tall, wide = ((side - kernel) // stride + 1 for side in x_NHWC.shape[1:3])
+def _forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    padded = _padded(x, padding)
+    outputs, channels, kernel, _ = weight.shape
+    tall, wide = (_outputs(side, kernel, stride) for side in padded.shape[1:3])
     in_panels = (
-        weight_OCKK.reshape(-1, LANES, channels, kernel, kernel).permute(0, 3, 4, 2, 1).contiguous()
+        weight.reshape(-1, LANES, channels, kernel, kernel).permute(0, 3, 4, 2, 1).contiguous()
     )
-    y = empty_maps(len(x_NHWC), outputs, tall, wide)
-    run(
-        "windows_forward",
-        x_NHWC,
-        in_panels,
-        cells(y),
-        *x_NHWC.shape,
-        tall,
-        wide,
-        outputs,
-        kernel,
-        stride,
-    )
+    y = empty_maps(len(x), outputs, tall, wide)
+    sizes = (*padded.shape, tall, wide, outputs, kernel, stride)
+    run("windows_forward", padded, in_panels, cells(y), *sizes)
     return y
+
+
+def _outputs(padded_side: int, kernel: int, stride: int) -> int:
+    return (padded_side - kernel) // stride + 1
+
+
+def _input_gradient(
+    gradient: Tensor, weight: Tensor, stride: int, padding: int, height: int, width: int
+) -> Tensor:
+    images, channels = gradient.shape[0], weight.shape[1]
+    # Zeros, because windows overlap: each output adds to all cells of its window.
+    padded = gradient.new_zeros(images, height + 2 * padding, width + 2 * padding, channels)
+    _add_input_gradient(cells(gradient), weight, padded, stride)
+    return _inside(padded, padding)
 
 
 def _add_input_gradient(
@@ -163,16 +139,88 @@ def _add_input_gradient(
     run("windows_input_gradient", gradient_NTUO, in_panels, to_x_NHWC, *sizes)
 
 
-def _weight_gradient(x_NHWC: Tensor, gradient_NTUO: Tensor, kernel: int, stride: int) -> Tensor:
-    outputs, channels = gradient_NTUO.shape[3], x_NHWC.shape[3]
-    weight = x_NHWC.new_zeros(outputs // LANES, kernel, kernel, channels, LANES)
-    sizes = (*x_NHWC.shape, *gradient_NTUO.shape[1:], kernel, stride)
-    run(
-        "windows_weight_gradient",
-        x_NHWC,
-        gradient_NTUO,
-        weight,
-        workspace(gradient_NTUO.numel()),
-        *sizes,
-    )
-    return weight.permute(0, 4, 3, 1, 2).reshape(outputs, channels, kernel, kernel)
+def _weight_gradient(x: Tensor, gradient: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
+    padded, gradient_NTUO = _padded(x, padding), cells(gradient)
+    outputs, channels = gradient_NTUO.shape[3], padded.shape[3]
+    to_weight = padded.new_zeros(outputs // LANES, kernel, kernel, channels, LANES)
+    room = workspace(gradient_NTUO.numel())
+    sizes = (*padded.shape, *gradient_NTUO.shape[1:], kernel, stride)
+    run("windows_weight_gradient", padded, gradient_NTUO, to_weight, room, *sizes)
+    return to_weight.permute(0, 4, 3, 1, 2).reshape(outputs, channels, kernel, kernel)
+
+
+def _deconvolve(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    sides = ((side - 1) * stride + weight.shape[2] for side in x.shape[2:])
+    y = empty_maps(len(x), weight.shape[1], *sides).zero_()
+    _add_input_gradient(cells(x), weight, cells(y), stride)
+    return y
+
+
+def _new_maps(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    maps = like.new_empty(like.shape[0], channels, height, width)
+    return maps.contiguous(memory_format=torch.channels_last)
+
+
+def _keep(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+    ctx.save_for_backward(*inputs[:2])
+    ctx.sizes = cast(tuple[int, ...], inputs[2:])
+
+
+def _backward(ctx: Context, gradient: Tensor) -> Gradients:
+    x, weight = ctx.saved_tensors
+    stride, padding = ctx.sizes
+    of_x, of_weight = ctx.needs_input_grad[:2]
+    to_x = to_weight = None
+    if of_x:
+        to_x = input_gradient(gradient, weight, stride, padding, *x.shape[2:])
+    if of_weight:
+        to_weight = weight_gradient(x, gradient, weight.shape[2], stride, padding)
+    return to_x, to_weight, None, None
+
+
+def _backward_of_deconvolution(ctx: Context, gradient: Tensor) -> Gradients:
+    x, weight = ctx.saved_tensors
+    (stride,) = ctx.sizes
+    of_x, of_weight = ctx.needs_input_grad[:2]
+    # The inputs and the outputs of the convolution trade places.
+    to_x = convolve(gradient, weight, stride, 0) if of_x else None
+    to_weight = weight_gradient(gradient, x, weight.shape[2], stride, 0) if of_weight else None
+    return to_x, to_weight, None
+
+
+input_gradient = register(
+    "windows_input_gradient(Tensor gradient, Tensor weight, int stride, int padding, SymInt height, SymInt width) -> Tensor",
+    _input_gradient,
+    lambda gradient, weight, stride, padding, height, width: _new_maps(
+        gradient, weight.shape[1], height, width
+    ),
+)
+weight_gradient = register(
+    "windows_weight_gradient(Tensor x, Tensor gradient, int kernel, int stride, int padding) -> Tensor",
+    _weight_gradient,
+    lambda x, gradient, kernel, stride, padding: x.new_empty(
+        gradient.shape[1], x.shape[1], kernel, kernel
+    ),
+)
+# conv2d(x, weight, stride=stride, padding=padding), channels last. x: (N, C, H, W). weight: (O, C, K, K).
+convolve = register(
+    "windows(Tensor x, Tensor weight, int stride, int padding) -> Tensor",
+    _forward,
+    lambda x, weight, stride, padding: _new_maps(
+        x,
+        weight.shape[0],
+        *(_outputs(side + 2 * padding, weight.shape[2], stride) for side in x.shape[2:]),
+    ),
+    _keep,
+    _backward,
+)
+# conv_transpose2d(x, weight, stride=stride), channels last. x: (N, C, H, W). weight: (C, O, K, K).
+deconvolve = register(
+    "deconvolution(Tensor x, Tensor weight, int stride) -> Tensor",
+    _deconvolve,
+    lambda x, weight, stride: _new_maps(
+        x, weight.shape[1], *((side - 1) * stride + weight.shape[2] for side in x.shape[2:])
+    ),
+    _keep,
+    _backward_of_deconvolution,
+)

@@ -6,78 +6,105 @@ has a gradient to RoI coordinates, as published.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from model.cpu.bins import align_by_bins, fits
-
-CropOp = Callable[
-    [Tensor, Tensor, float], Tensor
-]  # map (B, C, H, W), RoIs (R, 5), 1 / stride -> (R, C, side, side)
-
 _CANONICAL_SIDE_PX, _CANONICAL_LOG_STRIDE = 224.0, 4  # a 224 px box goes to P4, of stride 2 ** 4
 _WARP_SAMPLES = 2
 
 
-def align(
-    features: Tensor,
-    rois_R5: Tensor,
-    scale: float,
-    side: int,
-    samples: int,
-    reduce: str,
-    aligned: bool,
+class SampleMean(nn.Module):
+    """`sample_mean` as a part: `model.cpu` has a faster one."""
+
+    def forward(
+        self,
+        features: Tensor,
+        rois_R5: Tensor,
+        scale: float,
+        side: int,
+        samples: int,
+        aligned: bool,
+    ) -> Tensor:
+        """As `sample_mean`."""
+        return sample_mean(features, rois_R5, scale, side, samples, aligned)
+
+
+def sample_mean(
+    features: Tensor, rois_R5: Tensor, scale: float, side: int, samples: int, aligned: bool
 ) -> Tensor:
-    """Mean or max of `samples` x `samples` bilinear values per bin (Mask R-CNN, section 3).
-
-    0 samples: as many as a bin has cells, rounded up (mean only). `aligned` puts the value of a pixel at its centre;
-    without it (the first implementations) at its corner, and a RoI is at least one cell wide.
-    """
-    in_training = (
-        features.requires_grad
-    )  # inference keeps torchvision's kernel, and so its rounding
-    if reduce == "mean" and in_training and fits(features, rois_R5, samples):
-        return align_by_bins(features, rois_R5, scale, side, samples, aligned)
-    if reduce == "mean":
-        crops: Tensor = torchvision.ops.roi_align(
-            features, rois_R5, (side, side), scale, samples, aligned
-        )
-        return crops
-    points = torchvision.ops.roi_align(
-        features, rois_R5, (side * samples, side * samples), scale, 1, aligned
+    """(R, C, side, side) of maps (B, C, H, W), torchvision's; `scale` is 1 / stride."""
+    crops: Tensor = torchvision.ops.roi_align(
+        features, rois_R5, (side, side), scale, samples, aligned
     )
-    return F.max_pool2d(points, samples)
-
-
-def pool(features: Tensor, rois_R5: Tensor, scale: float, side: int) -> Tensor:
-    """Max over integer bins; corners are rounded to cells, and the last cell belongs to the RoI (Fast R-CNN)."""
-    crops: Tensor = torchvision.ops.roi_pool(features, rois_R5, (side, side), scale)
     return crops
 
 
-def warp(features: Tensor, rois_R5: Tensor, scale: float, side: int, reduce: str) -> Tensor:
-    """RoIPool's quantised RoI, then RoIAlign's samples (MNC, as compared in Table 2c of Mask R-CNN).
+class Align(nn.Module):
+    """RoIAlign: mean or max of `samples` x `samples` bilinear values per bin (Mask R-CNN, section 3).
+
+    0 samples: as many as a bin has cells, rounded up (mean only). `aligned` puts the value of a pixel at its centre.
+    Without it (the first implementations) the value is at the corner, and a RoI is at least one cell wide.
+    """
+
+    def __init__(self, samples: int, reduce: str, aligned: bool) -> None:
+        super().__init__()
+        self.samples = samples
+        self.reduce = reduce
+        self.aligned = aligned
+        self.mean = SampleMean()
+
+    def forward(self, features: Tensor, rois_R5: Tensor, scale: float, side: int) -> Tensor:
+        """(R, C, side, side) of maps (B, C, H, W); `scale` is 1 / stride."""
+        if self.reduce == "mean":
+            crops: Tensor = self.mean(features, rois_R5, scale, side, self.samples, self.aligned)
+            return crops
+        # One sample per bin of a finer grid is every sample by itself; torchvision has no maximum of them.
+        points = torchvision.ops.roi_align(
+            features, rois_R5, (side * self.samples,) * 2, scale, 1, self.aligned
+        )
+        return F.max_pool2d(points, self.samples)
+
+
+class Pool(nn.Module):
+    """RoIPool: max over integer bins; corners are rounded to cells, and the last cell belongs to the RoI (Fast R-CNN)."""
+
+    def forward(self, features: Tensor, rois_R5: Tensor, scale: float, side: int) -> Tensor:
+        """(R, C, side, side) of maps (B, C, H, W); `scale` is 1 / stride."""
+        crops: Tensor = torchvision.ops.roi_pool(features, rois_R5, (side, side), scale)
+        return crops
+
+
+class Warp(nn.Module):
+    """RoIWarp: RoIPool's quantised RoI, then RoIAlign's samples (MNC, as compared in Table 2c of Mask R-CNN).
 
     A corner at x canvas pixels becomes the cell round(x * scale), half away from zero. The RoI covers its cells
     whole: from the left edge of the first to the right edge of the last (the `+1` of RoIPool). Each of the
-    side x side bins takes 2 x 2 bilinear samples; the value of a cell stands at its centre.
+    side x side bins takes 2 x 2 bilinear samples; the value of a cell is at its centre.
     """
-    corners = rois_R5[:, 1:] * scale
-    cells = torch.where(corners < 0, (corners - 0.5).ceil(), (corners + 0.5).floor())
-    last = torch.maximum(cells[:, 2:], cells[:, :2]) + 1
-    quantised = torch.cat([rois_R5[:, :1], cells[:, :2], last], dim=1)
-    return align(features, quantised, 1.0, side, _WARP_SAMPLES, reduce, True)
+
+    def __init__(self, reduce: str) -> None:
+        super().__init__()
+        self.align = Align(_WARP_SAMPLES, reduce, aligned=True)
+
+    def forward(self, features: Tensor, rois_R5: Tensor, scale: float, side: int) -> Tensor:
+        """(R, C, side, side) of maps (B, C, H, W); `scale` is 1 / stride."""
+        corners = rois_R5[:, 1:] * scale
+        # torch.round goes to the even neighbour at one half, RoIPool away from zero.
+        cells = torch.where(corners < 0, (corners - 0.5).ceil(), (corners + 0.5).floor())
+        last = torch.maximum(cells[:, 2:], cells[:, :2]) + 1
+        quantised = torch.cat([rois_R5[:, :1], cells[:, :2], last], dim=1)
+        crops: Tensor = self.align(features, quantised, 1.0, side)
+        return crops
 
 
 class RoIOperation(nn.Module):
-    """Crops each RoI from the map that its size asks for, at a fixed side."""
+    """Crops each RoI at a fixed side, from the map of the level that its size belongs to."""
 
-    def __init__(self, crop: CropOp, side: int, strides: Sequence[int]) -> None:
+    def __init__(self, crop: Align | Pool | Warp, side: int, strides: Sequence[int]) -> None:
         super().__init__()
         self.crop = crop
         self.side = side
@@ -85,11 +112,13 @@ class RoIOperation(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
         """One (B, C, H, W) map per stride, finest first, to (R, C, side, side)."""
-        # A run that diverges has RoIs that are not numbers: its loss tells, torchvision's kernels on the CPU crash.
+        # A run that diverges has RoIs that are not numbers. Its loss shows that; torchvision's kernels would crash.
         rois_R5 = torch.nan_to_num(rois_R5.detach(), 0.0, 0.0, 0.0)
         if len(self.strides) == 1:
-            return self.crop(maps[0], rois_R5, 1 / self.strides[0])
+            crops: Tensor = self.crop(maps[0], rois_R5, 1 / self.strides[0], self.side)
+            return crops
         levels = assign_levels(rois_R5[:, 1:], self.strides)
+        # Only a GPU waits for lengths that depend on data.
         if rois_R5.device.type == "cpu":
             return self._by_level(maps, rois_R5, levels)
         return self._all_levels(maps, rois_R5, levels)
@@ -97,7 +126,7 @@ class RoIOperation(nn.Module):
     def _by_level(self, maps: Sequence[Tensor], rois_R5: Tensor, levels: Tensor) -> Tensor:
         where = [(levels == i).nonzero()[:, 0] for i in range(len(maps))]
         crops = [
-            self.crop(m, rois_R5[w], 1 / s)
+            self.crop(m, rois_R5[w], 1 / s, self.side)
             for m, w, s in zip(maps, where, self.strides, strict=True)
         ]
         return torch.cat(crops).index_select(0, torch.argsort(torch.cat(where)))
@@ -107,7 +136,9 @@ class RoIOperation(nn.Module):
         result = None
         for i, (features, stride) in enumerate(zip(maps, self.strides, strict=True)):
             mine = levels == i
-            crops = self.crop(features, torch.where(mine[:, None], rois_R5, 0), 1 / stride)
+            crops = self.crop(
+                features, torch.where(mine[:, None], rois_R5, 0), 1 / stride, self.side
+            )
             crops = torch.where(mine[:, None, None, None], crops, 0)
             result = crops if result is None else result + crops
         assert result is not None
@@ -120,22 +151,7 @@ def assign_levels(boxes_R4: Tensor, strides: Sequence[int]) -> Tensor:
         (boxes_R4[:, 2] - boxes_R4[:, 0]).clamp(min=0)
         * (boxes_R4[:, 3] - boxes_R4[:, 1]).clamp(min=0)
     )
+    # 1e-6 keeps the logarithm of an empty box finite, and 224 px on its own level.
     log_stride = torch.floor(_CANONICAL_LOG_STRIDE + torch.log2(sides / _CANONICAL_SIDE_PX + 1e-6))
     finest = strides[0].bit_length() - 1
     return (log_stride - finest).clamp(0, len(strides) - 1).to(torch.int64)
-
-
-def align_operation(
-    side: int, strides: Sequence[int], samples: int, reduce: str, aligned: bool
-) -> RoIOperation:
-    return RoIOperation(
-        partial(align, side=side, samples=samples, reduce=reduce, aligned=aligned), side, strides
-    )
-
-
-def pool_operation(side: int, strides: Sequence[int]) -> RoIOperation:
-    return RoIOperation(partial(pool, side=side), side, strides)
-
-
-def warp_operation(side: int, strides: Sequence[int], reduce: str) -> RoIOperation:
-    return RoIOperation(partial(warp, side=side, reduce=reduce), side, strides)

@@ -5,44 +5,56 @@ Axes: B images, Q padded proposals, G padded objects, S slots an image.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from model.matching import match, sample
+from model.matching import match, sample, take_rows
 from model.roi.samples import Samples
-from model.rpn.network import Proposals, take_rows
+from model.rpn.proposals import Proposals
 from model.sample_hash import OBJECT_INDEX, ROI_STREAM, noise
 
 
-@torch.no_grad()
-def sample_rois(
-    proposals: Proposals,
-    objects_BG4: Tensor,
-    labels_BG: Tensor,
-    valid_BG: Tensor,
-    noise_keys_B: Tensor,
-    num_classes: int,
-    size: int,
-    positive_fraction: float,
-    positive_iou: float,
-) -> Samples:
-    """A candidate is positive from `positive_iou` on with an object, else negative. No gradient to coordinates."""
-    slots = torch.arange(objects_BG4.shape[1], device=objects_BG4.device)
-    index = torch.cat([proposals.index, (OBJECT_INDEX + slots).expand_as(labels_BG)], dim=1)
-    boxes = torch.cat([proposals.boxes_xyxy, objects_BG4], dim=1)
-    valid = torch.cat([proposals.valid, valid_BG], dim=1)
-    found = match(boxes, objects_BG4, valid_BG)
-    positive = (found.iou_BN >= positive_iou) & valid
-    keys = noise(noise_keys_B[:, None], ROI_STREAM, index)
-    chosen = sample(positive, valid & ~positive, keys, size, positive_fraction)
-    objects = found.object_BN.gather(1, chosen.index)
-    labels = torch.where(chosen.positive, labels_BG.gather(1, objects), num_classes)
-    return Samples(
-        rois_xyxy=take_rows(boxes, chosen.index) * chosen.valid[:, :, None],
-        labels=labels,
-        objects=objects,
-        valid=chosen.valid,
-        positive=chosen.positive,
-        keys=keys.gather(1, chosen.index),
-        most_positives=chosen.most_positives,
-    )
+@dataclass(frozen=True)
+class RoISampler:
+    """At most `size` RoIs an image, at most `positive_fraction` of them positive.
+
+    A candidate is positive if its IoU with an object is `positive_iou` or more, else negative.
+    """
+
+    num_classes: int
+    size: int
+    positive_fraction: float
+    positive_iou: float
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        proposals: Proposals,
+        objects_BG4: Tensor,
+        labels_BG: Tensor,
+        valid_BG: Tensor,
+        noise_keys_B: Tensor,
+    ) -> Samples:
+        """The sampled RoIs; no gradient reaches their coordinates."""
+        slots = torch.arange(objects_BG4.shape[1], device=objects_BG4.device)
+        # The identity of a candidate, not its place: padding and other ranks must not change what it draws.
+        index = torch.cat([proposals.index, (OBJECT_INDEX + slots).expand_as(labels_BG)], dim=1)
+        boxes = torch.cat([proposals.boxes_xyxy, objects_BG4], dim=1)
+        valid = torch.cat([proposals.valid, valid_BG], dim=1)
+        matches = match(boxes, objects_BG4, valid_BG)
+        positive = (matches.iou_BN >= self.positive_iou) & valid
+        keys = noise(noise_keys_B[:, None], ROI_STREAM, index)
+        sampled = sample(positive, valid & ~positive, keys, self.size, self.positive_fraction)
+        objects = matches.object_BN.gather(1, sampled.index)
+        labels = torch.where(sampled.positive, labels_BG.gather(1, objects), self.num_classes)
+        return Samples(
+            rois_xyxy=take_rows(boxes, sampled.index) * sampled.valid[:, :, None],
+            labels=labels,
+            objects=objects,
+            valid=sampled.valid,
+            positive=sampled.positive,
+            keys=keys.gather(1, sampled.index),
+            most_positives=sampled.most_positives,
+        )

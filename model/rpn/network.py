@@ -1,4 +1,4 @@
-"""Region proposal network (Faster R-CNN, arXiv 1506.01497): head, loss, and the filter from anchors to proposals.
+"""Region proposal network (Faster R-CNN, arXiv 1506.01497): head, sampled anchors, loss.
 
 Axes: B images, N anchors of all levels, A anchors per cell, G padded objects, Q padded proposals, S samples.
 """
@@ -7,41 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.boxes import OffsetWeights, at_least, clip, decode, encode
+from model.boxes import encode
 from model.losses import box_loss
-from model.matching import Sample, match, sample
+from model.matching import Sample, match, sample, take_rows
 from model.rpn.anchors import cell_anchors, grid_anchors
-from model.rpn.nms import nms
+from model.rpn.proposals import OFFSET_WEIGHTS, AnchorOutputs, ProposalFilter, Proposals
 from model.sample_hash import RPN_STREAM, noise
-
-OFFSET_WEIGHTS: OffsetWeights = (1.0, 1.0)
-
-
-@dataclass(frozen=True)
-class AnchorOutputs:
-    """What the RPN says of every anchor: logits and offsets per level, (B, N_l) and (B, N_l, 4), with its anchors."""
-
-    logits: list[Tensor]
-    offsets: list[Tensor]
-    anchors: list[Tensor]  # (N_l, 4), canvas pixels
-
-
-@dataclass(frozen=True)
-class Proposals:
-    """boxes_xyxy: (B, Q, 4), canvas pixels, best first. scores: (B, Q) in (0, 1). valid: bool (B, Q).
-
-    index: int64 (B, Q), the anchor that a proposal grew from (or its place in a fixed list): its identity for noise.
-    """
-
-    boxes_xyxy: Tensor
-    scores: Tensor
-    valid: Tensor
-    index: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,11 +33,39 @@ class RPNTargets:
 
     @property
     def count(self) -> Tensor:
+        """How many anchors the losses sum over."""
         return self.sample.valid.sum().float()
 
 
+@dataclass(frozen=True)
+class AnchorSampler:
+    """At most `size` anchors an image, at most `positive_fraction` of them positive.
+
+    An anchor is positive if its IoU with an object is `positive_iou` or more, or if it is an object's best; else it
+    is negative if its IoU is below `negative_iou` (Faster R-CNN, section 3.1.2).
+    """
+
+    size: int
+    positive_fraction: float
+    positive_iou: float
+    negative_iou: float
+
+    def __call__(
+        self, anchors_N4: Tensor, objects_BG4: Tensor, valid_BG: Tensor, noise_keys_B: Tensor
+    ) -> RPNTargets:
+        """The sampled anchors of each image."""
+        matches = match(anchors_N4[None], objects_BG4, valid_BG)
+        positive = (matches.iou_BN >= self.positive_iou) | matches.is_best_BN
+        negative = (matches.iou_BN < self.negative_iou) & ~positive
+        index = torch.arange(anchors_N4.shape[0], device=anchors_N4.device)
+        luck = noise(noise_keys_B[:, None], RPN_STREAM, index)
+        sampled = sample(positive, negative, luck, self.size, self.positive_fraction)
+        objects = matches.object_BN.gather(1, sampled.index[:, : sampled.most_positives])
+        return RPNTargets(sampled, take_rows(objects_BG4, objects))
+
+
 class RPN(nn.Module):
-    """A 3 x 3 convolution and two 1 x 1 on every level, shared."""
+    """A 3 x 3 convolution and two 1 x 1 on every level, shared; what trains them, and what they propose."""
 
     def __init__(
         self,
@@ -69,7 +74,11 @@ class RPN(nn.Module):
         ratios: Sequence[float],
         strides: Sequence[int],
         rounded: bool,
+        sampler: AnchorSampler,
+        proposals: ProposalFilter,
+        beta: float,
     ) -> None:
+        """`beta` is that of the box loss. The others: see `cell_anchors`, `AnchorSampler` and `ProposalFilter`."""
         super().__init__()
         per_cell = len(sizes_px[0]) * len(ratios)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -77,14 +86,19 @@ class RPN(nn.Module):
         self.offsets = nn.Conv2d(channels, 4 * per_cell, 1)
         self.strides = tuple(strides)
         self.rounded = rounded
+        self.sampler = sampler
+        self.proposals = proposals
+        self.beta = beta
         for level, sizes in enumerate(sizes_px):
+            # Not in the state dict: they follow from the config.
             self.register_buffer(
                 f"cell_{level}", cell_anchors(sizes, ratios, rounded), persistent=False
             )
 
+    # Without gradients: the loss reads the few sampled anchors, and `at` computes those again.
     @torch.no_grad()
     def forward(self, maps: Sequence[Tensor], canvas: tuple[int, int]) -> AnchorOutputs:
-        """Every anchor, for proposals. The loss reads the few sampled ones, `at` computes them with gradients."""
+        """Every anchor of the maps (B, C, H_l, W_l), for proposals. canvas: height and width in pixels."""
         logits, offsets, anchors = [], [], []
         for level, features in enumerate(maps):
             hidden = F.relu(self.conv(features), inplace=True)
@@ -96,11 +110,9 @@ class RPN(nn.Module):
         return AnchorOutputs(logits, offsets, anchors)
 
     def at(self, maps: Sequence[Tensor], index_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, S) and offsets (B, S, 4) of the anchors `index_BS`, as `forward` has them, with gradients.
-
-        A sampled anchor sees 3 x 3 cells: a product over those in place of the convolution over all cells, whose
-        backward pass would be as dense as the maps for a gradient that is zero at all but S cells.
-        """
+        """Logits (B, S) and offsets (B, S, 4) of the anchors `index_BS`, as `forward` has them, with gradients."""
+        # A sampled anchor sees 3 x 3 cells, so this is a product over those. The convolution over all cells would
+        # have a backward pass as dense as the maps, for a gradient that is zero at all but S cells.
         per_cell = self.objectness.out_channels
         cell, kind = torch.div(index_BS, per_cell, rounding_mode="floor"), index_BS % per_cell
         hidden = F.relu(
@@ -109,47 +121,42 @@ class RPN(nn.Module):
         logits = F.linear(hidden, self.objectness.weight.flatten(1), self.objectness.bias)
         offsets = F.linear(hidden, self.offsets.weight.flatten(1), self.offsets.bias)
         offsets = torch.unflatten(offsets, 2, (per_cell, 4))
-        chosen = offsets.gather(2, kind[:, :, None, None].expand(-1, -1, 1, 4))[:, :, 0]
-        return logits.gather(2, kind[:, :, None])[:, :, 0], chosen
+        own = offsets.gather(2, kind[:, :, None, None].expand(-1, -1, 1, 4))[:, :, 0]
+        return logits.gather(2, kind[:, :, None])[:, :, 0], own
+
+    def targets(
+        self, outputs: AnchorOutputs, objects_BG4: Tensor, valid_BG: Tensor, noise_keys_B: Tensor
+    ) -> RPNTargets:
+        """The anchors that train the RPN on these objects."""
+        return self.sampler(torch.cat(outputs.anchors), objects_BG4, valid_BG, noise_keys_B)
+
+    def losses(
+        self, maps: Sequence[Tensor], outputs: AnchorOutputs, targets: RPNTargets
+    ) -> tuple[Tensor, Tensor]:
+        """Objectness and box loss, each summed over the sampled anchors of the batch."""
+        logits, offsets = self.at(maps, targets.sample.index)
+        return rpn_losses(logits, offsets, torch.cat(outputs.anchors), targets, self.beta)
+
+    def propose(self, outputs: AnchorOutputs, sizes_B2: Tensor, training: bool) -> Proposals:
+        """The best boxes of images of these heights and widths."""
+        return cast(Proposals, self.proposals(outputs, sizes_B2, training))
 
     def _anchors(self, level: int, features: Tensor, canvas: tuple[int, int]) -> Tensor:
         rows, columns = features.shape[-2:]
         stride = (self.strides[level], self.strides[level])
-        if self.rounded:
+        if (
+            self.rounded
+        ):  # torchvision's convention: what the canvas and the map say, not the network
             stride = (canvas[0] // rows, canvas[1] // columns)
         return grid_anchors(getattr(self, f"cell_{level}"), rows, columns, stride)
-
-
-def sample_anchors(
-    anchors_N4: Tensor,
-    objects_BG4: Tensor,
-    valid_BG: Tensor,
-    noise_keys_B: Tensor,
-    positive_iou: float,
-    negative_iou: float,
-    size: int,
-    positive_fraction: float,
-) -> RPNTargets:
-    """Anchors are positive above `positive_iou` or where they are an object's best, negative below `negative_iou`."""
-    found = match(anchors_N4[None], objects_BG4, valid_BG)
-    positive = (found.iou_BN >= positive_iou) | found.is_best_BN
-    negative = (found.iou_BN < negative_iou) & ~positive
-    luck = noise(
-        noise_keys_B[:, None],
-        RPN_STREAM,
-        torch.arange(anchors_N4.shape[0], device=anchors_N4.device),
-    )
-    chosen = sample(positive, negative, luck, size, positive_fraction)
-    objects = found.object_BN.gather(1, chosen.index[:, : chosen.most_positives])
-    return RPNTargets(chosen, take_rows(objects_BG4, objects))
 
 
 def neighbourhoods(maps: Sequence[Tensor], cell_BS: Tensor) -> Tensor:
     """(B, S, 9 C) of the 3 x 3 cells around each cell, zero outside its map, in the order of a convolution's weights.
 
-    cell_BS counts the cells of all maps (B, C, H_l, W_l), one after the other, row by row. Fixed shapes: every map is
-    read for every cell (its own or some other), and what is not its own is dropped.
+    cell_BS counts the cells of all maps (B, C, H_l, W_l), one after the other, row by row.
     """
+    # Fixed shapes: every map is read for every cell (its own or some other), and what is not its own is dropped.
     step = torch.arange(-1, 2, device=cell_BS.device)
     result, first = None, 0
     for features in maps:
@@ -178,64 +185,15 @@ def rpn_losses(
     logits_BS: Tensor, offsets_BS4: Tensor, anchors_N4: Tensor, targets: RPNTargets, beta: float
 ) -> tuple[Tensor, Tensor]:
     """Objectness and box loss, each summed over the sampled anchors of the batch."""
-    chosen = targets.sample
+    sampled = targets.sample
     logits = logits_BS.float()
-    weight = chosen.valid.to(logits.dtype)
+    weight = sampled.valid.to(logits.dtype)
     loss = F.binary_cross_entropy_with_logits(
-        logits, chosen.positive.to(logits.dtype), reduction="none"
+        logits, sampled.positive.to(logits.dtype), reduction="none"
     )
-    positives = slice(0, chosen.most_positives)
+    positives = slice(0, sampled.most_positives)
     offsets = offsets_BS4[:, positives]
-    wanted = encode(anchors_N4[chosen.index[:, positives]], targets.boxes_xyxy, OFFSET_WEIGHTS)
-    weight_of_box = chosen.positive[:, positives].to(logits.dtype)
+    wanted = encode(anchors_N4[sampled.index[:, positives]], targets.boxes_xyxy, OFFSET_WEIGHTS)
+    weight_of_box = sampled.positive[:, positives].to(logits.dtype)
     boxes = box_loss(offsets.flatten(0, 1), wanted.flatten(0, 1), weight_of_box.flatten(), beta)
     return (loss * weight).sum(), boxes
-
-
-@torch.no_grad()
-def select_proposals(
-    outputs: AnchorOutputs,
-    sizes_B2: Tensor,
-    before_nms: int,
-    after_nms: int,
-    max_iou: float,
-    min_side_px: float,
-) -> Proposals:
-    """The best anchors per level and image, decoded, clipped, suppressed within their level, then the best of all."""
-    boxes, scores, index, first = [], [], [], 0
-    images = sizes_B2.shape[0]
-    most = max(min(before_nms, anchors.shape[0]) for anchors in outputs.anchors)
-    for logits, offsets, anchors in zip(
-        outputs.logits, outputs.offsets, outputs.anchors, strict=True
-    ):
-        best, where = torch.topk(logits.float(), min(before_nms, anchors.shape[0]), dim=1)
-        decoded = clip(decode(anchors[where], take_rows(offsets, where), OFFSET_WEIGHTS), sizes_B2)
-        best = torch.where(at_least(decoded, min_side_px), best, -torch.inf)
-        short = most - best.shape[1]
-        boxes.append(F.pad(decoded, (0, 0, 0, short)))
-        scores.append(F.pad(best, (0, short), value=-torch.inf))
-        index.append(F.pad(where + first, (0, short)))
-        first += anchors.shape[0]
-    boxes_L, scores_L = (
-        torch.stack(boxes, dim=1),
-        torch.stack(scores, dim=1),
-    )  # (B, levels, most, ...)
-    kept = nms(boxes_L.flatten(0, 1), scores_L.isfinite().flatten(0, 1), max_iou).view(images, -1)
-    final = torch.where(kept, torch.sigmoid(scores_L.flatten(1)), -torch.inf)
-    # Saturated scores tie: the finer level and then the larger logit come first, as in torchvision.
-    top, where = (
-        ranked[:, :after_nms] for ranked in torch.sort(final, dim=1, descending=True, stable=True)
-    )
-    valid = top.isfinite()
-    chosen = take_rows(boxes_L.flatten(1, 2), where) * valid[:, :, None]
-    return Proposals(
-        chosen,
-        torch.where(valid, top, 0),
-        valid,
-        torch.stack(index, dim=1).flatten(1).gather(1, where),
-    )
-
-
-def take_rows(values_BNX: Tensor, index_BS: Tensor) -> Tensor:
-    """values[b, index[b, s]]: (B, N, X) and (B, S) to (B, S, X)."""
-    return values_BNX.gather(1, index_BS[:, :, None].expand(-1, -1, values_BNX.shape[2]))

@@ -10,32 +10,31 @@ from functools import cache
 
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.boxes import iou
-from model.cpu import native
 
-_BLOCK = 62  # boxes decided together, as the bits of one int64
+_BLOCK = 62  # boxes that are decided together, as the bits of one int64
+
+
+class Suppression(nn.Module):
+    """Suppression as a part: `model.cpu` has a faster one."""
+
+    def __init__(self, max_iou: float) -> None:
+        super().__init__()
+        self.max_iou = max_iou
+
+    def forward(self, boxes_LN4: Tensor, valid_LN: Tensor) -> Tensor:
+        """bool (L, N), as `nms`."""
+        return nms(boxes_LN4, valid_LN, self.max_iou)
 
 
 def nms(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
     """bool (L, N): valid boxes that overlap no better kept box of their list by more than `max_iou`.
 
-    The CPU takes list by list: neither loops nor lengths cost a sync there. A GPU takes two kernels of ours, or without
-    Triton to compile them some thousand small ones of torch.
+    A GPU takes two kernels of ours; without Triton, which compiles them, it takes some thousand small ones of torch.
     """
-    if native.takes(boxes_LN4) and valid_LN.dtype == torch.bool:
-        keep, room = valid_LN.new_empty(valid_LN.shape), native.workspace(6 * valid_LN.numel())
-        native.run(
-            "nms",
-            boxes_LN4.contiguous(),
-            valid_LN.contiguous(),
-            keep,
-            room,
-            *valid_LN.shape,
-            max_iou,
-        )
-        return keep
+    # On the CPU neither loops nor lengths cost a sync.
     if boxes_LN4.device.type == "cpu":
         return nms_listwise(boxes_LN4, valid_LN, max_iou)
     on_gpu = _kernels()
@@ -56,7 +55,8 @@ def _kernels() -> Callable[[Tensor, Tensor, float], Tensor] | None:
 
 
 def nms_listwise(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
-    """Torchvision's."""
+    """Torchvision's, list by list."""
+    # Torchvision sorts by score: falling numbers keep the order.
     keep = torch.zeros_like(valid_LN)
     order = torch.arange(valid_LN.shape[1], 0, -1, dtype=torch.float32)
     for boxes, valid, kept in zip(boxes_LN4, valid_LN, keep, strict=True):
@@ -66,7 +66,7 @@ def nms_listwise(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
 
 
 def nms_fixed_shape(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
-    """The same without data-dependent shapes or a host sync: blocks of boxes in turn, decided bit by bit inside."""
+    """The same without data-dependent shapes or a host sync: block after block, and box after box by its bit."""
     boxes = valid_LN.shape[1]
     alive = valid_LN.clone()
     place = torch.arange(_BLOCK, device=boxes_LN4.device)
@@ -74,12 +74,10 @@ def nms_fixed_shape(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tens
     for start in range(0, boxes, _BLOCK):
         stop = min(start + _BLOCK, boxes)
         size = stop - start
-        overlaps = (
-            iou(boxes_LN4[:, start:stop], boxes_LN4[:, start:]) > max_iou
-        )  # (L, size, N - start)
-        spared = ~(overlaps[:, :, :size].triu(1) * bits[:size]).sum(
-            dim=2
-        )  # what each box of the block leaves alive
+        # (L, size, N - start)
+        overlaps = iou(boxes_LN4[:, start:stop], boxes_LN4[:, start:]) > max_iou
+        # The bits of the boxes that each box of the block leaves alive.
+        spared = ~(overlaps[:, :, :size].triu(1) * bits[:size]).sum(dim=2)
         word = (alive[:, start:stop] * bits[:size]).sum(dim=1)
         for i in range(size):
             word = torch.where((word & (1 << i)) != 0, word & spared[:, i], word)

@@ -1,4 +1,6 @@
-"""Greedy non-maximum suppression of many lists on a GPU in two launches: who overlaps whom, then who stays. No sync.
+"""Greedy non-maximum suppression of many lists on a GPU in two launches and without a sync.
+
+The first finds which boxes overlap, the second which stay.
 
 Axes: L lists, N boxes, best first, W words of 32 bits for N boxes.
 """
@@ -14,16 +16,17 @@ _BITS = 32
 
 
 def nms_in_two_launches(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
-    """bool (L, N), as `model.nms.nms`. boxes_LN4: float32."""
+    """bool (L, N), as `model.rpn.nms.nms`. boxes_LN4: float32."""
     lists, boxes = valid_LN.shape
     keep = torch.zeros_like(valid_LN)
     if not keep.numel():
         return keep
     words = triton.cdiv(boxes, _BITS)
     overlaps = torch.empty(lists, boxes, words, dtype=torch.int32, device=boxes_LN4.device)
-    given = boxes_LN4.contiguous()
+    dense = boxes_LN4.contiguous()
+    # No fused multiply-add: a product and a sum in one round differently, and ties would fall apart.
     _overlaps[(lists, words, words)](
-        given, overlaps, boxes, words, max_iou, _BITS, enable_fp_fusion=False
+        dense, overlaps, boxes, words, max_iou, _BITS, enable_fp_fusion=False
     )
     valid, width = valid_LN.contiguous().view(torch.uint8), triton.next_power_of_2(words)
     kept = keep.view(torch.uint8)
@@ -36,6 +39,7 @@ def nms_in_two_launches(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> 
 @triton.jit  # type: ignore[untyped-decorator]
 def _overlaps(boxes, overlaps, num_boxes, num_words, max_iou, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """overlaps[l, i, w], bit k: whether box i and the later box BITS w + k overlap by more than `max_iou`."""
+    # 64 bits: a list's offset times its boxes and words exceeds 2 ** 31.
     number, word = tl.program_id(0).to(tl.int64), tl.program_id(2)
     bit = tl.arange(0, BITS)
     row, column = tl.program_id(1) * BITS + bit, word * BITS + bit
@@ -58,9 +62,8 @@ def _overlaps(boxes, overlaps, num_boxes, num_words, max_iou, BITS: tl.constexpr
     area_a = tl.maximum(ax1 - ax0, 0.0) * tl.maximum(ay1 - ay0, 0.0)
     area_b = tl.maximum(bx1 - bx0, 0.0) * tl.maximum(by1 - by0, 0.0)
     union = area_a[:, None] + area_b[None, :] - shared
-    iou = tl.div_rn(
-        shared, tl.maximum(union, 1.17549435e-38)
-    )  # rounded as elsewhere, so that ties fall alike
+    # The quotient rounds as torch's does, so that ties fall alike. Below is the smallest normal float.
+    iou = tl.div_rn(shared, tl.maximum(union, 1.17549435e-38))
     hit = (iou > max_iou) & (column[None, :] > row[:, None]) & column_there[None, :]
     packed = tl.sum(
         tl.where(hit, tl.full((BITS,), 1, tl.int32)[None, :] << bit[None, :], 0), axis=1

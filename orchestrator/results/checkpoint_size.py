@@ -15,7 +15,6 @@ from contract.model import (
     ModelConfig,
     ResNet,
     ResNeXt,
-    SoftmaxMask,
     VGGHead,
 )
 from contract.recipe import AdamW, RunConfig
@@ -107,14 +106,7 @@ def _box_head(model: ModelConfig) -> float:
 def _mask(model: ModelConfig) -> float:
     if not isinstance(model.mask, MaskBranch):
         return 0.0
-    loss = model.mask.loss
-    outputs = (
-        model.num_classes + 1
-        if isinstance(loss, SoftmaxMask)
-        else 1
-        if loss.class_agnostic
-        else model.num_classes
-    )
+    outputs = model.mask.loss.num_channels(model.num_classes)
     channels = _RES5_CHANNELS if isinstance(model.layout, C4) else _feature_channels(model)
     head = model.mask.head
     if isinstance(head, FCNMask):

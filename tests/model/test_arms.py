@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from contract.model import FPN, GroupNorm, KeypointBranch, ModelConfig, ResNet, ResNeXt
 from contract.presets import PRESETS, preset
-from model.build import build_backbone, build_detector
+from model.build import assemble, build_backbone, build_detector
 from tests.model.batches import shape_batch
 from tests.model.test_detector import total
 
@@ -197,9 +197,7 @@ def test_vgg_with_small_fc_layers_and_masks():
 def test_every_preset_builds_as_its_name_says(name):
     cfg = preset(name)
     with torch.device("meta"):
-        from model.build import _assemble
-
-        detector = _assemble(cfg)
+        detector = assemble(cfg)
     assert (detector.mask is not None) == (cfg.mask.kind == "mask")
     assert (detector.keypoints is not None) == ("keypoint" in name)
     frozen = {n.split(".")[1] for n, p in detector.named_parameters() if not p.requires_grad}

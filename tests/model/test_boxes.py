@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from model.boxes import at_least, clip, decode, encode, iou
 from model.matching import match, sample
 from model.rpn.anchors import cell_anchors, grid_anchors
+from model.cpu.suppression import ListSuppression
 from model.rpn.nms import nms, nms_fixed_shape, nms_listwise
 from model.sample_hash import DROPOUT_STREAM, ROI_STREAM, RPN_STREAM, noise
 from tests.model.batches import random_boxes
@@ -135,6 +136,10 @@ def test_noise_is_splitmix_of_unsigned_numbers(stream):
     assert int(noise(torch.tensor(key), stream, torch.tensor(index))) == expected
 
 
+def by_list_suppression(boxes: torch.Tensor, valid: torch.Tensor, max_iou: float) -> torch.Tensor:
+    return ListSuppression(max_iou)(boxes, valid)
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), boxes=st.integers(0, 90), threshold=st.floats(0.1, 0.9))
 def test_fixed_shape_suppression_is_exactly_torchvisions(seed, boxes, threshold):
@@ -158,10 +163,12 @@ def test_suppression_on_the_cpu_is_exactly_torchvisions(seed, boxes, threshold, 
         lists.round() if whole else lists
     )  # many overlaps that equal the threshold, and empty boxes
     valid = torch.rand(3, boxes, generator=torch.Generator().manual_seed(seed)) < 0.9
-    assert torch.equal(nms(lists, valid, threshold), nms_listwise(lists, valid, threshold))
+    expected = nms_listwise(lists, valid, threshold)
+    assert torch.equal(nms(lists, valid, threshold), expected)
+    assert torch.equal(ListSuppression(threshold)(lists, valid), expected)
 
 
-@pytest.mark.parametrize("kind", [nms, nms_fixed_shape, nms_listwise])
+@pytest.mark.parametrize("kind", [nms, nms_fixed_shape, nms_listwise, by_list_suppression])
 def test_a_suppressed_box_suppresses_nobody(kind):
     chain = torch.tensor([[[0.0, 0, 10, 10], [4.0, 0, 14, 10], [8.0, 0, 18, 10]]])
     assert kind(chain, torch.ones(1, 3, dtype=torch.bool), 0.3).tolist() == [[True, False, True]]

@@ -25,7 +25,7 @@ from contract.model import (
 from contract.presets import preset
 from model.build import build_detector
 from model.detector import Detector
-from model.rpn.network import take_rows
+from model.matching import take_rows
 from model.structures import Batch, LossTerm
 from tests.model.batches import rows, shape_batch, with_padding
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from model import pixels
+from model.pixels import ImageSize
 from pipelines.load.images import resized_size, torchvision_size
 
 LOADERS = {"antialias": resized_size, "torchvision-detection": torchvision_size}
@@ -18,12 +18,12 @@ SIDES = [*range(1, 1000, 7), 1333, 2048, 5000]
     ("short", "longest"), [(800, 1333), (600, 1000), (128, 128), (64, 96), (50, 999)]
 )
 def test_an_image_has_the_same_size_as_in_the_evaluation_loader(resize, short, longest):
+    image_size = ImageSize(short, longest, 32, resize)
     other = {
         (height, width)
         for height in SIDES
         for width in SIDES
-        if pixels.test_size(height, width, short, longest, resize)
-        != LOADERS[resize](height, width, short, longest)
+        if image_size.of(height, width) != LOADERS[resize](height, width, short, longest)
     }
     assert not other
 
@@ -39,11 +39,11 @@ def test_an_image_has_the_same_size_as_in_the_evaluation_loader(resize, short, l
     ],
 )
 def test_sizes_by_hand(size, resize, expected):
-    assert pixels.test_size(*size, 800, 1333, resize) == expected
+    assert ImageSize(800, 1333, 32, resize).of(*size) == expected
 
 
 @pytest.mark.parametrize("size", [(480, 640), (333, 250), (100, 260), (97, 31), (7, 11)])
 def test_torchvisions_detectors_have_the_same_size(size):
     transform = GeneralizedRCNNTransform(128, 208, [0.0] * 3, [1.0] * 3).eval()
     theirs, _ = transform.resize(torch.zeros(3, *size), None)
-    assert pixels.test_size(*size, 128, 208, "torchvision-detection") == tuple(theirs.shape[1:])
+    assert ImageSize(128, 208, 32, "torchvision-detection").of(*size) == tuple(theirs.shape[1:])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from contract.model import ModelConfig
 from contract.presets import preset
-from model.build import _assemble, build_detector
+from model.build import assemble, build_detector
 from model.detector import Detector
 from model.weights import from_detectron2, load_initial
 from tests.model.test_arms import config
@@ -58,7 +58,7 @@ def test_every_backbone_takes_its_classifier_without_the_classes(name, norm):
     cfg = pretrained(layout, backbone={**changes["backbone"], "norm": {"kind": norm}})
     with torch.device("meta"):
         state = torchvision.models.get_model(name, weights=None).state_dict()
-        detector = _assemble(cfg)
+        detector = assemble(cfg)
     load_initial(detector, state, "backbone")
     load_initial(detector, {n: v for n, v in state.items() if "num_batches" not in n}, "backbone")
     with pytest.raises(ValueError, match=r"lacks 'backbone.layer1.0.conv1.weight'"):
@@ -70,7 +70,7 @@ def test_every_backbone_takes_its_classifier_without_the_classes(name, norm):
 def test_vgg_takes_its_classifier_with_fc6_and_fc7():
     with torch.device("meta"):
         state = torchvision.models.vgg16(weights=None).state_dict()
-        detector = _assemble(VGG)
+        detector = assemble(VGG)
     load_initial(detector, state, "backbone")
     with pytest.raises(ValueError, match=r"lacks 'box.trunk.fc.1.bias'"):
         load_initial(
@@ -228,7 +228,7 @@ def test_fine_tuning_may_change_anchors_alignment_and_resizing():
         state = torchvision.models.detection.maskrcnn_resnet50_fpn(
             weights=None, weights_backbone=None
         ).state_dict()
-        load_initial(_assemble(cfg), state, "torchvision")
+        load_initial(assemble(cfg), state, "torchvision")
 
 
 # --- detectron2, by a second reading of its names and conventions ---------------------------------------------------

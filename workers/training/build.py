@@ -9,6 +9,7 @@ from torch import nn
 from contract.model import FixedProposals, KeypointBranch, MaskBranch, ModelConfig
 from contract.recipe import RunConfig
 from model.build import build_detector
+from model.cpu.accelerate import accelerate
 from model.weights import load_initial
 from pipelines.load.loader import EvalLoader, TrainLoader
 from pipelines.load.proposals import ProposalTable
@@ -70,6 +71,7 @@ def initial_detector(run: RunConfig) -> nn.Module:
     Raises ValueError if its initial weights do not fit, with the field that names them.
     """
     detector = build_detector(run.model, run.seed)
+    accelerate(detector)
     weights = initial_weights(run.model.weights, run.model.backbone)
     if weights is not None:
         # its error knows the names of parameters, not the file that they are from

@@ -16,6 +16,7 @@ from torch import nn
 from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
 from contract.files import Files
 from contract.words import one_line
+from model.cpu.accelerate import kernels
 from pipelines.shards.dataset import Dataset
 from workers.tracking.journal import Journal, JournalState, SilentJournal, open_journal
 from workers.tracking.spool import print_warning
@@ -288,6 +289,7 @@ def _finish(attempt: _Attempt, state: TrainState, ending: Ending) -> None:
         attempt=spec.attempt,
         world_size=attempt.world.size,
         weights_sha256=digest,
+        kernels=kernels(attempt.world.device),
         artifacts=_artifact_paths(ending.scores, storage),
         mlflow_run_id=journal.run_id(),
         events=journal.events,

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from pycocotools import mask as rle_tools
 from torch import Tensor
 
+from contract.model import SoftmaxMask
 from model.branches.mask import (
-    SOFTMAX_INFERENCES,
     FCNHead,
     MaskBranch,
     MLPHead,
@@ -162,12 +162,12 @@ def test_other_objects_are_background_or_their_own_class(others_own_class, right
     assert target[0].tolist() == [[1, 1, right, right]] * 4
 
 
-@pytest.mark.parametrize("first", SOFTMAX_INFERENCES)
+@pytest.mark.parametrize("first", SoftmaxMask.inferences)
 def test_softmax_inferences_decide_as_their_names_say(first):
     logits, labels = torch.randn(6, 5, 8, 8) * 2, torch.randint(0, 4, (6,))
     maps = SoftmaxMasks(False, first).probabilities(logits, labels)
     assert next(iter(maps)) == first
-    assert set(maps) == set(SOFTMAX_INFERENCES)
+    assert set(maps) == set(SoftmaxMask.inferences)
     p = logits.softmax(dim=1)
     own = p[torch.arange(6), labels]
     torch.testing.assert_close(maps["probability"], own)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from contract.presets import preset
 from model.build import build_detector
-from model.cpu import native, windows, winograd
+from model.cpu import native, suppression, windows, winograd
+from model.cpu.accelerate import accelerate, kernels, swap
 from model.cpu.bins import align_by_bins, fits
-from model.cpu.convolution import Convolution, take_fast_convolutions
-from model.cpu.group_norm import GroupNorm, take_fast_norms
-from model.rpn.nms import nms
+from model.cpu.convolution import Convolution
+from model.cpu.group_norm import GroupNorm
+from model.detector import Detector
 from tests.model.batches import shape_batch
 from tests.model.test_detector import total
 
@@ -38,6 +39,19 @@ SHAPES = [  # images, channels, outputs, height, width
 needs_kernels = pytest.mark.skipif(
     not native.available(), reason="model/cpu/native.c was not compiled"
 )
+
+
+def fast(layer: nn.Module) -> nn.Module:
+    """The layer as `accelerate` makes it in a detector."""
+    network = nn.Sequential(layer)
+    swap(network)
+    return network[0]
+
+
+def accelerated(name: str) -> Detector:
+    detector = build_detector(preset(name))
+    accelerate(detector)
+    return detector
 
 
 def drawn(*shape: int) -> Tensor:
@@ -60,14 +74,47 @@ def assert_rounds_to(found: Tensor, exact: Tensor, share: float = 1e-5) -> None:
     )
 
 
-def test_the_kernels_know_the_file_that_they_are_of():
-    """Change the line `native_source` of native.c when this fails, and install again."""
-    written = re.search(
-        r"native_source\(void\) { return (0x[0-9a-f]+)u",
-        Path(native.__file__).with_suffix(".c").read_text(),
+@needs_kernels
+def test_a_library_of_another_native_c_is_not_used_and_a_warning_says_so(monkeypatch, tmp_path):
+    """As on a node where the installation is older than the code that travelled there."""
+    source = Path(native.__file__).with_suffix(".c")
+    (tmp_path / "native.c").write_bytes(source.read_bytes() + b"/* edited */\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert native._load() is not None
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    with pytest.warns(UserWarning, match=r"compiled from another native\.c .* install maskray ag"):
+        assert native._load() is None
+
+
+def test_without_the_kernels_every_module_stays_torchs(monkeypatch):
+    monkeypatch.setattr(native, "_library", None)
+    detector = build_detector(preset("tiny"))
+    before = list(detector.modules())
+    assert accelerate(detector) == "torch"
+    assert [id(module) for module in detector.modules()] == [id(module) for module in before]
+    assert not [module for module in before if type(module).__module__.startswith("model.cpu")]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["tiny", "r50-fpn", "r50-c4"])
+def test_accelerating_keeps_every_parameter_its_name_and_its_place(name):
+    detector = build_detector(preset(name))
+    parameters, state = dict(detector.named_parameters()), detector.state_dict(keep_vars=True)
+    assert accelerate(detector) == kernels(torch.device("cpu")) == f"compiled {native.source():08x}"
+    assert kernels(torch.device("cuda")) == "torch"
+    for before, after in (
+        (parameters, dict(detector.named_parameters())),
+        (state, detector.state_dict(keep_vars=True)),
+    ):
+        assert list(before) == list(after)
+        assert all(after[name] is value for name, value in before.items())
+    assert {type(module) for module in detector.modules()}.isdisjoint(
+        {nn.Conv2d, nn.ConvTranspose2d, nn.GroupNorm}
     )
-    assert written
-    assert written[1] == f"{native.source():#010x}"
+    fast = list(detector.modules())
+    accelerate(detector)
+    assert [id(module) for module in detector.modules()] == [id(module) for module in fast]
 
 
 @needs_kernels
@@ -131,9 +178,10 @@ def test_a_deconvolution_is_the_gradient_of_a_convolution(kernel, stride):
     layer = nn.ConvTranspose2d(32, 16, kernel, stride)
     exact_layer, x = copy.deepcopy(layer).double(), drawn(3, 32, 7, 5)
     (exact_x,) = doubles(x)
-    take_fast_convolutions(nn.Sequential(layer))
+    layer = fast(layer)
     ours, exact = layer(x), exact_layer(exact_x)
-    assert "Deconvolution" in str(ours.grad_fn.next_functions)
+    assert isinstance(layer, windows.Deconvolution)
+    assert "maskray_deconvolution" in str(ours.grad_fn.next_functions)
     assert_rounds_to(ours, exact)
     wanted = gradients(exact, (exact_x, *exact_layer.parameters()))
     for found, gradient in zip(gradients(ours, (x, *layer.parameters())), wanted, strict=True):
@@ -144,7 +192,7 @@ def test_a_deconvolution_is_the_gradient_of_a_convolution(kernel, stride):
 def test_threads_change_no_bit():
     x, weight = drawn(3, 32, 30, 29), drawn(48, 32, 3, 3)
     norm, rois = (
-        GroupNorm(8, 32),
+        GroupNorm(nn.GroupNorm(8, 32)),
         torch.tensor([[0.0, 3, 5, 40, 50], [2, 0, 0, 100, 90], [2, 9, 9, 9, 9]]),
     )
     few_boxes = torch.rand(4, 50, 2, generator=torch.Generator().manual_seed(0)) * 50
@@ -163,7 +211,7 @@ def test_threads_change_no_bit():
         return [
             *ys,
             *(gradient for several in found for gradient in several),
-            nms(lists, valid, 0.5),
+            suppression.suppress(lists, valid, 0.5),
         ]
 
     before = torch.get_num_threads()
@@ -208,9 +256,9 @@ def test_group_norm_is_torchs(shape):
     nn.init.normal_(norm.bias)
     exact_norm = copy.deepcopy(norm).double()
     (exact_x,) = doubles(x)
-    take_fast_norms(nn.Sequential(norm))
+    norm = fast(norm)
     ours, exact = norm(x), exact_norm(exact_x)
-    assert "_GroupNormBackward" in str(ours.grad_fn)
+    assert "maskray_group_norm" in str(ours.grad_fn)
     assert_rounds_to(ours, exact)
     wanted = gradients(exact, (exact_x, *exact_norm.parameters()))
     for found, gradient in zip(gradients(ours, (x, *norm.parameters())), wanted, strict=True):
@@ -218,8 +266,7 @@ def test_group_norm_is_torchs(shape):
 
 
 def test_a_norm_on_what_is_no_map_is_torchs():
-    norm, wrong, single = nn.GroupNorm(2, 4), nn.GroupNorm(4, 16), nn.GroupNorm(4, 4)
-    take_fast_norms(nn.ModuleList([norm, wrong, single]))
+    norm, wrong, single = (fast(nn.GroupNorm(*sizes)) for sizes in ((2, 4), (4, 16), (4, 4)))
     assert norm(drawn(3, 4)).shape == (3, 4)
     assert norm.eval()(drawn(3, 4, 5, 5)).shape == (3, 4, 5, 5)
     with pytest.raises(RuntimeError):
@@ -229,8 +276,7 @@ def test_a_norm_on_what_is_no_map_is_torchs():
 
 
 def test_a_deconvolution_of_nothing_is_torchs():
-    layer = nn.ConvTranspose2d(16, 16, 2, 2)
-    take_fast_convolutions(nn.Sequential(layer))
+    layer = fast(nn.ConvTranspose2d(16, 16, 2, 2))
     with pytest.raises(RuntimeError):
         layer(drawn(1, 16, 0, 4))
     assert layer(drawn(0, 16, 3, 4)).shape == (0, 16, 6, 8)
@@ -265,7 +311,7 @@ def test_a_layer_gives_what_it_gave(how, bias):
     x = drawn(2, 128, 34, 32).detach().contiguous(memory_format=CHANNELS_LAST).requires_grad_()
     before = layer(x)
     expected = gradients(before, (x, *layer.parameters()))
-    take_fast_convolutions(nn.Sequential(layer))
+    layer = fast(layer)
     assert isinstance(layer, Convolution)
     after = layer(x)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
@@ -287,8 +333,7 @@ def test_a_number_that_is_not_finite_stays_in_its_image():
 
 
 def test_what_is_not_a_batch_of_maps_is_the_librarys():
-    layer = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1))
-    take_fast_convolutions(layer)
+    layer = fast(nn.Conv2d(128, 128, 3, padding=1))
     x = drawn(128, 40, 40)
     assert layer(x).shape == (128, 40, 40)
     assert layer(x[None][:0]).shape == (0, 128, 40, 40)
@@ -299,7 +344,7 @@ def test_what_is_not_a_batch_of_maps_is_the_librarys():
 
 
 def test_a_copy_and_a_pickle_of_a_detector_compute_the_same():
-    detector, batch = build_detector(preset("tiny")), shape_batch(images=1)
+    detector, batch = accelerated("tiny"), shape_batch(images=1)
     expected = total(detector.losses(batch))
     for other in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
         assert torch.equal(total(other.losses(batch)), expected)
@@ -307,14 +352,11 @@ def test_a_copy_and_a_pickle_of_a_detector_compute_the_same():
 
 @needs_kernels
 def test_evaluation_takes_the_library_for_all_that_chooses_boxes(monkeypatch):
-    detector, batch, taken = (
-        build_detector(preset("r50-fpn-torchvision")),
-        shape_batch(images=1, side=128),
-        [],
-    )
+    detector, batch = accelerated("r50-fpn-torchvision"), shape_batch(images=1, side=128)
+    taken: list[torch.Size] = []
     convolve = winograd.convolve
     monkeypatch.setattr(winograd, "convolve", lambda *a: taken.append(a[1].shape) or convolve(*a))
-    detector.settings = replace(detector.settings, score_threshold=0.0, nms_iou=0.9)
+    detector.box.selection = replace(detector.box.selection, score_threshold=0.0, max_iou=0.9)
     detector.predict(batch)
     assert len(taken) == len(detector.mask.head.convs)
     detector.losses(batch)
@@ -322,16 +364,61 @@ def test_evaluation_takes_the_library_for_all_that_chooses_boxes(monkeypatch):
 
 
 @needs_kernels
-def test_a_detector_has_the_librarys_losses_and_gradients(monkeypatch):
-    detector, batch = build_detector(preset("tiny")), shape_batch(images=2, side=128)
+def test_a_detector_has_torchs_losses_and_gradients():
+    batch = shape_batch(images=2, side=128)
 
-    def step() -> tuple[Tensor, ...]:
-        detector.zero_grad()
+    def step(detector: Detector) -> tuple[Tensor, ...]:
         loss = total(detector.losses(batch))
         loss.backward()
         return loss.detach(), *(parameter.grad.clone() for parameter in detector.parameters())
 
-    ours = step()
-    monkeypatch.setattr(native, "_library", None)
-    for found, wanted in zip(ours, step(), strict=True):
+    ours, torchs = step(accelerated("tiny")), step(build_detector(preset("tiny")))
+    for found, wanted in zip(ours, torchs, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-2 * float(wanted.abs().max()))
+
+
+def operators() -> dict[str, tuple]:
+    """Every operator of ours that has a gradient or is one, with arguments that it takes."""
+    x, weight = drawn(2, 16, 12, 12), drawn(32, 16, 3, 3)
+    y = torch.randn(2, 32, 12, 12)
+    image, cells = torch.zeros(3, dtype=torch.int32), torch.zeros(3, 2, 4, dtype=torch.int32)
+    taps = (image, cells, torch.rand(3, 2, 4), cells, torch.rand(3, 2, 4))
+    norm = (drawn(32), torch.zeros(32, requires_grad=True))
+    moments = torch.rand(2, 4, 2)
+    maps = y.clone().requires_grad_()
+    boxes = torch.rand(2, 5, 4)
+    return {
+        "winograd": (x, weight),
+        "winograd_input_gradient": (y, weight.detach()),
+        "winograd_weight_gradient": (x.detach(), y),
+        "windows": (x, weight, 1, 1),
+        "windows_input_gradient": (y, weight.detach(), 1, 1, 12, 12),
+        "windows_weight_gradient": (x.detach(), y, 3, 1, 1),
+        "deconvolution": (x, drawn(16, 32, 2, 2), 2),
+        "group_norm": (maps, *norm, 4, 1e-5),
+        "group_norm_gradients": (y, y, norm[0].detach(), moments),
+        "bins": (x, *taps),
+        "bins_input_gradient": (torch.rand(3, 16, 2, 2), *taps, [2, 16, 12, 12]),
+        "nms": (boxes, torch.ones(2, 5, dtype=torch.bool), 0.5),
+    }
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", operators())
+def test_torch_finds_nothing_wrong_with_our_operators(name):
+    """Their schema, their shapes for tracers, and how they are differentiated."""
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(getattr(torch.ops.maskray, name), operators()[name], test_utils=checks)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["winograd", "windows", "deconvolution", "group_norm", "bins"])
+def test_a_second_backward_pass_raises(name):
+    """The kernels have no gradients of gradients; zeros in their place would train in silence."""
+    arguments = operators()[name]
+    result = getattr(torch.ops.maskray, name)(*arguments)
+    y = result[0] if isinstance(result, tuple) else result
+    leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.stack([gradient.sum() for gradient in first]).sum().backward()

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torchvision
 
-from model import config
+from contract import model as config
 from model.build import build_roi_op
 from model.cpu import native
 from model.cpu.bins import align_by_bins
-from model.roi.operations import align, assign_levels
+from model.roi.operations import Align, assign_levels
 from tests.builders import one_box
 
 KINDS = [
@@ -148,8 +148,8 @@ def test_features_have_the_right_gradient_and_coordinates_none(cfg):
 def test_align_on_a_ramp_by_hand():
     ramp = torch.arange(25.0).view(1, 1, 5, 5)
     roi = torch.tensor([[0.0, 1.0, 1.0, 3.0, 3.0]])
-    plain = align(ramp, roi, 1.0, 4, 2, "mean", False)[0, 0]
-    centred = align(ramp, roi, 1.0, 4, 2, "mean", True)[0, 0]
+    plain = Align(2, "mean", False)(ramp, roi, 1.0, 4)[0, 0]
+    centred = Align(2, "mean", True)(ramp, roi, 1.0, 4)[0, 0]
     torch.testing.assert_close(plain[0], torch.tensor([7.5, 8.0, 8.5, 9.0]))
     torch.testing.assert_close(plain[:, 0], torch.tensor([7.5, 10.0, 12.5, 15.0]))
     torch.testing.assert_close(centred[0], torch.tensor([4.5, 5.0, 5.5, 6.0]))
@@ -158,7 +158,7 @@ def test_align_on_a_ramp_by_hand():
 
 def test_align_of_four_cells_and_its_gradient_by_hand():
     cells = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]], requires_grad=True)
-    crop = align(cells, torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0]]), 1.0, 2, 2, "mean", True)
+    crop = Align(2, "mean", True)(cells, torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0]]), 1.0, 2)
     torch.testing.assert_close(crop[0, 0], torch.tensor([[1.0, 1.25], [1.5, 1.75]]))
     (gradient,) = torch.autograd.grad(crop.sum(), cells)
     torch.testing.assert_close(gradient[0, 0], torch.tensor([[3.0625, 0.4375], [0.4375, 0.0625]]))
