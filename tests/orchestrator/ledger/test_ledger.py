@@ -228,3 +228,21 @@ def test_studies_of_deleted_rows_leave_no_trials(house):
     with house.ledger.writing() as transaction:
         transaction.execute(STUDIES.delete().where(STUDIES.c.id == study))
     assert states(house.ledger) == []
+
+
+def test_a_study_of_another_version_is_read_and_its_json_stays_whole(house):
+    """A field that this version does not know is left out, a missing one is its default."""
+    study, _ = house.submit(plan("a"), max_attempts=7)
+    with house.ledger.writing() as transaction:
+        spec = dict(queries.study_row(transaction, study).spec_json)
+        del spec["max_parallel"]
+        spec |= {"contrasts": [{"a": "x"}], "resources": {"ranks": 2, "topology": "ring"}}
+        spec["design"] = "latin_square"
+        transaction.execute(update(STUDIES).where(STUDIES.c.id == study).values(spec=spec))
+        row = queries.study_row(transaction, study)
+        assert (row.spec.max_attempts, row.spec.max_parallel) == (7, 0)
+        assert (row.spec.resources.ranks, row.spec_problem) == (2, "")
+        assert views.study_views(transaction, {}, study)[0].spec == spec
+        assert views.queue(transaction, {}).queue[0].needs == "2 ranks x 1 CPU"
+        with pytest.raises(ValueError, match="design"):
+            views.submission_of(transaction, study)
