@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchestrator.cli.ids import is_trial, open_client, study_id, trial_id
 from orchestrator.cli.options import AsJson, Debug, StudyId, print_result
 
 if TYPE_CHECKING:
@@ -41,10 +42,8 @@ def register(app: typer.Typer) -> None:
 
 def _action_command(action: StudyAction) -> Callable[..., None]:
     def command(target: Target, json: AsJson = False, debug: Debug = False) -> None:
-        from orchestrator.cli.ids import is_trial, study_id, trial_id
-        from orchestrator.local.connect import connected_client
 
-        client = connected_client()
+        client = open_client()
         if (action == "cancel" or action == "retry") and is_trial(client, target):
             trial = client.act_on_trial(trial_id(client, target), action)
             words = _sentence(f"trial {trial.trial}", action, trial.changed, "")
@@ -72,10 +71,7 @@ def priority(
     debug: Debug = False,
 ) -> None:
     """Change a study's priority."""
-    from orchestrator.cli.ids import study_id
-    from orchestrator.local.connect import connected_client
-
-    client = connected_client()
+    client = open_client()
     view = client.set_priority(study_id(client, study), value)
     text = f"study {view.study} has priority {value}"
     print_result({"study": view.study, "priority": value}, text, json)
@@ -83,9 +79,6 @@ def priority(
 
 def forget(study: StudyId, json: AsJson = False, debug: Debug = False) -> None:
     """Remove a finished study from the ledger; its files stay."""
-    from orchestrator.cli.ids import study_id
-    from orchestrator.local.connect import connected_client
-
-    client = connected_client()
+    client = open_client()
     answer = client.forget(study_id(client, study))
     print_result(answer, f"study {answer.study} is forgotten; its files stay", json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from contract.command import SUCCESS, WORK_FAILED
+from orchestrator.cli.ids import open_client
 from orchestrator.cli.options import AsJson, Debug, print_json
 
 
@@ -16,9 +17,7 @@ def doctor(json: AsJson = False, debug: Debug = False) -> int:
     """Check on every node what a multi-node run needs; each line passes or says the remedy.
     1 if one does not.
     """
-    from orchestrator.local.connect import connected_client
-
-    checks = connected_client().examine()
+    checks = open_client().examine()
     ok = all(check.ok for check in checks)
     if json:
         print_json({"ok": ok, "checks": [check.model_dump() for check in checks]})

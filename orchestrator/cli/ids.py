@@ -1,4 +1,4 @@
-"""From what a person types to an id: `last`, a study's name, a trial's key."""
+"""The service that commands talk to, and ids from what a person types: a name, `last`, a key."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from orchestrator.client import Client
+
+
+def open_client() -> Client:
+    """A client of the service, which starts if this folder's own does not run."""
+    # Imported late: httpx and pydantic take longer than all of `maskray --help`.
+    from orchestrator.local.connect import connected_client
+
+    return connected_client()
 
 
 def study_id(client: Client, name: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from contract.command import SUCCESS, WORK_FAILED
+from orchestrator.cli.ids import open_client, trial_id
 from orchestrator.cli.options import AsJson, Debug, TrialId, print_json, say
 
 if TYPE_CHECKING:
@@ -31,11 +32,9 @@ def reproduce(
     with 1 if they do not.
     """
     from orchestrator.cli.follow import follow
-    from orchestrator.cli.ids import trial_id
-    from orchestrator.local.connect import connected_client
     from orchestrator.results.reproduce import agreement, reproduction
 
-    client = connected_client()
+    client = open_client()
     original, view = _original(client, trial_id(client, trial))
     submission = client.submission(view.study)
     again = reproduction(original, submission, fresh)

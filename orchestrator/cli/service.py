@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from contract.command import SUCCESS
+from orchestrator.cli.ids import open_client
 from orchestrator.cli.options import AsJson, Debug, print_json, print_result, say
 
 _MIB = 1 << 20
@@ -85,9 +86,7 @@ def down(json: AsJson = False, debug: Debug = False) -> None:
 
 def ui(json: AsJson = False, debug: Debug = False) -> None:
     """Print the MLflow UI's URL, and open it in a browser where there is a screen."""
-    from orchestrator.local.connect import connected_client
-
-    uri = connected_client().info().mlflow_uri
+    uri = open_client().info().mlflow_uri
     if not uri:
         raise RuntimeError(
             "the service runs without MLflow; start it with --mlflow URI or --mlflow local"
@@ -110,9 +109,7 @@ def user(
     debug: Debug = False,
 ) -> None:
     """Give a user a new token (printed this once), or take it away. Needs an admin's token."""
-    from orchestrator.local.connect import connected_client
-
-    client = connected_client()
+    client = open_client()
     if remove:
         print_result(client.remove_user(name), f"user {name} has no access any more", json)
         return
@@ -133,9 +130,7 @@ def gc(
     """Remove the checkpoints of studies that ended long ago; results, weights and reports stay.
     Shows first.
     """
-    from orchestrator.local.connect import connected_client
-
-    answer = connected_client().collect_garbage(checkpoints_days, apply)
+    answer = open_client().collect_garbage(checkpoints_days, apply)
     if json:
         print_json(answer)
         return

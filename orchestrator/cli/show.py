@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from contract.command import SUCCESS, WORK_FAILED
+from orchestrator.cli.ids import open_client, study_id, trial_id
 from orchestrator.cli.options import AsJson, Debug, JsonLines, StudyId, TrialId, print_json, say
 
 _POLL_S = 1.0  # between two looks at a log that ends where it ended before
@@ -27,10 +28,8 @@ def status(
 ) -> None:
     """Show all studies, or the trials of one."""
     from orchestrator.cli import tables
-    from orchestrator.cli.ids import study_id
-    from orchestrator.local.connect import connected_client
 
-    client = connected_client()
+    client = open_client()
     if study:
         view = client.study(study_id(client, study))
         print_json(view) if json else tables.print_study(view)
@@ -47,10 +46,8 @@ def watch(study: StudyId, json: JsonLines = False, debug: Debug = False) -> int:
     """Follow a study live until it ends; ends with 1 if it failed or was cancelled."""
     from orchestrator.cli import tables
     from orchestrator.cli.follow import follow
-    from orchestrator.cli.ids import study_id
-    from orchestrator.local.connect import connected_client
 
-    client = connected_client()
+    client = open_client()
     view = follow(client, study_id(client, study), mode="json" if json else "live")
     if not json:
         tables.print_study(view)
@@ -70,10 +67,7 @@ def logs(
     debug: Debug = False,
 ) -> None:
     """Print the log of one rank of a trial."""
-    from orchestrator.cli.ids import trial_id
-    from orchestrator.local.connect import connected_client
-
-    client = connected_client()
+    client = open_client()
     trial = trial_id(client, trial)
     offset = 0
     hinted = False
@@ -105,7 +99,6 @@ def logs(
 def queue(json: AsJson = False, debug: Debug = False) -> None:
     """Show what runs, what waits, in which order and why."""
     from orchestrator.cli import tables
-    from orchestrator.local.connect import connected_client
 
-    view = connected_client().queue()
+    view = open_client().queue()
     print_json(view) if json else tables.print_queue(view.running, view.queue)

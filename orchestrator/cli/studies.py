@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from contract.command import SUCCESS, WORK_FAILED
+from orchestrator.cli.ids import open_client, study_id
 from orchestrator.cli.options import (
     AsJson,
     Code,
@@ -117,10 +118,7 @@ def run(
 
 def report(study: StudyId, out: Out = None, json: AsJson = False, debug: Debug = False) -> None:
     """Write a study's report (HTML, CSV, JSON) and print its table; works while the study runs."""
-    from orchestrator.cli.ids import study_id
-    from orchestrator.local.connect import connected_client
-
-    client = connected_client()
+    client = open_client()
     view = client.study(study_id(client, study))
     page, table = _report(client, view, out)
     text = f"{table}\n\nreport: {page}"
@@ -171,10 +169,9 @@ def _prepare(
 
 
 def _submit(study: Path, data: str, code: str, fresh: bool, key: str) -> tuple[Client, Submitted]:
-    from orchestrator.local.connect import connected_client
 
     submission, sources = _prepare(study, data, code, fresh, key)
-    client = connected_client()
+    client = open_client()
     # The service refuses a study whose code it does not have yet.
     client.upload_code(sources.sha256, sources.data)
     return client, client.submit(submission)

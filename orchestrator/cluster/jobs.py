@@ -98,7 +98,7 @@ class Cluster:
 
     def nodes(self) -> list[Node]:
         """The nodes by Ray's id, with what is free on each."""
-        status = self._ask(ClusterStatus, "/api/cluster_status", "the cluster's status").data.status
+        status = self._ask(ClusterStatus, "/api/cluster_status", "the cluster's status").status
         if status is None:  # the second version of Ray's autoscaler reports none
             return self._counted_nodes()
         usage = status.load_metrics.usage_by_node or {}

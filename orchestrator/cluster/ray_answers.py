@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Generic, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, Field, RootModel
+from pydantic import AliasPath, BaseModel, Field, RootModel
 
 JobState: TypeAlias = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
 Amounts: TypeAlias = dict[str, float]  # of resources, by name: {"CPU": 8.0, "GPU": 4.0}
@@ -26,20 +26,8 @@ class Version(BaseModel):
 # --- the state API: /api/v0/nodes, /api/v0/placement_groups, /api/v0/actors -----------------------
 
 
-class _Rows(BaseModel, Generic[Row]):
-    result: list[Row]
-
-
-class _StateData(BaseModel, Generic[Row]):
-    result: _Rows[Row]
-
-
 class State(BaseModel, Generic[Row]):
-    data: _StateData[Row]
-
-    @property
-    def rows(self) -> list[Row]:
-        return self.data.result.result
+    rows: list[Row] = Field(validation_alias=AliasPath("data", "result", "result"))
 
 
 class NodeAddress(BaseModel):
@@ -81,12 +69,8 @@ class _Status(BaseModel):
     load_metrics: _LoadMetrics = Field(alias="loadMetricsReport")
 
 
-class _StatusData(BaseModel):
-    status: _Status | None = Field(alias="clusterStatus")
-
-
 class ClusterStatus(BaseModel):
-    data: _StatusData
+    status: _Status | None = Field(validation_alias=AliasPath("data", "clusterStatus"))
 
 
 # --- the Jobs API: /api/jobs ----------------------------------------------------------------------

@@ -87,7 +87,8 @@ class House:
         return self.until(
             f"progress of {study}",
             lambda: _if(
-                client.study(study).trials[0], lambda t: t.progress.get("attempt") == attempt
+                client.study(study).trials[0],
+                lambda t: t.progress is not None and t.progress.attempt == attempt,
             ),
         )
 
