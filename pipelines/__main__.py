@@ -232,6 +232,7 @@ def stage(
         if staged.evicted
         else ""
     )
+    # The same form as `maskray stage` gives for many nodes.
     node = {
         "node": "",
         "address": socket.gethostname(),
@@ -261,6 +262,7 @@ def evaluate(
     from pipelines.evaluate.evaluation import read_results
     from pipelines.shards.dataset import open_dataset
 
+    # A packed dataset is a folder with a manifest, and JSON is a file: no flag is needed.
     packed = "://" in gt or (Path(gt) / MANIFEST_NAME).exists()
     scores = evaluate_results(open_dataset(gt) if packed else gt, read_results(dt), iou)
     lines = [f"{name:6} {value:.4f}" for name, value in scores.stats.items()]

@@ -10,7 +10,7 @@ Progress = Callable[[int, int], None]
 
 
 def silent(_done: int, _total: int) -> None:
-    """Nobody looks."""
+    """Shows nothing."""
 
 
 @contextmanager
@@ -35,5 +35,6 @@ def bar(what: str, quiet: bool, lines: bool = False) -> Iterator[Progress]:
 
 
 def _line(what: str, done: int, total: int) -> None:
+    # A log of a long staging has a hundred lines, not one for each of its files.
     if done * 100 // total > (done - 1) * 100 // total:
         print(f"{what} {done}/{total}", file=sys.stderr, flush=True)

@@ -10,9 +10,9 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-_EXIF_ORIENTATION = 0x0112
+_EXIF_ORIENTATION = 0x0112  # the number of EXIF's tag
 _JPEG = b"\xff\xd8"
-MAX_MEGAPIXELS = 180
+MAX_MEGAPIXELS = 180  # 540 MB of RGB
 # Pillow warns at 89 megapixels and refuses at 179. Here there is one bound, with one message.
 Image.MAX_IMAGE_PIXELS = None
 
@@ -45,8 +45,9 @@ def _jpeg_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
 
 def _any_pixels(content: bytes | memoryview) -> NDArray[np.uint8]:
     """By Pillow: PNG of any kind, and JPEG of four channels."""
+    # Pillow opens dozens of formats; datasets here hold JPEG and PNG.
     with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
-        _check_size(*image.size)
+        _check_size(*image.size)  # before the pixels take memory
         if image.mode.startswith("I"):  # 16-bit grayscale
             return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
         return np.array(image.convert("RGB"))

@@ -41,7 +41,7 @@ def read_coco(path: Path) -> Iterator[tuple[str, JsonValue, str]]:
 
 
 class _NotCocoError(Exception):
-    pass
+    """JSON, or the beginning of JSON, that is not laid out as COCO's."""
 
 
 class _Window:
@@ -80,6 +80,7 @@ class _Window:
         """The next JSON value and its text. Reads on while the value may go on after the window."""
         self.peek()
         while True:
+            # A value that the window cuts off is an error too; more text tells the two apart.
             try:
                 value, end = self._decoder.raw_decode(self.text, self.position)
             except json.JSONDecodeError:

@@ -11,6 +11,7 @@ from pipelines.coco.records import Polygons, Rle
 
 def compressed(segmentation: Polygons | Rle, height: int, width: int) -> Rle:
     """The same mask with pycocotools' text as counts. Several polygons become their union."""
+    # Always through pycocotools: its rule decides which pixels lie inside a polygon.
     if isinstance(segmentation, Rle):
         if isinstance(segmentation.counts, str):
             return segmentation
@@ -32,6 +33,7 @@ def run_lengths(text: str) -> list[int] | None:
     that says that the number goes on. From the fourth run on, a number is the difference to the
     run before the last.
     """
+    # In Python, because pycocotools' own reader trusts the text and may read past its end.
     runs: list[int] = []
     value = shift = 0
     for character in text:

@@ -33,7 +33,7 @@ from pipelines.coco.rle import compressed
 from pipelines.evaluate.engines import NEEDED, IouType, Truth, TruthImage
 
 COCO_KEYPOINTS = 17  # pycocotools knows how exact they must be, and of no others
-_LARGEST = 1e300
+_LARGEST = 1e300  # JSON's integers may be larger than any double, 1.8e308
 _LONGEST_SIDE = 1 << 20  # px; pycocotools takes memory by a polygon's length, which the sides bound
 _MOST_PIXELS = 1 << 32  # its run lengths have 32 bits
 _FIELDS = {
@@ -86,6 +86,7 @@ def _checked_part(path: Path, part: str, records: JsonValue) -> list[JsonObject]
     """One of the file's lists. Each record has the needed fields, and whole numbers as ids."""
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path}: {part!r} is no list of records; give a COCO annotation file")
+    # By number, not by id: a record may have no id.
     for number, record in enumerate(records):
         for key in _FIELDS[part]:
             if key not in record:
@@ -172,6 +173,7 @@ def _with_keypoints(annotation: CocoAnnotation, fields: Mapping[str, Any]) -> Co
             f"{where}: keypoints has not x, y, v for {COCO_KEYPOINTS} points, the only ones for "
             "which COCO says how exact they must be"
         )
+    # pycocotools leaves out an object without labelled keypoints, and goes by this number.
     count = fields.get("num_keypoints", sum(v > 0 for v in points[2::3]))
     if not is_int(count):
         raise ValueError(
@@ -206,6 +208,7 @@ def checked_results(
                 f"result {number} is for image {record.image_id}, which the ground truth does not "
                 "have"
             )
+        # A model gives keypoints to every category; the truth here has only those with keypoints.
         if iou_type != "keypoints" and record.category_id not in categories:
             raise ValueError(
                 f"result {number} is of category {record.category_id}, which the ground truth does "

@@ -79,6 +79,7 @@ def default_engine(annotation_ids: Sequence[int]) -> Engine:
 
     twice, so such data are left to it.
     """
+    # pycocotools takes id 0 for "unmatched".
     distinct = set(annotation_ids)
     odd = 0 in distinct or len(distinct) < len(annotation_ids)
     return "hotcoco" if find_spec("hotcoco") and not odd else "pycocotools"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pycocotools.cocoeval import Params
 
 from contract.metrics import stats_of
+from pipelines.coco.collector import collector_paused
 from pipelines.coco.records import CocoCategory, CocoResult, JsonObject, JsonValue, Rle
 from pipelines.coco.rle import compressed
 from pipelines.evaluate.checks import check_truth, checked_results, read_json, truth_of
@@ -55,6 +56,7 @@ def image_results(
             "image_results gives one kind of result; call it once for masks and once for keypoints"
         )
     results = []
+    # In doubles, so that width and height are not rounded to float32.
     for number, (x0, y0, x1, y1) in enumerate(np.asarray(boxes_xyxy, np.float64).tolist()):
         what: JsonObject
         if rles is not None:
@@ -84,6 +86,7 @@ def encode_crop(
         flat = np.zeros(0, np.uint8)
         start = 0
     else:
+        # COCO's runs go down the columns, so the transposed crop lies in their order.
         columns = np.zeros((w, height), np.uint8)
         columns[:, top : top + h] = np.asarray(crop).T
         flat, start = columns.ravel(), left * height
@@ -92,6 +95,7 @@ def encode_crop(
     return compressed(Rle(height, width, lengths), height, width).json()
 
 
+@collector_paused()
 def evaluate(
     truth: Dataset | str | Path,
     results: Sequence[Mapping[str, Any]],
@@ -128,6 +132,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def _canonical(result: CocoResult) -> tuple[int, int, float, list[float], list[float], str]:
     """By image, category, score from the top, then what was detected."""
+    # Tied scores move AP with their order, and ranks deliver in any order.
     mask = str(result.segmentation.counts) if result.segmentation else ""
     box, points = result.bbox or [], result.keypoints or []
     return result.image_id, result.category_id, -result.score, box, points, mask

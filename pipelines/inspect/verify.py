@@ -67,6 +67,7 @@ def _damages(
                 if number and index and copy.exists()
                 else []
             )
+            # Without a row the whole file is named.
             yield from (Damage(entry.name, row, error) for row in rows or [None])
         copy.unlink(missing_ok=True)
         progress(number + 1, len(entries))

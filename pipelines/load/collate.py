@@ -54,6 +54,7 @@ def collate(
     proposals: for each sample (Q, 4) in pixels of the canvas, best first; empty when the RPN
     proposes.
     """
+    # All tensors of a batch lie in one block, which crosses to the consumer as a whole.
     count = len(samples)
     batch = Batch(**carve(allocate, _shapes(count, padding)))
     batch = replace(batch, images=batch.images.permute(0, 3, 1, 2))
@@ -73,7 +74,9 @@ def collate(
         batch.labels[place, :number] = torch.from_numpy(sample.labels)
         batch.valid[place, :number] = True
         if padding.mask_side:
-            batch.mask_crops.numpy()[place, :number] = sample.masks
+            batch.mask_crops.numpy()[place, :number] = (
+                sample.masks
+            )  # a flipped crop has strides < 0
             batch.mask_crops[place, number:] = 0
         if padding.num_keypoints:
             batch.keypoints[place, :number] = torch.from_numpy(sample.keypoints)

@@ -49,8 +49,8 @@ class Order:
         if self.num_images == 0:
             raise ValueError("no image of the training data has a usable object; widen data.filter")
         self.steps_per_epoch = -(-self.num_images // global_batch)
-        # The caches are the object's own: one on the class would keep every Order alive. The last
-        # block of an epoch needs two epochs, and a block may reach over a window's end.
+        # Neighbouring steps share epoch, windows and block. The caches are the object's own: one on
+        # the class would keep every Order alive.
         self._epoch_shards = lru_cache(2)(self._epoch_shards)  # type: ignore[method-assign]
         self._window_rows = lru_cache(3)(self._window_rows)  # type: ignore[method-assign]
         self._block_rows = lru_cache(2)(self._block_rows)  # type: ignore[method-assign]

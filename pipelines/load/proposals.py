@@ -74,7 +74,7 @@ def _batch(rows: list[tuple[int, Boxes, Boxes]], most: int) -> pa.RecordBatch:
 
 
 class ProposalTable:
-    """Proposals of a file or URI. Holds only the URI until it is used."""
+    """Proposals of a file or URI. Holds only the URI until it is used, so it can be pickled."""
 
     def __init__(self, uri: str):
         self.uri = uri
@@ -106,6 +106,7 @@ class ProposalTable:
             raise ValueError(
                 f'{self.uri}: not a file of proposals ({error}); write it with "maskray proposals"'
             ) from None
+        # An empty array first: a file may have no batch, and nothing cannot be concatenated.
         batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]
         ids = np.concatenate([np.zeros(0, np.int64)] + [view(b["image_id"]) for b in batches])
         # For each image: its record batch, and its row there.

@@ -138,7 +138,7 @@ def scale_keypoints(keypoints: Floats, scale: Floats) -> Floats:
     """
     moved = keypoints.copy()
     moved[..., :2] = (keypoints[..., :2] + 0.5) * scale
-    moved[keypoints[..., 2] == 0] = 0
+    moved[keypoints[..., 2] == 0] = 0  # COCO writes 0, 0, 0 for them
     return moved
 
 
@@ -163,6 +163,7 @@ def mirrored_keypoints(categories: Sequence[CocoCategory], count: int) -> tuple[
     if count == 0:
         return ()
     named = [category.keypoints for category in categories if category.keypoints]
+    # One tensor holds the keypoints of all objects, so their categories must share the names.
     if not named or any(names != named[0] for names in named) or len(named[0]) != count:
         lengths = sorted({len(names) for names in named})
         raise ValueError(

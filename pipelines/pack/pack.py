@@ -44,7 +44,7 @@ class PackOptions:
 
     on_error: OnError = "fail"
     shard_mib: float = 64.0
-    num_workers: int = 1
+    num_workers: int = 1  # it changes no byte
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def _plan(sorted_file: Path, images: Files, shard_mib: float) -> tuple[list[tupl
             if size >= shard_mib * 2**20:
                 ranges.append((first, last))
                 first, size = last, 0
-    if first < last:
+    if first < last:  # the last shard may be small
         ranges.append((first, last))
     return ranges, digest.hexdigest()
 
@@ -288,6 +288,7 @@ def _is_whole(out: Files, entry: FileEntry) -> bool:
 
 def _run(tasks: Sequence[_Task], num_workers: int) -> Iterator[ShardNote]:
     """Notes in the order of the shards: the first problem is the same at any number of workers."""
+    # A process takes longer to start than a small dataset to pack.
     if num_workers <= 1 or len(tasks) <= 1:
         yield from map(pack_shard, tasks)
         return
@@ -345,6 +346,7 @@ def _write_rows(path: Path, rows: Iterator[schema.ShardRow], task: _Task) -> pa.
     index = []
     with pa.ipc.new_file(str(path), schema.SHARD) as writer:
         for chunk in _chunks(rows, schema.ROWS_PER_BATCH):
+            # A chunk at a time: memory holds 64 images, whatever the size of the shard.
             values = [row.shard_value() for row in chunk]
             writer.write_batch(pa.RecordBatch.from_pylist(values, schema=schema.SHARD))
             index += [row.index_value(labels) for row in chunk]

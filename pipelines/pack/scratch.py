@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_LOCK = ".lock"
+_LOCK = ".lock"  # held while the folder is in use; the system releases it when a process dies
 _YOUNG_S = 60.0  # a folder may be locked a moment after it is made
 
 

@@ -94,6 +94,7 @@ def _bar(start: Points, end: Points, half_width: float) -> Points:
     along = (end - start) / np.hypot(*(end - start))
     across = half_width * np.array([-along[1], along[0]])
     over = half_width * along
+    # A little longer than the limb, so that neighbouring limbs meet without a gap.
     return np.array(
         [start - over + across, end + over + across, end + over - across, start - over - across]
     )

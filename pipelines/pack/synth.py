@@ -156,6 +156,7 @@ def _write_annotations(
     }
     _write(folder / f"instances_{split}.json", json.dumps(coco))
     if settings.keypoints:
+        # COCO has such a file beside its instances.
         persons = [annotation for annotation in annotations if "keypoints" in annotation]
         coco |= {"annotations": persons, "categories": described[:1]}
         _write(folder / f"person_keypoints_{split}.json", json.dumps(coco))
@@ -219,7 +220,7 @@ def _try_object(
     )
     points: Points | None = None
     if keypoints and category == 0:
-        radius = max(radius, 0.16 * max(height, width))  # limbs of smaller persons cover no pixel
+        radius = max(radius, 0.16 * max(height, width))  # a person's limbs are thin
         outlines, points = person(rng)
         turn = rng.uniform(-0.2, 0.2)
     else:
@@ -233,7 +234,7 @@ def _try_object(
     mask = polygon_mask(polygons, height, width)
     if points is not None:
         points = points * stretch @ rotation * radius + centre
-    # Every object is seen for the most part, or no detector could learn it.
+    # Most of every object stays visible.
     if mask.sum() < MIN_PIXELS or any(
         (p.mask & ~mask).sum() < MIN_VISIBLE * whole(p, height, width) for p in objects
     ):
@@ -253,7 +254,7 @@ def _try_crowd(
 ) -> None:
     """Many small shapes of one category, annotated together."""
     height, width = image.shape[:2]
-    category = int(rng.integers(1, 4))
+    category = int(rng.integers(1, 4))  # not the first, which may be the person
     outline = list(SHAPES.values())[category]()
     area = np.array([rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height])
     radius = 0.05 * max(height, width)
@@ -281,6 +282,7 @@ def polygon_mask(polygons: list[Points], height: int, width: int) -> NDArray[np.
 def _annotation(placed: _Placed, annotation_id: int, image_id: int) -> JsonObject:
     """The COCO annotation of an object. The order of its fields is part of the dataset's bytes."""
     height, width = placed.mask.shape
+    # The area is of what can be seen, for polygons too, as pycocotools counts it.
     rle = rle_tools.encode(np.asfortranarray(placed.mask.astype(np.uint8)))
     record: JsonObject = {
         "id": annotation_id,

@@ -75,6 +75,7 @@ class Cache:
 
     def drop_if_damaged(self, entry: FileEntry) -> None:
         """Removes a copy whose bytes changed after its arrival."""
+        # Not part of `fetch`: hashing each shard at each opening would read everything twice.
         path = self.folder / f"{entry.sha256}.arrow"
         with self._kept(fcntl.LOCK_EX):
             if path.exists() and file_sha256(path) != entry.sha256:
@@ -112,7 +113,7 @@ class Cache:
 def _touch(path: Path) -> bool:
     """Marks a copy as used now, which eviction goes by. False if there is none."""
     try:
-        os.utime(path)
+        os.utime(path)  # also tells whether it exists, in one call and without a gap
     except FileNotFoundError:
         return False
     return True

@@ -13,6 +13,7 @@ import numpy as np
 
 from contract.data import DataConfig, Filter
 from contract.files import Files
+from pipelines.coco.collector import collector_paused
 from pipelines.coco.records import CocoAnnotation, CocoCategory, JsonObject, LabelledImage
 from pipelines.progress import Progress, silent
 from pipelines.shards.cache import Cache
@@ -39,6 +40,7 @@ class Dataset:
     _open: OrderedDict[int, Shard] = field(default_factory=OrderedDict, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # A worker opens its own files: maps and record batches cannot be pickled.
         return _restore, (self.store, self.manifest.dump(), self.selection, self.cache)
 
     @cached_property
@@ -109,6 +111,7 @@ class Dataset:
         for shard in self._open.values():
             shard.let_go()
 
+    @collector_paused()
     def coco(self) -> dict[str, Any]:
         """The view's images, annotations and categories as COCO JSON, in the order of packing."""
         images: list[JsonObject] = []
@@ -176,6 +179,7 @@ class Dataset:
             raise RuntimeError(
                 f'{path}: is missing; restore it or pack the data again with "maskray data pack"'
             )
+        # The size is free to check; hashes are for `data verify`.
         if path.stat().st_size != entry.bytes:
             raise RuntimeError(
                 f"{path}: has {path.stat().st_size} bytes, the manifest says {entry.bytes}; "

@@ -172,7 +172,7 @@ class Index:
         """The rows of a shard (numbered through all shards) that the selection draws, ascending."""
         batch = self._shards[shard]
         drawn = selection.drawn(view(batch["image_id"]))
-        if selection.drop_empty:
+        if selection.drop_empty:  # training only: evaluation sees every image
             before = self._usable(shard, selection)
             offsets = view(batch["ann_label"].offsets)
             drawn = drawn & (before[offsets[1:]] > before[offsets[:-1]])
@@ -194,6 +194,7 @@ class Index:
         return np.concatenate([[0], np.cumsum(usable, dtype=np.int64)])
 
     def _by_shard(self, rows: Ints) -> list[tuple[int, Ints]]:
+        # Rows of a batch come from few shards; one look-up a shard serves all its rows.
         shards = np.searchsorted(self.starts, rows, side="right") - 1
         return [(int(shard), np.flatnonzero(shards == shard)) for shard in np.unique(shards)]
 

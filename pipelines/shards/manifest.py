@@ -75,6 +75,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     try:
         ManifestHeader.parse(text)
         manifest = Manifest.model_validate_json(text)
+    # The header first: a manifest of another schema is no damaged one.
     except OtherSchemaError as error:
         raise ValueError(f"{where}: {error}") from None
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

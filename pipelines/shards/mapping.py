@@ -27,7 +27,7 @@ class MappedFile:
             reader = pa.ipc.open_file(pa.py_buffer(self._map))
             self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         except (FileNotFoundError, PermissionError):
-            raise
+            raise  # these name the file and the reason already
         except (pa.ArrowException, OSError, ValueError) as error:
             # Arrow fails on damaged bytes in many ways.
             reason = "is a folder" if path.is_dir() else f"is damaged ({error})"

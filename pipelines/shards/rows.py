@@ -21,6 +21,7 @@ from pipelines.shards import schema
 from pipelines.shards.mapping import MappedFile, view
 
 Floats = NDArray[np.float64]
+# Export does not look at image bytes, which are nearly all of a shard.
 _ALL_BUT_THE_BYTES = [name for name in schema.SHARD.names if name != "image"]
 
 

@@ -33,10 +33,10 @@ def test_any_json_is_read_the_same_at_any_chunk_size(lists, others, chunk, inden
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "a.json"
             path.write_text(json.dumps(whole, indent=indent))
-            found = list(coco_json.read_coco(path))
+            elements = list(coco_json.read_coco(path))
     finally:
         coco_json.CHUNK_CHARS = saved
     for key, values in lists.items():
-        assert [value for name, value, text in found if name == key and text] == values
-    assert {name: value for name, value, _ in found if name in others} == others
-    assert all(json.loads(text) == value for _, value, text in found if text)
+        assert [value for name, value, text in elements if name == key and text] == values
+    assert {name: value for name, value, _ in elements if name in others} == others
+    assert all(json.loads(text) == value for _, value, text in elements if text)

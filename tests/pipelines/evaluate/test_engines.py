@@ -96,8 +96,8 @@ def test_both_engines_give_the_same_bits(kind, seed):
 def test_ids_that_pycocotools_has_quirks_for_are_left_to_it(tmp_path, ids):
     assert default_engine(ids) == "pycocotools"
     path = write_coco(tmp_path, [box_annotation(key) for key in ids])
-    found = [{"image_id": 1, "category_id": 3, "score": 0.9, "bbox": [5, 5, 10, 10]}]
-    assert evaluate(path, found, "bbox") == evaluate(path, found, "bbox", "pycocotools")
+    detections = [{"image_id": 1, "category_id": 3, "score": 0.9, "bbox": [5, 5, 10, 10]}]
+    assert evaluate(path, detections, "bbox") == evaluate(path, detections, "bbox", "pycocotools")
 
 
 def test_negative_and_huge_ids_are_evaluated_by_both(tmp_path):
@@ -108,10 +108,10 @@ def test_negative_and_huge_ids_are_evaluated_by_both(tmp_path):
     ]
     categories = [{"id": -3, "name": "a"}, {"id": 7, "name": "b"}]
     path = write_coco(tmp_path, annotations, images=images, categories=categories)
-    found = [
+    detections = [
         {"image_id": i, "category_id": c, "score": 0.9, "bbox": [5, 5, 10, 9]}
         for i, c in ((-5, -3), (2**60, 7))
     ]
-    reference = evaluate(path, found, "bbox", "pycocotools")
-    assert evaluate(path, found, "bbox") == reference
+    reference = evaluate(path, detections, "bbox", "pycocotools")
+    assert evaluate(path, detections, "bbox") == reference
     assert reference.per_class["AP75"] == {"a": pytest.approx(1), "b": pytest.approx(1)}

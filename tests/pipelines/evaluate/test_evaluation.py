@@ -61,9 +61,9 @@ def test_a_narrowed_dataset_is_evaluated_on_its_categories(tmp_path):
     dataset = packed_coco(tmp_path, [box_annotation(1), box_annotation(2, category_id=7)])
     cfg = DataConfig(train="t", val="v", filter=Filter(categories=("dog",)))
     view = dataset.for_evaluation(cfg)
-    found = [{"image_id": 1, "category_id": 7, "score": 0.9, "bbox": [5, 5, 10, 10]}]
-    assert evaluate(view, found, "bbox").stats["AP"] == pytest.approx(1)
-    assert evaluate(dataset, found, "bbox").stats["AP"] == pytest.approx(0.5)
+    detections = [{"image_id": 1, "category_id": 7, "score": 0.9, "bbox": [5, 5, 10, 10]}]
+    assert evaluate(view, detections, "bbox").stats["AP"] == pytest.approx(1)
+    assert evaluate(dataset, detections, "bbox").stats["AP"] == pytest.approx(0.5)
 
 
 MASK = {"size": [30, 40], "counts": [0, 1200]}

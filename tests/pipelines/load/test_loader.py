@@ -88,8 +88,8 @@ def test_resuming_equals_never_having_stopped(shapes, start):
     cfg = config(shapes)
     before = 0 if start < 100 else start - 1
     expected = take(loader(cfg, start_step=before), start - before + 2)[start - before :]
-    found = take(loader(cfg, start_step=start), 2)
-    for one, two in zip(expected, found, strict=True):
+    resumed = take(loader(cfg, start_step=start), 2)
+    for one, two in zip(expected, resumed, strict=True):
         assert one.step == two.step
         assert_equal(joined(one.batches), joined(two.batches))
 
@@ -296,8 +296,8 @@ def evaluated_ids(cfg: DataConfig, world_size: int, rank: int) -> list[int]:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_evaluation_sees_each_image_once(shapes, world_size):
     cfg = config(shapes)
-    found = [evaluated_ids(cfg, world_size, rank) for rank in range(world_size)]
-    everything = sorted(i for part in found for i in part)
+    ids_of_ranks = [evaluated_ids(cfg, world_size, rank) for rank in range(world_size)]
+    everything = sorted(i for part in ids_of_ranks for i in part)
     assert everything == sorted(image["id"] for image in open_dataset(cfg.val).coco()["images"])
 
 
@@ -315,9 +315,9 @@ def test_evaluation_batches_are_the_same_at_any_world_size_and_worker_count(shap
         stream = EvalLoader(
             cfg, open_dataset(cfg.val), image, batch_size=4, rank=rank, world_size=world_size
         )
-        found = list(stream)
+        loaded = list(stream)
         stream.close()
-        return found
+        return loaded
 
     alone = batches(0, 0, 1)
     assert [len(batch) for batch in alone] == [4, 4, 2]

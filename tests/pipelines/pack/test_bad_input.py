@@ -117,13 +117,13 @@ def test_ground_truth_that_contradicts_itself_is_refused(tmp_path, annotation, f
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_annotations_of_what_is_not_listed_count_nowhere(tmp_path, kind):
-    found = {"image_id": 1, "category_id": 3, "score": 0.9} | {
+    detection = {"image_id": 1, "category_id": 3, "score": 0.9} | {
         "bbox": {"bbox": [5, 5, 10, 10]},
         "segm": {"segmentation": [[5, 5, 15, 5, 15, 15, 5, 15]]},
     }[kind]
     more = [box_annotation(2, image_id=9), box_annotation(3, category_id=9)]
     path = write_coco(tmp_path, [box_annotation(1), *more])
-    assert evaluate(path, [found], kind).stats["AP"] == pytest.approx(1.0)
+    assert evaluate(path, [detection], kind).stats["AP"] == pytest.approx(1.0)
 
 
 def test_a_score_of_400_digits_is_told_in_short(call, tmp_path):
@@ -137,14 +137,14 @@ def test_a_score_of_400_digits_is_told_in_short(call, tmp_path):
 def test_two_categories_of_one_name_are_both_told(tmp_path):
     categories = [{"id": 7, "name": "cat"}, {"id": 3, "name": "cat"}, {"id": 4, "name": "dog"}]
     annotations = [box_annotation(1), box_annotation(2, category_id=7)]
-    found = [{"image_id": 1, "category_id": 7, "score": 0.5, "bbox": [5, 5, 10, 10]}]
+    detections = [{"image_id": 1, "category_id": 7, "score": 0.5, "bbox": [5, 5, 10, 10]}]
     expected = {"cat (id 3)": 0, "cat (id 7)": pytest.approx(1), "dog": -1}
     dataset = packed_coco(tmp_path, annotations, categories=categories)
-    assert evaluate(dataset, found, "bbox").per_class["AP"] == expected
+    assert evaluate(dataset, detections, "bbox").per_class["AP"] == expected
     (tmp_path / "exported.json").write_text(
         json.dumps(open_dataset(str(tmp_path / "packed")).coco())
     )
-    assert evaluate(tmp_path / "exported.json", found, "bbox").per_class["AP"] == expected
+    assert evaluate(tmp_path / "exported.json", detections, "bbox").per_class["AP"] == expected
 
 
 # --- commands -------------------------------------------------------------------------------------

@@ -160,9 +160,9 @@ def test_loaders_stream_from_s3_in_workers(bucket, shapes, tmp_path):
     stream = EvalLoader(
         cfg, dataset, ImageInput(short_side_px=32), batch_size=16, rank=0, world_size=1
     )
-    found = sorted(i for batch in stream for i in batch.sample_ids.tolist())
+    image_ids = sorted(i for batch in stream for i in batch.sample_ids.tolist())
     stream.close()
-    assert found == list(range(1, 41))
+    assert image_ids == list(range(1, 41))
 
 
 def test_after_staging_training_asks_the_store_for_nothing(restored, s3, shapes, tmp_path, capsys):
@@ -184,10 +184,10 @@ def test_after_staging_training_asks_the_store_for_nothing(restored, s3, shapes,
         "max_images_per_forward": 8,
         "masks": True,
     }
-    found, expected = TrainLoader(cfg, dataset, **fields), TrainLoader(cfg, local, **fields)
-    for one, two in itertools.islice(zip(found, expected, strict=False), found.steps_per_epoch):
+    remote, expected = TrainLoader(cfg, dataset, **fields), TrainLoader(cfg, local, **fields)
+    for one, two in itertools.islice(zip(remote, expected, strict=False), remote.steps_per_epoch):
         assert torch.equal(one.batches[0].images, two.batches[0].images)
-    found.close()
+    remote.close()
     expected.close()
     assert s3[0].calls == 0
 
@@ -260,8 +260,8 @@ def test_packing_to_s3_gives_the_same_manifest_and_goes_on(bucket, s3, shapes):
     assert verify(out).errors == ()
     assert pack(files, str(shapes / "images" / "val"), out, options).unchanged
     keys = [
-        found["Key"]
-        for found in bucket[0].list_objects_v2(Bucket="data", Prefix="packed")["Contents"]
+        entry["Key"]
+        for entry in bucket[0].list_objects_v2(Bucket="data", Prefix="packed")["Contents"]
     ]
     assert not [key for key in keys if ".packing" in key]
 
