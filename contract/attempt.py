@@ -41,10 +41,6 @@ class ExitStatus(IntEnum):
     OUT_OF_MEMORY = 78
 
 
-EXIT_DONE, EXIT_FAILED, EXIT_INPUT = ExitStatus.DONE, ExitStatus.FAILED, ExitStatus.INPUT
-EXIT_PREEMPTED, EXIT_STOPPED = ExitStatus.PREEMPTED, ExitStatus.STOPPED
-EXIT_DIVERGED, EXIT_OUT_OF_MEMORY = ExitStatus.DIVERGED, ExitStatus.OUT_OF_MEMORY
-
 # --- files of a trial's folder, relative to RunSpec.storage ------------------------------------
 
 SPEC_FILE = "attempts/{attempt}/spec.json"

@@ -352,7 +352,7 @@ def explained(where: str, path: str) -> Iterator[None]:
         raise
 
 
-def join(base: str, *parts: str) -> str:
+def uri_join(base: str, *parts: str) -> str:
     """`base/parts`, of a path or a URI; a URI's query stays at the end."""
     head, mark, query = base.partition("?") if "://" in base else (base, "", "")
     return "/".join([head.rstrip("/"), *parts]) + mark + query

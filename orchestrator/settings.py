@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from contract.files import Files, join
+from contract.files import Files, uri_join
 from contract.record import Record
 from contract.yaml import parse_yaml
 
@@ -113,7 +113,7 @@ def service_files(folder: str) -> Files:
 
 def code_files(settings: ServiceSettings) -> Files:
     """The zips of sources, each named by `code_name`."""
-    return service_files(join(storage_root(settings), ".code"))
+    return service_files(uri_join(storage_root(settings), ".code"))
 
 
 def code_name(sha256: str) -> str:

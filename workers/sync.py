@@ -11,7 +11,7 @@ from pathlib import Path
 
 from contract.attempt import MLflowTracking
 from contract.command import run_command
-from contract.files import Files, join
+from contract.files import Files, uri_join
 from workers.tracking.mlflow_tracker import MLflowTracker
 from workers.tracking.shipper import ship_once
 from workers.tracking.spool import DESTINATION_FILE, SPOOL_FOLDER, Destination, Spool
@@ -90,7 +90,7 @@ def _spool_at(where: str) -> Files:
             f"{where}: has no {DESTINATION_FILE} and no folder {SPOOL_FOLDER!r}; "
             "give a spool or a trial's folder"
         )
-    return Files(join(where, SPOOL_FOLDER))
+    return Files(uri_join(where, SPOOL_FOLDER))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def keyed_dropout(x_RC: Tensor, keys_R: Tensor, layer: int, probability: float) 
 class MeanTrunk(nn.Module):
     """Average pooling alone: what follows C4's res5."""
 
-    def forward(self, features: Tensor, keys_R: Tensor) -> Tensor:  # noqa: ARG002 (no dropout here)
+    def forward(self, features: Tensor, keys_R: Tensor) -> Tensor:
         """RoI features (R, C, S, S) to their means, (R, C)."""
         return features.mean(dim=(2, 3))
 

@@ -138,7 +138,7 @@ class SigmoidMasks:
         )
         return sigmoid_mask_loss(logits, inside.to(rois.weight.dtype), rois.weight)
 
-    def probabilities(self, logits: Tensor, labels_R: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def probabilities(self, logits: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
         """The only inference. logits: (R, M, M)."""
         return {"sigmoid": logits.float().sigmoid()}
 
@@ -155,7 +155,7 @@ class SoftmaxMasks:
         names = get_args(SoftmaxInference)
         self.order = (inference, *(other for other in names if other != inference))
 
-    def logits(self, head: Head, features: Tensor, labels_R: Tensor) -> Tensor:  # noqa: ARG002
+    def logits(self, head: Head, features: Tensor, labels_R: Tensor) -> Tensor:
         """Every class and background, (R, C, M, M)."""
         logits: Tensor = head(features)
         return logits

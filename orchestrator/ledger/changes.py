@@ -13,7 +13,7 @@ from typing import Literal, TypedDict, Unpack
 from sqlalchemy import ColumnElement, func, insert, select, update
 
 from contract.attempt import Wish
-from contract.files import join
+from contract.files import uri_join
 from contract.study import FINAL_STATES, Submission, TrialState
 from orchestrator.ledger import queries
 from orchestrator.ledger.events import record
@@ -126,7 +126,7 @@ def _add_trials(
             "state": "queued",
             "metrics": {},
             "marks": [],
-            "folder": join(folder, study, trial),
+            "folder": uri_join(folder, study, trial),
             "cached_from": "",
             "mlflow_run_id": "",
             "mlflow_closed": False,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy import select
 
 from contract.attempt import CHECKPOINT_FOLDER
-from contract.files import join
+from contract.files import uri_join
 from contract.study import FINAL_STATES
 from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.tables import STUDIES, TRIALS
@@ -56,7 +56,7 @@ def plan_retention(
         query = query.where(TRIALS.c.id == trial)
     removals = []
     for row in transaction.execute(query):
-        folder = join(row.folder, CHECKPOINT_FOLDER)
+        folder = uri_join(row.folder, CHECKPOINT_FOLDER)
         size = service_files(folder).folder_bytes()
         if size:
             removals.append(Removal(row.study, row.id, folder, size))

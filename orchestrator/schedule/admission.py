@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Sequence
 
 from contract.attempt import SPEC_FILE
-from contract.files import join
+from contract.files import uri_join
 from orchestrator.cluster.jobs import Cluster
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import attempts, queries
@@ -141,7 +141,7 @@ class Admission:
             "RAY_JOB_STOP_WAIT_TIME_S": f"{grace_s + _STOP_MARGIN_S:.0f}",
         }
         # `exec`: the signal must reach the driver, not a shell around it
-        entry = f"exec {shlex.join([*self.settings.entry, '--spec', join(row.folder, path)])}"
+        entry = f"exec {shlex.join([*self.settings.entry, '--spec', uri_join(row.folder, path)])}"
         metadata = {"maskray": self.mark, "trial": trial}
         cluster.submit(attempt.submission_id, entry, environment, package, metadata)
         attempts.note_submitted(self.ledger, attempt.submission_id)

@@ -6,25 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from contract.attempt import (
-    EXIT_DIVERGED,
-    EXIT_DONE,
-    EXIT_INPUT,
-    EXIT_OUT_OF_MEMORY,
-    EXIT_PREEMPTED,
-    EXIT_STOPPED,
-    ErrorClass,
-    Outcome,
-    Wish,
-)
+from contract.attempt import ErrorClass, ExitStatus, Outcome, Wish
 from orchestrator.settings import Limits
 
 _BY_EXIT: Mapping[int, ErrorClass] = {
-    EXIT_INPUT: "person",
-    EXIT_OUT_OF_MEMORY: "out_of_memory",
-    EXIT_DIVERGED: "diverged",
-    EXIT_PREEMPTED: "node",
-    EXIT_STOPPED: "none",
+    ExitStatus.INPUT: "person",
+    ExitStatus.OUT_OF_MEMORY: "out_of_memory",
+    ExitStatus.DIVERGED: "diverged",
+    ExitStatus.PREEMPTED: "node",
+    ExitStatus.STOPPED: "none",
 }
 _REMEDY: Mapping[ErrorClass, str] = {
     "person": "correct the study and submit it again",
@@ -168,6 +158,6 @@ def _class_of(ended: EndedAttempt) -> tuple[ErrorClass, str]:
     # a negative status, and one from 128 on, is a signal: the driver did not end by itself
     if code is None or code < 0 or code >= 128:
         return "node", f"its processes were lost{f' ({ended.message})' if ended.message else ''}"
-    if code == EXIT_DONE:
+    if code == ExitStatus.DONE:
         return "unknown", "its driver ended without a result"
     return _BY_EXIT.get(code, "unknown"), f"its driver ended with status {code}"

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from contract.files import join
+from contract.files import uri_join
 from contract.model import FileWeights, FixedProposals
 from contract.presets import run_preset
 from contract.recipe import RunConfig, apply_overrides, parse_run
@@ -49,7 +49,7 @@ class BaselineRun:
         # Parsed before the overrides: `optimiser.lr: 0.01` needs to know which optimiser it means.
         run = _parsed(apply_overrides(_dumped(start), overrides), "baseline.set")
         if data:
-            run = _with_data(run, join(data, "train"), join(data, "val"))
+            run = _with_data(run, uri_join(data, "train"), uri_join(data, "val"))
         return cls(_with_absolute_places(run, root), root)
 
     def arm(self, overrides: Overrides, where: str) -> RunConfig:

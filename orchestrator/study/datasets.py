@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from contract.data import MANIFEST_NAME, ManifestHeader
-from contract.files import Files, join
+from contract.files import Files, uri_join
 from contract.model import KeypointBranch, MaskBranch
 from contract.recipe import RunConfig
 from contract.record import nearest
@@ -53,7 +53,7 @@ def read_manifest(uri: str, field: str) -> Manifest:
             f"{field}: no dataset; give --data DIR (with DIR/train and DIR/val) "
             f"or set {field} in the study"
         )
-    place = join(uri, MANIFEST_NAME)
+    place = uri_join(uri, MANIFEST_NAME)
     try:
         raw = Files(uri).read_part(MANIFEST_NAME)
     except (OSError, ValueError) as error:

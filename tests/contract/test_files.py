@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from contract import files
-from contract.files import Files, UnreachableStoreError, join, retried, split
+from contract.files import Files, UnreachableStoreError, retried, split, uri_join
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_an_instance_travels_to_a_worker_unopened(tmp_path: Path) -> None:
 
 
 def test_a_query_stays_at_the_end_of_a_uri() -> None:
-    assert join("s3://b/data?region=x", "train", "a") == "s3://b/data/train/a?region=x"
-    assert join("/data/", "what?", "a") == "/data/what?/a"
+    assert uri_join("s3://b/data?region=x", "train", "a") == "s3://b/data/train/a?region=x"
+    assert uri_join("/data/", "what?", "a") == "/data/what?/a"
     assert split("s3://b/data/p.arrow?region=x") == ("s3://b/data?region=x", "p.arrow")
     assert split("p.arrow") == (".", "p.arrow")
     assert split("/p.arrow") == ("/", "p.arrow")

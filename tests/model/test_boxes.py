@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.boxes import at_least, clip, decode, encode, iou
+from model.cpu.suppression import ListSuppression
 from model.matching import match, sample
 from model.rpn.anchors import cell_anchors, grid_anchors
-from model.cpu.suppression import ListSuppression
 from model.rpn.nms import nms, nms_fixed_shape, nms_listwise
 from model.sample_hash import DROPOUT_STREAM, ROI_STREAM, RPN_STREAM, noise
 from tests.model.batches import random_boxes

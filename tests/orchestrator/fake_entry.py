@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from contract.attempt import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Outcome, Progress, Result
+from contract.attempt import ExitStatus, Outcome, Progress, Result
 
 
 def main(path: str) -> int:
@@ -47,7 +47,7 @@ def main(path: str) -> int:
         if faulty and plan.get("fail") is not None and step >= plan.get("fail_at", 0):
             return end(
                 "failed",
-                plan.get("exit", EXIT_FAILED),
+                plan.get("exit", ExitStatus.FAILED),
                 step,
                 plan.get("class", "unknown"),
                 plan["fail"],
@@ -57,11 +57,11 @@ def main(path: str) -> int:
         gate = plan.get("gate")
         while (faulty and step == plan.get("hang_at")) or (gate and not Path(gate).exists()):
             if signals:
-                return end("stopped", EXIT_STOPPED, step)
+                return end("stopped", ExitStatus.STOPPED, step)
             time.sleep(0.02)
         time.sleep(plan.get("step_s", 0.0))
         if signals:
-            return end("stopped", EXIT_STOPPED, step)
+            return end("stopped", ExitStatus.STOPPED, step)
     metrics = {
         "segm/AP": 0.25 + spec["run"].get("seed", 0) / 100,
         "bbox/AP": 0.3,
@@ -79,7 +79,7 @@ def main(path: str) -> int:
         weights_sha256="0" * 64,
     )
     _write(folder / "result.json", result.model_dump_json())
-    return end("done", EXIT_DONE, steps)
+    return end("done", ExitStatus.DONE, steps)
 
 
 def _write(path: Path, text: str) -> None:

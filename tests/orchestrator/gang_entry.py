@@ -22,16 +22,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from contract.attempt import (
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_PREEMPTED,
-    EXIT_STOPPED,
-    AttemptSpec,
-    Outcome,
-    Progress,
-    Result,
-)
+from contract.attempt import AttemptSpec, ExitStatus, Outcome, Progress, Result
 
 
 class Rank:
@@ -88,17 +79,19 @@ def main(path: str) -> int:
         try:
             ray.get([rank.step.remote() for rank in ranks], timeout=60)
         except RayError as error:
-            return end("failed", EXIT_FAILED, "node", f"Ray: {type(error).__name__}")
+            return end("failed", ExitStatus.FAILED, "node", f"Ray: {type(error).__name__}")
         progress = Progress(
             attempt=attempt, step=step, steps=steps, phase="training", updated_at=time.time()
         )
         _write(folder / "progress.json", progress.model_dump_json())
         if attempt == 1 and step == plan.get("crash_at"):
-            return end("failed", EXIT_FAILED, "collective", "rank 1: connection closed by peer")
+            return end(
+                "failed", ExitStatus.FAILED, "collective", "rank 1: connection closed by peer"
+            )
         if signals:
-            return end("stopped", EXIT_STOPPED)
+            return end("stopped", ExitStatus.STOPPED)
         if not ray_state.get_draining_nodes().keys().isdisjoint(nodes):
-            return end("preempted", EXIT_PREEMPTED)
+            return end("preempted", ExitStatus.PREEMPTED)
         if step == plan.get("gate_at", 1) and gate is not None and not gate.exists():
             time.sleep(0.1)
             continue
@@ -112,7 +105,7 @@ def main(path: str) -> int:
         weights_sha256="0" * 64,
     )
     _write(folder / "result.json", result.model_dump_json())
-    return end("done", EXIT_DONE)
+    return end("done", ExitStatus.DONE)
 
 
 def _write(path: Path, text: str) -> None:

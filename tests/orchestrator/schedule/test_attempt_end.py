@@ -6,16 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from contract.attempt import (
-    EXIT_DIVERGED,
-    EXIT_DONE,
-    EXIT_FAILED,
-    EXIT_INPUT,
-    EXIT_OUT_OF_MEMORY,
-    EXIT_PREEMPTED,
-    EXIT_STOPPED,
-    Outcome,
-)
+from contract.attempt import ExitStatus, Outcome
 from orchestrator.schedule.attempt_end import EndedAttempt, after_attempt, suspects
 from orchestrator.settings import Limits
 
@@ -30,11 +21,11 @@ def failed(error_class: str, error: str = "boom", rank: int = -1) -> EndedAttemp
     outcome = Outcome.model_validate(
         {"state": "failed", "error_class": error_class, "error": error, "rank": rank}
     )
-    return replace(LOST, outcome=outcome, exit_code=EXIT_FAILED)
+    return replace(LOST, outcome=outcome, exit_code=ExitStatus.FAILED)
 
 
 def test_a_result_is_the_end_whatever_was_wished():
-    done = replace(LOST, outcome=Outcome(state="done"), has_result=True, exit_code=EXIT_DONE)
+    done = replace(LOST, outcome=Outcome(state="done"), has_result=True, exit_code=ExitStatus.DONE)
     for wish in ("", "cancel", "pause", "stall"):
         assert after_attempt(replace(done, wish=wish), LIMITS).state == "done"
 
@@ -56,12 +47,12 @@ def test_errors_that_a_retry_repeats_are_final(error_class):
 @pytest.mark.parametrize(
     ("code", "error_class", "state"),
     [
-        (EXIT_INPUT, "person", "failed"),
-        (EXIT_OUT_OF_MEMORY, "out_of_memory", "failed"),
-        (EXIT_DIVERGED, "diverged", "failed"),
-        (EXIT_PREEMPTED, "node", "queued"),
-        (EXIT_FAILED, "unknown", "queued"),
-        (EXIT_DONE, "unknown", "queued"),  # without a result it is not done
+        (ExitStatus.INPUT, "person", "failed"),
+        (ExitStatus.OUT_OF_MEMORY, "out_of_memory", "failed"),
+        (ExitStatus.DIVERGED, "diverged", "failed"),
+        (ExitStatus.PREEMPTED, "node", "queued"),
+        (ExitStatus.FAILED, "unknown", "queued"),
+        (ExitStatus.DONE, "unknown", "queued"),  # without a result it is not done
         (-9, "node", "queued"),
         (137, "node", "queued"),
         (None, "node", "queued"),
@@ -75,7 +66,7 @@ def test_without_an_account_the_exit_status_tells(code, error_class, state):
 def test_out_of_memory_without_an_account_says_what_to_change():
     assert (
         "max_images_per_forward"
-        in after_attempt(replace(LOST, exit_code=EXIT_OUT_OF_MEMORY), LIMITS).error
+        in after_attempt(replace(LOST, exit_code=ExitStatus.OUT_OF_MEMORY), LIMITS).error
     )
 
 
@@ -108,7 +99,7 @@ def test_an_unknown_error_is_tried_again_unless_it_is_the_same_one():
 
 
 def test_wishes():
-    stopped = replace(LOST, outcome=Outcome(state="stopped"), exit_code=EXIT_STOPPED)
+    stopped = replace(LOST, outcome=Outcome(state="stopped"), exit_code=ExitStatus.STOPPED)
     assert after_attempt(replace(stopped, wish="cancel"), LIMITS).state == "cancelled"
     assert after_attempt(replace(LOST, wish="cancel"), LIMITS).state == "cancelled", (
         "also if it had to be killed"
@@ -139,7 +130,7 @@ def test_after_a_broken_collective_its_nodes_are_suspects_that_of_the_named_rank
     older = failed("collective", "rank 2: connection closed by peer")
     assert suspects(after_attempt(older, LIMITS), nodes, older.outcome) == ["n0", "n1", "n2"]
     outcome = Outcome(state="stopped")
-    hung = replace(LOST, outcome=outcome, exit_code=EXIT_STOPPED, wish="stall")
+    hung = replace(LOST, outcome=outcome, exit_code=ExitStatus.STOPPED, wish="stall")
     assert suspects(after_attempt(hung, LIMITS), ["n0", "n1"], outcome) == ["n0", "n1"]
 
 
@@ -151,5 +142,5 @@ def test_other_ends_put_no_node_under_suspicion(error_class):
 
 def test_after_a_preemption_the_nodes_are_about_to_go():
     outcome = Outcome(state="preempted")
-    ended = replace(LOST, outcome=outcome, exit_code=EXIT_PREEMPTED, step=1)
+    ended = replace(LOST, outcome=outcome, exit_code=ExitStatus.PREEMPTED, step=1)
     assert suspects(after_attempt(ended, LIMITS), ["n0", "n1", "n1"], outcome) == ["n0", "n1"]

@@ -10,6 +10,13 @@ depends_on = None
 
 
 def upgrade() -> None:
+    _service()
+    _studies()
+    _trials()
+    _attempts()
+
+
+def _service() -> None:
     op.create_table(
         "about",
         sa.Column("id", sa.Integer(), nullable=False),
@@ -40,6 +47,18 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_lease")),
     )
     op.create_table(
+        "users",
+        sa.Column("name", sa.String(length=80), nullable=False),
+        sa.Column("role", sa.String(length=10), nullable=False),
+        sa.Column("token_hash", sa.String(length=64), nullable=False),
+        sa.Column("created_at", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_users")),
+        sa.UniqueConstraint("token_hash", name=op.f("uq_users_token_hash")),
+    )
+
+
+def _studies() -> None:
+    op.create_table(
         "studies",
         sa.Column("id", sa.String(length=100), nullable=False),
         sa.Column("name", sa.String(length=80), nullable=False),
@@ -65,15 +84,8 @@ def upgrade() -> None:
     with op.batch_alter_table("studies", schema=None) as batch_op:
         batch_op.create_index("ix_studies_state", ["state"], unique=False)
 
-    op.create_table(
-        "users",
-        sa.Column("name", sa.String(length=80), nullable=False),
-        sa.Column("role", sa.String(length=10), nullable=False),
-        sa.Column("token_hash", sa.String(length=64), nullable=False),
-        sa.Column("created_at", sa.Float(), nullable=False),
-        sa.PrimaryKeyConstraint("name", name=op.f("pk_users")),
-        sa.UniqueConstraint("token_hash", name=op.f("uq_users_token_hash")),
-    )
+
+def _trials() -> None:
     op.create_table(
         "trials",
         sa.Column("id", sa.String(length=120), nullable=False),
@@ -116,6 +128,8 @@ def upgrade() -> None:
         batch_op.create_index("ix_trials_state", ["state"], unique=False)
         batch_op.create_index("ix_trials_study", ["study"], unique=False)
 
+
+def _attempts() -> None:
     op.create_table(
         "attempts",
         sa.Column("trial", sa.String(length=120), nullable=False),
