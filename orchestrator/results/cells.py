@@ -80,7 +80,7 @@ def softmax_table(comparison: Comparison) -> Table:
     rows = []
     for arm in comparison.arms:
         values = [arm.metrics.get(f"segm-{name}/AP") for name in MASK_INFERENCES]
-        if any(values):
+        if any(values):  # the evaluation has these names for softmax arms alone
             configured = arm.metrics.get("segm/AP")
             rows.append(Row.of(arm_label(arm), *map(mean_text, (configured, *values))))
     names = (name.replace("_", " ") for name in MASK_INFERENCES)
@@ -96,6 +96,7 @@ def paper_table(facts: Facts, comparison: Comparison) -> Table:
         paper = facts.papers.get(arm_key(arm.arm))
         if paper is None:
             continue
+        # Most tables publish both arms, and leave their difference to the reader.
         gains = dict(paper.gains)
         if base and not arm.baseline:
             both = paper.metrics.keys() & base.metrics.keys()
@@ -143,6 +144,7 @@ def shown_metrics(comparison: Comparison, metrics: Sequence[str]) -> list[str]:
     present = [
         metric for metric in metrics if any(metric in arm.metrics for arm in comparison.arms)
     ]
+    # A study that has just begun has its columns already.
     return present or list(metrics)
 
 

@@ -194,11 +194,11 @@ def test_the_papers_gain_alone_is_a_gain(tmp_path: Path) -> None:
 
 def test_paper_metrics_have_our_names() -> None:
     tables = paper_tables()
-    assert tables["2d"].rows["RoIPool"].metrics["bbox/AP75"] == pytest.approx(0.269)
-    assert tables["5"].rows["mask only"].metrics == pytest.approx(
+    assert tables["2d"].row("RoIPool").metrics["bbox/AP75"] == pytest.approx(0.269)
+    assert tables["5"].row("mask only").metrics == pytest.approx(
         {"bbox/AP": 0.536, "segm/AP": 0.458}
     )
-    assert tables["6"].rows["RoIAlign"].metrics["keypoints/APl"] == pytest.approx(0.73)
+    assert tables["6"].row("RoIAlign").metrics["keypoints/APl"] == pytest.approx(0.73)
     assert metric_label("segm-argmax/AP") == "mask AP (argmax)"
 
 
