@@ -13,7 +13,6 @@ from contract.answers import StudyView
 from contract.metrics import MASK_INFERENCES
 from orchestrator.results.facts import Facts, arm_key
 from orchestrator.results.statistics import CONFIDENCE, Arm, Comparison, Difference, Summary
-from orchestrator.results.trial_files import events_of
 
 _GROUPS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 
@@ -117,7 +116,7 @@ def trials_table(view: StudyView) -> Table:
     """A row for each trial: how it ran, and where its numbers can be looked up."""
     rows = []
     for trial in view.trials:
-        events = ", ".join(f"{event.kind} at step {event.at}" for event in events_of(trial))
+        events = ", ".join(f"{event.kind} at step {event.step}" for event in trial.events)
         ran = trial.key, trial.trial, trial.state, str(trial.attempts), events
         rows.append(Row.of(*ran, trial.mlflow_run_id, trial.identity[:12]))
     head = ("trial", "id", "state", "attempts", "events", "MLflow run", "identity")

@@ -129,7 +129,7 @@ def _arm_json(facts: Facts, arm: Arm) -> dict[str, Any]:
                 "seed": trial.seed,
                 "state": trial.state,
                 "error": trial.error,
-                "events": trial.events,
+                "events": [event.model_dump() for event in trial.events],
                 "images_seen": facts.trials[trial.trial].run.images,
             }
             for trial in arm.trials

@@ -45,17 +45,6 @@ class SeenResult(Message):
     weights_sha256: str = ""
 
 
-class SeenEvent(Message):
-    """A `contract.attempt.Event`, which marks a trial in every table."""
-
-    kind: str = ""
-    step: int | None = None
-
-    @property
-    def at(self) -> str:
-        return "?" if self.step is None else str(self.step)
-
-
 _Seen = TypeVar("_Seen", bound=Message)
 
 
@@ -77,11 +66,6 @@ def read_spec(trial: TrialView, result: SeenResult) -> SeenSpec:
     # A trial that goes on has no result yet; its last attempt has the same run as the others.
     attempt = result.attempt or max(trial.attempts, 1)
     return seen(SeenSpec, _read(trial.storage, SPEC_FILE.format(attempt=attempt)))
-
-
-def events_of(trial: TrialView) -> list[SeenEvent]:
-    """What happened to the trial's loop, in order."""
-    return [seen(SeenEvent, event) for event in trial.events]
 
 
 def _read(folder: str, name: str) -> Mapping[str, Any]:
