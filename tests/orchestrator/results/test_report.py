@@ -282,5 +282,18 @@ def test_a_result_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
         assert "<img" not in build_report(view(trials), tmp_path / "report").page.read_text()
 
 
+def test_files_of_another_version_cost_no_report(tmp_path: Path) -> None:
+    trials = paper_study(tmp_path)
+    first, second = (Path(trial.storage) for trial in trials[:2])
+    spec = json.loads((first / "attempts" / "1" / "spec.json").read_text())
+    spec["run"]["model"]["dilation"] = spec["novelty"] = 2
+    (first / "attempts" / "1" / "spec.json").write_text(json.dumps(spec))
+    assert "Beside the paper, table 2c" in table(tmp_path, view(trials, **PAPER))
+    (second / "result.json").write_text(json.dumps({"attempt": 1, "artifacts": ["series"]}))
+    (second / "attempts" / "1" / "spec.json").write_text(json.dumps({"run": 3, "tags": None}))
+    said = "the validation set of roi=RoIPool/seed-1 is not known"
+    assert said in table(tmp_path, view(trials, **PAPER))
+
+
 def test_curves_are_thinned_to_means() -> None:
     assert smooth([0, 1, 2, 3], [1.0, 3.0, float("nan"), 5.0], points=2) == ([0.5, 3.0], [2.0, 5.0])
