@@ -3,10 +3,10 @@
 The fields of a run, and so its identity, are those of the study's package: of another working tree
 than the installed one, or of the commit that `--code` names.
 
-The name of this module is part of the wire format: a client or service of another version starts
-`python -m orchestrator.travel` in our package, and we start it in theirs. The same holds for the
-names of the JSON fields. A field at its default is not written, and a missing one has its default,
-so that a new field of a study refuses no older package that does not know it.
+The name of this module is part of the wire format: a client of another version starts
+`python -m orchestrator.travel` in our package, and we start it in packages of other versions. The
+names of the JSON fields are part of it too. A field at its default is not written, and a missing
+one has its default: a new field of a study then refuses no older package that does not know it.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ def _ask(folder: Path, request: Request) -> Expansion:
         text=True,
         check=False,
     )
-    said = done.stderr.strip().splitlines() or ["no reason given"]
+    complaint = done.stderr.strip().splitlines() or ["no reason given"]
     if done.returncode == INPUT_WRONG:
-        raise ValueError(f"{said[-1].removeprefix('error: ')} (by the code of {origin})")
+        raise ValueError(f"{complaint[-1].removeprefix('error: ')} (by the code of {origin})")
     if done.returncode != 0:
-        raise RuntimeError(f"the code of {origin} cannot expand the study: {said[-1]}")
+        raise RuntimeError(f"the code of {origin} cannot expand the study: {complaint[-1]}")
     try:
         answer = parse_record(Answer, json.loads(done.stdout), "its answer")
     except ValueError as error:

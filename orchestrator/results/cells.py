@@ -13,7 +13,6 @@ from contract.answers import StudyView
 from contract.metrics import MASK_INFERENCES
 from orchestrator.results.facts import Facts, arm_key
 from orchestrator.results.statistics import CONFIDENCE, Arm, Comparison, Difference, Summary
-from orchestrator.results.trial_files import events_of
 
 _GROUPS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 
@@ -80,7 +79,7 @@ def softmax_table(comparison: Comparison) -> Table:
     rows = []
     for arm in comparison.arms:
         values = [arm.metrics.get(f"segm-{name}/AP") for name in MASK_INFERENCES]
-        if any(values):
+        if any(values):  # the evaluation has these names for softmax arms alone
             configured = arm.metrics.get("segm/AP")
             rows.append(Row.of(arm_label(arm), *map(mean_text, (configured, *values))))
     names = (name.replace("_", " ") for name in MASK_INFERENCES)
@@ -96,6 +95,7 @@ def paper_table(facts: Facts, comparison: Comparison) -> Table:
         paper = facts.papers.get(arm_key(arm.arm))
         if paper is None:
             continue
+        # Most tables publish both arms, and leave their difference to the reader.
         gains = dict(paper.gains)
         if base and not arm.baseline:
             both = paper.metrics.keys() & base.metrics.keys()
@@ -116,7 +116,7 @@ def trials_table(view: StudyView) -> Table:
     """A row for each trial: how it ran, and where its numbers can be looked up."""
     rows = []
     for trial in view.trials:
-        events = ", ".join(f"{event.kind} at step {event.at}" for event in events_of(trial))
+        events = ", ".join(f"{event.kind} at step {event.step}" for event in trial.events)
         ran = trial.key, trial.trial, trial.state, str(trial.attempts), events
         rows.append(Row.of(*ran, trial.mlflow_run_id, trial.identity[:12]))
     head = ("trial", "id", "state", "attempts", "events", "MLflow run", "identity")
@@ -143,6 +143,7 @@ def shown_metrics(comparison: Comparison, metrics: Sequence[str]) -> list[str]:
     present = [
         metric for metric in metrics if any(metric in arm.metrics for arm in comparison.arms)
     ]
+    # A study that has just begun has its columns already.
     return present or list(metrics)
 
 

@@ -31,10 +31,10 @@ _RES5_CHANNELS = 2048
 
 def checkpoint_bytes(run: RunConfig) -> float:
     """The bytes of one finished trial: its kept checkpoints, its best and its last weights."""
-    weights = 4 * parameters(
-        run.model
-    )  # fp32: autocast lowers the precision of operations, not of weights
-    states = 2 if isinstance(run.optimiser, AdamW) else 1  # moments as large as the weights
+    # In fp32: autocast lowers the precision of operations, not of weights.
+    weights = 4 * parameters(run.model)
+    # The momentum of SGD, the two moments of AdamW: each is as large as the weights.
+    states = 2 if isinstance(run.optimiser, AdamW) else 1
     average = 1 if run.loop.ema_decay else 0
     return weights * ((1 + states + average) * run.loop.keep_checkpoints + 2)
 

@@ -75,6 +75,7 @@ def _trial_facts(trial: TrialView, study: Study) -> TrialFacts:
 
 def _run_of(study: Study, trial: TrialView) -> SeenRun:
     """The arm's run from the study alone, where it starts from a preset."""
+    # A trial that waits has no spec in its folder, and the report is made while the study runs.
     if not study.baseline.preset:
         return SeenRun()  # the run file is on the submitter's machine
     overrides = {
@@ -128,7 +129,7 @@ def _unlike_the_paper(trial: TrialView, known: TrialFacts) -> str:
             f"{trial.key} trained on {known.run.images:,} images, "
             f"the paper's shortest recipe on {MIN_IMAGES_FOR_PAPER:,}"
         )
-    side = known.run.model.image.short_side_px
+    side = known.run.short_side_px
     if side != PAPER_SHORT_SIDE_PX:
         return f"{trial.key} is tested at {side} px, the paper at {PAPER_SHORT_SIDE_PX}"
     images = known.tags.get(VAL_IMAGES_TAG, "")
@@ -144,11 +145,11 @@ def _paper_rows(study: Study, trials: Sequence[TrialView]) -> dict[ArmKey, Paper
     """The paper's row of each arm. An entry that leaves factors out holds for all their levels."""
     if not study.paper_table:
         return {}
-    published = paper_tables()[study.paper_table].rows
+    published = paper_tables()[study.paper_table]
     rows: dict[ArmKey, PaperRow] = {}
     for text, name in study.paper_rows.items():
         wanted = parse_arm(text, study).items()
         for trial in trials:
             if wanted <= trial.arm.items():
-                rows[arm_key(trial.arm)] = published[name]
+                rows[arm_key(trial.arm)] = published.row(name)
     return rows

@@ -44,7 +44,7 @@ def loss_curves(facts: Facts, comparison: Comparison) -> list[Curve]:
         for trial in arm.trials:
             raw = _artifact(facts, trial, "series")
             if raw is None or len(curves) == MAX_CURVES:
-                continue
+                continue  # a trial that has not ended has no series
             table = parquet.read_table(io.BytesIO(raw))
             if {"step", "loss"} <= set(table.column_names):
                 steps, values = (table.column(name).to_pylist() for name in ("step", "loss"))

@@ -132,12 +132,13 @@ def make_plan(
         hours = seen(SeenRun, trial.run).images / speed / 3600 if speed else 0.0
         planned.append(PlannedTrial(trial, resources.ranks, cached, hours))
         if cached:
-            continue
+            continue  # its result is there: no time, no GPU, no new checkpoints
         unknown += not hours
         longest = max(longest, hours)
         gpu_hours += hours * resources.ranks * resources.gpus_per_rank
         disk += checkpoint_bytes(RunConfig.model_validate(trial.run)) / 2**30
     to_run = sum(not entry.cached for entry in planned)
+    # `max_parallel` 0 is no limit.
     at_once = min(to_run, submission.study.max_parallel or to_run) * resources.ranks
     slots = min(gangs, submission.study.max_parallel or gangs)
     whole = (
@@ -154,6 +155,7 @@ def gangs_at_once(study: Study, nodes: Sequence[NodeView]) -> int:
     0 if it holds none, or if no node is known.
     """
     free = {node.id: dict(node.total) for node in nodes}
+    # The queue's own rule of what fits, until nothing more does.
     gang, count = gang_of(study), 0
     while (placement := fit(gang, free)) is not None:
         take(free, gang, placement)

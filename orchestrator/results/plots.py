@@ -72,6 +72,7 @@ def arms_plot(arms: Sequence[Arm], metric: str) -> str:
             seeds = [100 * value for value in summary.by_seed.values()]
             axes.plot(seeds, [row] * len(seeds), "o", color=colour, ms=5, alpha=0.8)
         axes.set_yticks(range(len(shown)), [arm_label(arm) for arm in reversed(shown)])
+        # The same height for each arm, however many there are.
         axes.set_ylim(-0.6, len(shown) - 0.4)
         low, high = axes.get_xlim()
         if high - low < _MIN_SPAN_POINTS:  # noise must not look like a gap

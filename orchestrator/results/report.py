@@ -5,17 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from typing import Any
 
 from contract.answers import StudyView
+from contract.files import finite
 from orchestrator.results.cells import arm_label
 from orchestrator.results.facts import Facts, arm_key, gather
-from orchestrator.results.statistics import Arm, Comparison, Verdict, compare_arms
+from orchestrator.results.statistics import Arm, Comparison, compare_arms
 from orchestrator.results.table import notes_of, text_report
 
 
@@ -38,12 +36,12 @@ def build_report(study: StudyView, folder: Path) -> Report:
     facts = gather(study)
     comparison = compare_arms(study.trials, facts.study.metrics, facts.machinery_only)
     table = text_report(study, facts, comparison)
-    data = report_json(study, facts, comparison).model_dump(mode="json")
     files = {
         "report.html": html_page(study, facts, comparison),
         "table.txt": table + "\n",
         "table.csv": csv_text(comparison),
-        "report.json": json.dumps(data, indent=2, allow_nan=False) + "\n",
+        "report.json": json.dumps(as_json(study, facts, comparison), indent=2, allow_nan=False)
+        + "\n",
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
@@ -103,105 +101,37 @@ def _cell(text: str) -> str:
 # --- report.json ------------------------------------------------------------------------------
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-Number = Annotated[float | None, BeforeValidator(_finite)]  # null where there is no number
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, from_attributes=True)
-
-
-class SummaryJson(_Part):
-    """`orchestrator.results.statistics.Summary`; AP as fractions here and below."""
-
-    mean: Number
-    deviation: Number
-    low: Number
-    high: Number
-    by_seed: dict[int, float]
-
-
-class DifferenceJson(_Part):
-    """`orchestrator.results.statistics.Difference`."""
-
-    mean: Number
-    low: Number
-    high: Number
-    p: Number
-    p_adjusted: Number
-    p_flips: Number
-    verdict: Verdict
-    by_seed: dict[int, float]
-
-
-class TrialJson(_Part):
-    trial: str
-    seed: int
-    state: str
-    error: str
-    events: list[dict[str, Any]]
-    images_seen: int
-
-
-class ArmJson(_Part):
-    arm: dict[str, str]
-    baseline: bool
-    metrics: dict[str, SummaryJson]
-    differences: dict[str, DifferenceJson]
-    paper: dict[str, dict[str, float]]  # "metrics" and "gains", empty without a paper column
-    trials: list[TrialJson]
-
-
-class ReportJson(_Part):
-    """Everything that the table says."""
-
-    study: str
-    name: str
-    question: str
-    state: str
-    machinery_only: str
-    no_paper: str
-    notes: list[str]
-    arms: list[ArmJson]
-
-
-def report_json(study: StudyView, facts: Facts, comparison: Comparison) -> ReportJson:
+def as_json(study: StudyView, facts: Facts, comparison: Comparison) -> dict[str, Any]:
     """Everything that the table says, as fractions; null where there is no number."""
-    return ReportJson(
-        study=study.study,
-        name=study.name,
-        question=facts.study.question,
-        state=study.state,
-        machinery_only=comparison.machinery_only,
-        no_paper=facts.no_paper,
-        notes=notes_of(study, comparison),
-        arms=[_arm_json(facts, arm) for arm in comparison.arms],
-    )
+    return {
+        "study": study.study,
+        "name": study.name,
+        "question": facts.study.question,
+        "state": study.state,
+        "machinery_only": comparison.machinery_only,
+        "no_paper": facts.no_paper,
+        "notes": notes_of(study, comparison),
+        "arms": [finite(_arm_json(facts, arm)) for arm in comparison.arms],
+    }
 
 
-def _arm_json(facts: Facts, arm: Arm) -> ArmJson:
+def _arm_json(facts: Facts, arm: Arm) -> dict[str, Any]:
     row = None if facts.no_paper else facts.papers.get(arm_key(arm.arm))
-    trials = [
-        TrialJson(
-            trial=trial.trial,
-            seed=trial.seed,
-            state=trial.state,
-            error=trial.error,
-            events=trial.events,
-            images_seen=facts.trials[trial.trial].run.images,
-        )
-        for trial in arm.trials
-    ]
-    return ArmJson(
-        arm=arm.arm,
-        baseline=arm.baseline,
-        metrics={name: SummaryJson.model_validate(one) for name, one in arm.metrics.items()},
-        differences={
-            name: DifferenceJson.model_validate(one) for name, one in arm.differences.items()
-        },
-        paper={"metrics": dict(row.metrics), "gains": dict(row.gains)} if row else {},
-        trials=trials,
-    )
+    return {
+        "arm": arm.arm,
+        "baseline": arm.baseline,
+        "metrics": {name: asdict(summary) for name, summary in arm.metrics.items()},
+        "differences": {name: asdict(paired) for name, paired in arm.differences.items()},
+        "paper": {"metrics": row.metrics, "gains": row.gains} if row else {},
+        "trials": [
+            {
+                "trial": trial.trial,
+                "seed": trial.seed,
+                "state": trial.state,
+                "error": trial.error,
+                "events": [event.model_dump() for event in trial.events],
+                "images_seen": facts.trials[trial.trial].run.images,
+            }
+            for trial in arm.trials
+        ],
+    }

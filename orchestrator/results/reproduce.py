@@ -103,6 +103,7 @@ def agreement(trial: TrialView, again: TrialView, study: StudyView) -> Agreement
     `study` is the study of the first one: on a GPU its other seeds are the measure.
     """
     exact = not Study.model_validate(study.spec).resources.gpus_per_rank
+    # A name without "/" is a speed, which no two runs share to the bit.
     names = sorted({name for one in (trial, again) for name in one.metrics if "/" in name})
     spread = {} if exact else _spreads(trial, study.trials, names)
     pairs = tuple(
@@ -115,6 +116,7 @@ def agreement(trial: TrialView, again: TrialView, study: StudyView) -> Agreement
         for name in names
     )
     same = None
+    # On a GPU two runs of one seed may end with other weights, which says nothing.
     if exact:
         before, after = (_weights(one) for one in (trial, again))
         same = before == after if before and after else None
@@ -144,6 +146,7 @@ def _spreads(
     """
     arm, spreads = _of_the_arm(trial, trials), {}
     for name in names:
+        # pycocotools says -1 where there was nothing to evaluate.
         by_seed = {
             other.seed: other.metrics[name] for other in arm if other.metrics.get(name, -1.0) >= 0
         }

@@ -14,7 +14,7 @@ from typing import Literal
 
 from contract.answers import TrialView
 
-MIN_PAIRS = 3  # paired seeds below which no verdict is given
+MIN_PAIRS = 3  # paired seeds that a verdict needs
 CONFIDENCE = 0.95
 MIN_EXACT_PAIRS = 6  # two of 2^6 patterns are 0.03, two of 2^5 are 0.06
 MAX_EXACT_PAIRS = 16  # sign flips are enumerated up to here: 65,536 of them
@@ -29,11 +29,11 @@ class Summary:
     `low`, `high`: interval of the mean, NaN below two seeds.
     """
 
-    by_seed: dict[int, float]
     mean: float
     deviation: float  # sample standard deviation over seeds, NaN below two
     low: float
     high: float
+    by_seed: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Difference:
     able to reach 0.05.
     """
 
-    by_seed: dict[int, float]
     mean: float
     low: float
     high: float
     p: float
     p_adjusted: float
     p_flips: float
-    verdict: Verdict = ""
+    verdict: Verdict
+    by_seed: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def compare_arms(
     groups: dict[tuple[tuple[str, str], ...], list[TrialView]] = {}
     for trial in trials:
         groups.setdefault(tuple(trial.arm.items()), []).append(trial)
-    # A name without "/" is a speed or a loss, not an evaluation: no arm is better by it.
+    # A name without "/" is a speed, not an evaluation: no arm is better by it.
     names = [*metrics, *sorted({m for t in trials for m in t.metrics if "/" in m} - set(metrics))]
     arms = [_arm(group, names) for group in groups.values()]
     comparison = Comparison(tuple(arms), machinery_only)
@@ -145,7 +145,7 @@ def summarise(by_seed: Mapping[int, float]) -> Summary:
     """Mean, standard deviation and t interval over seeds."""
     values = list(by_seed.values())
     mean, deviation, half = _moments(values)
-    return Summary(dict(by_seed), mean, deviation, mean - half, mean + half)
+    return Summary(mean, deviation, mean - half, mean + half, dict(by_seed))
 
 
 def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
@@ -162,7 +162,8 @@ def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
         p = 1.0 if mean == 0 else 0.0
     else:
         p = t_two_sided(mean / (deviation / math.sqrt(len(values))), len(values) - 1)
-    return Difference(pairs, mean, mean - half, mean + half, p, p, sign_flip_p(values))
+    flips = sign_flip_p(values)
+    return Difference(mean, mean - half, mean + half, p, p, flips, verdict="", by_seed=pairs)
 
 
 def _moments(values: Sequence[float]) -> tuple[float, float, float]:
@@ -194,7 +195,7 @@ def sign_flip_p(values: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values, in the given order. NaN stays and is not counted."""
+    """Holm's adjusted p values, in the order of `p_values`. NaN stays and is not counted."""
     order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     adjusted, running = list(p_values), 0.0
     for rank, (p, i) in enumerate(order):

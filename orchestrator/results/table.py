@@ -53,6 +53,7 @@ def notes_of(view: StudyView, comparison: Comparison) -> list[str]:
         for trial in view.trials
         if trial.cached_from
     ]
+    # Without verdicts on any arm, a line on each arm would repeat what the table says above.
     if not comparison.machinery_only:
         withheld = [
             arm_label(arm)

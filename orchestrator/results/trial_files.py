@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import AliasPath, Field, ValidationError
 
 from contract.answers import TrialView
 from contract.attempt import RESULT_FILE, SPEC_FILE
@@ -17,29 +17,17 @@ from contract.record import Message
 from orchestrator.settings import service_files
 
 
-class SeenLoop(Message):
-    steps: int = 0
-    global_batch: int = 0
-
-
-class SeenImage(Message):
-    short_side_px: int = 0
-
-
-class SeenModel(Message):
-    image: SeenImage = SeenImage()
-
-
 class SeenRun(Message):
-    """A `contract.recipe.RunConfig`, of which a report needs little; 0 is not known."""
+    """Of a `contract.recipe.RunConfig` what a report needs; 0 is not known."""
 
-    loop: SeenLoop = SeenLoop()
-    model: SeenModel = SeenModel()
+    steps: int = Field(0, validation_alias=AliasPath("loop", "steps"))
+    global_batch: int = Field(0, validation_alias=AliasPath("loop", "global_batch"))
+    short_side_px: int = Field(0, validation_alias=AliasPath("model", "image", "short_side_px"))
 
     @property
     def images(self) -> int:
         """Training images of the whole run, repetitions counted; 0 if the run is not known."""
-        return self.loop.steps * self.loop.global_batch
+        return self.steps * self.global_batch
 
 
 class SeenSpec(Message):
@@ -57,17 +45,6 @@ class SeenResult(Message):
     weights_sha256: str = ""
 
 
-class SeenEvent(Message):
-    """A `contract.attempt.Event`, which marks a trial in every table."""
-
-    kind: str = ""
-    step: int | None = None
-
-    @property
-    def at(self) -> str:
-        return "?" if self.step is None else str(self.step)
-
-
 _Seen = TypeVar("_Seen", bound=Message)
 
 
@@ -76,7 +53,7 @@ def seen(record: type[_Seen], data: Any) -> _Seen:
     try:
         return record.model_validate(data, from_attributes=True)
     except ValidationError:
-        return record()
+        return record()  # one odd file must not cost a whole study its report
 
 
 def read_result(trial: TrialView) -> SeenResult:
@@ -86,13 +63,9 @@ def read_result(trial: TrialView) -> SeenResult:
 
 def read_spec(trial: TrialView, result: SeenResult) -> SeenSpec:
     """The spec of the attempt that made `result`, or of the last one. Raises OSError likewise."""
+    # A trial that goes on has no result yet; its last attempt has the same run as the others.
     attempt = result.attempt or max(trial.attempts, 1)
     return seen(SeenSpec, _read(trial.storage, SPEC_FILE.format(attempt=attempt)))
-
-
-def events_of(trial: TrialView) -> list[SeenEvent]:
-    """What happened to the trial's loop, in order."""
-    return [seen(SeenEvent, event) for event in trial.events]
 
 
 def _read(folder: str, name: str) -> Mapping[str, Any]:

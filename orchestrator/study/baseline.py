@@ -53,9 +53,10 @@ class BaselineRun:
         return cls(_with_absolute_places(run, root), root)
 
     def arm(self, overrides: Overrides, where: str) -> RunConfig:
-        """The baseline's run with the overrides of one arm; its places are absolute, its seed is 0.
+        """The baseline's run with the overrides of one arm; its places are absolute.
 
-        Raises ValueError of one line; `where` names the arm or the level in it.
+        The seed is the baseline's: a study's seeds come afterwards. Raises ValueError of one line;
+        `where` names the arm or the level in it.
         """
         run = _parsed(apply_overrides(self._data, check_paths(overrides, where)), where)
         return _with_absolute_places(run, self.root)

@@ -15,8 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pydantic import BaseModel
-
 PACKAGES = ("contract", "model", "pipelines", "workers", "orchestrator")
 # What a trial's numbers can depend on. The orchestrator only starts it and reads what it leaves.
 SOURCES_OF_A_RUN = tuple(name for name in PACKAGES if name != "orchestrator")
@@ -123,22 +121,12 @@ def _tree_around(root: Path) -> Path | None:
     return top if _project_name(top) == PROJECT else None
 
 
-class _Project(BaseModel):
-    name: str = ""
-
-
-class _PyProject(BaseModel):
-    """Of a tree's `pyproject.toml`, what tells ours from others."""
-
-    project: _Project = _Project()
-
-
 def _project_name(tree: Path) -> str:
     """The name in the tree's `pyproject.toml`; empty if it has none that can be read."""
     try:
         text = (tree / "pyproject.toml").read_text(encoding="utf-8")
-        return _PyProject.model_validate(tomllib.loads(text)).project.name
-    except (OSError, ValueError):  # pydantic's errors and TOML's are ValueErrors too
+        return str(tomllib.loads(text)["project"]["name"])
+    except (OSError, ValueError, KeyError, TypeError):  # another project's file has any form
         return ""
 
 

@@ -7,20 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 
 from contract.data import MANIFEST_NAME, ManifestHeader
 from contract.files import Files, uri_join
 from contract.model import KeypointBranch, MaskBranch
 from contract.recipe import RunConfig
-from contract.record import nearest
+from contract.record import Message, nearest
 from orchestrator.study.baseline import UNSET
 
 
-class Category(BaseModel):
+class Category(Message):
     """What the checks need of a COCO category; its other fields are the dataset's own."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
 
     name: str
     keypoints: tuple[str, ...] | None = None  # None in a dataset without keypoints

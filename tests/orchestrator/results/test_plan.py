@@ -70,13 +70,13 @@ def test_how_many_trials_run_at_once_follows_from_the_nodes(tmp_path: Path) -> N
 
 def test_cached_trials_cost_nothing(tmp_path: Path) -> None:
     sent = submission(tmp_path)
-    found = make_plan(sent, {sent.trials[0].identity: "t-7"}).as_json()
-    assert [trial["cached"] for trial in found["trials"]] == [True, False, False, False]
-    assert found["trials"][0]["cached_from"] == "t-7"
-    assert (found["totals"]["to_run"], found["totals"]["trials_of_unknown_speed"]) == (3, 3)
-    assert found["totals"]["gpu_hours"] is None
-    assert {"trial", "arm", "seed", "ranks", "cached"} <= set(found["trials"][0])
-    json.dumps(found, allow_nan=False)
+    answer = make_plan(sent, {sent.trials[0].identity: "t-7"}).as_json()
+    assert [trial["cached"] for trial in answer["trials"]] == [True, False, False, False]
+    assert answer["trials"][0]["cached_from"] == "t-7"
+    assert (answer["totals"]["to_run"], answer["totals"]["trials_of_unknown_speed"]) == (3, 3)
+    assert answer["totals"]["gpu_hours"] is None
+    assert {"trial", "arm", "seed", "ranks", "cached"} <= set(answer["trials"][0])
+    json.dumps(answer, allow_nan=False)
 
 
 def test_fresh_trials_are_not_taken_from_anywhere(tmp_path: Path) -> None:

@@ -194,11 +194,11 @@ def test_the_papers_gain_alone_is_a_gain(tmp_path: Path) -> None:
 
 def test_paper_metrics_have_our_names() -> None:
     tables = paper_tables()
-    assert tables["2d"].rows["RoIPool"].metrics["bbox/AP75"] == pytest.approx(0.269)
-    assert tables["5"].rows["mask only"].metrics == pytest.approx(
+    assert tables["2d"].row("RoIPool").metrics["bbox/AP75"] == pytest.approx(0.269)
+    assert tables["5"].row("mask only").metrics == pytest.approx(
         {"bbox/AP": 0.536, "segm/AP": 0.458}
     )
-    assert tables["6"].rows["RoIAlign"].metrics["keypoints/APl"] == pytest.approx(0.73)
+    assert tables["6"].row("RoIAlign").metrics["keypoints/APl"] == pytest.approx(0.73)
     assert metric_label("segm-argmax/AP") == "mask AP (argmax)"
 
 
@@ -280,6 +280,19 @@ def test_a_result_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
         result = {"attempt": 1, "artifacts": {"picture/last": path}}
         (Path(trials[0].storage) / "result.json").write_text(json.dumps(result))
         assert "<img" not in build_report(view(trials), tmp_path / "report").page.read_text()
+
+
+def test_files_of_another_version_cost_no_report(tmp_path: Path) -> None:
+    trials = paper_study(tmp_path)
+    first, second = (Path(trial.storage) for trial in trials[:2])
+    spec = json.loads((first / "attempts" / "1" / "spec.json").read_text())
+    spec["run"]["model"]["dilation"] = spec["novelty"] = 2
+    (first / "attempts" / "1" / "spec.json").write_text(json.dumps(spec))
+    assert "Beside the paper, table 2c" in table(tmp_path, view(trials, **PAPER))
+    (second / "result.json").write_text(json.dumps({"attempt": 1, "artifacts": ["series"]}))
+    (second / "attempts" / "1" / "spec.json").write_text(json.dumps({"run": 3, "tags": None}))
+    said = "the validation set of roi=RoIPool/seed-1 is not known"
+    assert said in table(tmp_path, view(trials, **PAPER))
 
 
 def test_curves_are_thinned_to_means() -> None:

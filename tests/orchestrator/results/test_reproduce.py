@@ -53,9 +53,9 @@ def study(*trials: TrialView, gpus: float = 0) -> StudyView:
 def test_on_the_cpu_the_last_bit_counts() -> None:
     before, after = done("t", segm=0.25, box=0.3), done("u", segm=0.25, box=math.nextafter(0.3, 1))
     assert agreement(before, before, study(before)).agrees
-    found = agreement(before, after, study(before))
-    assert found.agrees is False
-    assert [pair.agrees for pair in found.pairs] == [False, True]
+    result = agreement(before, after, study(before))
+    assert result.agrees is False
+    assert [pair.agrees for pair in result.pairs] == [False, True]
 
 
 def test_on_the_cpu_the_last_weights_count_where_they_can_be_read(tmp_path: Path) -> None:
@@ -66,8 +66,8 @@ def test_on_the_cpu_the_last_weights_count_where_they_can_be_read(tmp_path: Path
         done("t", folder=tmp_path / "t", segm=0.25),
         done("u", folder=tmp_path / "u", segm=0.25),
     )
-    found = agreement(before, after, study(before))
-    assert (found.same_weights, found.agrees) == (False, False)
+    result = agreement(before, after, study(before))
+    assert (result.same_weights, result.agrees) == (False, False)
     assert agreement(before, before, study(before)).same_weights
     assert agreement(before, done("u", segm=0.25), study(before)).same_weights is None
 
@@ -99,21 +99,25 @@ def test_a_reproduction_is_the_same_run_marked_and_never_taken_from_the_ledger()
     original = submission(
         plan("a", identity("a"), seed=3), plan("b", identity("b")), code="c" * 64, max_parallel=1
     )
-    found = reproduction(done("t").model_copy(update={"key": "a"}), original, fresh=False)
-    (again,) = found.trials
+    resubmitted = reproduction(done("t").model_copy(update={"key": "a"}), original, fresh=False)
+    (again,) = resubmitted.trials
     assert (again.run, again.identity, again.tags) == (
         original.trials[0].run,
         identity("a"),
         {TAG: "t"},
     )
-    assert (found.code, found.fresh, found.study.name) == (original.code, True, "again-study")
-    assert found.study.resources == original.study.resources
+    assert (resubmitted.code, resubmitted.fresh, resubmitted.study.name) == (
+        original.code,
+        True,
+        "again-study",
+    )
+    assert resubmitted.study.resources == original.study.resources
     assert (
-        found.idempotency_key
+        resubmitted.idempotency_key
         == reproduction(done("t").model_copy(update={"key": "a"}), original, False).idempotency_key
     )
     fresh = reproduction(done("t").model_copy(update={"key": "a"}), original, fresh=True)
-    assert fresh.idempotency_key != found.idempotency_key
+    assert fresh.idempotency_key != resubmitted.idempotency_key
 
 
 def test_only_a_finished_trial_is_reproduced() -> None:

@@ -43,32 +43,32 @@ def test_t_tails_have_their_closed_forms() -> None:
 
 def test_a_summary_by_hand() -> None:
     # 1, 2, 3: mean 2, sd 1, interval 2 +- 4.3027 / sqrt 3.
-    found = summarise({0: 1.0, 1: 2.0, 2: 3.0})
-    assert (found.mean, found.deviation) == (2.0, 1.0)
-    assert found.high - found.mean == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
+    summary = summarise({0: 1.0, 1: 2.0, 2: 3.0})
+    assert (summary.mean, summary.deviation) == (2.0, 1.0)
+    assert summary.high - summary.mean == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
 
 
 def test_one_seed_has_no_interval() -> None:
-    found = summarise({4: 0.3})
-    assert found.mean == 0.3
-    assert math.isnan(found.deviation)
-    assert math.isnan(found.low)
+    summary = summarise({4: 0.3})
+    assert summary.mean == 0.3
+    assert math.isnan(summary.deviation)
+    assert math.isnan(summary.low)
 
 
 def test_a_paired_difference_by_hand() -> None:
     # Differences 1, 2, 3: t = 2 / (1 / sqrt 3) = 3.4641, df 2, p = 1 - t / sqrt(t^2 + 2) = 0.0742.
-    found = difference({0: 11.0, 1: 22.0, 2: 33.0}, {2: 30.0, 1: 20.0, 0: 10.0})
-    assert found is not None
-    assert found.by_seed == {0: 1.0, 1: 2.0, 2: 3.0}
-    assert found.mean == 2.0
-    assert found.p == pytest.approx(1 - math.sqrt(12) / math.sqrt(14), abs=1e-9)
+    paired = difference({0: 11.0, 1: 22.0, 2: 33.0}, {2: 30.0, 1: 20.0, 0: 10.0})
+    assert paired is not None
+    assert paired.by_seed == {0: 1.0, 1: 2.0, 2: 3.0}
+    assert paired.mean == 2.0
+    assert paired.p == pytest.approx(1 - math.sqrt(12) / math.sqrt(14), abs=1e-9)
 
 
 def test_seeds_that_only_one_arm_has_do_not_pair() -> None:
-    found = difference({0: 1.0, 1: 2.0}, {1: 1.5, 2: 0.0})
-    assert found is not None
-    assert found.by_seed == {1: 0.5}
-    assert math.isnan(found.p)
+    paired = difference({0: 1.0, 1: 2.0}, {1: 1.5, 2: 0.0})
+    assert paired is not None
+    assert paired.by_seed == {1: 0.5}
+    assert math.isnan(paired.p)
     assert difference({0: 1.0}, {1: 1.0}) is None
 
 

@@ -1,4 +1,4 @@
-"""The code package: the same sources give the same bytes, and only sources travel."""
+"""The code package: the same sources give the same bytes, and nothing else is packed."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def test_the_same_sources_give_the_same_bytes(tree: Path) -> None:
 
 
 def test_the_packages_stand_at_the_top_and_tests_stay_home(tree: Path) -> None:
-    found = names(package(tree).data)
-    assert {f"{name}/__init__.py" for name in PACKAGES} <= set(found)
-    assert not any(name.startswith("tests/") for name in found)
+    packed = names(package(tree).data)
+    assert {f"{name}/__init__.py" for name in PACKAGES} <= set(packed)
+    assert not any(name.startswith("tests/") for name in packed)
 
 
-def test_untracked_sources_travel_and_ignored_files_do_not(tree: Path) -> None:
+def test_untracked_sources_are_packed_and_ignored_files_are_not(tree: Path) -> None:
     (tree / "model" / "arm.py").write_text("new = 1\n")
     (tree / "model" / "secret.py").write_text("ignored\n")
     (tree / ".env").write_text("TOKEN=1\n")

@@ -255,6 +255,14 @@ def test_weights_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     )
 
 
+def test_another_way_to_write_the_same_place_leaves_the_baseline_as_it_is(tmp_path: Path) -> None:
+    write_dataset(tmp_path)
+    write_manifest(tmp_path / "more", images=20)
+    factors = {"data": {"other": {"data.train": "more"}, "same": {"data.train": "./train"}}}
+    trials = expand(tiny_study(factors), data=str(tmp_path), root=tmp_path, code=CODE)
+    assert [trial.baseline for trial in trials.trials] == [False, True]
+
+
 def test_arms_whose_files_have_the_same_content_are_the_same_run(
     data: Path, tmp_path: Path
 ) -> None:

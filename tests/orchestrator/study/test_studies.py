@@ -48,11 +48,11 @@ def test_every_study_is_tested() -> None:
 
 @pytest.mark.parametrize("name", sorted(TRIALS))
 def test_a_study_expands_and_names_a_paper_row_for_each_arm(name: str, tmp_path: Path) -> None:
-    found = runs(name, tmp_path)
+    by_arm = runs(name, tmp_path)
     study, _ = read_study(FOLDER / f"{name}.yaml")
     assert study.name == name
     if study.paper_table and name != "fpn-align":
-        assert len(study.paper_rows) == len(found)
+        assert len(study.paper_rows) == len(by_arm)
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ def test_main_tables_have_the_main_recipe(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arm", ["r50-c4", "r101-c4", "r50-fpn", "r101-fpn", "x101-64x4d-fpn"])
 def test_the_backbones_of_table_2a_are_the_presets(arm: str, tmp_path: Path) -> None:
-    found = {key.partition("=")[2].lower(): run for key, run in runs("table-2a", tmp_path).items()}
+    by_arm = {key.partition("=")[2].lower(): run for key, run in runs("table-2a", tmp_path).items()}
     expected = preset(arm).model_copy(update={"inference": BoxInference(nms_iou=0.3)})
-    assert found[arm]["model"] == expected.model_dump(mode="json")
-    assert found["x101-64x4d-fpn"]["loop"]["global_batch"] == 8
+    assert by_arm[arm]["model"] == expected.model_dump(mode="json")
+    assert by_arm["x101-64x4d-fpn"]["loop"]["global_batch"] == 8
 
 
 @pytest.mark.parametrize("name", ["table-5", "table-6"])
