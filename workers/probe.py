@@ -27,9 +27,16 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from contract.attempt import (
+    PROBE_REPORT,
+    PROBE_STORE,
+    ClockReport,
+    LinkReport,
+    NodeReport,
+    ProbePlan,
+)
 from contract.command import run_command
 from contract.files import Files
-from contract.probe import PROBE_REPORT, PROBE_STORE, ClockReport, LinkReport, NodeReport, ProbePlan
 from model.cpu import native
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow", "pycocotools", "pydantic")

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 
 from contract.answers import Check
-from contract.probe import PROBE_REPORT, PROBE_STORE, NodeReport, ProbePlan
+from contract.attempt import PROBE_REPORT, PROBE_STORE, NodeReport, ProbePlan
 from orchestrator.cluster.doctor_checks import Examination, checks_of
 from orchestrator.cluster.jobs import ENDED, Cluster, UnreachableError
 from orchestrator.cluster.nodes import Machine

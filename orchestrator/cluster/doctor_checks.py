@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from contract.answers import Check
-from contract.probe import NodeReport
+from contract.attempt import NodeReport
 from orchestrator.cluster.nodes import Machine
 
 MAX_CLOCK_S = 2.0  # the lease and the events of several hosts are in the same ledger

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +12,8 @@ from contract.files import uri_join
 from contract.model import FileWeights, FixedProposals
 from contract.presets import run_preset
 from contract.recipe import RunConfig, apply_overrides, parse_run
+from contract.run_file import read_run_file
 from contract.study import Study
-from contract.yaml import read_yaml
 
 UNSET = "unset"  # stands for a dataset that nobody has named yet
 
@@ -44,7 +44,8 @@ class BaselineRun:
             except ValueError as error:
                 raise ValueError(f"baseline.preset: {error}") from None
         else:
-            start = read_run(root / study.baseline.file)
+            path = root / study.baseline.file
+            start = _parsed(read_run_file(path), str(path))
         overrides = check_paths(study.baseline.set, "baseline.set")
         # Parsed before the overrides: `optimiser.lr: 0.01` needs to know which optimiser it means.
         run = _parsed(apply_overrides(_dumped(start), overrides), "baseline.set")
@@ -64,19 +65,6 @@ class BaselineRun:
     @cached_property
     def _data(self) -> Nested:
         return _dumped(self.run)  # kept: a study may have thousands of arms
-
-
-def read_run(path: Path) -> RunConfig:
-    """A run file; it may name a `preset` beside the fields that it changes."""
-    data, _ = read_yaml(path)
-    name = data.pop("preset", "")
-    try:
-        preset = run_preset(str(name)) if name else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: preset: {error}") from None
-    start = _parsed(preset, str(path))
-    # Leaf by leaf: a nested record of the file changes only the fields that it names.
-    return _parsed(apply_overrides(_dumped(start), dict(_leaves(data))), str(path))
 
 
 def check_paths(overrides: Overrides, where: str) -> Overrides:
@@ -123,12 +111,3 @@ def _with_absolute_places(run: RunConfig, root: Path) -> RunConfig:
         model = model.model_copy(update={"proposals": proposals.model_copy(update={"uri": uri})})
     train, val = absolute(run.data.train, root), absolute(run.data.val, root)
     return _with_data(run.model_copy(update={"model": model}), train, val)
-
-
-def _leaves(data: Nested, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of everything in nested `data` that is no mapping, or an empty one."""
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from contract.answers import Check
-from contract.probe import ClockReport, LinkReport, NodeReport
+from contract.attempt import ClockReport, LinkReport, NodeReport
 from orchestrator.cluster.doctor_checks import Examination, checks_of
 from orchestrator.cluster.nodes import Machine
 from workers.probe import partners

@@ -10,7 +10,7 @@ from contract.model import RoIPool
 from contract.recipe import SGD
 from contract.record import nearest
 from contract.yaml import MAX_BYTES, parse_yaml
-from orchestrator.study.baseline import BaselineRun, read_run
+from orchestrator.study.baseline import BaselineRun
 from orchestrator.study.paper import paper_tables
 from orchestrator.study.read import read_study
 from tests.orchestrator.studies import tiny_study
@@ -107,20 +107,13 @@ def test_a_baseline_is_complete_before_its_overrides(tmp_path: Path) -> None:
     assert (optimiser.lr, optimiser.momentum) == (0.01, 0.9)
 
 
-def test_a_run_file_changes_its_preset(tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        "preset: tiny\nloop: {steps: 7}\nmodel: {roi: {kind: pool}}\ndata: {train: t, val: v}\n"
-    )
-    run = read_run(path)
-    assert (run.loop.steps, run.loop.global_batch) == (7, 8)
-    assert (run.model.roi, run.data.train) == (RoIPool(), "t")
-
-
 def test_a_run_file_is_a_baseline(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("preset: tiny\nloop: {steps: 7}\n")
-    study = tiny_study(baseline={"file": "run.yaml"})
-    assert BaselineRun.of(study, tmp_path).run.loop.steps == 7
+    (tmp_path / "run.yaml").write_text(
+        "preset: tiny\nloop: {steps: 7}\nmodel: {roi: {kind: pool}}\ndata: {train: t}\n"
+    )
+    run = BaselineRun.of(tiny_study(baseline={"file": "run.yaml"}), tmp_path).run
+    assert (run.loop.steps, run.loop.global_batch) == (7, 8)
+    assert (run.model.roi, run.data.train) == (RoIPool(), str(tmp_path / "t"))
 
 
 def test_seeds_are_not_overrides(tmp_path: Path) -> None:
