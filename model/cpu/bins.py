@@ -103,46 +103,22 @@ def _forward(
     return crops
 
 
-def _input_gradient(
-    gradient: Tensor,
-    image: Tensor,
-    rows: Tensor,
-    row_weights: Tensor,
-    columns: Tensor,
-    column_weights: Tensor,
-    shape: list[int],
-) -> Tensor:
-    images, channels, height, width = shape
-    to_x = empty_maps(images, channels, height, width).zero_()
-    tensors = (cells(gradient), image, rows, row_weights, columns, column_weights, cells(to_x))
-    run("bins_backward", *tensors, *rows.shape, height, width, channels)
-    return to_x
-
-
 def _keep(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
     ctx.save_for_backward(*inputs[1:])
     ctx.sizes = tuple(inputs[0].shape)
 
 
 def _backward(ctx: Context, gradient: Tensor) -> Gradients:
-    image, rows, row_weights, columns, column_weights = ctx.saved_tensors
-    to_x = input_gradient(
-        gradient, image, rows, row_weights, columns, column_weights, list(ctx.sizes)
-    )
+    _, rows, *_ = bins = ctx.saved_tensors
+    images, channels, height, width = ctx.sizes
+    to_x = empty_maps(images, channels, height, width).zero_()
+    run("bins_backward", cells(gradient), *bins, cells(to_x), *rows.shape, height, width, channels)
     return to_x, None, None, None, None, None
 
 
-_BINS = "Tensor image, Tensor rows, Tensor row_weights, Tensor columns, Tensor column_weights"
-input_gradient = register(
-    f"bins_input_gradient(Tensor gradient, {_BINS}, SymInt[] shape) -> Tensor",
-    _input_gradient,
-    lambda gradient, image, rows, row_weights, columns, column_weights, shape: gradient.new_empty(
-        shape
-    ).contiguous(memory_format=torch.channels_last),
-)
 # Crops (R, C, S, S) of maps (N, C, H, W). image: (R,) int32. rows, columns: (R, S, T) int32. Weights: (R, S, T).
 bins = register(
-    f"bins(Tensor x, {_BINS}) -> Tensor",
+    "bins(Tensor x, Tensor image, Tensor rows, Tensor row_weights, Tensor columns, Tensor column_weights) -> Tensor",
     _forward,
     lambda x, image, rows, row_weights, columns, column_weights: x.new_empty(
         rows.shape[0], x.shape[1], rows.shape[1], rows.shape[1]

@@ -52,25 +52,19 @@ def _forward(
     return y, moments
 
 
-def _input_gradient(
-    gradient: Tensor, x: Tensor, weight: Tensor, moments: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gradient of the maps, and what each image adds to those of weight and bias: (2, N, C)."""
-    images, channels, height, width = x.shape
-    to_x, shares = empty_maps(*x.shape), x.new_empty(2, images, channels)
-    room = workspace(8 * images * channels)
-    tensors = (cells(gradient), cells(x), weight, moments, cells(to_x), shares, room)
-    run("group_norm_backward", *tensors, images, height * width, channels, moments.shape[1])
-    return to_x, shares
-
-
 def _keep(ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight = inputs[:2]
     ctx.save_for_backward(x, weight, output[1])
 
 
 def _backward(ctx: Context, gradient: Tensor, of_moments: Tensor) -> Gradients:  # noqa: ARG001
-    to_x, shares = gradients(gradient, *ctx.saved_tensors)
+    x, weight, moments = ctx.saved_tensors
+    images, channels, height, width = x.shape
+    # What each image adds to the gradients of weight and bias; summed here, in an order that threads do not change.
+    to_x, shares = empty_maps(*x.shape), x.new_empty(2, images, channels)
+    room = workspace(8 * images * channels)
+    tensors = (cells(gradient), cells(x), weight, moments, cells(to_x), shares, room)
+    run("group_norm_backward", *tensors, images, height * width, channels, moments.shape[1])
     to_weight, to_bias = shares.sum(1)
     return to_x, to_weight, to_bias, None, None
 
@@ -79,11 +73,6 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-gradients = register(
-    "group_norm_gradients(Tensor gradient, Tensor x, Tensor weight, Tensor moments) -> (Tensor, Tensor)",
-    _input_gradient,
-    lambda gradient, x, weight, moments: (_like(x), x.new_empty(2, *x.shape[:2])),
-)
 group_norm = register(
     "group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor, Tensor)",
     _forward,

@@ -132,7 +132,7 @@ def register(
     torch.library.impl(f"maskray::{name}", "cpu", kernel)
     torch.library.register_fake(f"maskray::{name}", fake)
     if backward is not None:
-        # The kernels of the backward passes are not differentiable, and must not look constant.
+        # The kernels of a backward pass have no gradients: unmarked, a second pass would take them for constants.
         torch.library.register_autograd(
             f"maskray::{name}", once_differentiable(backward), setup_context=keep
         )

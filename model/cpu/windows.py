@@ -101,30 +101,23 @@ def _inside(padded_NHWC: Tensor, padding: int) -> Tensor:
 
 
 def _forward(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    padded = _padded(x, padding)
-    outputs, channels, kernel, _ = weight.shape
-    tall, wide = (_outputs(side, kernel, stride) for side in padded.shape[1:3])
+    return _product(_padded(x, padding), weight, stride)
+
+
+def _product(x_NHWC: Tensor, weight_OCKK: Tensor, stride: int) -> Tensor:
+    outputs, channels, kernel, _ = weight_OCKK.shape
+    tall, wide = (_outputs(side, kernel, stride) for side in x_NHWC.shape[1:3])
     in_panels = (
-        weight.reshape(-1, LANES, channels, kernel, kernel).permute(0, 3, 4, 2, 1).contiguous()
+        weight_OCKK.reshape(-1, LANES, channels, kernel, kernel).permute(0, 3, 4, 2, 1).contiguous()
     )
-    y = empty_maps(len(x), outputs, tall, wide)
-    sizes = (*padded.shape, tall, wide, outputs, kernel, stride)
-    run("windows_forward", padded, in_panels, cells(y), *sizes)
+    y = empty_maps(len(x_NHWC), outputs, tall, wide)
+    sizes = (*x_NHWC.shape, tall, wide, outputs, kernel, stride)
+    run("windows_forward", x_NHWC, in_panels, cells(y), *sizes)
     return y
 
 
 def _outputs(padded_side: int, kernel: int, stride: int) -> int:
     return (padded_side - kernel) // stride + 1
-
-
-def _input_gradient(
-    gradient: Tensor, weight: Tensor, stride: int, padding: int, height: int, width: int
-) -> Tensor:
-    images, channels = gradient.shape[0], weight.shape[1]
-    # Zeros, because windows overlap: each output adds to all cells of its window.
-    padded = gradient.new_zeros(images, height + 2 * padding, width + 2 * padding, channels)
-    _add_input_gradient(cells(gradient), weight, padded, stride)
-    return _inside(padded, padding)
 
 
 def _add_input_gradient(
@@ -139,13 +132,12 @@ def _add_input_gradient(
     run("windows_input_gradient", gradient_NTUO, in_panels, to_x_NHWC, *sizes)
 
 
-def _weight_gradient(x: Tensor, gradient: Tensor, kernel: int, stride: int, padding: int) -> Tensor:
-    padded, gradient_NTUO = _padded(x, padding), cells(gradient)
-    outputs, channels = gradient_NTUO.shape[3], padded.shape[3]
-    to_weight = padded.new_zeros(outputs // LANES, kernel, kernel, channels, LANES)
+def _weight_gradient(x_NHWC: Tensor, gradient_NTUO: Tensor, kernel: int, stride: int) -> Tensor:
+    outputs, channels = gradient_NTUO.shape[3], x_NHWC.shape[3]
+    to_weight = x_NHWC.new_zeros(outputs // LANES, kernel, kernel, channels, LANES)
     room = workspace(gradient_NTUO.numel())
-    sizes = (*padded.shape, *gradient_NTUO.shape[1:], kernel, stride)
-    run("windows_weight_gradient", padded, gradient_NTUO, to_weight, room, *sizes)
+    sizes = (*x_NHWC.shape, *gradient_NTUO.shape[1:], kernel, stride)
+    run("windows_weight_gradient", x_NHWC, gradient_NTUO, to_weight, room, *sizes)
     return to_weight.permute(0, 4, 3, 1, 2).reshape(outputs, channels, kernel, kernel)
 
 
@@ -170,11 +162,17 @@ def _backward(ctx: Context, gradient: Tensor) -> Gradients:
     x, weight = ctx.saved_tensors
     stride, padding = ctx.sizes
     of_x, of_weight = ctx.needs_input_grad[:2]
-    to_x = to_weight = None
+    # One copy for both, if the gradient is not channels last.
+    gradient_NTUO, to_x, to_weight = cells(gradient), None, None
     if of_x:
-        to_x = input_gradient(gradient, weight, stride, padding, *x.shape[2:])
+        images, channels, height, width = x.shape
+        # Zeros, because windows overlap: each output adds to all cells of its window.
+        sides = (height + 2 * padding, width + 2 * padding)
+        padded = gradient_NTUO.new_zeros(images, *sides, channels)
+        _add_input_gradient(gradient_NTUO, weight, padded, stride)
+        to_x = _inside(padded, padding)
     if of_weight:
-        to_weight = weight_gradient(x, gradient, weight.shape[2], stride, padding)
+        to_weight = _weight_gradient(_padded(x, padding), gradient_NTUO, weight.shape[2], stride)
     return to_x, to_weight, None, None
 
 
@@ -182,26 +180,15 @@ def _backward_of_deconvolution(ctx: Context, gradient: Tensor) -> Gradients:
     x, weight = ctx.saved_tensors
     (stride,) = ctx.sizes
     of_x, of_weight = ctx.needs_input_grad[:2]
+    gradient_NTUO, to_x, to_weight = cells(gradient), None, None
     # The inputs and the outputs of the convolution trade places.
-    to_x = convolve(gradient, weight, stride, 0) if of_x else None
-    to_weight = weight_gradient(gradient, x, weight.shape[2], stride, 0) if of_weight else None
+    if of_x:
+        to_x = _product(gradient_NTUO, weight, stride)
+    if of_weight:
+        to_weight = _weight_gradient(gradient_NTUO, cells(x), weight.shape[2], stride)
     return to_x, to_weight, None
 
 
-input_gradient = register(
-    "windows_input_gradient(Tensor gradient, Tensor weight, int stride, int padding, SymInt height, SymInt width) -> Tensor",
-    _input_gradient,
-    lambda gradient, weight, stride, padding, height, width: _new_maps(
-        gradient, weight.shape[1], height, width
-    ),
-)
-weight_gradient = register(
-    "windows_weight_gradient(Tensor x, Tensor gradient, int kernel, int stride, int padding) -> Tensor",
-    _weight_gradient,
-    lambda x, gradient, kernel, stride, padding: x.new_empty(
-        gradient.shape[1], x.shape[1], kernel, kernel
-    ),
-)
 # conv2d(x, weight, stride=stride, padding=padding), channels last. x: (N, C, H, W). weight: (O, C, K, K).
 convolve = register(
     "windows(Tensor x, Tensor weight, int stride, int padding) -> Tensor",

@@ -44,10 +44,6 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
     return _product(x, weight, transposed=False)
 
 
-def _input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    return _product(gradient, weight, transposed=True)
-
-
 def _product(x_NCHW: Tensor, weight_OC33: Tensor, transposed: bool) -> Tensor:
     """The convolution; `transposed` takes a gradient of its outputs to the gradient of its inputs.
 
@@ -98,20 +94,10 @@ def _keep(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # 
 def _backward(ctx: Context, gradient: Tensor) -> Gradients:
     x, weight = ctx.saved_tensors
     of_x, of_weight = ctx.needs_input_grad
-    to_x = input_gradient(gradient, weight) if of_x else None
-    return to_x, weight_gradient(x, gradient) if of_weight else None
+    to_x = _product(gradient, weight, transposed=True) if of_x else None
+    return to_x, _weight_gradient(x, gradient) if of_weight else None
 
 
-input_gradient = register(
-    "winograd_input_gradient(Tensor gradient, Tensor weight) -> Tensor",
-    _input_gradient,
-    lambda gradient, weight: _maps_like(gradient, weight.shape[1]),
-)
-weight_gradient = register(
-    "winograd_weight_gradient(Tensor x, Tensor gradient) -> Tensor",
-    _weight_gradient,
-    lambda x, gradient: x.new_empty(gradient.shape[1], x.shape[1], 3, 3),
-)
 # conv2d(x, weight, padding=1), channels last. x: (N, C, H, W). weight: (O, C, 3, 3). Both have multiples of 16 channels.
 convolve = register(
     "winograd(Tensor x, Tensor weight) -> Tensor",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import reduce
-from itertools import product
 from operator import getitem
 from typing import Any, get_args
 
@@ -12,11 +11,29 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from contract.model import FPN, GroupNorm, KeypointBranch, ModelConfig, ResNet, ResNeXt
+from contract.metrics import result_kinds
+from contract.model import (
+    FPN,
+    FCNMask,
+    FrozenBatchNorm,
+    GroupNorm,
+    KeypointBranch,
+    Layout,
+    MaskBranch,
+    MaskHead,
+    MaskLoss,
+    ModelConfig,
+    Norm,
+    ResNet,
+    ResNeXt,
+    RoIOp,
+)
 from contract.presets import PRESETS, preset
 from model.build import assemble, build_backbone, build_detector
+from tests.model.arms import arms, records
 from tests.model.batches import shape_batch
 from tests.model.test_detector import total
+from workers.training.evaluate import coco_results
 
 GN = {"kind": "gn", "groups": 8}
 LITTLE: dict[str, Any] = {
@@ -53,24 +70,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fpn": {"backbone": RESNET, "layout": {"kind": "fpn", "channels": 32}, "mask": SMALL_FCN},
 }
 HEAD = {"kind": "fc", "width": 32}
-ROIS = [{"kind": "align"}, {"kind": "align", "reduce": "max"}, {"kind": "pool"}, {"kind": "warp"}]
-MASKS: list[dict[str, Any]] = [
-    {"loss": {"kind": "sigmoid", "class_agnostic": True}},
-    {"loss": {"kind": "softmax", "others": "background", "inference": "probability"}},
-    {"loss": {"kind": "softmax", "others": "own_class", "inference": "versus_background"}},
-    {"head": {"kind": "mlp", "layers": 2, "width": 16}},
-    {"head": {"kind": "mlp", "layers": 3, "width": 16}, "loss": {"kind": "softmax"}},
-]
-BACKBONES: list[dict[str, Any]] = [
-    {"kind": "resnet", "depth": 50, "norm": GN, "frozen_stages": 0, "stride_in_1x1": True},
-    {"kind": "resnet", "depth": 34, "norm": {"kind": "bn"}, "frozen_stages": 0},
-    {"kind": "resnext", "variant": "50-32x4d", "norm": GN, "frozen_stages": 0},
-]
-LARGE: list[dict[str, Any]] = [
-    {"kind": "resnet", "depth": 101, "norm": GN, "frozen_stages": 0},
-    {"kind": "resnext", "variant": "101-32x8d", "norm": GN, "frozen_stages": 0},
-    {"kind": "resnext", "variant": "101-64x4d", "norm": GN, "frozen_stages": 0},
-]
 NAN, INF = float("nan"), float("inf")
 BOUNDED = (
     "num_classes",
@@ -120,34 +119,71 @@ def train_and_predict(cfg: ModelConfig, side: int = 64) -> None:
     trained = [(name, p.grad) for name, p in detector.named_parameters() if p.requires_grad]
     assert all(grad is not None and grad.isfinite().all() for _, grad in trained)
     assert [name for name, grad in trained if grad is not None and grad.any()]
-    found = detector.predict(batch)
-    assert found.valid.any()
+    detections = detector.predict(batch)
+    assert detections.valid.any()
     assert all(
         values.isfinite().all()
-        for values in (found.boxes_xyxy, found.keypoints, *found.masks.values())
+        for values in (detections.boxes_xyxy, detections.keypoints, *detections.masks.values())
     )
 
 
-@pytest.mark.parametrize(
-    ("layout", "roi"),
-    list(product(LAYOUTS, ROIS)),
-    ids=lambda v: v if isinstance(v, str) else str(v),
-)
+def mask_branch(layout: str, **changes: Any) -> dict[str, Any]:
+    return {**LAYOUTS[layout]["mask"], **changes}
+
+
+def small(head: Any, layout: str) -> Any:
+    """The mask head, narrow, with the convolutions that the layout allows."""
+    convs = {"convs": LAYOUTS[layout]["mask"]["head"]["convs"]} if isinstance(head, FCNMask) else {}
+    return head.model_copy(update={"width": 16, **convs})
+
+
+def test_the_layouts_here_are_all_but_vggs():
+    assert {*LAYOUTS, "conv5"} == {record.kind for record in records(Layout)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("roi", arms(RoIOp))
 def test_every_layout_with_every_roi_operation(layout, roi):
     train_and_predict(config(layout, roi=roi))
 
 
-@pytest.mark.parametrize(
-    ("layout", "mask"),
-    list(product(LAYOUTS, MASKS)),
-    ids=lambda v: v if isinstance(v, str) else str(v),
-)
-def test_every_layout_with_every_mask_branch(layout, mask):
-    train_and_predict(config(layout, mask={**LAYOUTS[layout]["mask"], **mask}))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss", arms(MaskLoss))
+def test_every_layout_with_every_mask_loss(layout, loss):
+    train_and_predict(config(layout, mask=mask_branch(layout, loss=loss)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("head", arms(MaskHead))
+def test_every_layout_with_every_mask_head(layout, head):
+    train_and_predict(config(layout, mask=mask_branch(layout, head=small(head, layout))))
+
+
+@pytest.mark.parametrize("head", arms(MaskHead))
+@pytest.mark.parametrize("loss", arms(MaskLoss))
+def test_every_mask_loss_is_scored_by_its_inferences(head, loss):
+    """Whatever the head. The configured inference is `segm`, each that has a name a kind of its own."""
+    cfg = config("fpn", mask=mask_branch("fpn", head=small(head, "fpn"), loss=loss))
+    assert isinstance(cfg.mask, MaskBranch)
+    detections = build_detector(cfg).predict(shape_batch(images=1, side=64, num_classes=3))
+    results = coco_results(cfg, detections, [1, 2, 3])
+    assert set(results) == set(result_kinds(cfg))
+    assert set(results) == {"bbox", "segm", *(f"segm-{name}" for name in loss.inferences)}
+    assert all(len(found) == int(detections.valid.sum()) for found in results.values())
 
 
 @pytest.mark.parametrize(
-    "backbone", [*BACKBONES, *(pytest.param(b, marks=pytest.mark.slow) for b in LARGE)], ids=str
+    "backbone",
+    [
+        *(pytest.param(b, marks=pytest.mark.slow if "101" in str(b) else ()) for b in RESIDUAL),
+        ResNet(depth=50, norm=GroupNorm(groups=8), frozen_stages=0, stride_in_1x1=True),
+        *(
+            ResNet(depth=18, norm=norm, frozen_stages=0)
+            for norm in records(Norm)
+            if not isinstance(norm, FrozenBatchNorm)  # it needs pretrained weights
+        ),
+    ],
+    ids=str,
 )
 def test_every_kind_of_backbone(backbone):
     train_and_predict(config("fpn", backbone=backbone))

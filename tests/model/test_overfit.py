@@ -13,10 +13,11 @@ import torch
 from pycocotools import mask as rle_tools
 from torch import Tensor
 
-from contract.model import ModelConfig
+from contract.model import MaskLoss, ModelConfig, RoIOp
 from model.build import build_detector
 from model.structures import Batch
 from pipelines.evaluate.evaluation import evaluate
+from tests.model.arms import arms
 from tests.model.batches import covered, shape_batch
 from tests.model.test_detector import total
 from workers.training.evaluate import coco_results
@@ -83,15 +84,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 KEYPOINTS = {"kind": "keypoints", "num_keypoints": POINTS, "convs": 2, "width": 32}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # name: layout and what differs from it
     **{layout: (layout, {}) for layout in LAYOUTS},
-    **{f"{layout}-pool": (layout, {"roi": {"kind": "pool"}}) for layout in ("fpn", "c4", "c5")},
-    "fpn-align-max": ("fpn", {"roi": {"kind": "align", "reduce": "max"}}),
-    "fpn-align-corners": ("fpn", {"roi": {"kind": "align", "aligned": False}}),
+    **{f"{layout}-pool": (layout, {"roi": {"kind": "pool"}}) for layout in ("c4", "c5")},
+    **{f"fpn-{parameter.id}": ("fpn", {"roi": parameter.values[0]}) for parameter in arms(RoIOp)},
     "fpn-align-adaptive": ("fpn", {"roi": {"kind": "align", "samples": 0}}),
-    "fpn-warp": ("fpn", {"roi": {"kind": "warp"}}),
-    "fpn-warp-max": ("fpn", {"roi": {"kind": "warp", "reduce": "max"}}),
-    "fpn-agnostic": ("fpn", {"mask": {"loss": {"kind": "sigmoid", "class_agnostic": True}}}),
-    "fpn-softmax": ("fpn", {"mask": {"loss": {"kind": "softmax"}}}),
-    "fpn-softmax-own": ("fpn", {"mask": {"loss": {"kind": "softmax", "others": "own_class"}}}),
+    **{
+        f"fpn-mask-{parameter.id}": ("fpn", {"mask": {"loss": parameter.values[0]}})
+        for parameter in arms(MaskLoss)
+    },
     "fpn-mlp-2": ("fpn", {"mask": {"head": {"kind": "mlp", "layers": 2, "width": 128}}}),
     "fpn-mlp-3-softmax": (
         "fpn",
@@ -153,7 +152,7 @@ def num_steps(name: str) -> int:
     """Coarse maps learn slowly, most of all without norms; and so do masks of which every channel has to be learnt."""
     if name == "conv5":
         return 2 * MANY_STEPS
-    return MANY_STEPS if not name.startswith("fpn") or "softmax" in name or "mlp" in name else STEPS
+    return MANY_STEPS if not name.startswith("fpn") or "mask-" in name or "mlp" in name else STEPS
 
 
 def train(detector: torch.nn.Module, batch: Batch, steps: int) -> None:

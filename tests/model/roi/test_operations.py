@@ -14,15 +14,9 @@ from model.cpu import native
 from model.cpu.bins import align_by_bins
 from model.roi.operations import Align, assign_levels
 from tests.builders import one_box
+from tests.model.arms import arms, records
 
-KINDS = [
-    config.RoIAlign(),
-    config.RoIAlign(reduce="max"),
-    config.RoIAlign(aligned=False, samples=3),
-    config.RoIPool(),
-    config.RoIWarp(),
-    config.RoIWarp(reduce="max"),
-]
+KINDS = [*records(config.RoIOp), config.RoIAlign(aligned=False, samples=3)]
 
 
 def bilinear(feature: torch.Tensor, y: float, x: float) -> float:
@@ -190,7 +184,7 @@ def test_sums_of_cells_equal_the_scattered_kernel(aligned, samples):
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", [config.RoIAlign(), config.RoIPool(), config.RoIWarp()])
+@pytest.mark.parametrize("kind", arms(config.RoIOp))
 def test_rois_that_are_not_finite_read_no_memory_but_the_maps(kind):
     """A run that diverges ends in a loss that is not finite, which its guard finds; not in a crash."""
     feature = torch.ones(1, 16, 8, 8, requires_grad=True)
