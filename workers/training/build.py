@@ -70,9 +70,10 @@ def initial_detector(run: RunConfig) -> nn.Module:
 
     Raises ValueError if its initial weights do not fit, with the field that names them.
     """
+    # read first: a file that is not there is told before the seconds that a detector takes to build
+    weights = initial_weights(run.model.weights, run.model.backbone)
     detector = build_detector(run.model, run.seed)
     accelerate(detector)
-    weights = initial_weights(run.model.weights, run.model.backbone)
     if weights is not None:
         # its error knows the names of parameters, not the file that they are from
         try:
