@@ -2,8 +2,9 @@
 
     python benchmarks/predict.py --side 512
 
-Both read the same noise image; ours is `detector.predict` with `paste_mask` crops as evaluation does it, torchvision's
-its own forward and full-size masks. The ratio is of the medians of images per second.
+Both read the same noise image; ours is `detector.predict` with `paste_mask` crops as evaluation
+does it, torchvision's its own forward and full-size masks. The ratio is of the medians of images
+per second.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def one_image(image: Tensor) -> Batch:
 
 
 def sharpen(peer: nn.Module, image: Tensor) -> None:
-    """Scales the class logits until a trained model's number of detections passes the usual threshold."""
+    """Scales the class logits until a trained model's number of detections passes the usual
+    threshold.
+    """
     with torch.no_grad():
         for _ in range(10):
             if len(peer([image.float() / 255])[0]["boxes"]) >= peer.roi_heads.detections_per_img:

@@ -1,10 +1,11 @@
-"""One training step beside torchvision's: the same images, objects, RoI counts, norm layers, precision and optimiser.
+"""One training step beside torchvision's: the same images, objects, RoI counts, norm layers,
+precision and optimiser.
 
     python benchmarks/train_step.py --preset tiny
     python benchmarks/train_step.py --preset r50-fpn --side 512 --batch 2
 
-Ours and torchvision's steps alternate; the ratio is of the medians of images per second. `masks_a_step` tells how many
-positives the mask heads saw. The last line is one JSON object.
+Ours and torchvision's steps alternate; the ratio is of the medians of images per second.
+`masks_a_step` tells how many positives the mask heads saw. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -120,7 +121,10 @@ class TwoCoarser(LastLevelMaxPool):
     """Two maps below the last one, as `tiny` has them."""
 
     def forward(
-        self, x: list[Tensor], y: list[Tensor], names: list[str]
+        self,
+        x: list[Tensor],
+        y: list[Tensor],  # noqa: ARG002 - torchvision hands over the inner maps too
+        names: list[str],
     ) -> tuple[list[Tensor], list[str]]:
         coarser = x[-1][:, :, ::2, ::2]
         return [*x, coarser, coarser[:, :, ::2, ::2]], [*names, "2", "3"]
@@ -141,7 +145,10 @@ def make_step(model: nn.Module, losses: Callable[[], Tensor], bf16: bool) -> Cal
 
 
 def share_weights(detector: nn.Module, peer: nn.Module) -> None:
-    """The peer's weights for both, with residual branches damped: frozen norms do not keep random ones in bounds."""
+    """The peer's weights for both, with residual branches damped.
+
+    Frozen norms do not keep random ones in bounds.
+    """
     for block in (module for module in peer.modules() if isinstance(module, Bottleneck)):
         block.bn3.weight.fill_(0.2)
     detector.load_state_dict(from_torchvision(peer.state_dict()), strict=True)
@@ -194,7 +201,10 @@ def main() -> None:
 def measure(
     steps: dict[str, Callable[[], None]], args: Any, device: str, masks: dict[str, list[int]]
 ) -> None:
-    """Images per second in turns after two rounds to warm up; on a GPU the peak memory above what is resident too."""
+    """Images per second in turns after two rounds to warm up.
+
+    On a GPU the peak memory above what is resident too.
+    """
     cuda = device == "cuda"
     finish = torch.cuda.synchronize if cuda else lambda: None
     found = in_turns(

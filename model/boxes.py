@@ -1,6 +1,7 @@
 """Boxes as (x0, y0, x1, y1) with continuous edges and no `+1`, always in float32.
 
-Axes: N and M boxes. Offsets (dx, dy, dw, dh) are those of Faster R-CNN (arXiv 1506.01497, equation 2).
+Axes: N and M boxes. Offsets (dx, dy, dw, dh) are those of Faster R-CNN (arXiv 1506.01497, equation
+2).
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ def area(boxes: Tensor) -> Tensor:
 
 
 def iou(boxes_N4: Tensor, others_M4: Tensor) -> Tensor:
-    """Intersection over union, (..., N, 4) and (..., M, 4) to (..., N, M); 0 where both boxes are empty."""
+    """Intersection over union, (..., N, 4) and (..., M, 4) to (..., N, M).
+
+    It is 0 where both boxes are empty.
+    """
     first, second = boxes_N4[..., :, None, :], others_M4[..., None, :, :]
     width = (
         torch.minimum(first[..., 2], second[..., 2]) - torch.maximum(first[..., 0], second[..., 0])
@@ -32,11 +36,15 @@ def iou(boxes_N4: Tensor, others_M4: Tensor) -> Tensor:
     ).clamp(min=0)
     shared = width * height
     union = area(boxes_N4)[..., :, None] + area(others_M4)[..., None, :] - shared
+    # Two empty boxes share nothing: 0 / tiny in place of 0 / 0.
     return shared / union.clamp(min=torch.finfo(shared.dtype).tiny)
 
 
 def encode(references: Tensor, targets: Tensor, weights: OffsetWeights) -> Tensor:
-    """The offsets (..., 4) that take each reference box to its target. Sides of 1e-6 px or more keep padding finite."""
+    """The offsets (..., 4) that take each reference box to its target.
+
+    Sides of 1e-6 px or more keep padding finite.
+    """
     ref_sides = (references[..., 2:] - references[..., :2]).clamp(min=1e-6)
     sides = (targets[..., 2:] - targets[..., :2]).clamp(min=1e-6)
     ref_centres = references[..., :2] + 0.5 * ref_sides
@@ -46,11 +54,16 @@ def encode(references: Tensor, targets: Tensor, weights: OffsetWeights) -> Tenso
 
 
 def decode(references: Tensor, offsets: Tensor, weights: OffsetWeights) -> Tensor:
-    """Boxes (..., 4) from reference boxes and offsets, in float32, growth clamped at `MAX_LOG_SCALE`."""
+    """Boxes (..., 4) from reference boxes and offsets, in float32.
+
+    The growth is clamped at `MAX_LOG_SCALE`.
+    """
+    # In fp32 under autocast too: bf16 would place a box within several pixels.
     shift, growth = offsets[..., :2].float() / weights[0], offsets[..., 2:].float() / weights[1]
     ref_sides = references[..., 2:] - references[..., :2]
     ref_centres = references[..., :2] + 0.5 * ref_sides
     centres = shift * ref_sides + ref_centres
+    # Unclamped, an untrained network overflows here.
     half = 0.5 * torch.exp(growth.clamp(max=MAX_LOG_SCALE)) * ref_sides
     return torch.cat([centres - half, centres + half], dim=-1)
 

@@ -1,6 +1,7 @@
 """From a config to a detector of torch's own modules. Only this code reads `contract.model`.
 
-No I/O: pretrained weights come later (`model.weights`), and so do kernels for CPUs (`model.cpu.accelerate`).
+No I/O: pretrained weights come later (`model.weights`), and so do kernels for CPUs
+(`model.cpu.accelerate`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from model.roi.sampling import RoISampler
 from model.rpn.network import RPN, AnchorSampler
 from model.rpn.proposals import Counts, FixedProposals, ProposalFilter
 
-BOX_SIDE, MASK_SIDE = 7, 14  # of RoI features
+BOX_SIDE, MASK_SIDE = 7, 14  # of RoI features (Mask R-CNN, Fig. 4)
 RESNEXTS = {  # depth, groups, width of a group
     "50-32x4d": (50, 32, 4),
     "101-32x8d": (101, 32, 8),
@@ -114,7 +115,10 @@ def _num_stages(cfg: config.Layout) -> int:
 
 
 def build_backbone(cfg: config.Backbone, stages: int) -> tuple[nn.Module, list[int]]:
-    """The image network up to that stage, and the channels of res2 to res5 (of VGG: of its one map)."""
+    """The image network up to that stage, and the channels of its maps.
+
+    Of a residual network these are res2 to res5, of VGG its one map.
+    """
     match cfg:
         case config.ResNet() | config.ResNeXt():
             network = _residual(cfg)
@@ -126,7 +130,10 @@ def build_backbone(cfg: config.Backbone, stages: int) -> tuple[nn.Module, list[i
 
 
 def build_res5(cfg: config.Backbone, halves: bool) -> nn.Module:
-    """The last residual stage as the RoI head of C4: `halves` with its own stride of 2, else at stride 1."""
+    """The last residual stage as the RoI head of C4.
+
+    It halves its input with its own stride of 2 if `halves`, else it has stride 1.
+    """
     # The config refuses C4 with VGG-16, which has no residual stages.
     assert not isinstance(cfg, config.VGG16)
     res5 = cast(nn.Module, _residual(cfg).layer4)
@@ -282,7 +289,10 @@ def build_box_selection(cfg: config.BoxInference) -> BoxSelection:
 def build_mask_branch(
     cfg: config.Mask, num_classes: int, channels: int, side: int
 ) -> MaskBranch | None:
-    """`side` is that of the RoI features; a deconvolution doubles it, an MLP has 28 x 28 outputs."""
+    """`side` is that of the RoI features.
+
+    A deconvolution doubles it, an MLP has 28 x 28 outputs.
+    """
     if isinstance(cfg, config.NoMask):
         return None
     outputs = cfg.loss.num_channels(num_classes)

@@ -1,6 +1,7 @@
 """The detector: one step of training as loss terms, one step of inference as padded detections.
 
-Axes: B images, G objects, Q proposals, S sampled RoIs an image, R RoIs in a flat list, D detections, K classes.
+Axes: B images, G objects, Q proposals, S sampled RoIs an image, R RoIs in a flat list, D
+detections, K classes.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ class _Step:
 
 
 class Detector(nn.Module):
-    """Mask R-CNN from built parts. `mask` and `keypoints` may be absent; proposals come from an RPN or a file.
+    """Mask R-CNN from built parts. `mask` and `keypoints` may be absent.
 
-    On the CPU padded RoIs are dropped before the heads, because finding them costs no sync there; `keep_padding`
-    keeps them there too. The numbers are the same.
+    Proposals come from an RPN, or from a file with the batch.
+
+    On the CPU padded RoIs are dropped before the heads, because finding them costs no sync there;
+    `keep_padding` keeps them there too. The numbers are the same.
     """
 
     def __init__(
@@ -74,14 +77,17 @@ class Detector(nn.Module):
         # In training; `model.cpu.accelerate` sets it, because its kernels read channels-last maps.
         self.channels_last_on_cpu = False
 
-    # --- training ---------------------------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> dict[str, LossTerm]:
         """As `losses`; DDP calls it."""
         return self.losses(batch)
 
     def losses(self, batch: Batch) -> dict[str, LossTerm]:
-        """The loss terms of one batch by name, as sums and counts; the caller adds the counts over the global batch."""
+        """The loss terms of one batch by name, as sums and counts.
+
+        The caller adds the counts over the global batch.
+        """
         step = self._prepare(batch)
         counts = self._counts(step)
         sums = {**self._rpn_sums(step), **self._head_sums(step)}
@@ -152,7 +158,8 @@ class Detector(nn.Module):
         counts: dict[str, Tensor] = {}
         if step.rpn_targets is not None:
             counts["rpn_objectness"] = counts["rpn_box"] = step.rpn_targets.count
-        # The box loss too is divided by all sampled RoIs (Fast R-CNN), the mask loss by the positives.
+        # The box loss too is divided by all sampled RoIs (Fast R-CNN), the mask loss by the
+        # positives.
         counts["box_class"] = counts["box_regression"] = step.boxes.weight.sum()
         if self.mask is not None:
             counts["mask"] = step.positives.weight.sum()
@@ -196,12 +203,13 @@ class Detector(nn.Module):
             return self.keypoints.loss_weight
         return 1.0
 
-    # --- inference --------------------------------------------------------------------------------------------------
+    # --- inference --------------------------------------------------------------------------------
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """Every module in evaluation mode and no gradients, whatever the mode outside."""
-        # Module by module: `self.train()` at the end would wake frozen norms that a caller put to evaluation.
+        # Module by module: `self.train()` at the end would wake frozen norms that a caller put to
+        # evaluation.
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
@@ -221,7 +229,9 @@ class Detector(nn.Module):
             )
 
     def propose(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The RPN's proposals at test time: boxes (B, Q, 4) in pixels of the image file, scores and valid (B, Q).
+        """The RPN's proposals at test time: boxes (B, Q, 4), scores and valid (B, Q).
+
+        Boxes are in pixels of the image file.
 
         Raises ValueError without an RPN.
         """
@@ -238,12 +248,12 @@ class Detector(nn.Module):
         return boxes, proposals.scores, proposals.valid
 
     def predict_image(self, image: Tensor) -> dict[str, Tensor]:
-        """One uint8 RGB image (3, H, W) to its N detections, best first, all in the image's own pixels.
+        """One uint8 RGB image (3, H, W) to its N detections, best first, in the image's own pixels.
 
-        boxes: (N, 4) as x0, y0, x1, y1. scores: (N,). labels: (N,), counted as the class logits are: from 1 where
-        the background comes first (torchvision's numbering), else from 0. masks: float (N, H, W), a pixel belongs to
-        the object where it reaches 0.5. keypoints: (N, P, 3) as x, y, 1, and keypoints_scores: (N, P).
-        Raises ValueError for any other tensor.
+        boxes: (N, 4) as x0, y0, x1, y1. scores: (N,). labels: (N,), counted as the class logits
+        are: from 1 where the background comes first (torchvision's numbering), else from 0. masks:
+        float (N, H, W), a pixel belongs to the object where it reaches 0.5. keypoints: (N, P, 3) as
+        x, y, 1, and keypoints_scores: (N, P). Raises ValueError for any other tensor.
         """
         check_image(image)
         if self.rpn is None:

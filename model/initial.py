@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-# Predictors that start near zero (Fast R-CNN): the ends of their modules' names and their standard deviations.
+# Predictors that start near zero (Fast R-CNN): names of modules and standard deviations.
 _PREDICTOR_STD = {
     "rpn.conv": 0.01,
     "rpn.objectness": 0.01,
@@ -19,8 +19,11 @@ _PREDICTOR_STD = {
 
 
 def initialise(network: nn.Module, seed: int) -> None:
-    """Draws every weight in place: predictors as above, linear layers and FPN by Xavier's uniform rule (detectron2's
-    c2_xavier), other convolutions by He's normal rule over the outputs; biases 0, norms the identity.
+    """Draws every weight in place.
+
+    Predictors have the deviations above. Linear layers and FPN follow Xavier's uniform rule
+    (detectron2's c2_xavier), other convolutions He's normal rule over the outputs. Biases are 0,
+    norms stay the identity.
     """
     with torch.no_grad():
         for module_name, module in network.named_modules():
@@ -31,6 +34,8 @@ def initialise(network: nn.Module, seed: int) -> None:
 
 
 def _weight(name: str, module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, seed: int) -> Tensor:
+    # A generator for each weight: what one module draws does not move the draws of the next, so
+    # arms stay paired.
     generator = torch.Generator().manual_seed(_key(seed, f"{name}.weight"))
     weight = torch.empty(module.weight.shape)
     if name in _PREDICTOR_STD:
@@ -41,4 +46,5 @@ def _weight(name: str, module: nn.Conv2d | nn.ConvTranspose2d | nn.Linear, seed:
 
 
 def _key(seed: int, name: str) -> int:
+    # 7 bytes: a seed of torch is a signed 64-bit number.
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")

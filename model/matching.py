@@ -17,9 +17,13 @@ _OBJECTS_AT_ONCE = 8  # bounds the memory of the IoU matrix at B x 8 x N
 
 
 class Match(NamedTuple):
-    """object_BN: index of the best object, the lowest one on ties. iou_BN: its IoU, 0 without objects.
+    """The best object of each box.
 
-    is_best_BN: the box reaches the highest IoU that some object has with any box (and that is above 0).
+    object_BN: its index, the lowest one on ties. iou_BN: its IoU, 0 without objects.
+
+
+    is_best_BN: the box reaches the highest IoU that some object has with any box (and that is above
+    0).
     """
 
     object_BN: Tensor
@@ -28,7 +32,10 @@ class Match(NamedTuple):
 
 
 def match(boxes_BN4: Tensor, objects_BG4: Tensor, valid_BG: Tensor) -> Match:
-    """Matches boxes, (B, N, 4) or (1, N, 4) if all images share them, to the valid objects of their image."""
+    """Matches boxes to the valid objects of their image.
+
+    boxes_BN4: (1, N, 4) if all images share them.
+    """
     images, objects = valid_BG.shape
     shape = (images, boxes_BN4.shape[1])
     best_iou = boxes_BN4.new_zeros(shape)
@@ -49,7 +56,7 @@ def match(boxes_BN4: Tensor, objects_BG4: Tensor, valid_BG: Tensor) -> Match:
 
 @dataclass(frozen=True)
 class Sample:
-    """Indices (B, S) into the boxes: positives first, then negatives, then padding (valid is False).
+    """Indices (B, S) into the boxes: positives, then negatives, then padding (valid is False).
 
     Positives stand in the first `most_positives` columns.
     """
@@ -63,7 +70,7 @@ class Sample:
 def sample(
     positive_BN: Tensor, negative_BN: Tensor, noise_BN: Tensor, size: int, positive_fraction: float
 ) -> Sample:
-    """At most `size` boxes an image, at most that fraction of them positive, negatives filling the rest.
+    """At most `size` boxes an image, at most that fraction positive; negatives fill the rest.
 
     Those with the largest noise win, so a box's luck does not depend on its place in the list.
     """
@@ -83,6 +90,7 @@ def sample(
     place = torch.arange(negative_index.shape[1], device=noise_BN.device)
     negative_valid = (negative_noise >= 0) & (place < room)
     valid = torch.cat([positive_valid, negative_valid], dim=1)
+    # Stable, so that positives stay before negatives when padding moves to the end.
     order = torch.argsort(valid.int(), dim=1, descending=True, stable=True)[:, : min(size, boxes)]
     index = torch.cat([positive_index, negative_index], dim=1).gather(1, order)
     return Sample(

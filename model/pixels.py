@@ -1,4 +1,4 @@
-"""uint8 pixels into what the network reads: resizing at test time, channel order, normalisation, padding."""
+"""From uint8 pixels to the input of the network: size, channel order, normalisation, padding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Resize = Literal["antialias", "torchvision-detection"]
 
 
 class Normalise(nn.Module):
-    """(pixels - mean) / std in float32, in the network's channel order, rounded as torchvision rounds it."""
+    """(pixels - mean) / std in float32, rounded as in torchvision; channels in network order."""
 
     mean: Tensor
     std: Tensor
@@ -49,8 +49,8 @@ def zero_padding(pixels: Tensor, sizes_B2: Tensor) -> Tensor:
 class ImageSize:
     """The size of one image at test time, and how it enters the network.
 
-    The short side becomes `short_side_px`; if the long one is then over `max_side_px`, that becomes `max_side_px`.
-    The canvas has sides that are multiples of `canvas_multiple_px`.
+    The short side becomes `short_side_px`; if the long one is then over `max_side_px`, that becomes
+    `max_side_px`. The canvas has sides that are multiples of `canvas_multiple_px`.
     """
 
     short_side_px: int
@@ -61,11 +61,12 @@ class ImageSize:
     def of(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the resized image, 1 at least, as the evaluation loader has them.
 
-        Antialiased sizes (`pipelines.load.images`) are rounded half up, as in detectron2; torchvision's detectors
-        round down.
+        Antialiased sizes (`pipelines.load.images`) are rounded half up, as in detectron2;
+        torchvision's detectors round down.
         """
         shorter, longer = min(height, width), max(height, width)
-        # Two orders of the same operations: they differ in the last bit, and so in a pixel now and then.
+        # Two orders of the same operations: they differ in the last bit, and so in a pixel now and
+        # then.
         if self.resize == "torchvision-detection":
             scale, half = min(self.short_side_px / shorter, self.max_side_px / longer), 0.0
         else:
@@ -75,7 +76,7 @@ class ImageSize:
         return max(1, int(height * scale + half)), max(1, int(width * scale + half))
 
     def enter(self, image: Tensor, normalise: Normalise) -> tuple[Tensor, tuple[int, int]]:
-        """A uint8 RGB image (3, H, W) as its canvas (1, 3, H', W'), normalised; and its own size there."""
+        """A uint8 RGB image (3, H, W) as a normalised canvas (1, 3, H', W'), and its size there."""
         size = self.of(*image.shape[-2:])
         if self.resize == "torchvision-detection":
             # Torchvision's detectors normalise first and do not antialias.

@@ -1,15 +1,19 @@
-"""Random integers as a pure function of (sample, stream, index), so that neither rank nor position changes them."""
+"""Random integers as a pure function of (sample, stream, index).
+
+Neither rank nor position in the batch changes them.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-OBJECT_INDEX = (
-    1 << 40
-)  # ground-truth objects as RoI candidates: their indices start here, anchors' below
+# Ground-truth objects are RoI candidates too: their indices start here, those of anchors are below.
+OBJECT_INDEX = 1 << 40
+# Streams of one sample that must not repeat each other.
 RPN_STREAM, ROI_STREAM, DROPOUT_STREAM = 1, 2, 3
 
+# The constants of splitmix64 (Steele, Lea and Flood, 2014), as the int64 numbers that wrap to them.
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _STREAM = 0x632BE59BD9B4E019
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -17,7 +21,9 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def noise(keys: Tensor, stream: int, index: Tensor) -> Tensor:
-    """int64 in [0, 2**62) from int64 keys and indices that broadcast together (splitmix64, two rounds)."""
+    """int64 in [0, 2**62) from int64 keys and indices that broadcast together (splitmix64, two
+    rounds).
+    """
     return _mix(_mix(keys + _as_int64(stream * _STREAM)) + index * _GOLDEN) & ((1 << 62) - 1)
 
 
@@ -34,4 +40,5 @@ def _mix(x: Tensor) -> Tensor:
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64."""
+    # torch shifts the sign in from the left; the mask takes it away.
     return torch.bitwise_right_shift(x, bits) & ((1 << (64 - bits)) - 1)

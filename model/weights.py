@@ -1,7 +1,9 @@
-"""Weights from elsewhere: torchvision's classifiers and detectors, and detectron2's model zoo, by name and strictly.
+"""Weights from elsewhere: torchvision's classifiers and detectors, and detectron2's model zoo, by
+name and strictly.
 
-What a layout cannot say in names is config: see the presets `r50-fpn-torchvision` and `r50-fpn-detectron2` for the
-conventions (channel order, strides, anchors, where the background stands) that go with each.
+What a layout cannot say in names is config: see the presets `r50-fpn-torchvision` and
+`r50-fpn-detectron2` for the conventions (channel order, strides, anchors, where the background
+stands) that go with each.
 """
 
 from __future__ import annotations
@@ -64,10 +66,12 @@ _MARKS = {
 
 
 def load_initial(detector: Detector, state: Mapping[str, Tensor], layout: str) -> None:
-    """Loads `state` in place. Raises ValueError if a tensor is missing, left over or of another shape.
+    """Loads `state` in place. Raises ValueError if a tensor is missing, left over or of another
+    shape.
 
-    layout: "backbone" is a torchvision classifier's (its ImageNet classes are dropped, and so are stages that the
-    model does not build), "maskray" a detector of ours, "torchvision" and "detectron2" a whole detector of theirs.
+    layout: "backbone" is a torchvision classifier's (its ImageNet classes are dropped, and so are
+    stages that the model does not build), "maskray" a detector of ours, "torchvision" and
+    "detectron2" a whole detector of theirs.
     """
     _check_layout(state, layout)
     match layout:
@@ -84,22 +88,26 @@ def load_initial(detector: Detector, state: Mapping[str, Tensor], layout: str) -
 def from_torchvision(state: Mapping[str, Tensor]) -> State:
     """The state dict of `maskrcnn_resnet50_fpn` or `keypointrcnn_resnet50_fpn` in our names.
 
-    Channels of the background class go where we have none: box offsets and sigmoid masks. Raises ValueError at a
-    name that it does not know.
+    Channels of the background class go where we have none: box offsets and sigmoid masks. Raises
+    ValueError at a name that it does not know.
     """
     result: State = {}
+    # Class logits keep the background: `background: first` says where it stands.
     for ours, name in _torchvision_names(state).items():
         value = state[name]
         if ours.startswith("box.offsets."):
-            value = value[4:]
+            value = value[4:]  # four offsets of the background, which has no box
         elif ours.startswith("mask.head.logits."):
-            value = value[1:]
+            value = value[1:]  # the background's mask, which torchvision never trains
         result[ours] = value
     return result
 
 
 def from_detectron2(state: Mapping[str, Any]) -> State:
-    """The "model" of a detectron2 model-zoo file (R-50/101 C4 or FPN) in our names; arrays may be numpy's."""
+    """The "model" of a detectron2 model-zoo file (R-50/101 C4 or FPN) in our names.
+
+    Arrays may be numpy's.
+    """
     return {ours: torch.as_tensor(state[name]) for ours, name in _detectron2_names(state).items()}
 
 
@@ -130,7 +138,8 @@ def _translate(name: str, rules: tuple[tuple[str, str], ...], layout: str) -> st
     if name.startswith(("keypoints.", "mask.")):
         return name
     raise ValueError(
-        f"{layout} state dict: unknown tensor {name!r}; expected a Mask R-CNN or Keypoint R-CNN with FPN"
+        f"{layout} state dict: unknown tensor {name!r}; "
+        "expected a Mask R-CNN or Keypoint R-CNN with FPN"
     )
 
 
@@ -157,6 +166,7 @@ def _fold_name(name: str) -> str:
 
 
 def _detectron2_name(name: str) -> str:
+    # FPN models have the ResNet as `backbone.bottom_up`, C4 models as `backbone`.
     name = name.removeprefix("backbone.bottom_up.")
     for pattern, part in (
         (r"(?:backbone\.)?fpn_lateral(\d)\.(.*)", "layout.lateral"),
@@ -192,7 +202,9 @@ def _detectron2_residual(name: str) -> str:
 
 
 def _check_layout(state: Mapping[str, Tensor], layout: str) -> None:
-    """Raises ValueError if there is no such layout, or if the names in `state` are those of another."""
+    """Raises ValueError if there is no such layout, or if the names in `state` are those of
+    another.
+    """
     if layout not in _MARKS:
         raise ValueError(f"no weights layout {layout!r}; there are {', '.join(_MARKS)}")
     for other, marks in _MARKS.items():
@@ -203,6 +215,7 @@ def _check_layout(state: Mapping[str, Tensor], layout: str) -> None:
 
 
 def _load_backbone(detector: Detector, state: Mapping[str, Tensor]) -> None:
+    # Whole layers of the file may have no place here, but a layer that has one must fit.
     own = detector.state_dict()
     names = {_backbone_name(name, own): name for name in state if _is_wanted(name, own)}
     expected = {name for name in own if name.startswith(("backbone.", "crops.res5."))}
@@ -217,7 +230,9 @@ def _load_backbone(detector: Detector, state: Mapping[str, Tensor]) -> None:
 
 
 def _is_wanted(name: str, own: Mapping[str, Tensor]) -> bool:
-    """False for ImageNet's classes, the counters of norms without any, and stages that the model does not build."""
+    """False for ImageNet's classes, the counters of norms without any, and stages that the model
+    does not build.
+    """
     if name.startswith(("fc.", "classifier.6.")):
         return False
     if name.endswith("num_batches_tracked") and not any(
@@ -262,12 +277,15 @@ def _load_strictly(
     detector: Detector, state: Mapping[str, Tensor], names: Mapping[str, str], layout: str
 ) -> None:
     """names: ours to the file's; what is in `state` alone is the detector's own."""
+    # All checks come before the first write: a file that does not fit leaves the detector as it
+    # was.
     own = detector.state_dict()
     _check_names(set(own), {name: names.get(name, name) for name in state}, layout)
     for name, value in state.items():
         if own[name].shape != value.shape:
             raise ValueError(
-                f"weights: {names[name]!r} has shape {tuple(value.shape)}, the model {tuple(own[name].shape)}; "
+                f"weights: {names[name]!r} has shape {tuple(value.shape)}, "
+                f"the model {tuple(own[name].shape)}; "
                 "check num_classes and the widths in the config"
             )
         if own[name].is_floating_point() and not value.is_floating_point():

@@ -24,8 +24,9 @@ class LastMap(nn.Module):
 
 
 class ReducedLastMap(nn.Module):
-    """C5: res5 at stride 32. A 1 x 1 convolution takes its 2048 channels to the width of the FPN-style heads; it
-    feeds the RPN too.
+    """C5: res5 at stride 32, for the RPN and the RoIs.
+
+    A 1 x 1 convolution takes its 2048 channels to the width of the FPN-style heads.
     """
 
     def __init__(self, in_channels: int, channels: int) -> None:
@@ -38,7 +39,10 @@ class ReducedLastMap(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """FPN (arXiv 1612.03144): 1 x 1 laterals, nearest upsampling, 3 x 3 outputs; coarser levels halve the last."""
+    """FPN (arXiv 1612.03144): 1 x 1 laterals, nearest upsampling, 3 x 3 outputs.
+
+    Coarser levels halve the last.
+    """
 
     def __init__(
         self, in_channels: Sequence[int], channels: int, roi_levels: Sequence[int], num_coarser: int
@@ -55,6 +59,7 @@ class Pyramid(nn.Module):
         """The backbone's maps; its last `len(in_channels)` are merged."""
         used = maps[-len(self.lateral) :]
         merged = [lateral(m) for lateral, m in zip(self.lateral, used, strict=True)]
+        # Top down: each level adds the one above it, which has its own addition already.
         for i in range(len(merged) - 2, -1, -1):
             merged[i] = merged[i] + F.interpolate(
                 merged[i + 1], size=merged[i].shape[-2:], mode="nearest"
@@ -62,5 +67,6 @@ class Pyramid(nn.Module):
         levels = [output(m) for output, m in zip(self.output, merged, strict=True)]
         roi = [levels[i] for i in self.roi_levels]
         for _ in range(self.num_coarser):
+            # P6 is P5 subsampled (FPN, section 4.1), which a stride of 2 does without a pooling.
             levels.append(levels[-1][:, :, ::2, ::2])
         return Maps(levels, roi)

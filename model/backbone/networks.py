@@ -1,4 +1,4 @@
-"""Torchvision's image networks as lists of feature maps, with batch-norm folded, grouped or trained."""
+"""Torchvision's image networks as lists of feature maps, with norms folded, grouped or trained."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def geometry(conv: nn.Conv2d) -> Geometry:
 class FoldedConv2d(nn.Conv2d):
     """A bias-free convolution followed by frozen batch-norm.
 
-    Training folds both into one convolution. That costs a pass over the weights; a separate norm costs two passes
-    over the activations and their gradients. Inference keeps them apart, so that it rounds as other implementations
-    do.
+    Training folds both into one convolution. That costs a pass over the weights; a separate norm
+    costs two passes over the activations and their gradients. Inference keeps them apart, so that
+    it rounds as other implementations do.
     """
 
     norm_weight: Tensor
@@ -67,6 +67,7 @@ class FoldedConv2d(nn.Conv2d):
         super().__init__(**geometry(conv), bias=False, device="meta")
         self.weight = conv.weight
         self.eps = eps
+        # Buffers and not parameters: no optimiser moves a frozen norm, and checkpoints keep it.
         self.register_buffer("norm_weight", torch.ones(conv.out_channels))
         self.register_buffer("norm_bias", torch.zeros(conv.out_channels))
         self.register_buffer("running_mean", torch.zeros(conv.out_channels))
@@ -85,7 +86,7 @@ class FoldedConv2d(nn.Conv2d):
 
 
 def fold_norms(network: nn.Module, eps: float) -> None:
-    """Replaces every (conv, norm) pair of a torchvision ResNet by one `FoldedConv2d` in the conv's place."""
+    """Puts one `FoldedConv2d` in the place of every (conv, norm) pair of a torchvision ResNet."""
     # The stem is a block too: it has a conv1 and a bn1.
     for block in [network, *(m for stage in STAGES for m in getattr(network, stage))]:
         for name in ("conv1", "conv2", "conv3"):
@@ -98,14 +99,17 @@ def fold_norms(network: nn.Module, eps: float) -> None:
 
 
 def move_strides_to_1x1(network: nn.Module) -> None:
-    """Moves the stride of a downsampling bottleneck from its 3x3 to its first 1x1, as in the original (MSRA) ResNet."""
+    """Moves the stride of a downsampling bottleneck from its 3x3 to its first 1x1.
+
+    The original ResNet (MSRA) has it there.
+    """
     for stage in STAGES[1:]:
         block = getattr(network, stage)[0]
         block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
 
 
 class ResNetMaps(nn.Module):
-    """C2 to C5 (or to C4 without the last stage) of a torchvision ResNet or ResNeXt, strides 4 to 32."""
+    """The maps of the first stages of a torchvision ResNet or ResNeXt, strides 4 to 32."""
 
     def __init__(self, network: Any, stages: int, frozen_stages: int) -> None:
         super().__init__()
@@ -121,7 +125,8 @@ class ResNetMaps(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images (B, 3, H, W) to one map of each stage, finest first."""
         x = F.max_pool2d(self.bn1(self.conv1(images)), kernel_size=3, stride=2, padding=1)
-        # After the pooling and not before it: the same numbers and gradients from a quarter of the cells.
+        # After the pooling and not before it: the same numbers and gradients from a quarter of the
+        # cells.
         x = F.relu(x, inplace=True)
         maps = []
         for name in self.stage_names:
@@ -135,6 +140,7 @@ class VGGMaps(nn.Module):
 
     def __init__(self, frozen_blocks: int) -> None:
         super().__init__()
+        # Without the last pooling and the classifier.
         self.features = torchvision.models.vgg16(weights=None).features[:30]
         starts = [
             0,
@@ -160,7 +166,10 @@ def keep_resolution(stage: Any) -> None:
 def resnet(
     block: type[nn.Module], layers: Sequence[int], groups: int, width: int, norm: NormLayer | None
 ) -> nn.Module:
-    """A torchvision residual network without weights. `norm` None leaves its own batch-norm, to be folded."""
+    """A torchvision residual network without weights.
+
+    `norm` None leaves its own batch-norm, to be folded.
+    """
     network: nn.Module = torchvision.models.ResNet(
         block, list(layers), groups=groups, width_per_group=width, norm_layer=norm
     )

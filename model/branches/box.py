@@ -1,4 +1,4 @@
-"""The box branch: a trunk on each RoI, class logits and box offsets, their losses and the final detections.
+"""The box branch: class logits and box offsets of each RoI, their losses, the final detections.
 
 Axes: B images, R RoIs, K classes, D padded detections, Q padded proposals.
 """
@@ -23,7 +23,10 @@ _MIN_SIDE_PX = 1e-2  # of a detection, as in torchvision
 
 
 class FCTrunk(nn.Module):
-    """Fully connected layers with ReLU on the flattened RoI features. `dropout` follows every layer (VGG's recipe)."""
+    """Fully connected layers with ReLU on the flattened RoI features.
+
+    `dropout` follows every layer (VGG's recipe).
+    """
 
     def __init__(self, in_features: int, widths: list[int], dropout: float) -> None:
         super().__init__()
@@ -34,7 +37,7 @@ class FCTrunk(nn.Module):
         self.dropout = dropout
 
     def forward(self, features: Tensor, keys_R: Tensor) -> Tensor:
-        """RoI features to hidden features (R, C); keys_R: what the noise of each RoI is drawn from."""
+        """RoI features to hidden features (R, C). keys_R: a RoI's dropout is drawn from its key."""
         x = features.flatten(1)
         for layer, fc in enumerate(self.fc):
             x = F.relu(fc(x), inplace=True)
@@ -44,7 +47,7 @@ class FCTrunk(nn.Module):
 
 
 def keyed_dropout(x_RC: Tensor, keys_R: Tensor, layer: int, probability: float) -> Tensor:
-    """Dropout whose draws belong to the RoI (`keys_R`) and the unit, not to a position in the batch or a rank."""
+    """Dropout whose draws belong to the RoI (`keys_R`) and the unit, whatever batch and rank."""
     # Each layer draws from indices of its own; no layer is as wide as 2 ** 20.
     units = torch.arange(x_RC.shape[1], device=x_RC.device) + layer * (1 << 20)
     draw = noise(keys_R[:, None], DROPOUT_STREAM, units)
@@ -54,14 +57,17 @@ def keyed_dropout(x_RC: Tensor, keys_R: Tensor, layer: int, probability: float) 
 class MeanTrunk(nn.Module):
     """Average pooling alone: what follows C4's res5."""
 
-    def forward(self, features: Tensor, keys_R: Tensor) -> Tensor:
+    def forward(self, features: Tensor, keys_R: Tensor) -> Tensor:  # noqa: ARG002 - no dropout here
         """RoI features (R, C, S, S) to their means, (R, C)."""
         return features.mean(dim=(2, 3))
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """Detected boxes of a batch in canvas pixels, best first: (B, D, 4), scores, labels and valid (B, D)."""
+    """The detected boxes of a batch, best first.
+
+    boxes_xyxy: (B, D, 4), canvas pixels. scores, labels, valid: (B, D).
+    """
 
     boxes_xyxy: Tensor
     scores: Tensor
@@ -73,7 +79,8 @@ class Boxes:
 class BoxSelection:
     """Which (proposal, class) pairs become detections.
 
-    Those above the threshold are decoded, clipped and suppressed within their class; the best `most` of an image stay.
+    Those above the threshold are decoded, clipped and suppressed within their class; the best
+    `most` of an image stay.
     """
 
     score_threshold: float
@@ -105,6 +112,7 @@ class BoxSelection:
         self, boxes_Q4: Tensor, scores_QK: Tensor, offsets_QK4: Tensor, size_2: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes, scores and labels, best first."""
+        # One proposal may become several detections, one of each class (Fast R-CNN).
         row, labels = (scores_QK > self.score_threshold).nonzero(as_tuple=True)
         own = offsets_QK4[row, labels if offsets_QK4.shape[1] > 1 else 0]
         decoded = clip(decode(boxes_Q4[row], own, OFFSET_WEIGHTS)[None], size_2[None])[0]
@@ -138,7 +146,7 @@ class BoxBranch(nn.Module):
         self.selection = selection
 
     def forward(self, features: Tensor, keys_R: Tensor) -> tuple[Tensor, Tensor]:
-        """RoI features to logits (R, K + 1) in the order of `background_first` and offsets (R, K or 1, 4)."""
+        """RoI features to logits (R, K + 1) and offsets (R, K or 1, 4)."""
         hidden = self.trunk(features, keys_R)
         return self.class_logits(hidden), self.offsets(hidden).unflatten(1, (-1, 4))
 
@@ -150,7 +158,10 @@ class BoxBranch(nn.Module):
         object_boxes_R4: Tensor,
         positive_R: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Class loss over all RoIs and box loss over the positives, on the true class's offsets, as sums."""
+        """Class loss over all RoIs and box loss over the positives, as sums.
+
+        The box loss reads the offsets of the true class.
+        """
         classes = class_loss(logits, self._target(rois.labels, positive_R > 0), rois.weight)
         # Background RoIs take the last class's offsets; they weigh nothing.
         own = (
@@ -164,8 +175,8 @@ class BoxBranch(nn.Module):
 
     def _target(self, labels_R: Tensor, positive_R: Tensor) -> Tensor:
         """The place of each RoI's class among the logits."""
-        # An object's label outside [0, K) gets a place that does not exist: cross-entropy fails on it. A check of
-        # the labels here would make a GPU wait.
+        # An object's label outside [0, K) gets a place that does not exist: cross-entropy fails on
+        # it. A check of the labels here would make a GPU wait.
         target = (labels_R + 1) % (self.num_classes + 1) if self.background_first else labels_R
         wrong = positive_R & ((labels_R < 0) | (labels_R >= self.num_classes))
         return target.masked_fill(wrong, self.num_classes + 1)
@@ -173,4 +184,5 @@ class BoxBranch(nn.Module):
     def scores(self, logits: Tensor) -> Tensor:
         """Probabilities of the K foreground classes, (R, K), in float32."""
         probabilities = logits.float().softmax(dim=1)
+        # The background has no detections.
         return probabilities[:, 1:] if self.background_first else probabilities[:, :-1]

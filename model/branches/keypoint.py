@@ -1,4 +1,4 @@
-"""The keypoint branch: one M x M map per keypoint, trained as a classification over its positions (section 5).
+"""The keypoint branch: one M x M map per keypoint, a classification over its positions (section 5).
 
 Axes: R RoIs, P keypoint types, M map side.
 """
@@ -54,6 +54,7 @@ class KeypointBranch(nn.Module):
 
     def count(self, rois: FlatRoIs, keypoints_BGP3: Tensor) -> Tensor:
         """How many keypoints `loss` sums over."""
+        # From the same targets as the loss: a count without the heads has to agree with it.
         _, inside = keypoint_targets(
             keypoints_BGP3[rois.image, rois.objects], rois.boxes_xyxy, self.side
         )
@@ -61,7 +62,9 @@ class KeypointBranch(nn.Module):
 
 
 def keypoint_targets(keypoints_RP3: Tensor, rois_R4: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """The cell of each keypoint in a side x side grid over its RoI as int64 (R, P), and whether it counts, bool (R, P).
+    """The cell of each keypoint in a side x side grid over its RoI, int64, and whether it counts.
+
+    Both are (R, P).
 
     A point on the right or lower edge belongs to the last cell; visibility 0 never counts.
     """
@@ -81,8 +84,8 @@ def keypoint_targets(keypoints_RP3: Tensor, rois_R4: Tensor, side: int) -> tuple
 def keypoint_positions(logits_RPMM: Tensor, rois_R4: Tensor) -> Tensor:
     """(R, P, 3) as x, y in the pixels of the RoIs, and the logit there.
 
-    As in the released code: the map is resized (bicubic) to the RoI's size in whole pixels, and the largest value
-    is at its pixel's centre.
+    As in the released code: the map is resized (bicubic) to the RoI's size in whole pixels, and the
+    largest value is at its pixel's centre.
     """
     # RoI by RoI: each has a size of its own, and bicubic interpolation takes one size at a time.
     results = []

@@ -1,6 +1,7 @@
-"""The mask branch: heads, targets, the two losses of Table 2b, and the masks that each inference makes of logits.
+"""The mask branch: heads, targets, the two losses of Table 2b, inferences.
 
-Axes: R RoIs, C channels of the logits, K classes, M mask side, S side of a stored mask crop, G objects.
+Axes: R RoIs, C channels of the logits, K classes, M mask side, S side of a stored mask crop, G
+objects.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ Paste = Callable[[Tensor, Tensor, int, int], Tensor]  # see `model.branches.past
 
 
 class FCNHead(nn.Module):
-    """`convs` 3 x 3 convolutions, a 2 x 2 deconvolution of stride 2 and a 1 x 1 predictor (Mask R-CNN, Fig. 4)."""
+    """The convolutional head (Mask R-CNN, Fig. 4).
+
+    `convs` 3 x 3 convolutions, a 2 x 2 deconvolution of stride 2 and a 1 x 1 predictor.
+    """
 
     def __init__(self, in_channels: int, convs: int, width: int, out_channels: int) -> None:
         super().__init__()
@@ -65,7 +69,7 @@ def own_channel_product(hidden_RCMM: Tensor, weight_RC: Tensor) -> Tensor:
 
 
 class MLPHead(nn.Module):
-    """Fully connected layers on the flattened RoI features, then all C x M x M logits at once (Table 2e)."""
+    """The MLP head: fully connected layers, then all C x M x M logits at once (Table 2e)."""
 
     def __init__(
         self, in_features: int, layers: int, width: int, out_channels: int, side: int
@@ -94,7 +98,10 @@ Head: TypeAlias = FCNHead | MLPHead
 
 
 class Masks(Protocol):
-    """What the logits of a head mean: a mask loss. A new one is a class with these three methods."""
+    """What the logits of a head mean: a mask loss.
+
+    A new one is a class with these three methods.
+    """
 
     def logits(self, head: Head, features: Tensor, labels_R: Tensor) -> Tensor:
         """The logits that `loss` and `probabilities` read, of each RoI's features."""
@@ -103,11 +110,17 @@ class Masks(Protocol):
     def loss(
         self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor
     ) -> Tensor:
-        """The loss, summed over RoIs. object_boxes: (B, G, 4). crops: (B, G, S, S). labels: (B, G)."""
+        """The loss, summed over RoIs.
+
+        object_boxes: (B, G, 4). crops: (B, G, S, S). labels: (B, G).
+        """
         ...
 
     def probabilities(self, logits: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
-        """Inference name to a map (R, M, M) that reaches 0.5 on the object, the configured one first."""
+        """A map (R, M, M) for each inference, by name; the configured one is first.
+
+        A map reaches 0.5 on the object.
+        """
         ...
 
 
@@ -129,7 +142,12 @@ class SigmoidMasks:
         return head.own(features, channel)
 
     def loss(
-        self, logits: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor
+        self,
+        logits: Tensor,
+        rois: FlatRoIs,
+        object_boxes: Tensor,
+        crops: Tensor,
+        labels: Tensor,  # noqa: ARG002 - `logits` took the channel of the class already
     ) -> Tensor:
         """As `Masks.loss`. logits: (R, M, M)."""
         boxes = object_boxes[rois.image, rois.objects]
@@ -138,7 +156,11 @@ class SigmoidMasks:
         )
         return sigmoid_mask_loss(logits, inside.to(rois.weight.dtype), rois.weight)
 
-    def probabilities(self, logits: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
+    def probabilities(
+        self,
+        logits: Tensor,
+        labels_R: Tensor,  # noqa: ARG002 - `logits` took the channel of the class already
+    ) -> dict[str, Tensor]:
         """The only inference. logits: (R, M, M)."""
         return {"sigmoid": logits.float().sigmoid()}
 
@@ -146,8 +168,9 @@ class SigmoidMasks:
 class SoftmaxMasks:
     """Classes and background (the last channel) compete in every pixel.
 
-    Targets: the RoI's object has its class; pixels outside it are background or, with `others_own_class`, the class
-    of another object of the image that covers them (of several, the first in the batch's order).
+    Targets: the RoI's object has its class; pixels outside it are background or, with
+    `others_own_class`, the class of another object of the image that covers them (of several, the
+    first in the batch's order).
     """
 
     def __init__(self, others_own_class: bool, inference: SoftmaxInference) -> None:
@@ -155,7 +178,12 @@ class SoftmaxMasks:
         names = get_args(SoftmaxInference)
         self.order = (inference, *(other for other in names if other != inference))
 
-    def logits(self, head: Head, features: Tensor, labels_R: Tensor) -> Tensor:
+    def logits(
+        self,
+        head: Head,
+        features: Tensor,
+        labels_R: Tensor,  # noqa: ARG002 - all classes compete, so all are needed
+    ) -> Tensor:
         """Every class and background, (R, C, M, M)."""
         logits: Tensor = head(features)
         return logits
@@ -188,8 +216,10 @@ class SoftmaxMasks:
     def probabilities(self, logits: Tensor, labels_R: Tensor) -> dict[str, Tensor]:
         """As `Masks.probabilities`, for every inference.
 
-        probability: p_k. argmax: p_k / (p_k + the largest other p). versus_background: p_k / (p_k + p_background).
+        probability: p_k. argmax: p_k / (p_k + the largest other p). versus_background: p_k / (p_k +
+        p_background).
         """
+        # In fp32 under autocast too: 0.5 decides a pixel, and bf16 has 8 significant bits.
         logits = logits.float()
         own = own_channel(logits, labels_R)
         channel = torch.arange(logits.shape[1], device=logits.device)
@@ -203,12 +233,12 @@ class SoftmaxMasks:
 
 
 class MaskBranch(nn.Module):
-    """A head on the mask features of each RoI, the meaning of its logits, and how masks are pasted."""
+    """A head on the mask features of each RoI, and what its logits mean."""
 
     def __init__(
         self, head: Head, masks: Masks, side: int, loss_weight: float, paste: Paste = paste_all
     ) -> None:
-        """side: of the predicted masks. paste: used by `predict_image` alone; evaluation pastes on its own."""
+        """side: of the predicted masks. paste: for `predict_image` alone."""
         super().__init__()
         self.head = head
         self.masks = masks
@@ -219,7 +249,7 @@ class MaskBranch(nn.Module):
     def loss(
         self, features: Tensor, rois: FlatRoIs, object_boxes: Tensor, crops: Tensor, labels: Tensor
     ) -> Tensor:
-        """The mask loss of RoI features, summed over RoIs. object_boxes: (B, G, 4). crops: (B, G, S, S)."""
+        """As `Masks.loss`, of RoI features."""
         logits = self.masks.logits(self.head, features, rois.labels)
         return self.masks.loss(logits, rois, object_boxes, crops, labels)
 
@@ -235,10 +265,10 @@ def own_channel(logits_RCMM: Tensor, channel_R: Tensor) -> Tensor:
 
 
 def sample_crops(crops_RSS: Tensor, crop_boxes_R4: Tensor, rois_R4: Tensor, side: int) -> Tensor:
-    """bool (R, M, M): whether the object covers the centre of each cell of an M x M grid over the RoI.
+    """Whether the object covers the centre of each cell of a grid over the RoI: bool (R, M, M).
 
-    crops_RSS: uint8, each object's mask sampled over `crop_boxes_R4`; nothing of it lies outside. Bilinear between
-    the crop's cell centres, at 0.5.
+    crops_RSS: uint8, each object's mask sampled over `crop_boxes_R4`; nothing of it lies outside.
+    Bilinear between the crop's cell centres, at 0.5.
     """
     start, end = crop_boxes_R4[:, None, :2], crop_boxes_R4[:, None, 2:]
     steps = (torch.arange(side, device=rois_R4.device, dtype=rois_R4.dtype) + 0.5) / side
@@ -251,6 +281,8 @@ def sample_crops(crops_RSS: Tensor, crop_boxes_R4: Tensor, rois_R4: Tensor, side
         relative[:, None, :, 0].expand(-1, side, -1),
         relative[:, :, None, 1].expand(-1, -1, side),
     )
+    # The border repeats, and the mask below cuts it: zeros as padding would thin objects at the
+    # edge of a crop.
     values = F.grid_sample(
         crops_RSS[:, None].to(rois_R4.dtype),
         torch.stack([x, y], dim=-1),

@@ -1,7 +1,8 @@
 """From the M x M map of a box to the pixels of its image.
 
-A pixel (row i, column j) has its centre at (j + 0.5, i + 0.5), and an M x M map has its values at the centres of an
-M x M grid over the box; between them it is bilinear, beyond the outermost centres constant, outside the box nothing.
+A pixel (row i, column j) has its centre at (j + 0.5, i + 0.5). An M x M map has its
+values at the centres of an M x M grid over the box. It is bilinear between them, constant beyond
+the outermost ones, and zero outside the box.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 def paste_mask(
     mask_MM: Tensor, box_xyxy: Tensor, height: int, width: int
 ) -> tuple[Tensor, int, int]:
-    """uint8 (h, w) of the pixels that reach 0.5, and the crop's top row and left column in the image.
+    """The pixels that reach 0.5, uint8 (h, w), and the crop's top row and left column in the image.
 
     The crop holds the pixels whose centre is inside both the box and the image, and may be empty.
     """
@@ -40,11 +41,12 @@ def paste_soft(
 def _pixels(start: float, end: float, limit: int) -> tuple[int, int]:
     """The range of pixels whose centres lie in [start, end) and in the image."""
     first = min(max(math.ceil(start - 0.5), 0), limit)
+    # An empty range, not a negative one, for a box outside the image.
     return first, max(min(math.ceil(end - 0.5), limit), first)
 
 
 def _interpolation(first: int, last: int, start: float, end: float, side: int) -> Tensor:
-    """(last - first, side): each pixel's value as a linear combination of the map's row or column of values."""
+    """The weights of a map's values on one axis for each pixel: (last - first, side)."""
     centres = torch.arange(first, last, dtype=torch.float64) + 0.5
     place = ((centres - start) / max(end - start, 1e-6) * side - 0.5).clamp(0, side - 1)
     distance = (place[:, None] - torch.arange(side, dtype=torch.float64)).abs()
@@ -54,6 +56,7 @@ def _interpolation(first: int, last: int, start: float, end: float, side: int) -
 def paste_all(masks_DMM: Tensor, boxes_D4: Tensor, height: int, width: int) -> Tensor:
     """Soft masks over the whole image, float (D, height, width), zero outside each box."""
     image = masks_DMM.new_zeros(len(masks_DMM), height, width)
+    # Box by box: each covers its own part of the image, and the parts differ in size.
     for canvas, mask, box in zip(image, masks_DMM, boxes_D4, strict=True):
         soft, top, left = paste_soft(mask, box, height, width)
         canvas[top : top + soft.shape[0], left : left + soft.shape[1]] = soft
@@ -61,7 +64,10 @@ def paste_all(masks_DMM: Tensor, boxes_D4: Tensor, height: int, width: int) -> T
 
 
 def paste_all_torchvision(masks_DMM: Tensor, boxes_D4: Tensor, height: int, width: int) -> Tensor:
-    """`paste_all` by torchvision's convention: a border of zeros around the map, whole-pixel boxes with `+1` sides."""
+    """`paste_all` by torchvision's convention.
+
+    The map has a border of zeros, and boxes are whole pixels with `+1` sides.
+    """
     side = masks_DMM.shape[-1]
     padded = F.pad(masks_DMM, (1, 1, 1, 1))
     centres, half = (

@@ -1,4 +1,7 @@
-"""The compiled kernels for a detector that trains on a CPU. Nothing outside `model.cpu` knows of them."""
+"""The compiled kernels for a detector that trains on a CPU.
+
+Nothing outside `model.cpu` knows of them.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,12 @@ from model.rpn.nms import Suppression
 
 
 def accelerate(detector: Detector) -> str:
-    """Puts the kernels in place of torch's modules, if the detector is on the CPU and they were compiled.
+    """Puts the kernels in place of torch's modules, if they were compiled; for a detector on a CPU.
 
-    Parameters and buffers stay the same objects under the same names, so that optimisers, checkpoints and averages
-    see no change. Returns `kernels` of its device.
+
+
+    Parameters and buffers stay the same objects under the same names, so that optimisers,
+    checkpoints and averages see no change. Returns `kernels` of its device.
     """
     device = next(detector.parameters()).device
     if device.type != "cpu" or not native.available():
@@ -36,7 +41,7 @@ def accelerate(detector: Detector) -> str:
 
 
 def kernels(device: torch.device) -> str:
-    """What computes for an accelerated detector on this device: "compiled CHECKSUM of native.c" or "torch"."""
+    """What computes for an accelerated detector: "torch", or "compiled" and native.c's checksum."""
     compiled = device.type == "cpu" and native.available()
     return f"compiled {native.source():08x}" if compiled else "torch"
 
@@ -54,7 +59,8 @@ def swap(parent: nn.Module, in_evaluation: bool = False) -> None:
 def _fast(module: nn.Module, in_evaluation: bool) -> nn.Module | None:
     """The module by kernels, or None if there is none.
 
-    Types are compared exactly: a subclass does something of its own, and a swapped module is not swapped again.
+    Types are compared exactly: a subclass does something of its own, and a swapped module is not
+    swapped again.
     """
     if type(module) is nn.Conv2d:
         return Convolution(module, in_evaluation)

@@ -1,7 +1,8 @@
 """RoIAlign's mean on the CPU as a weighted sum of cells.
 
-Bilinear sampling is linear and separable, so that a bin is a sum over the cells of its rows and columns. The numbers
-are those of torchvision's kernel, whose backward pass scatters each sample of each channel on its own.
+Bilinear sampling is linear and separable, so that a bin is a sum over the cells of its rows and
+columns. The numbers are those of torchvision's kernel, whose backward pass scatters each sample of
+each channel on its own.
 
 Axes: R RoIs, N images, C channels, S side of the crops, T = 2 samples taps of a bin on one axis.
 """
@@ -27,7 +28,10 @@ _MAX_SAMPLES = 8  # native.c has room for 16 x 16 cells of a bin
 
 
 class BinMean(nn.Module):
-    """`SampleMean` in training by our kernel; inference keeps torchvision's, and so its rounding."""
+    """`SampleMean` in training by our kernel.
+
+    Inference keeps torchvision's, and so its rounding.
+    """
 
     def forward(
         self,
@@ -39,7 +43,8 @@ class BinMean(nn.Module):
         aligned: bool,
     ) -> Tensor:
         """As `SampleMean`."""
-        # Maps without a gradient are those of inference: a `training` flag does not tell of frozen layers.
+        # Maps without a gradient are those of inference: a `training` flag does not tell of frozen
+        # layers.
         if features.requires_grad and fits(features, rois_R5, samples):
             return align_by_bins(features, rois_R5, scale, side, samples, aligned)
         return sample_mean(features, rois_R5, scale, side, samples, aligned)
@@ -72,7 +77,8 @@ def _taps(
 ) -> tuple[Tensor, Tensor]:
     """Cells (R, side, 2 samples), int32, and weights of each bin on one axis.
 
-    Points more than one cell outside weigh 0. A RoI that is not finite has weights that are not, and cells inside.
+    Points more than one cell outside weigh 0. A RoI that is not finite has weights that are not,
+    and cells inside.
     """
     step = (torch.arange(side * samples, dtype=start_R.dtype, device=start_R.device) + 0.5) / (
         side * samples
@@ -103,6 +109,11 @@ def _forward(
     return crops
 
 
+def _fake(x: Tensor, _image: Tensor, rows: Tensor, *_: Tensor) -> Tensor:
+    crops = x.new_empty(rows.shape[0], x.shape[1], rows.shape[1], rows.shape[1])
+    return crops.contiguous(memory_format=torch.channels_last)
+
+
 def _keep(ctx: Context, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
     ctx.save_for_backward(*inputs[1:])
     ctx.sizes = tuple(inputs[0].shape)
@@ -116,13 +127,13 @@ def _backward(ctx: Context, gradient: Tensor) -> Gradients:
     return to_x, None, None, None, None, None
 
 
-# Crops (R, C, S, S) of maps (N, C, H, W). image: (R,) int32. rows, columns: (R, S, T) int32. Weights: (R, S, T).
+# Crops (R, C, S, S) of maps (N, C, H, W). image: (R,) int32. rows, columns: (R, S, T) int32.
+# Weights: (R, S, T).
 bins = register(
-    "bins(Tensor x, Tensor image, Tensor rows, Tensor row_weights, Tensor columns, Tensor column_weights) -> Tensor",
+    "bins(Tensor x, Tensor image, Tensor rows, Tensor row_weights, Tensor columns, "
+    "Tensor column_weights) -> Tensor",
     _forward,
-    lambda x, image, rows, row_weights, columns, column_weights: x.new_empty(
-        rows.shape[0], x.shape[1], rows.shape[1], rows.shape[1]
-    ).contiguous(memory_format=torch.channels_last),
+    _fake,
     _keep,
     _backward,
 )

@@ -1,6 +1,7 @@
 """Convolutions on the CPU in training, each in the way that is fastest for its shape.
 
-The numbers are torch's but for rounding. Only torch has gradients of gradients: a second backward pass raises.
+The numbers are torch's but for rounding. Only torch has gradients of gradients: a second backward
+pass raises.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from model.cpu import native, windows, winograd
 class Convolution(nn.Conv2d):
     """A convolution by the kernels, in training.
 
-    With `in_evaluation` in evaluation too. Layers that rank and place boxes are torch's there: they round as in
-    other implementations, so that one's weights give another's detections to the hundredth of a pixel.
+    With `in_evaluation` in evaluation too. Layers that rank and place boxes are torch's there: they
+    round as in other implementations, so that one's weights give another's detections to the
+    hundredth of a pixel.
     """
 
     def __init__(self, conv: nn.Conv2d, in_evaluation: bool = False) -> None:

@@ -52,6 +52,13 @@ def _forward(
     return y, moments
 
 
+def _fake(
+    x: Tensor, _weight: Tensor, _bias: Tensor, groups: int, *_: float
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    return y, x.new_empty(x.shape[0], groups, 2)
+
+
 def _keep(ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight = inputs[:2]
     ctx.save_for_backward(x, weight, output[1])
@@ -60,7 +67,8 @@ def _keep(ctx: Context, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor
 def _backward(ctx: Context, gradient: Tensor, of_moments: Tensor) -> Gradients:  # noqa: ARG001
     x, weight, moments = ctx.saved_tensors
     images, channels, height, width = x.shape
-    # What each image adds to the gradients of weight and bias; summed here, in an order that threads do not change.
+    # What each image adds to the gradients of weight and bias; summed here, in an order that
+    # threads do not change.
     to_x, shares = empty_maps(*x.shape), x.new_empty(2, images, channels)
     room = workspace(8 * images * channels)
     tensors = (cells(gradient), cells(x), weight, moments, cells(to_x), shares, room)
@@ -69,14 +77,10 @@ def _backward(ctx: Context, gradient: Tensor, of_moments: Tensor) -> Gradients: 
     return to_x, to_weight, to_bias, None, None
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
 group_norm = register(
     "group_norm(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> (Tensor, Tensor)",
     _forward,
-    lambda x, weight, bias, groups, eps: (_like(x), x.new_empty(x.shape[0], groups, 2)),
+    _fake,
     _keep,
     _backward,
 )

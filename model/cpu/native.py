@@ -1,7 +1,7 @@
-"""The C library of native.c, and how its kernels become operators of torch. Only this file knows ctypes.
+"""The C library of native.c and its operators for torch. Only this file knows ctypes.
 
-`setup.py` compiles the library when maskray is installed; without gcc 12 or newer there is none. Whoever calls a
-kernel asks `takes` first, and has torch's own operation for the other case.
+`setup.py` compiles the library when maskray is installed; without gcc 12 or newer there is none.
+Whoever calls a kernel asks `takes` first, and has torch's own operation for the other case.
 """
 
 from __future__ import annotations
@@ -118,21 +118,23 @@ def takes(*tensors: Tensor) -> bool:
 def register(
     schema: str,
     kernel: Callable[P, R],
-    fake: Callable[P, R],
+    fake: Callable[..., R],
     keep: Callable[[Context, tuple[Tensor, ...], R], None] | None = None,
     backward: Callable[..., Gradients] | None = None,
 ) -> Callable[P, R]:
     """Makes `torch.ops.maskray.NAME` of a function that runs kernels, and returns it.
 
-    schema: as `torch.library` reads it, "NAME(Tensor x, int stride) -> Tensor". fake: the shape of the result, for
-    tracers. keep: saves for the backward pass. backward: the gradients; a second backward pass raises.
+    schema: as `torch.library` reads it, "NAME(Tensor x, int stride) -> Tensor". fake: the shape of
+    the result, for tracers. keep: saves for the backward pass. backward: the gradients; a second
+    backward pass raises.
     """
     name, bracket, rest = schema.partition("(")
     torch.library.define(f"maskray::{name}", bracket + rest)
     torch.library.impl(f"maskray::{name}", "cpu", kernel)
     torch.library.register_fake(f"maskray::{name}", fake)
     if backward is not None:
-        # The kernels of a backward pass have no gradients: unmarked, a second pass would take them for constants.
+        # The kernels of a backward pass have no gradients: unmarked, a second pass would take them
+        # for constants.
         torch.library.register_autograd(
             f"maskray::{name}", once_differentiable(backward), setup_context=keep
         )
@@ -152,7 +154,8 @@ def run(kernel: str, *arguments: Tensor | int | float) -> None:
 def workspace(numbers: int) -> Tensor:
     """At least so many floats for one kernel, the thread's own.
 
-    They are kept, at the size of the largest: 0.23 GB after a stem's gradient on two images of 1344 x 1344.
+    They are kept, at the size of the largest: 0.23 GB after a stem's gradient on two images of 1344
+    x 1344.
     """
     # Fresh memory for each kernel would cost too much: the system clears its pages first.
     buffer: Tensor | None = getattr(_thread, "workspace", None)
@@ -163,8 +166,8 @@ def workspace(numbers: int) -> Tensor:
 
 def empty_maps(images: int, channels: int, height: int, width: int) -> Tensor:
     """Uninitialised maps (N, C, H, W), channels last."""
-    # No view of anything: a residual block adds to its maps in place, and autograd refuses that on a view.
-    # The device is named, because a person may have set another default.
+    # No view of anything: a residual block adds to its maps in place, and autograd refuses that on
+    # a view. The device is named, because a person may have set another default.
     shape = (images, channels, height, width)
     return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
 

@@ -2,7 +2,8 @@
 
 Such a row is one piece of memory in channels-last maps.
 
-Axes: N images, H x W cells, C input and O output channels, K x K windows, T x U outputs of an image.
+Axes: N images, H x W cells, C input and O output channels, K x K windows, T x U outputs of an
+image.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def fits(conv: nn.Conv2d, x: Tensor) -> bool:
     if any(pair[0] != pair[1] for pair in (conv.kernel_size, conv.stride, conv.padding)):
         return False
     smallest = min(x.shape[2:]) + 2 * conv.padding[0]
-    # The stem has 3 inputs, images, which have no gradient: only that kernel wants whole panels of inputs.
+    # The stem has 3 inputs, images, which have no gradient: only that kernel wants whole panels of
+    # inputs.
     whole = conv.out_channels % LANES == 0 and (
         conv.in_channels % LANES == 0 or not x.requires_grad
     )
@@ -189,7 +191,8 @@ def _backward_of_deconvolution(ctx: Context, gradient: Tensor) -> Gradients:
     return to_x, to_weight, None
 
 
-# conv2d(x, weight, stride=stride, padding=padding), channels last. x: (N, C, H, W). weight: (O, C, K, K).
+# conv2d(x, weight, stride=stride, padding=padding), channels last.
+# x: (N, C, H, W). weight: (O, C, K, K).
 convolve = register(
     "windows(Tensor x, Tensor weight, int stride, int padding) -> Tensor",
     _forward,

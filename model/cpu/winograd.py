@@ -1,10 +1,11 @@
 """3 x 3 convolutions of stride 1 on the CPU with a quarter of the multiplications.
 
-The algorithm is F(4 x 4, 3 x 3) of Lavin and Gray (arXiv 1509.09308): a tile of 4 x 4 outputs is the transform of
-products of 6 x 6 transformed inputs and weights, which over all channels are 36 matrix products (native.c). The
-interpolation points 0, +-sqrt(1/2), +-sqrt(2) and infinity keep rounding errors small. These errors scale with the
-largest number of a tile, and a number that is not finite spreads over its tile. CPU libraries have no such kernel for
-fp32 without AVX-512; GPUs choose their own.
+The algorithm is F(4 x 4, 3 x 3) of Lavin and Gray (arXiv 1509.09308): a tile of 4 x 4 outputs is
+the transform of products of 6 x 6 transformed inputs and weights, which over all channels are 36
+matrix products (native.c). The interpolation points 0, +-sqrt(1/2), +-sqrt(2) and infinity keep
+rounding errors small. These errors scale with the largest number of a tile, and a number that is
+not finite spreads over its tile. CPU libraries have no such kernel for fp32 without AVX-512; GPUs
+choose their own.
 
 Axes: N images, H x W cells, C input and O output channels.
 """
@@ -26,14 +27,18 @@ from model.cpu.native import (
 )
 
 _TILE, _POINTS = 4, 36
-# Tiles of one band: their transforms stay in a cache, and the weights are read once for all of them.
+# Tiles of one band: their transforms stay in a cache, and the weights are read once for all of
+# them.
 _BAND_TILES = 36
 _MAX_CHANNELS = 4096  # native.c has so many zeros for the cells outside
 _MIN_TILES = 8  # with fewer, transforming the weights costs more than it saves
 
 
 def pays_off(x: Tensor, weight: Tensor) -> bool:
-    """Whether `convolve` takes these and is faster than torch. x: (N, C, H, W). weight: (O, C, 3, 3)."""
+    """Whether `convolve` takes these and is faster than torch.
+
+    x: (N, C, H, W). weight: (O, C, 3, 3).
+    """
     whole = all(
         channels % LANES == 0 and channels <= _MAX_CHANNELS for channels in weight.shape[:2]
     )
@@ -98,7 +103,8 @@ def _backward(ctx: Context, gradient: Tensor) -> Gradients:
     return to_x, _weight_gradient(x, gradient) if of_weight else None
 
 
-# conv2d(x, weight, padding=1), channels last. x: (N, C, H, W). weight: (O, C, 3, 3). Both have multiples of 16 channels.
+# conv2d(x, weight, padding=1), channels last. x: (N, C, H, W). weight: (O, C, 3, 3). Both have
+# multiples of 16 channels.
 convolve = register(
     "winograd(Tensor x, Tensor weight) -> Tensor",
     _forward,

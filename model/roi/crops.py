@@ -13,7 +13,10 @@ from model.roi.operations import RoIOperation
 
 
 class SeparateCrops(nn.Module):
-    """Two crops of one RoI: 7 x 7 for the box head and 14 x 14 for masks and keypoints (FPN, C5)."""
+    """Two crops of one RoI (FPN, C5).
+
+    The box head reads 7 x 7 cells, masks and keypoints 14 x 14.
+    """
 
     def __init__(self, box: RoIOperation, mask: RoIOperation) -> None:
         super().__init__()
@@ -21,22 +24,31 @@ class SeparateCrops(nn.Module):
         self.mask = mask
 
     def for_boxes(self, maps: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
+        """(R, C, 7, 7)."""
         crops: Tensor = self.box(maps, rois_R5)
         return crops
 
     def for_masks(self, maps: Sequence[Tensor], rois_P5: Tensor) -> Tensor:
+        """(P, C, 14, 14)."""
         crops: Tensor = self.mask(maps, rois_P5)
         return crops
 
     def for_positives(
-        self, maps: Sequence[Tensor], rois_P5: Tensor, box_features: Tensor, rows_P: Tensor
+        self,
+        maps: Sequence[Tensor],
+        rois_P5: Tensor,
+        box_features: Tensor,  # noqa: ARG002 - they have another side
+        rows_P: Tensor,  # noqa: ARG002
     ) -> Tensor:
-        """The mask features of training RoIs, of which `box_features[rows_P]` are the box features."""
+        """The mask features of training RoIs, whose box features are `box_features[rows_P]`."""
         return self.for_masks(maps, rois_P5)
 
 
 class SharedCrops(nn.Module):
-    """One crop through res5 to 7 x 7 features that feed every head (C4). In training they are computed once."""
+    """One crop through res5 to 7 x 7 features that feed every head (C4).
+
+    In training they are computed once.
+    """
 
     def __init__(self, crop: RoIOperation, res5: nn.Module) -> None:
         super().__init__()
@@ -44,13 +56,20 @@ class SharedCrops(nn.Module):
         self.res5 = res5
 
     def for_boxes(self, maps: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
+        """(R, C, 7, 7)."""
         features: Tensor = self.res5(self.crop(maps, rois_R5))
         return features
 
     def for_masks(self, maps: Sequence[Tensor], rois_P5: Tensor) -> Tensor:
+        """(P, C, 7, 7): as for boxes, which inference chooses before it comes here."""
         return self.for_boxes(maps, rois_P5)
 
     def for_positives(
-        self, maps: Sequence[Tensor], rois_P5: Tensor, box_features: Tensor, rows_P: Tensor
+        self,
+        maps: Sequence[Tensor],  # noqa: ARG002
+        rois_P5: Tensor,  # noqa: ARG002
+        box_features: Tensor,
+        rows_P: Tensor,
     ) -> Tensor:
+        """The box features again: res5 is the costly part, and has seen these RoIs."""
         return box_features[rows_P]

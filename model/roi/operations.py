@@ -1,7 +1,7 @@
 """RoIAlign, RoIPool and RoIWarp over one or several feature maps.
 
-Axes: R RoIs, C channels. RoIs are (R, 5): image index in the batch, then x0, y0, x1, y1 in canvas pixels. No arm
-has a gradient to RoI coordinates, as published.
+Axes: R RoIs, C channels. RoIs are (R, 5): image index in the batch, then x0, y0, x1, y1 in canvas
+pixels. No arm has a gradient to RoI coordinates, as published.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ def sample_mean(
 
 
 class Align(nn.Module):
-    """RoIAlign: mean or max of `samples` x `samples` bilinear values per bin (Mask R-CNN, section 3).
+    """RoIAlign (Mask R-CNN, section 3): mean or max of `samples` x `samples` values per bin.
 
-    0 samples: as many as a bin has cells, rounded up (mean only). `aligned` puts the value of a pixel at its centre.
-    Without it (the first implementations) the value is at the corner, and a RoI is at least one cell wide.
+    0 samples: as many as a bin has cells, rounded up (mean only). `aligned` puts the value of a
+    pixel at its centre. Without it (the first implementations) the value is at the corner, and a
+    RoI is at least one cell wide.
     """
 
     def __init__(self, samples: int, reduce: str, aligned: bool) -> None:
@@ -62,7 +63,8 @@ class Align(nn.Module):
         if self.reduce == "mean":
             crops: Tensor = self.mean(features, rois_R5, scale, side, self.samples, self.aligned)
             return crops
-        # One sample per bin of a finer grid is every sample by itself; torchvision has no maximum of them.
+        # One sample per bin of a finer grid is every sample by itself; torchvision has no maximum
+        # of them.
         points = torchvision.ops.roi_align(
             features, rois_R5, (side * self.samples,) * 2, scale, 1, self.aligned
         )
@@ -70,7 +72,10 @@ class Align(nn.Module):
 
 
 class Pool(nn.Module):
-    """RoIPool: max over integer bins; corners are rounded to cells, and the last cell belongs to the RoI (Fast R-CNN)."""
+    """RoIPool (Fast R-CNN): max over integer bins.
+
+    Corners are rounded to cells, and the last cell belongs to the RoI.
+    """
 
     def forward(self, features: Tensor, rois_R5: Tensor, scale: float, side: int) -> Tensor:
         """(R, C, side, side) of maps (B, C, H, W); `scale` is 1 / stride."""
@@ -79,11 +84,12 @@ class Pool(nn.Module):
 
 
 class Warp(nn.Module):
-    """RoIWarp: RoIPool's quantised RoI, then RoIAlign's samples (MNC, as compared in Table 2c of Mask R-CNN).
+    """RoIWarp (MNC, as in Table 2c of Mask R-CNN): RoIPool's quantised RoI, RoIAlign's samples.
 
-    A corner at x canvas pixels becomes the cell round(x * scale), half away from zero. The RoI covers its cells
-    whole: from the left edge of the first to the right edge of the last (the `+1` of RoIPool). Each of the
-    side x side bins takes 2 x 2 bilinear samples; the value of a cell is at its centre.
+    A corner at x canvas pixels becomes the cell round(x * scale), half away from zero. The RoI
+    covers its cells whole: from the left edge of the first to the right edge of the last (the `+1`
+    of RoIPool). Each of the side x side bins takes 2 x 2 bilinear samples; the value of a cell is
+    at its centre.
     """
 
     def __init__(self, reduce: str) -> None:
@@ -112,7 +118,8 @@ class RoIOperation(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
         """One (B, C, H, W) map per stride, finest first, to (R, C, side, side)."""
-        # A run that diverges has RoIs that are not numbers. Its loss shows that; torchvision's kernels would crash.
+        # A run that diverges has RoIs that are not numbers. Its loss shows that; torchvision's
+        # kernels would crash.
         rois_R5 = torch.nan_to_num(rois_R5.detach(), 0.0, 0.0, 0.0)
         if len(self.strides) == 1:
             crops: Tensor = self.crop(maps[0], rois_R5, 1 / self.strides[0], self.side)
@@ -129,10 +136,14 @@ class RoIOperation(nn.Module):
             self.crop(m, rois_R5[w], 1 / s, self.side)
             for m, w, s in zip(maps, where, self.strides, strict=True)
         ]
+        # Back to the order of the RoIs.
         return torch.cat(crops).index_select(0, torch.argsort(torch.cat(where)))
 
     def _all_levels(self, maps: Sequence[Tensor], rois_R5: Tensor, levels: Tensor) -> Tensor:
-        """Fixed shapes: a RoI is cropped from every map, as an empty corner from all but its own."""
+        """As `_by_level`, in fixed shapes.
+
+        Each RoI is cropped from every map; from all but its own it is an empty corner.
+        """
         result = None
         for i, (features, stride) in enumerate(zip(maps, self.strides, strict=True)):
             mine = levels == i
@@ -146,7 +157,10 @@ class RoIOperation(nn.Module):
 
 
 def assign_levels(boxes_R4: Tensor, strides: Sequence[int]) -> Tensor:
-    """Index (R,) into `strides`: floor(4 + log2(sqrt(wh) / 224)) as log2 of the stride, clamped (FPN, equation 1)."""
+    """Index (R,) into `strides` of the map of each box (FPN, equation 1).
+
+    The log2 of its stride is floor(4 + log2(sqrt(wh) / 224)), clamped.
+    """
     sides = torch.sqrt(
         (boxes_R4[:, 2] - boxes_R4[:, 0]).clamp(min=0)
         * (boxes_R4[:, 3] - boxes_R4[:, 1]).clamp(min=0)

@@ -13,10 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Samples:
-    """The RoIs that train the heads, padded to S slots an image; positives stand in the first `most_positives`.
+    """The RoIs that train the heads, padded to S slots an image.
 
-    rois_xyxy: (B, S, 4) canvas pixels. labels: (B, S) in [0, K), and K for background. objects: (B, S), the index
-    of the matched object. valid, positive: bool (B, S). keys: int64 (B, S), what noise of this RoI is drawn from.
+    Positives are in the first `most_positives` slots.
+
+    rois_xyxy: (B, S, 4) canvas pixels. labels: (B, S) in [0, K), and K for background. objects: (B,
+    S), the index of the matched object. valid, positive: bool (B, S). keys: int64 (B, S), what
+    noise of this RoI is drawn from.
     """
 
     rois_xyxy: Tensor
@@ -30,7 +33,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class FlatRoIs:
-    """R RoIs of all images. slot: index into the (B x S) slots. weight: 1, or 0 for padding and what does not count."""
+    """R RoIs of all images.
+
+    slot: index into the (B x S) slots. weight: 1, or 0 for padding and for RoIs that do not count.
+    """
 
     slot: Tensor
     image: Tensor
@@ -46,7 +52,9 @@ class FlatRoIs:
 
 
 def flatten(samples: Samples, active_BS: Tensor, slots: int, keep_padding: bool) -> FlatRoIs:
-    """The first `slots` of every image as one list, weighted by `active_BS`; inactive ones only with `keep_padding`.
+    """The first `slots` of every image as one list, weighted by `active_BS`.
+
+    Inactive ones are in it only with `keep_padding`.
 
     Dropping them makes a data-dependent length: free on the CPU, a sync on a GPU.
     """
@@ -57,6 +65,7 @@ def flatten(samples: Samples, active_BS: Tensor, slots: int, keep_padding: bool)
     )
     slot = place.flatten() if keep_padding else place[active_BS[:, :slots]]
 
+    # Slots count over whole rows of the padded tensors, also where only the first few are read.
     def take(values: Tensor) -> Tensor:
         return values.flatten(0, 1)[slot]
 

@@ -1,4 +1,4 @@
-"""Which proposals and objects train the heads (Fast R-CNN's sampling; the objects join the proposals).
+"""Which proposals train the heads (Fast R-CNN); the objects join the proposals.
 
 Axes: B images, Q padded proposals, G padded objects, S slots an image.
 """
@@ -39,7 +39,8 @@ class RoISampler:
     ) -> Samples:
         """The sampled RoIs; no gradient reaches their coordinates."""
         slots = torch.arange(objects_BG4.shape[1], device=objects_BG4.device)
-        # The identity of a candidate, not its place: padding and other ranks must not change what it draws.
+        # The identity of a candidate, not its place: padding and other ranks must not change what
+        # it draws.
         index = torch.cat([proposals.index, (OBJECT_INDEX + slots).expand_as(labels_BG)], dim=1)
         boxes = torch.cat([proposals.boxes_xyxy, objects_BG4], dim=1)
         valid = torch.cat([proposals.valid, valid_BG], dim=1)

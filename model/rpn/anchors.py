@@ -1,4 +1,7 @@
-"""Anchors of one level: every cell of a feature map carries the same boxes, shifted by the stride."""
+"""Anchors of one level.
+
+Every cell of a feature map carries the same boxes, shifted by the stride.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,11 @@ from torch import Tensor
 
 
 def cell_anchors(sizes_px: Sequence[int], ratios: Sequence[float], rounded: bool) -> Tensor:
-    """(A, 4) boxes around the origin, sizes slowest; a ratio is height over width at constant area."""
+    """(A, 4) boxes around the origin, sizes slowest.
+
+    A ratio is height over width at constant area.
+    """
+    # The order of operations is torchvision's, so that rounded anchors are its anchors.
     ratio = torch.tensor(ratios, dtype=torch.float32)
     heights_of_one = torch.sqrt(ratio)
     widths_of_one = 1 / heights_of_one
@@ -21,7 +28,10 @@ def cell_anchors(sizes_px: Sequence[int], ratios: Sequence[float], rounded: bool
 
 
 def grid_anchors(cell_A4: Tensor, rows: int, columns: int, stride_yx: tuple[int, int]) -> Tensor:
-    """(rows * columns * A, 4) boxes in canvas pixels: row, column, anchor; the first cell at the origin."""
+    """(rows * columns * A, 4) boxes in canvas pixels: row, column, anchor.
+
+    The first cell is at the origin.
+    """
     y = torch.arange(rows, device=cell_A4.device, dtype=torch.float32) * stride_yx[0]
     x = torch.arange(columns, device=cell_A4.device, dtype=torch.float32) * stride_yx[1]
     shift_y, shift_x = torch.meshgrid(y, x, indexing="ij")

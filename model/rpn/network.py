@@ -1,6 +1,7 @@
 """Region proposal network (Faster R-CNN, arXiv 1506.01497): head, sampled anchors, loss.
 
-Axes: B images, N anchors of all levels, A anchors per cell, G padded objects, Q padded proposals, S samples.
+Axes: B images, N anchors of all levels, A anchors per cell, G padded objects, Q padded proposals, S
+samples.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ class RPNTargets:
 class AnchorSampler:
     """At most `size` anchors an image, at most `positive_fraction` of them positive.
 
-    An anchor is positive if its IoU with an object is `positive_iou` or more, or if it is an object's best; else it
-    is negative if its IoU is below `negative_iou` (Faster R-CNN, section 3.1.2).
+    An anchor is positive if its IoU with an object is `positive_iou` or more, or if it is an
+    object's best; else it is negative if its IoU is below `negative_iou` (Faster R-CNN, section
+    3.1.2).
     """
 
     size: int
@@ -65,7 +67,7 @@ class AnchorSampler:
 
 
 class RPN(nn.Module):
-    """A 3 x 3 convolution and two 1 x 1 on every level, shared; what trains them, and what they propose."""
+    """A 3 x 3 convolution and two 1 x 1, shared by all levels; their loss and their proposals."""
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class RPN(nn.Module):
         proposals: ProposalFilter,
         beta: float,
     ) -> None:
-        """`beta` is that of the box loss. The others: see `cell_anchors`, `AnchorSampler` and `ProposalFilter`."""
+        """sizes_px, ratios, rounded: as `cell_anchors` takes them. beta: of the box loss."""
         super().__init__()
         per_cell = len(sizes_px[0]) * len(ratios)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -98,7 +100,7 @@ class RPN(nn.Module):
     # Without gradients: the loss reads the few sampled anchors, and `at` computes those again.
     @torch.no_grad()
     def forward(self, maps: Sequence[Tensor], canvas: tuple[int, int]) -> AnchorOutputs:
-        """Every anchor of the maps (B, C, H_l, W_l), for proposals. canvas: height and width in pixels."""
+        """Every anchor of the maps (B, C, H_l, W_l). canvas: height and width in pixels."""
         logits, offsets, anchors = [], [], []
         for level, features in enumerate(maps):
             hidden = F.relu(self.conv(features), inplace=True)
@@ -110,10 +112,12 @@ class RPN(nn.Module):
         return AnchorOutputs(logits, offsets, anchors)
 
     def at(self, maps: Sequence[Tensor], index_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, S) and offsets (B, S, 4) of the anchors `index_BS`, as `forward` has them, with gradients."""
-        # A sampled anchor sees 3 x 3 cells, so this is a product over those. The convolution over all cells would
-        # have a backward pass as dense as the maps, for a gradient that is zero at all but S cells.
+        """As `forward`, with gradients and of the anchors `index_BS`: (B, S) and (B, S, 4)."""
+        # A sampled anchor sees 3 x 3 cells, so this is a product over those. The convolution over
+        # all cells would have a backward pass as dense as the maps, for a gradient that is zero at
+        # all but S cells.
         per_cell = self.objectness.out_channels
+        # Anchors of a cell are neighbours in the list, so a division finds the cell.
         cell, kind = torch.div(index_BS, per_cell, rounding_mode="floor"), index_BS % per_cell
         hidden = F.relu(
             F.linear(neighbourhoods(maps, cell), self.conv.weight.flatten(1), self.conv.bias)
@@ -152,11 +156,14 @@ class RPN(nn.Module):
 
 
 def neighbourhoods(maps: Sequence[Tensor], cell_BS: Tensor) -> Tensor:
-    """(B, S, 9 C) of the 3 x 3 cells around each cell, zero outside its map, in the order of a convolution's weights.
+    """The 3 x 3 cells around each cell, (B, S, 9 C), zero outside its map.
+
+    Their order is that of a convolution's weights.
 
     cell_BS counts the cells of all maps (B, C, H_l, W_l), one after the other, row by row.
     """
-    # Fixed shapes: every map is read for every cell (its own or some other), and what is not its own is dropped.
+    # Fixed shapes: every map is read for every cell (its own or some other), and what is not its
+    # own is dropped.
     step = torch.arange(-1, 2, device=cell_BS.device)
     result, first = None, 0
     for features in maps:
@@ -188,6 +195,7 @@ def rpn_losses(
     sampled = targets.sample
     logits = logits_BS.float()
     weight = sampled.valid.to(logits.dtype)
+    # The box loss reads positives alone, and they stand first: a slice of fixed length.
     loss = F.binary_cross_entropy_with_logits(
         logits, sampled.positive.to(logits.dtype), reduction="none"
     )

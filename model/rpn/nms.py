@@ -30,9 +30,12 @@ class Suppression(nn.Module):
 
 
 def nms(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
-    """bool (L, N): valid boxes that overlap no better kept box of their list by more than `max_iou`.
+    """bool (L, N): the valid boxes that overlap no better kept box of their list too much.
 
-    A GPU takes two kernels of ours; without Triton, which compiles them, it takes some thousand small ones of torch.
+    Too much is an IoU of more than `max_iou`.
+
+    A GPU takes two kernels of ours; without Triton, which compiles them, it takes some thousand
+    small ones of torch.
     """
     # On the CPU neither loops nor lengths cost a sync.
     if boxes_LN4.device.type == "cpu":
@@ -66,7 +69,10 @@ def nms_listwise(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
 
 
 def nms_fixed_shape(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
-    """The same without data-dependent shapes or a host sync: block after block, and box after box by its bit."""
+    """As `nms`, without shapes that depend on data and without a host sync.
+
+    It decides block after block, and in a block box after box by its bit.
+    """
     boxes = valid_LN.shape[1]
     alive = valid_LN.clone()
     place = torch.arange(_BLOCK, device=boxes_LN4.device)

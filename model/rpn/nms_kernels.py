@@ -24,7 +24,8 @@ def nms_in_two_launches(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> 
     words = triton.cdiv(boxes, _BITS)
     overlaps = torch.empty(lists, boxes, words, dtype=torch.int32, device=boxes_LN4.device)
     dense = boxes_LN4.contiguous()
-    # No fused multiply-add: a product and a sum in one round differently, and ties would fall apart.
+    # No fused multiply-add: a product and a sum in one round differently, and ties would fall
+    # apart.
     _overlaps[(lists, words, words)](
         dense, overlaps, boxes, words, max_iou, _BITS, enable_fp_fusion=False
     )
@@ -38,7 +39,7 @@ def nms_in_two_launches(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _overlaps(boxes, overlaps, num_boxes, num_words, max_iou, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """overlaps[l, i, w], bit k: whether box i and the later box BITS w + k overlap by more than `max_iou`."""
+    """Sets bit k of overlaps[l, i, w] if box i and the later box BITS w + k overlap too much."""
     # 64 bits: a list's offset times its boxes and words exceeds 2 ** 31.
     number, word = tl.program_id(0).to(tl.int64), tl.program_id(2)
     bit = tl.arange(0, BITS)
@@ -62,7 +63,8 @@ def _overlaps(boxes, overlaps, num_boxes, num_words, max_iou, BITS: tl.constexpr
     area_a = tl.maximum(ax1 - ax0, 0.0) * tl.maximum(ay1 - ay0, 0.0)
     area_b = tl.maximum(bx1 - bx0, 0.0) * tl.maximum(by1 - by0, 0.0)
     union = area_a[:, None] + area_b[None, :] - shared
-    # The quotient rounds as torch's does, so that ties fall alike. Below is the smallest normal float.
+    # The quotient rounds as torch's does, so that ties fall alike.
+    # 1.17549435e-38 is the smallest normal float.
     iou = tl.div_rn(shared, tl.maximum(union, 1.17549435e-38))
     hit = (iou > max_iou) & (column[None, :] > row[:, None]) & column_there[None, :]
     packed = tl.sum(
@@ -73,7 +75,7 @@ def _overlaps(boxes, overlaps, num_boxes, num_words, max_iou, BITS: tl.constexpr
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _stay(overlaps, valid, keep, num_boxes, num_words, BITS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program a list: the boxes in turn, each of which stays unless a better one that stays overlaps it."""
+    """One program a list: box after box stays, unless a better one that stays overlaps it."""
     first = tl.program_id(0).to(tl.int64) * num_boxes
     place = tl.arange(0, WORDS)
     gone = tl.zeros((WORDS,), tl.int32)

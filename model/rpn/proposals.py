@@ -32,9 +32,12 @@ class AnchorOutputs:
 
 @dataclass(frozen=True)
 class Proposals:
-    """boxes_xyxy: (B, Q, 4), canvas pixels, best first. scores: (B, Q) in (0, 1). valid: bool (B, Q).
+    """The proposals of a batch, best first, padded to Q an image.
 
-    index: int64 (B, Q), the anchor that a proposal grew from (or its place in a fixed list): its identity for noise.
+    boxes_xyxy: (B, Q, 4), canvas pixels. scores: (B, Q) in (0, 1). valid: bool (B, Q).
+
+    index: int64 (B, Q), the anchor that a proposal grew from (or its place in a fixed list): its
+    identity for noise.
     """
 
     boxes_xyxy: Tensor
@@ -52,7 +55,7 @@ class Counts:
 
 
 class ProposalFilter(nn.Module):
-    """The best anchors per level and image, decoded, clipped, suppressed within their level; then the best of all."""
+    """The best anchors per level and image, decoded, clipped, suppressed; then the best of all."""
 
     def __init__(self, train: Counts, test: Counts, max_iou: float, min_side_px: float) -> None:
         super().__init__()
@@ -69,7 +72,8 @@ class ProposalFilter(nn.Module):
         keep = self.suppress(boxes_BLK4.flatten(0, 1), scores_BLK.isfinite().flatten(0, 1))
         kept = keep.view(len(sizes_B2), -1)
         final = torch.where(kept, torch.sigmoid(scores_BLK.flatten(1)), -torch.inf)
-        # Saturated scores tie: the finer level and then the larger logit come first, as in torchvision.
+        # Saturated scores tie: the finer level and then the larger logit come first, as in
+        # torchvision.
         top, where = (
             ranked[:, : counts.after_nms]
             for ranked in torch.sort(final, dim=1, descending=True, stable=True)
@@ -85,7 +89,10 @@ class ProposalFilter(nn.Module):
     def _best_of_levels(
         self, outputs: AnchorOutputs, sizes_B2: Tensor, counts: Counts
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (B, L, K, 4), logits and anchor indices (B, L, K) of L levels, padded with logits of -inf."""
+        """The best K of each level: boxes (B, L, K, 4), logits and anchor indices (B, L, K).
+
+        The logits of padding are -inf.
+        """
         boxes, scores, index, first = [], [], [], 0
         most = max(min(counts.before_nms, len(anchors)) for anchors in outputs.anchors)
         for logits, offsets, anchors in zip(
@@ -108,13 +115,19 @@ class ProposalFilter(nn.Module):
 
 @dataclass(frozen=True)
 class FixedProposals:
-    """Proposals that come with the batch, from a file; the best `most_train` or `most_test` of an image."""
+    """Proposals that come with the batch, from a file.
+
+    The best `most_train` or `most_test` of an image.
+    """
 
     most_train: int
     most_test: int
 
     def __call__(self, boxes_BQ4: Tensor, training: bool) -> Proposals:
-        """The proposals of a batch, (B, Q, 4) in canvas pixels. Raises ValueError if it carries none."""
+        """The proposals of a batch, (B, Q, 4) in canvas pixels.
+
+        Raises ValueError if it carries none.
+        """
         if boxes_BQ4.shape[1] == 0:
             raise ValueError(
                 "proposals.kind is 'fixed', but the batch carries no proposals; "

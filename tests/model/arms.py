@@ -1,4 +1,7 @@
-"""The arms of a choice, read from its union: a new arm joins every test that is parametrised by these."""
+"""The arms of a choice, read from its union.
+
+A new arm joins every test that is parametrised by these.
+"""
 
 from __future__ import annotations
 

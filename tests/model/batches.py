@@ -29,7 +29,8 @@ def shape_batch(
     seed: int = 0,
     apart: bool = False,
 ) -> Batch:
-    """Discs and diamonds of a colour per class on noise, one crop and `num_keypoints` points for each object.
+    """Discs and diamonds of a colour per class on noise, one crop and `num_keypoints` points for
+    each object.
 
     `apart` gives each of up to four objects a quarter of the image, so that none covers another.
     """

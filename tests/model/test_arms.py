@@ -1,4 +1,4 @@
-"""Every arm builds, trains a step and predicts; combinations without sense are refused with the reason."""
+"""Every arm builds, trains a step and predicts; senseless combinations are refused."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_every_layout_with_every_mask_head(layout, head):
 @pytest.mark.parametrize("head", arms(MaskHead))
 @pytest.mark.parametrize("loss", arms(MaskLoss))
 def test_every_mask_loss_is_scored_by_its_inferences(head, loss):
-    """Whatever the head. The configured inference is `segm`, each that has a name a kind of its own."""
+    """The configured inference is `segm`; each inference with a name has a kind of its own too."""
     cfg = config("fpn", mask=mask_branch("fpn", head=small(head, "fpn"), loss=loss))
     assert isinstance(cfg.mask, MaskBranch)
     detections = build_detector(cfg).predict(shape_batch(images=1, side=64, num_classes=3))
@@ -344,7 +344,7 @@ def test_a_value_out_of_its_range_is_refused_by_the_name_of_its_field(path, valu
 
 @pytest.mark.parametrize("backbone", RESIDUAL, ids=str)
 def test_group_norms_check_knows_the_narrowest_width(backbone):
-    """`GroupNorm.groups` is checked against 64 alone: every normed width is a multiple, and the stem has 64."""
+    """The config checks `GroupNorm.groups` against 64: the widths are multiples of the stem's."""
     with torch.device("meta"):
         network, _ = build_backbone(backbone, 4)
     widths = {

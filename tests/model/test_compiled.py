@@ -1,4 +1,6 @@
-"""The step on a GPU (no sync, bf16, compiled, memory) and what `torch.compile` takes of it on the CPU."""
+"""The step on a GPU (no sync, bf16, compiled, memory) and what `torch.compile` takes of it on the
+CPU.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def tiny(arm: str) -> Detector:
 
 
 def static_part(detector: Detector) -> Callable[[Tensor], tuple[Any, Any]]:
-    """Pixels to maps and what the RPN says of every anchor: the part without data-dependent choices."""
+    """Pixels to maps and the RPN's outputs: the part in which no choice depends on data."""
 
     def run(pixels: Tensor) -> tuple[Any, Any]:
         maps, outputs = detector._read(detector.normalise(pixels))

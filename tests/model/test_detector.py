@@ -1,4 +1,4 @@
-"""What must not change a loss: padding, order, the cut into batches; and what an empty image does."""
+"""Padding, order and the cut into batches change no loss; an image may be empty."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ MANY_TASKS = {
 
 @cache
 def tiny(tasks: bool = False) -> Detector:
-    """The `tiny` preset with few enough RoIs that sampling has to choose; `tasks` adds softmax masks and keypoints."""
+    """The `tiny` preset with so few RoIs that sampling has to choose.
+
+    `tasks` adds softmax masks and keypoints.
+    """
     cfg = preset("tiny").model_copy(
         update={"sampling": RoISampling(rois_per_image=24), **(MANY_TASKS if tasks else {})}
     )

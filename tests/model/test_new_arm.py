@@ -110,7 +110,7 @@ def run_in(tree: Path, *arguments: str) -> str:
 
 
 def test_its_contract_tests_exist_and_pass(tree: Path) -> None:
-    """Two arms (the record, and its other value) in three layouts, and scored with each mask head."""
+    """Two arms (the record, and its other value): in three layouts, and with each mask head."""
     pytest_only = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "brier")
     assert "12 passed" in run_in(tree, *pytest_only, "tests/model/test_arms.py")
 

@@ -149,7 +149,7 @@ def test_every_arm_learns_eight_images_by_heart(name, tmp_path):
 
 
 def num_steps(name: str) -> int:
-    """Coarse maps learn slowly, most of all without norms; and so do masks of which every channel has to be learnt."""
+    """Coarse maps learn slowly, most of all without norms; so do masks with many channels."""
     if name == "conv5":
         return 2 * MANY_STEPS
     return MANY_STEPS if not name.startswith("fpn") or "mask-" in name or "mlp" in name else STEPS

@@ -1,4 +1,6 @@
-"""Torchvision's own detectors, with random weights and random norm statistics, against ours with the same weights."""
+"""Torchvision's own detectors, with random weights and random norm statistics, against ours with
+the same weights.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,7 @@ def test_predictions_equal_torchvisions(make, name, pictures):
 
 
 def test_losses_equal_torchvisions_on_the_same_samples(monkeypatch):
-    """Our sampled anchors and RoIs are put in place of torchvision's; mask targets too (theirs are soft)."""
+    """Torchvision gets our sampled anchors, RoIs and mask targets (its own targets are soft)."""
     their_model = theirs(maskrcnn_resnet50_fpn).train()
     for module in their_model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -207,7 +209,7 @@ def test_keypoint_loss_equals_torchvisions():
 
 
 def test_the_released_files_older_names_load_too():
-    """Files from before torchvision 0.13 name the pyramid, the RPN and the mask head differently."""
+    """Files from before torchvision 0.13 have other names for pyramid, RPN and mask head."""
     state = theirs(maskrcnn_resnet50_fpn).state_dict()
     old = {}
     for name, value in state.items():

@@ -1,4 +1,7 @@
-"""Weights from elsewhere: torchvision's classifiers, detectron2's detectors, and files that do not fit."""
+"""Weights from elsewhere.
+
+Torchvision's classifiers, detectron2's detectors, and files that do not fit.
+"""
 
 from __future__ import annotations
 
@@ -200,7 +203,8 @@ def test_stages_that_a_short_pyramid_does_not_build_stay_in_the_file(strides):
         (
             "r50-fpn-keypoint-detectron2",
             {"image": {}, "background": "first"},
-            r"'last', not 'first', image.channels 'bgr', not 'rgb', image.std \(1.0, 1.0, 1.0\), not ",
+            r"'last', not 'first', image.channels 'bgr', not 'rgb', "
+            r"image.std \(1.0, 1.0, 1.0\), not ",
         ),
     ],
 )
@@ -231,13 +235,15 @@ def test_fine_tuning_may_change_anchors_alignment_and_resizing():
         load_initial(assemble(cfg), state, "torchvision")
 
 
-# --- detectron2, by a second reading of its names and conventions ---------------------------------------------------
+# --- detectron2, by a second reading of its names and conventions ---------------------------------
 
 BLOCKS = {"res2": 3, "res3": 4, "res4": 6, "res5": 3}
 
 
 class Zoo:
-    """A state dict with the model zoo's names and random values, and what its layers do by those names."""
+    """A state dict with the model zoo's names and random values, and what its layers do by those
+    names.
+    """
 
     def __init__(self) -> None:
         self.random = np.random.default_rng(0)

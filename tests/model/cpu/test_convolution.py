@@ -1,4 +1,4 @@
-"""Convolutions by our own ways: the library's numbers, whatever the shape and however the work is cut."""
+"""The kernels give torch's numbers, whatever the shape and however the work is cut."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_winograd_is_the_convolution(monkeypatch, band, images, channels, output
 
 @needs_kernels
 def test_a_single_band_gives_the_same_bits_as_several(monkeypatch):
-    """It makes the weights' factors in chunks of channels; the sums over channels go on where they were."""
+    """It makes the weights' factors in chunks of channels; each sum goes on where it was."""
     x, weight = drawn(2, 80, 7, 7), drawn(144, 80, 3, 3)
     found = []
     for band in (36, 3):

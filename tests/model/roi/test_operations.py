@@ -1,4 +1,4 @@
-"""RoI operations against an independent pure-Python reference, hand-computed grids and torchvision."""
+"""RoI operations against a pure-Python reference, grids computed by hand, and torchvision."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_sums_of_cells_equal_the_scattered_kernel(aligned, samples):
 
 @pytest.mark.parametrize("kind", arms(config.RoIOp))
 def test_rois_that_are_not_finite_read_no_memory_but_the_maps(kind):
-    """A run that diverges ends in a loss that is not finite, which its guard finds; not in a crash."""
+    """A run that diverges ends by its guard, which finds a loss that is not finite; no crash."""
     feature = torch.ones(1, 16, 8, 8, requires_grad=True)
     rois = torch.tensor(
         [[0.0, math.nan, 0, 9, 9], [0, 0, -math.inf, 9, math.inf], [0, 1e38, 1e38, 3e38, 3e38]]

@@ -1,4 +1,4 @@
-"""The GPU's suppression kernels: interpreted on the CPU against torchvision's, and compiled for GPUs not at hand."""
+"""The GPU's suppression kernels: interpreted on the CPU, and compiled for GPUs not at hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ for seed, (lists, boxes) in enumerate([(3, 1), (2, 31), (2, 32), (3, 33), (2, 70
         found, expected = (f(given, valid, threshold) for f in (nms_in_two_launches, nms_listwise))
         assert torch.equal(found, expected), (lists, boxes, threshold)
 chain = torch.tensor([[[0.0, 0, 10, 10], [4.0, 0, 14, 10], [8.0, 0, 18, 10], [8.0, 0, 18, 10]]])
-assert nms_in_two_launches(chain, torch.ones(1, 4, dtype=torch.bool), 0.3).tolist() == [[True, False, True, False]]
+kept = nms_in_two_launches(chain, torch.ones(1, 4, dtype=torch.bool), 0.3)
+assert kept.tolist() == [[True, False, True, False]]
 empty = torch.zeros(1, 2, 4)  # overlap nothing, themselves neither
 assert nms_in_two_launches(empty, torch.ones(1, 2, dtype=torch.bool), 0.3).all()
 """
@@ -37,13 +38,21 @@ from triton.compiler import ASTSource, compile
 from model.rpn import nms_kernels
 sizes = {"num_boxes": "i32", "num_words": "i32"}
 kernels = {
-    nms_kernels._overlaps: ({"boxes": "*fp32", "overlaps": "*i32", **sizes, "max_iou": "fp32"}, {"BITS": 32}),
-    nms_kernels._stay: ({"overlaps": "*i32", "valid": "*u8", "keep": "*u8", **sizes}, {"BITS": 32, "WORDS": 64}),
+    nms_kernels._overlaps: (
+        {"boxes": "*fp32", "overlaps": "*i32", **sizes, "max_iou": "fp32"},
+        {"BITS": 32},
+    ),
+    nms_kernels._stay: (
+        {"overlaps": "*i32", "valid": "*u8", "keep": "*u8", **sizes},
+        {"BITS": 32, "WORDS": 64},
+    ),
 }
 for kernel, (signature, constants) in kernels.items():
     for capability in (80, 90):
-        source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
-        built = compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": False})
+        signatures = {**signature, **dict.fromkeys(constants, "constexpr")}
+        source = ASTSource(kernel, signatures, constants)
+        target = GPUTarget("cuda", capability, 32)
+        built = compile(source, target=target, options={"enable_fp_fusion": False})
         assert built.asm["cubin"]
 """
 
