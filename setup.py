@@ -1,7 +1,7 @@
 """The compiled kernels; pyproject.toml says all the rest. Without gcc 12 or newer they are left out.
 
-A file of its own, because the build passes the source's checksum to the compiler: `model/cpu/native.py` tells by it
-whether a library is of the code beside it.
+They need a file of their own, because the build passes the source's checksum to the compiler. By it
+`model/cpu/native.py` tells a library of this source from one of another.
 """
 
 import zlib
