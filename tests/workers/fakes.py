@@ -205,8 +205,6 @@ def fake_trial(
     if world.is_first:
         store.claim()
         journal = trial_journal(Spool(folder / "spool"), storage, attempt, run)
-    name = world.from_first(store.newest() if world.is_first else "")
-    journal.restore(state.restore(store.load(name)) if name else JournalState(), state.step)
 
     def start_again(now: TrainState) -> None:
         now.detector.load_state_dict(FakeDetector(run.seed).state_dict())
@@ -222,6 +220,8 @@ def fake_trial(
         start_again=start_again,
     )
     try:
+        name = world.from_first(store.newest() if world.is_first else "")
+        journal.restore(state.restore(store.load(name)) if name else JournalState(), state.step)
         with patch("workers.training.loop.BackgroundWriter", writer):
             return Trial(train(run, world, parts), state, journal)
     finally:

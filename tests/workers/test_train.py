@@ -69,7 +69,7 @@ def test_merging_replaces_a_record_of_another_kind():
         (
             "preset: tiny\n",
             ["--set", "model.roi.kind=["],
-            "--set model.roi.kind=[: the value, line 1: while parsing",
+            "--set model.roi.kind=[: the value, line 2: while parsing",
         ),
         (
             "preset: tiny\n",
@@ -93,7 +93,7 @@ def test_merging_replaces_a_record_of_another_kind():
         (
             "preset: tiny\n",
             ["--set", "loop.steps=[1"],
-            "--set loop.steps=[1: the value, line 1: while parsing",
+            "--set loop.steps=[1: the value, line 2: while parsing",
         ),
         ("preset: [a]\n", [], "run.yaml: preset: ['a'] is no name"),
         ("preset: tiny\n", ["--cpus-per-rank", "-3"], "--cpus-per-rank -3: give 1 or more"),
