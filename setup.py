@@ -1,4 +1,4 @@
-"""The compiled kernels; pyproject.toml says all the rest. Without gcc 12 or newer they are left out.
+"""The compiled kernels; pyproject.toml says the rest. Without gcc 12 or newer they are left out.
 
 They need a file of their own, because the build passes the source's checksum to the compiler. By it
 `model/cpu/native.py` tells a library of this source from one of another.
