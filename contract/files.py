@@ -30,6 +30,7 @@ SCHEMES = ("s3", "gs", "gcs", "file")
 # An error of this kind says something about the path. To try again does not change it.
 LASTING_ERRORS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+FREE_SOME = "free some there"
 
 T = TypeVar("T")
 
@@ -38,8 +39,16 @@ class UnreachableStoreError(RuntimeError, OSError):
     """A store failed again and again. Who handles an OSError of a disk handles this one too."""
 
 
+class FullDiskError(RuntimeError, OSError):
+    """A disk has no room. `errno` says which limit was met."""
+
+
 class Sink(Protocol):
     def write(self, data: bytes, /) -> object: ...
+
+
+class Source(Protocol):
+    def read(self, size: int, /) -> bytes: ...
 
 
 class Files:
@@ -47,17 +56,19 @@ class Files:
 
     An instance holds the URI alone until its first use, so it can be pickled into any worker.
 
-    tries: how often an operation is tried before it raises UnreachableStoreError. Every method
+    tries: how often an operation is tried before it raises UnreachableStoreError.
+    when_full: what a person can do about a full disk; the end of FullDiskError's line. Every method
     raises ValueError for a URI that nothing here can open, and OSError for what the file system
     refuses.
     """
 
-    def __init__(self, uri: str, tries: int = TRIES) -> None:
+    def __init__(self, uri: str, tries: int = TRIES, when_full: str = FREE_SOME) -> None:
         self.uri = uri
         self.tries = tries
+        self.when_full = when_full
 
-    def __reduce__(self) -> tuple[type[Files], tuple[str, int]]:
-        return type(self), (self.uri, self.tries)
+    def __reduce__(self) -> tuple[type[Files], tuple[str, int, str]]:
+        return type(self), (self.uri, self.tries, self.when_full)
 
     @cached_property
     def _place(self) -> tuple[fs.FileSystem, str]:
@@ -174,12 +185,15 @@ class Files:
         """The size of all files below `folder`; 0 if it does not exist."""
         return sum(info.size or 0 for info in self._below(folder, recursive=True) if info.is_file)
 
+    @contextmanager
+    def reading(self, path: str) -> Iterator[Source]:
+        """The file's bytes as a stream. One try."""
+        with self._place[0].open_input_stream(self.path(path)) as source:
+            yield source
+
     def copy_to(self, path: str, target: Path, also: Callable[[bytes], object]) -> None:
         """Streams one file to `target` in small pieces; `also` sees each (to hash it). One try."""
-        with (
-            self._place[0].open_input_stream(self.path(path)) as source,
-            target.open("wb") as sink,
-        ):
+        with self.reading(path) as source, target.open("wb") as sink:
             while piece := source.read(COPY_BYTES):
                 also(piece)
                 sink.write(piece)
@@ -213,9 +227,9 @@ class Files:
 
         An error in the block leaves the old file as it was. On a local path the bytes are written
         aside, synced and renamed, and the folder is synced. On an object store they are one upload.
-        Raises RuntimeError with the remedy if the disk is full.
+        Raises FullDiskError with the remedy if the disk is full.
         """
-        with explained(self.name, path):
+        with explained(self.name, path, self.when_full):
             if self.local is not None:
                 with _replacing_local(self.local / path) as sink:
                     yield sink
@@ -339,16 +353,15 @@ class HashingSink:
 
 
 @contextmanager
-def explained(where: str, path: str) -> Iterator[None]:
-    """Within the block a full disk raises RuntimeError: what was written, where, and the remedy."""
+def explained(where: str, path: str, remedy: str = FREE_SOME) -> Iterator[None]:
+    """Within the block a full disk raises FullDiskError: what was written, where, the remedy."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise RuntimeError(
-                f"no space left on {where} while writing {path}; free some, or lower "
-                "loop.keep_checkpoints; the run then resumes from its last checkpoint"
-            ) from error
+            full = FullDiskError(f"no space left on {where} while writing {path}; {remedy}")
+            full.errno = error.errno
+            raise full from error
         raise
 
 

@@ -107,8 +107,11 @@ def storage_root(settings: ServiceSettings) -> str:
 
 
 def service_files(folder: str) -> Files:
-    """The files of `folder` as the service reads them."""
-    return Files(folder, tries=2)  # no more: the loop's next turn looks again
+    """The files of `folder` as the service reads them.
+
+    One try: the loop's next turn is the next one, and nothing else may wait for a dead store.
+    """
+    return Files(folder, tries=1)
 
 
 def code_files(settings: ServiceSettings) -> Files:

@@ -21,7 +21,7 @@ import zipfile
 from pathlib import Path
 
 from contract.command import INPUT_WRONG, run_command
-from contract.record import Record, parse_record
+from contract.record import Message, Record, parse_record
 from contract.study import Study, TrialPlan
 from orchestrator.study.code_package import CodePackage, installed_source_hash
 from orchestrator.study.expand import Expansion, expand
@@ -45,7 +45,7 @@ class Request(Record):
     code: CodeName
 
 
-class Answer(Record):
+class Answer(Message):
     """What it prints. The `run` of a trial is whole: only that code knows its defaults."""
 
     trials: tuple[TrialPlan, ...]

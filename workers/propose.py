@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from contract.attempt import ARTIFACT_FOLDER
@@ -21,6 +20,7 @@ from contract.command import run_command
 from contract.files import Files
 from contract.model import FixedProposals
 from contract.recipe import RunConfig, parse_run
+from contract.yaml import parse_yaml
 from model.build import build_detector
 from model.cpu.accelerate import accelerate
 from model.detector import Detector
@@ -71,12 +71,12 @@ def trained_run(storage: Files) -> RunConfig:
     Raises ValueError if there is none, or if it has no RPN.
     """
     try:
-        data = yaml.safe_load(storage.read(f"{ARTIFACT_FOLDER}/config.yaml"))
+        text = storage.read(f"{ARTIFACT_FOLDER}/config.yaml").decode()
     except FileNotFoundError:
         raise ValueError(
             f"{storage.uri}: no run there ({ARTIFACT_FOLDER}/config.yaml is missing)"
         ) from None
-    run = parse_run(data, storage.uri)
+    run = parse_run(parse_yaml(text, storage.uri), storage.uri)
     if isinstance(run.model.proposals, FixedProposals):
         raise ValueError(
             f"{storage.uri}: model.proposals.kind is 'fixed', it has no RPN; "

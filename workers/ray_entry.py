@@ -70,6 +70,7 @@ def run_spec(spec: RunSpec) -> int:
     for name, value in _RAY_SETTINGS.items():
         os.environ.setdefault(name, value)  # an operator may have set another value
     storage, asked = Files(spec.storage), StopRequest()
+    storage.path()  # raises for a URI that nothing opens, before a gang is started for it
     failures: list[str] = []
     connected = threading.Event()
     # In a thread of its own: in the main thread Ray answers SIGINT by aborting all ranks within

@@ -106,6 +106,7 @@ def _train(arguments: argparse.Namespace) -> int:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         world = stack.enter_context(launched_world(os.environ))
         storage = Files(out)
+        storage.path()  # on every rank: a URI that nothing opens must leave no rank waiting
         # only a request that is older than this command may be for the run that it resumes
         old_request = world.is_first and storage.exists(STOP_FILE)
         attempt, trial = world.from_first(next_attempt(storage) if world.is_first else (0, ""))

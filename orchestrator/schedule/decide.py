@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from contract.words import duration
 from orchestrator.cluster.nodes import Node
 from orchestrator.schedule.gang import Gang, Shape, fit, needs, take, unit
 from orchestrator.settings import Limits
@@ -365,10 +366,3 @@ def _sum(nodes: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 def _budget_in_words(study: StudyLimits) -> str:
     return f"the study used {study.gpu_hours_used:.2f} of its {study.gpu_hours:g} GPU-hours"
-
-
-def duration(seconds: float) -> str:
-    """ "40 s", "25 min", "3.5 h" """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

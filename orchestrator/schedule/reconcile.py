@@ -26,6 +26,7 @@ from contract.attempt import (
     Progress,
     Result,
 )
+from contract.words import duration
 from orchestrator.cluster.jobs import ENDED, Cluster, Job
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import attempts, queries
@@ -35,7 +36,6 @@ from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.rows import Json, LiveAttempt
 from orchestrator.schedule.admission import Admission
 from orchestrator.schedule.attempt_end import EndedAttempt, NextState, after_attempt, suspects
-from orchestrator.schedule.decide import duration
 from orchestrator.settings import ServiceSettings, service_files
 
 LOG = logging.getLogger("maskray")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from contract.files import Files, split
 from contract.model import (
     VGG16,
     BatchNorm,
@@ -162,12 +163,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _chunks_of_uri(uri: str) -> Iterator[bytes]:
-    if "://" not in uri:
-        yield from _chunks(Path(uri))
-        return
-    from pyarrow import fs  # heavy: needed only for proposals in a bucket
-
-    filesystem, path = fs.FileSystem.from_uri(uri)
-    with filesystem.open_input_stream(path) as stream:
+    folder, name = split(uri)
+    with Files(folder).reading(name) as stream:
         while chunk := stream.read(_CHUNK):
             yield chunk

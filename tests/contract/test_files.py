@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from contract import files
-from contract.files import Files, UnreachableStoreError, retried, split, uri_join
+from contract.files import Files, FullDiskError, UnreachableStoreError, retried, split, uri_join
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -100,6 +100,23 @@ def test_a_flaky_store_is_tried_again_and_a_dead_one_is_named(
         retried(dead, "s3://b/a", tries=2)
     assert isinstance(caught.value, OSError)
     assert isinstance(caught.value, RuntimeError)  # exit 1: the world's fault
+
+
+def test_a_full_disk_is_an_error_of_the_disk_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    store = Files(str(tmp_path), when_full="buy a larger one")
+    with pytest.raises(
+        FullDiskError, match=r"no space left .* writing a; buy a larger one"
+    ) as caught:
+        store.write("a", b"1")
+    assert isinstance(caught.value, OSError)  # who waits for a disk waits for this one too
+    assert caught.value.errno == errno.ENOSPC
+    assert store.names() == []
 
 
 def test_a_full_disk_and_a_missing_file_are_not_tried_again(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from contract.record import Message
 
@@ -67,17 +67,26 @@ class Rewind(_Line):
     step: int
 
 
-TrackingRecord: TypeAlias = Annotated[
+class Unknown(_Line):
+    """A record of a newer version. The spool keeps it for that version; no tracker is told it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    kind: str
+
+
+_Known: TypeAlias = Annotated[
     Metrics | Params | Tags | Artifact | Status | Rewind, Field(discriminator="kind")
 ]
+TrackingRecord: TypeAlias = Annotated[_Known | Unknown, Field(union_mode="left_to_right")]
 _PARSER: TypeAdapter[TrackingRecord] = TypeAdapter(TrackingRecord)
 
 
 def parse_line(line: bytes) -> TrackingRecord | None:
-    """The record that a line of a spool holds; None if it holds none."""
+    """The record that a line of a spool holds; None for a line without a `kind`."""
     try:
         return _PARSER.validate_json(line)
-    except ValueError:  # not JSON, not text, or not one of the records
+    except ValueError:  # not JSON, not text, or no record
         return None
 
 

@@ -35,7 +35,7 @@ from workers.trial.causes import (
     record_cause,
     write_outcome,
 )
-from workers.trial.checkpoints import CheckpointStore, FencedError
+from workers.trial.checkpoints import WHEN_FULL, CheckpointStore, FencedError
 from workers.trial.stop import StopRequest
 
 _CONFIG = f"{ARTIFACT_FOLDER}/config.yaml"
@@ -58,7 +58,7 @@ def run_trial(
     Never raises an Exception. Leaves `outcome.json` in the attempt's folder, and `result.json` when
     the trial is done. `claimed` is called on rank 0 once the trial's folder is this attempt's.
     """
-    storage = Files(spec.storage)
+    storage = Files(spec.storage, when_full=WHEN_FULL)
     try:
         storage.path()  # raises where nothing can open the URI: no cause can be written there
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -87,18 +86,14 @@ def classify(error: BaseException) -> ErrorClass:
         # before OSError, of which ConnectionError is one
         case dist.DistBackendError() | dist.DistNetworkError() | ConnectionError():
             return "collective"
+        # a full disk and a store that does not answer among them
         case OSError():
             return "node"
         case RuntimeError():
             text = str(error).lower()
             if any(sign in text for sign in _PEER_LOST):
                 return "collective"
-            # `contract.files` explains a full disk with an error of its own
-            caused_by_disk = isinstance(error.__cause__, OSError) and error.__cause__.errno in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-            )
-            return "node" if caused_by_disk else "unknown"
+            return "unknown"
         case _:
             return "unknown"
 

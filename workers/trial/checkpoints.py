@@ -28,6 +28,10 @@ from contract.record import Message, parse_record
 _CLAIM = f"{CHECKPOINT_FOLDER}/claim.json"
 _NAME = re.compile(r"^(\d{4,})-(\d{8,})$")
 _MARKER, _TENSORS, _PLAIN = "complete.json", "state.pt", "plain.json"
+# Checkpoints are what fills the disk of a trial's folder.
+WHEN_FULL = (
+    "free some there, or lower loop.keep_checkpoints; the run then resumes from its last checkpoint"
+)
 
 
 class FencedError(RuntimeError):

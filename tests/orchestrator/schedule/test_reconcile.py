@@ -5,7 +5,9 @@ Every end of an attempt, and a service that dies at any point.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -204,6 +206,30 @@ def test_a_trial_goes_from_the_queue_to_its_result(house):
     assert house.kinds(trial) == ["starting", "running", "done"]
     assert house.cluster.alive == {}, "Ray's own memory of the job is dropped"
     assert Path(row.folder, "attempts/1/driver.log").read_text() == f"log of {trial}-1"
+
+
+def test_a_full_disk_under_one_trial_holds_up_no_other(house, monkeypatch):
+    """The driver's log of the first trial cannot be kept, so the trial is looked at again."""
+    house.cluster.cpus = 4
+    study = house.submit(plan("a"), plan("b", identity("b")))
+    first, second = f"{study}-000", f"{study}-001"
+    house.tick(2)
+    for trial in (first, second):
+        house.cluster.end(f"{trial}-1")
+    sync = os.fsync
+
+    def full(handle: int) -> None:
+        if first in str(Path(f"/proc/self/fd/{handle}").readlink()):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    house.tick()
+    assert house.state(first) != "done"
+    assert house.state(second) == "done"
+    monkeypatch.undo()
+    house.tick()
+    assert house.state(first) == "done"
 
 
 def test_an_attempt_whose_step_stands_still_is_started_again(house):

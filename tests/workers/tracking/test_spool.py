@@ -179,6 +179,21 @@ def test_a_process_whose_spool_was_taken_over_adds_and_ships_nothing(tmp_path):
     new.close()
 
 
+def test_a_record_of_a_newer_version_is_kept_and_told_to_nobody(tmp_path):
+    line = b'{"kind": "future", "answer": 42}\n'
+    (tmp_path / "records.jsonl").write_bytes(line)
+    warnings = list[str]()
+    spool = Spool(tmp_path, warn=warnings.append)
+    spool.append(metrics(1))
+    tracker = FakeTracker()
+    assert Shipper(spool, tracker, warnings.append).close(30)
+    spool.close()
+    assert steps_of(tracker) == [1]
+    assert (tmp_path / "records.jsonl").read_bytes().startswith(line)
+    assert not warnings
+    assert not (tmp_path / "rejected.jsonl").exists()
+
+
 @pytest.mark.parametrize("cursor", ["", "{}", "[]", '{"bytes": 1000000}'])
 def test_a_damaged_cursor_ships_everything_again_which_adds_nothing(tmp_path, cursor):
     tracker = FakeTracker()

@@ -19,7 +19,13 @@ from contract.recipe import RunConfig
 from tests.workers.fakes import fake_trial, small_run
 from workers.training.state import check_same_run
 from workers.trial.causes import classify
-from workers.trial.checkpoints import BackgroundWriter, CheckpointStore, FencedError, Snapshot
+from workers.trial.checkpoints import (
+    WHEN_FULL,
+    BackgroundWriter,
+    CheckpointStore,
+    FencedError,
+    Snapshot,
+)
 from workers.trial.stop import StopRequest
 
 
@@ -135,7 +141,9 @@ def test_a_full_disk_ends_the_run_with_the_remedy_and_leaves_the_checkpoint_befo
     with pytest.raises(
         RuntimeError, match=r"no space left on .* lower loop\.keep_checkpoints"
     ) as full:
-        fake_trial(tmp_path / "full", run, storage=FullStorage(str(tmp_path / "full")))
+        fake_trial(
+            tmp_path / "full", run, storage=FullStorage(str(tmp_path / "full"), when_full=WHEN_FULL)
+        )
     assert classify(full.value) == "node"
     assert not list((tmp_path / "full/checkpoints").rglob("*.part"))
     assert store_in(tmp_path / "full", attempt=2)[0].newest() == "0001-00000004"
