@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pairs import in_turns, report, seconds
 from contract.presets import preset
+from model.accelerate import accelerate
 from model.branches.paste import paste_mask
 from model.build import build_detector
-from model.cpu.accelerate import accelerate
 from model.structures import Batch
 from model.weights import from_torchvision
 from pipelines.evaluate.evaluation import encode_crop

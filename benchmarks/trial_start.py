@@ -65,8 +65,8 @@ def bare_step(config: dict[str, Any]) -> None:
     from ray.train.torch import prepare_model
 
     from contract.recipe import RunConfig
+    from model.accelerate import accelerate
     from model.build import build_detector
-    from model.cpu.accelerate import accelerate
     from pipelines.load.loader import TrainLoader
     from pipelines.shards.dataset import open_dataset
 

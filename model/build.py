@@ -1,7 +1,7 @@
 """From a config to a detector of torch's own modules. Only this code reads `contract.model`.
 
-No I/O: pretrained weights come later (`model.weights`), and so do kernels for CPUs
-(`model.cpu.accelerate`).
+No I/O: pretrained weights come later (`model.weights`), and so do our kernels
+(`model.accelerate`).
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ SHELVES = {
     "model": (
         *("boxes", "initial", "losses", "pixels", "sample_hash", "structures", "matching"),
         *("backbone", "rpn", "roi", "branches", "detector", "build", "weights", "cpu"),
+        *("gpu", "accelerate"),
     ),
     "pipelines": (
         *("progress", "coco", "shards", "pack", "load", "evaluate", "inspect", "__main__"),

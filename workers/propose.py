@@ -21,8 +21,8 @@ from contract.files import Files
 from contract.model import FixedProposals
 from contract.recipe import RunConfig, parse_run
 from contract.yaml import parse_yaml
+from model.accelerate import accelerate
 from model.build import build_detector
-from model.cpu.accelerate import accelerate
 from model.detector import Detector
 from pipelines.load.loader import EvalLoader
 from pipelines.load.proposals import Boxes, write_proposals
@@ -56,7 +56,7 @@ def _propose(arguments: argparse.Namespace) -> int:
     storage = Files(arguments.run)
     run = trained_run(storage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    detector = trained_detector(run, storage).to(device)
+    detector = trained_detector(run, storage, device)
     images = write_proposals(arguments.out, proposals(run, detector, device))
     if arguments.json:
         print(json.dumps({"out": arguments.out, "images": images}))
@@ -85,13 +85,15 @@ def trained_run(storage: Files) -> RunConfig:
     return run
 
 
-def trained_detector(run: RunConfig, storage: Files) -> Detector:
+def trained_detector(
+    run: RunConfig, storage: Files, device: torch.device | str = "cpu"
+) -> Detector:
     """The detector with the run's last weights, ready to predict."""
     if not storage.exists(WEIGHTS):
         raise ValueError(
             f"{storage.uri}: has no {WEIGHTS}; the run is not finished, resume it first"
         )
-    detector = build_detector(run.model, run.seed)
+    detector = build_detector(run.model, run.seed).to(device)
     accelerate(detector)
     # safetensors reads local files alone; behind a URI this is a copy
     with tempfile.TemporaryDirectory() as folder:

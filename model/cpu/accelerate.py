@@ -24,8 +24,6 @@ from model.rpn.nms import Suppression
 def accelerate(detector: Detector) -> str:
     """Puts the kernels in place of torch's modules, if they were compiled; for a detector on a CPU.
 
-
-
     Parameters and buffers stay the same objects under the same names, so that optimisers,
     checkpoints and averages see no change. Returns `kernels` of its device.
     """

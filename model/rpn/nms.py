@@ -5,9 +5,6 @@ Axes: L lists (an image's level, or an image's class), N boxes, best first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -18,7 +15,7 @@ _BLOCK = 62  # boxes that are decided together, as the bits of one int64
 
 
 class Suppression(nn.Module):
-    """Suppression as a part: `model.cpu` has a faster one."""
+    """Suppression as a part: `model.cpu` and `model.gpu` have faster ones."""
 
     def __init__(self, max_iou: float) -> None:
         super().__init__()
@@ -34,27 +31,12 @@ def nms(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
 
     Too much is an IoU of more than `max_iou`.
 
-    A GPU takes two kernels of ours; without Triton, which compiles them, it takes some thousand
-    small ones of torch.
+    A GPU takes some thousand small kernels of torch here; `model.gpu` has two of ours for it.
     """
     # On the CPU neither loops nor lengths cost a sync.
     if boxes_LN4.device.type == "cpu":
         return nms_listwise(boxes_LN4, valid_LN, max_iou)
-    on_gpu = _kernels()
-    return (
-        nms_fixed_shape(boxes_LN4, valid_LN, max_iou)
-        if on_gpu is None
-        else on_gpu(boxes_LN4, valid_LN, max_iou)
-    )
-
-
-@cache
-def _kernels() -> Callable[[Tensor, Tensor, float], Tensor] | None:
-    try:
-        from model.rpn.nms_kernels import nms_in_two_launches
-    except ImportError:  # torch comes without Triton on some platforms
-        return None
-    return nms_in_two_launches
+    return nms_fixed_shape(boxes_LN4, valid_LN, max_iou)
 
 
 def nms_listwise(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:

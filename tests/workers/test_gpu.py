@@ -28,7 +28,7 @@ def test_ten_steps_never_wait_for_the_host(packed, precision):
     """Everything that the loop does in a step on which no value is due."""
     world = World(0, 1, torch.device("cuda", 0))
     run = run_of(packed, loop__precision=precision, loop__ema_decay=0.9)
-    state = TrainState(run, initial_detector(run).to(world.device))
+    state = TrainState(run, initial_detector(run, world.device))
     sums, meter, flags = LossSums(state.detector), Meter(), FlagReader(world.device)
     batches = iter(train_loader_opener(run, open_datasets(run, "")[0], world)(0))
     try:

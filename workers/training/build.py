@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from contract.model import FixedProposals, KeypointBranch, MaskBranch, ModelConfig
 from contract.recipe import RunConfig
+from model.accelerate import accelerate
 from model.build import build_detector
-from model.cpu.accelerate import accelerate
 from model.weights import load_initial
 from pipelines.load.loader import EvalLoader, TrainLoader
 from pipelines.load.proposals import ProposalTable
@@ -65,14 +66,14 @@ def check_data(run: RunConfig, dataset: Dataset, uri: str) -> None:
         )
 
 
-def initial_detector(run: RunConfig) -> nn.Module:
-    """The detector as training begins.
+def initial_detector(run: RunConfig, device: torch.device | str = "cpu") -> nn.Module:
+    """The detector as training begins, on its device and with our kernels for it.
 
     Raises ValueError if its initial weights do not fit, with the field that names them.
     """
     # read first: a file that is not there is told before the seconds that a detector takes to build
     weights = initial_weights(run.model.weights, run.model.backbone)
-    detector = build_detector(run.model, run.seed)
+    detector = build_detector(run.model, run.seed).to(device)
     accelerate(detector)
     if weights is not None:
         # its error knows the names of parameters, not the file that they are from

@@ -16,7 +16,7 @@ from torch import nn
 from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
 from contract.files import Files
 from contract.words import one_line
-from model.cpu.accelerate import kernels
+from model.accelerate import kernels
 from pipelines.shards.dataset import Dataset
 from workers.tracking.journal import Journal, JournalState, SilentJournal, open_journal
 from workers.tracking.spool import print_warning
@@ -151,7 +151,7 @@ def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Inputs:
             f"loop.global_batch is {run.loop.global_batch} for {world.size} ranks; "
             "each needs an image"
         )
-    inputs = _Inputs(*open_datasets(run, spec.cache), initial_detector(run))
+    inputs = _Inputs(*open_datasets(run, spec.cache), initial_detector(run, world.device))
     name = store.newest() if world.is_first else ""
     if name:
         check_same_training(store.plain(name), run, inputs.manifests)
@@ -185,7 +185,7 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
     run = spec.run
     journal.progress("starting", 0, None)
     journal.begin({f"maskray.manifest.{name}": hash for name, hash in inputs.manifests.items()})
-    state = TrainState(run, inputs.detector.to(world.device), inputs.manifests)
+    state = TrainState(run, inputs.detector, inputs.manifests)
     # rank 0 chooses for all: others may look at a moment at which they see another checkpoint
     name = world.from_first(store.newest() if world.is_first else "")
     if name:

@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton", reason="torch came without Triton")
 INTERPRETED = """
 import torch
 from model.rpn.nms import nms_listwise
-from model.rpn.nms_kernels import nms_in_two_launches
+from model.gpu.suppression import nms_in_two_launches
 from tests.model.batches import random_boxes
 for seed, (lists, boxes) in enumerate([(3, 1), (2, 31), (2, 32), (3, 33), (2, 70), (1, 0), (0, 5)]):
     given = random_boxes((lists, boxes), seed, side=40)
@@ -35,14 +35,14 @@ assert nms_in_two_launches(empty, torch.ones(1, 2, dtype=torch.bool), 0.3).all()
 COMPILED = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from model.rpn import nms_kernels
+from model.gpu import suppression
 sizes = {"num_boxes": "i32", "num_words": "i32"}
 kernels = {
-    nms_kernels._overlaps: (
+    suppression._overlaps: (
         {"boxes": "*fp32", "overlaps": "*i32", **sizes, "max_iou": "fp32"},
         {"BITS": 32},
     ),
-    nms_kernels._stay: (
+    suppression._stay: (
         {"overlaps": "*i32", "valid": "*u8", "keep": "*u8", **sizes},
         {"BITS": 32, "WORDS": 64},
     ),

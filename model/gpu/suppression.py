@@ -10,9 +10,21 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 
 _BITS = 32
+
+
+class ListSuppression(nn.Module):
+    """`model.rpn.nms.Suppression` by our kernels."""
+
+    def __init__(self, max_iou: float) -> None:
+        super().__init__()
+        self.max_iou = max_iou
+
+    def forward(self, boxes_LN4: Tensor, valid_LN: Tensor) -> Tensor:
+        """bool (L, N), as `model.rpn.nms.nms`."""
+        return nms_in_two_launches(boxes_LN4, valid_LN, self.max_iou)
 
 
 def nms_in_two_launches(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
