@@ -76,8 +76,8 @@ def _overlaps(boxes, overlaps, num_boxes, num_words, max_iou, BITS: tl.constexpr
     area_b = tl.maximum(bx1 - bx0, 0.0) * tl.maximum(by1 - by0, 0.0)
     union = area_a[:, None] + area_b[None, :] - shared
     # The quotient rounds as torch's does, so that ties fall alike.
-    # 1.17549435e-38 is the smallest normal float.
-    iou = tl.div_rn(shared, tl.maximum(union, 1.17549435e-38))
+    # The smallest normal float in all its digits: Triton takes a smaller constant as a float64.
+    iou = tl.div_rn(shared, tl.maximum(union, 1.1754943508222875e-38))
     hit = (iou > max_iou) & (column[None, :] > row[:, None]) & column_there[None, :]
     packed = tl.sum(
         tl.where(hit, tl.full((BITS,), 1, tl.int32)[None, :] << bit[None, :], 0), axis=1
