@@ -10,12 +10,11 @@ from model.rpn.nms import Suppression
 
 
 def accelerate(detector: Detector) -> str:
-    """Puts the kernels in place of torch's modules, where Triton works here.
+    """Puts the kernels in place of torch's modules, where they work here.
 
     Parameters and buffers stay the same objects under the same names. Returns `kernels`.
     """
-    if not why_not():
-        swap(detector)
+    swap(detector)
     return kernels()
 
 
@@ -35,7 +34,7 @@ def _fast(module: nn.Module) -> nn.Module | None:
     Types are compared exactly: a subclass does something of its own, and a swapped module is not
     swapped again. Modules with kernels are imported here, since their import needs Triton.
     """
-    if type(module) is Suppression:
+    if type(module) is Suppression and not why_not("suppression"):
         from model.gpu.suppression import ListSuppression
 
         return ListSuppression(module.max_iou)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from model.rpn.nms import nms_listwise
+
 _BITS = 32
 
 
@@ -25,6 +27,15 @@ class ListSuppression(nn.Module):
     def forward(self, boxes_LN4: Tensor, valid_LN: Tensor) -> Tensor:
         """bool (L, N), as `model.rpn.nms.nms`."""
         return nms_in_two_launches(boxes_LN4, valid_LN, self.max_iou)
+
+
+def trial() -> bool:
+    """Whether the kernels decide as torch does: 70 boxes are more than two words of bits."""
+    corner = torch.rand(2, 70, 2, generator=torch.Generator().manual_seed(0)) * 40
+    boxes = torch.cat([corner, corner + 20], dim=2)
+    valid = torch.arange(70).expand(2, -1) < 66
+    kept = nms_in_two_launches(boxes.cuda(), valid.cuda(), 0.5)
+    return torch.equal(kept.cpu(), nms_listwise(boxes, valid, 0.5))
 
 
 def nms_in_two_launches(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
