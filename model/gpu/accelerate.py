@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from model.branches.box import FCTrunk
 from model.detector import Detector
 from model.gpu.usable import kernels, why_not
+from model.roi.crops import SeparateCrops
+from model.roi.operations import RoIOperation
 from model.rpn.nms import Suppression
 
 
@@ -15,6 +18,7 @@ def accelerate(detector: Detector) -> str:
     Parameters and buffers stay the same objects under the same names. Returns `kernels`.
     """
     swap(detector)
+    _lay_out(detector)
     return kernels()
 
 
@@ -38,4 +42,20 @@ def _fast(module: nn.Module) -> nn.Module | None:
         from model.gpu.suppression import ListSuppression
 
         return ListSuppression(module.max_iou)
+    if type(module) is RoIOperation and not why_not("roi_align"):
+        from model.gpu.roi_align import by_kernels
+
+        return by_kernels(module)
     return None
+
+
+def _lay_out(detector: Detector) -> None:
+    """The box head's crops as its first linear layer reads them, where it has one."""
+    if why_not("roi_align"):
+        return
+    from model.gpu.roi_align import LevelAlign
+
+    if isinstance(detector.crops, SeparateCrops) and isinstance(detector.box.trunk, FCTrunk):
+        box = detector.crops.box
+        if isinstance(box, LevelAlign):
+            box.channels_last = False

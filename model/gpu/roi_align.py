@@ -14,7 +14,7 @@ Axes: B images, C channels, R RoIs, S side of the crops.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import triton
@@ -32,15 +32,23 @@ _TOUCHED_BINS, _TOUCHED_CHANNELS = 64, 32  # of a gradient that is read at a tim
 T = TypeVar("T")
 
 
+class _Context(Protocol):
+    """What the forward pass keeps for the backward pass; torch makes it."""
+
+    saved_tensors: tuple[Tensor, ...]
+    sizes: tuple[int, list[int], list[int], list[int], int, bool]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class LevelAlign(RoIOperation):
-    """`RoIOperation` by our kernels, of an `Align` that `takes` allows."""
+    """`RoIOperation` by our kernels, of an `Align` whose samples are fixed and averaged."""
 
     crop: Align
 
     def __init__(self, crop: Align, side: int, strides: Sequence[int]) -> None:
         super().__init__(crop, side, strides)
-        # What a convolution reads. A linear layer reads the crops of a RoI as one row, channel by
-        # channel.
+        # The crops' memory format: a convolution reads channels last, a linear layer does not.
         self.channels_last = True
 
     def forward(self, maps: Sequence[Tensor], rois_R5: Tensor) -> Tensor:
@@ -58,11 +66,45 @@ class LevelAlign(RoIOperation):
         )
 
 
-def takes(operation: RoIOperation) -> bool:
-    """Whether the kernels compute this operation."""
+def by_kernels(operation: RoIOperation) -> LevelAlign | None:
+    """The same operation by our kernels, or None if they do not compute it."""
     crop = operation.crop
-    mean = type(crop) is Align and crop.reduce == "mean" and crop.samples > 0
-    return mean and len(operation.strides) <= MOST_LEVELS
+    if type(crop) is not Align or crop.reduce != "mean" or crop.samples == 0:
+        return None
+    if len(operation.strides) > MOST_LEVELS:
+        return None
+    return LevelAlign(crop, operation.side, operation.strides)
+
+
+def trial() -> bool:
+    """Whether crops and gradients are torch's, of 70 RoIs on two maps in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.rand(70, 2, 2, generator=generator) * 150
+    image = torch.arange(70)[:, None] % 2
+    rois = torch.cat([image, sizes[:, 0] - 20, sizes.sum(dim=1) - 20], dim=1)
+    operation = RoIOperation(Align(2, "mean", aligned=True), 7, (4, 8))
+    kernels = by_kernels(operation)
+    assert kernels is not None
+    maps = [torch.randn(2, 16, 200 // s, 300 // s, generator=generator) for s in (4, 8)]
+    upstream = torch.randn(70, 16, 7, 7, generator=generator)
+    found = _crops_and_gradients(kernels, maps, rois, upstream, torch.bfloat16)
+    wanted = _crops_and_gradients(operation, maps, rois, upstream, torch.float32)
+    return all(
+        torch.allclose(one.float().cpu(), other.cpu(), rtol=0.05, atol=0.05)
+        for one, other in zip(found, wanted, strict=True)
+    )
+
+
+def _crops_and_gradients(
+    operation: RoIOperation,
+    maps: Sequence[Tensor],
+    rois_R5: Tensor,
+    upstream: Tensor,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    on_gpu = [m.to("cuda", torch.bfloat16).to(dtype).requires_grad_() for m in maps]
+    crops = operation(on_gpu, rois_R5.cuda())
+    return [crops, *torch.autograd.grad(crops, on_gpu, upstream.cuda().bfloat16().to(dtype))]
 
 
 def align_levels(
@@ -234,14 +276,14 @@ def _fake_spread(
     ]
 
 
-def _keep(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _keep(ctx: _Context, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     maps, rois_R5, levels_R, strides, _, samples, aligned, _ = inputs
     ctx.save_for_backward(rois_R5, levels_R)
     heights, widths = [m.shape[2] for m in maps], [m.shape[3] for m in maps]
     ctx.sizes = (maps[0].shape[0], heights, widths, strides, samples, aligned)
 
 
-def _backward(ctx: Context, gradient: Tensor) -> tuple[list[Tensor] | None, ...]:
+def _backward(ctx: _Context, gradient: Tensor) -> tuple[list[Tensor] | None, ...]:
     to_maps = torch.ops.maskray.spread_levels(gradient, *ctx.saved_tensors, *ctx.sizes)
     return to_maps, None, None, None, None, None, None, None
 
@@ -255,7 +297,7 @@ def _channels_last(maps: Tensor) -> Tensor:
     return maps.contiguous(memory_format=torch.channels_last)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _of(level, a, b, c, d, e):  # type: ignore[no-untyped-def]
     """The value of a level."""
     coarse = tl.where(level == 2, c, tl.where(level == 3, d, e))
@@ -277,7 +319,7 @@ def _span(corner, scale, SAMPLED: tl.constexpr, ALIGNED: tl.constexpr):  # type:
     return start, length / SAMPLED
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _taps(point, cells):  # type: ignore[no-untyped-def]
     """Of a sample: its cell, the next one, the share of the next one, whether it is on the map."""
     inside = (point >= -1.0) & (point <= cells)
@@ -544,9 +586,7 @@ def _gather(  # type: ignore[no-untyped-def]
             corner = rois + own * 5 + 1
             x0, bin_width = _span(corner, scale, SIDE, ALIGNED)
             y0, bin_height = _span(corner + 1, scale, SIDE, ALIGNED)
-            in_columns = _shares(
-                column, tl.arange(0, COLUMNS), x0, bin_width, width, SIDE, SAMPLES
-            )
+            in_columns = _shares(column, tl.arange(0, COLUMNS), x0, bin_width, width, SIDE, SAMPLES)
             crop = gradient + own.to(tl.int64) * (SIDE * SIDE * CHANNELS)
             for first_row in tl.static_range(0, SIDE, ROWS):
                 in_rows = _shares(
@@ -579,7 +619,7 @@ def _gather(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _product(shares, numbers, total):  # type: ignore[no-untyped-def]
     """total + shares x numbers, to float32's precision."""
     if numbers.dtype == tl.float32:
