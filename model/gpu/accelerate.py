@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from model.backbone.layouts import Merge
+from model.backbone.networks import ConvReLU, ResNetMaps
 from model.branches.box import FCTrunk
 from model.detector import Detector
 from model.gpu.usable import kernels, why_not
@@ -46,6 +48,22 @@ def _fast(module: nn.Module) -> nn.Module | None:
         from model.gpu.roi_align import by_kernels
 
         return by_kernels(module)
+    return None if why_not("epilogue") else _fast_convolution(module)
+
+
+def _fast_convolution(module: nn.Module) -> nn.Module | None:
+    from model.gpu import backbone, convolution
+
+    if type(module) is ResNetMaps and backbone.can_run(module):
+        return backbone.FoldedResNetMaps(module)
+    if backbone.is_folded_stage(module):
+        return backbone.Stage(*module.children())
+    if type(module) is nn.Conv2d:
+        return convolution.Convolution(module)
+    if type(module) is ConvReLU:
+        return convolution.ConvReLU()
+    if type(module) is Merge:
+        return convolution.Merge()
     return None
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.backbone.networks import ConvReLU
 from model.boxes import encode
 from model.losses import box_loss
 from model.matching import Sample, match, sample, take_rows
@@ -84,6 +85,7 @@ class RPN(nn.Module):
         super().__init__()
         per_cell = len(sizes_px[0]) * len(ratios)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_relu = ConvReLU()
         self.objectness = nn.Conv2d(channels, per_cell, 1)
         self.offsets = nn.Conv2d(channels, 4 * per_cell, 1)
         self.strides = tuple(strides)
@@ -103,7 +105,7 @@ class RPN(nn.Module):
         """Every anchor of the maps (B, C, H_l, W_l). canvas: height and width in pixels."""
         logits, offsets, anchors = [], [], []
         for level, features in enumerate(maps):
-            hidden = F.relu(self.conv(features), inplace=True)
+            hidden = self.conv_relu(self.conv, features)
             logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1))
             offsets.append(
                 self.offsets(hidden).permute(0, 2, 3, 1).reshape(features.shape[0], -1, 4)
