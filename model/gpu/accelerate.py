@@ -6,6 +6,7 @@ from torch import nn
 
 from model.detector import Detector
 from model.gpu.usable import kernels, why_not
+from model.matching import MatchedSampling
 from model.rpn.nms import Suppression
 
 
@@ -38,4 +39,8 @@ def _fast(module: nn.Module) -> nn.Module | None:
         from model.gpu.suppression import ListSuppression
 
         return ListSuppression(module.max_iou)
+    if type(module) is MatchedSampling and not why_not("matching"):
+        from model.gpu import matching
+
+        return matching.MatchedSampling(module.rule)
     return None
