@@ -9,6 +9,7 @@ from model.backbone.networks import ConvReLU, ResNetMaps
 from model.branches.box import FCTrunk
 from model.detector import Detector
 from model.gpu.usable import kernels, why_not
+from model.matching import MatchedSampling
 from model.roi.crops import SeparateCrops
 from model.roi.operations import RoIOperation
 from model.rpn.nms import Suppression
@@ -44,6 +45,10 @@ def _fast(module: nn.Module) -> nn.Module | None:
         from model.gpu.suppression import ListSuppression
 
         return ListSuppression(module.max_iou)
+    if type(module) is MatchedSampling and not why_not("matching"):
+        from model.gpu import matching
+
+        return matching.MatchedSampling(module.rule)
     if type(module) is RoIOperation and not why_not("roi_align"):
         from model.gpu.roi_align import by_kernels
 
