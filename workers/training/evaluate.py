@@ -22,6 +22,7 @@ from pipelines.evaluate.evaluation import (
     image_results,
 )
 from pipelines.shards.dataset import Dataset
+from workers.training.prefetch import on_device
 from workers.training.world import World
 from workers.trial.causes import FEWER_EVALUATED, memory_explained
 
@@ -60,7 +61,7 @@ def evaluate_detector(
 ) -> Scores | None:
     """Predicts and scores all images. Returns None on all ranks if some rank is `stopping`."""
     mine: Results = {kind: [] for kind in result_kinds(model)}
-    stream = iter(batches)
+    stream = on_device(([batch] for batch in batches), world.device)
     was_training = detector.training
     detector.eval()
     try:
@@ -69,13 +70,14 @@ def evaluate_detector(
             if world.sum_on_host(torch.tensor(float(stopping()))).item():
                 return None
             if first + world.rank < batches.num_batches:
-                batch = next(stream).to(world.device)
+                [batch] = next(stream)
                 with memory_explained([batch.images], world.device, FEWER_EVALUATED):
                     detections = detector.predict(batch)  # type: ignore[operator]
                 results = coco_results(model, detections, batches.dataset.category_ids)
                 for kind in mine:
                     mine[kind] += results[kind]
     finally:
+        stream.close()
         detector.train(was_training)
     gathered = world.gather(mine)
     if not gathered:
