@@ -16,17 +16,17 @@ from torch import nn
 from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
 from contract.files import Files
 from contract.words import one_line
-from model.accelerate import kernels
+from model.accelerate import complaints, kernels
 from pipelines.shards.dataset import Dataset
 from workers.tracking.journal import Journal, JournalState, SilentJournal, open_journal
 from workers.tracking.spool import print_warning
+from workers.training import arithmetic
 from workers.training.build import eval_loader, initial_detector, open_datasets, train_loader_opener
 from workers.training.evaluate import Scores, best_metric, evaluate_detector
 from workers.training.loop import Ending, Parts, train
 from workers.training.pictures import comparison
 from workers.training.state import TrainState, check_same_training, weights_of
-from workers.training.step import check_precision, slow_precision
-from workers.training.world import World, host_name
+from workers.training.world import World, check_own_gpus, host_name
 from workers.trial.causes import (
     Cause,
     DivergedError,
@@ -74,6 +74,7 @@ def run_trial(
         if world.is_first:
             attempt.store.check_claim()
         check_shared(storage, spec.attempt, world)
+        check_own_gpus(world)
         with refused_together(world):
             inputs = _open(spec, world, attempt.store)
         # from here on the folder is ours: an attempt that still trains in it ends
@@ -142,9 +143,10 @@ def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Inputs:
     # ranks that share a machine must share its cores: OpenMP threads spin at barriers
     if world.device.type == "cpu":
         torch.set_num_threads(max(int(spec.cpus_per_rank), 1))
-    check_precision(run.loop, world.device)
-    if world.is_first and (slow := slow_precision(run.loop, world.device)):
-        print_warning(slow)
+    arithmetic.check_precision(run.loop, world.device)
+    arithmetic.set_arithmetic(run.loop, world.device)
+    for doubt in arithmetic.doubts(run.loop, world.device) if world.is_first else []:
+        print_warning(doubt)
     best_metric(run)  # for its error: a misspelt metric must not show at the first evaluation
     if run.loop.global_batch < world.size:
         raise ValueError(
@@ -183,6 +185,7 @@ def check_shared(storage: Files, attempt: int, world: World) -> None:
 def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
     spec, world, store, journal = attempt.spec, attempt.world, attempt.store, attempt.journal
     run = spec.run
+    computing = _computing(attempt)
     journal.progress("starting", 0, None)
     journal.begin({f"maskray.manifest.{name}": hash for name, hash in inputs.manifests.items()})
     state = TrainState(run, inputs.detector, inputs.manifests)
@@ -224,8 +227,33 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
         )
         ending = train(run, world, parts)
     if world.is_first and ending.state == "done":
-        _finish(attempt, state, ending)
+        _finish(attempt, state, ending, computing)
     return Outcome(state=ending.state, step=state.step)
+
+
+@dataclass(frozen=True)
+class _Computing:
+    """What the ranks compute with, and in which precision; more than one where they differ."""
+
+    kernels: str
+    precision: str
+
+
+def _computing(attempt: _Attempt) -> _Computing:
+    """What all ranks say; on a GPU rank 0 prints it, with each kernel that some node lacks."""
+    world, device = attempt.world, attempt.world.device
+    own = _Computing(kernels(device), arithmetic.in_words(attempt.spec.run.loop, device))
+    said = world.gather((own, [f"{host_name()}: {text}" for text in complaints(device)]))
+    every = [one for one, _ in said]
+    all_kernels = "; ".join(dict.fromkeys(one.kernels for one in every))
+    all_precisions = "; ".join(dict.fromkeys(one.precision for one in every))
+    if world.is_first and device.type == "cuda":
+        # once for a node, however many ranks it has
+        for complaint in dict.fromkeys(text for _, texts in said for text in texts):
+            print_warning(complaint)
+        name = arithmetic.gpu_name(device)
+        print(f"{world.size} x {name}: {all_precisions}; kernels {all_kernels}", flush=True)
+    return _Computing(all_kernels, all_precisions)
 
 
 class _Reporter:
@@ -267,7 +295,7 @@ class _Reporter:
 # --- how it ends ---
 
 
-def _finish(attempt: _Attempt, state: TrainState, ending: Ending) -> None:
+def _finish(attempt: _Attempt, state: TrainState, ending: Ending, computing: _Computing) -> None:
     """Rank 0 leaves the last weights, the series and `result.json`."""
     assert ending.scores is not None
     spec, storage, journal = attempt.spec, attempt.storage, attempt.journal
@@ -292,7 +320,8 @@ def _finish(attempt: _Attempt, state: TrainState, ending: Ending) -> None:
         attempt=spec.attempt,
         world_size=attempt.world.size,
         weights_sha256=digest,
-        kernels=kernels(attempt.world.device),
+        kernels=computing.kernels,
+        precision=computing.precision,
         artifacts=_artifact_paths(ending.scores, storage),
         mlflow_run_id=journal.run_id(),
         events=journal.events,

@@ -412,7 +412,7 @@ def test_a_trial_on_an_object_store_keeps_there_what_a_dead_tracker_could_not_be
 def test_a_precision_that_the_cpu_imitates_is_told_once(
     tmp_path, packed, monkeypatch, capsys, rank, warnings
 ):
-    monkeypatch.setattr("workers.training.step._cpu_computes_in", lambda precision: False)
+    monkeypatch.setattr("workers.training.arithmetic._cpu_computes_in", lambda precision: False)
     spec = spec_of(tmp_path, run_of(packed, loop__precision="bf16", loop__global_batch=2))
     with pytest.raises(ValueError, match="for 3 ranks"):  # what is looked at next
         _open(
