@@ -53,13 +53,16 @@ def _fast(module: nn.Module) -> nn.Module | None:
         from model.gpu.roi_align import by_kernels
 
         return by_kernels(module)
-    return None if why_not("epilogue") else _fast_convolution(module)
+    kinds = (ResNetMaps, nn.Sequential, nn.Conv2d, ConvReLU, Merge)
+    if type(module) in kinds and not why_not("convolution"):
+        return _fast_convolution(module)
+    return None
 
 
 def _fast_convolution(module: nn.Module) -> nn.Module | None:
     from model.gpu import backbone, convolution
 
-    if type(module) is ResNetMaps and backbone.can_run(module):
+    if type(module) is ResNetMaps and backbone.is_folded(module):
         return backbone.FoldedResNetMaps(module)
     if backbone.is_folded_stage(module):
         return backbone.Stage(*module.children())

@@ -99,7 +99,7 @@ class FoldedResNetMaps(ResNetMaps):
         return nn.functional.relu(nn.functional.max_pool2d(x, 3, 2, 1), inplace=True)
 
 
-def can_run(maps: ResNetMaps) -> bool:
+def is_folded(maps: ResNetMaps) -> bool:
     """Whether `FoldedResNetMaps` computes what these maps would."""
     stages = [getattr(maps, name) for name in maps.stage_names]
     return type(maps.conv1) is FoldedConv2d and all(is_folded_stage(stage) for stage in stages)

@@ -7,10 +7,12 @@ stored. Only torch has gradients of gradients: a second backward pass raises.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -20,6 +22,50 @@ from model.gpu import epilogue
 
 Layer: TypeAlias = nn.Conv2d | nn.ConvTranspose2d
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def trial() -> bool:
+    """Whether the kernels compute what torch does, forward and backward."""
+    shapes = ((2, 3, 6, 5), (2, 4, 3, 2), (4, 3, 3, 3), (4,), (4, 3, 3, 3))
+    inputs = [
+        torch.linspace(-9, 8, math.prod(shape), device="cuda")
+        .reshape(shape)
+        .sin_()
+        .requires_grad_()
+        for shape in shapes
+    ]
+    x, above, *parameters = inputs
+    # On the meta device a layer draws no random number.
+    conv = nn.Conv2d(3, 4, 3, padding=1, device="meta")
+    folded = FoldedConv2d(conv, 1e-5)
+    conv.weight, conv.bias, folded.weight = map(nn.Parameter, parameters)
+    folded.cuda()
+    for number, buffer in enumerate(folded.buffers()):
+        buffer.fill_(0.5 + number / 3)
+    inputs = [x, above, *conv.parameters(), *folded.parameters()]
+
+    def results(ours: bool) -> list[Tensor]:
+        if ours:
+            (level,) = convolved([(conv, x)], above, relu=False)
+            (y,) = convolved([(conv, x), (folded, x)])
+            pooled = epilogue.pool_relu(*before_shift(folded, x))
+        else:
+            level, y = layouts.Merge()(conv, x, above), F.relu(conv(x) + folded(x))
+            pooled = F.relu(F.max_pool2d(folded(x), 3, 2, 1))
+        loss = level.float().square().sum() + y.float().square().sum()
+        return [level, y, pooled, *torch.autograd.grad(loss, inputs)]
+
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    close = True
+    for enabled in (False, native):
+        with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+            pairs = zip(results(ours=True), results(ours=False), strict=True)
+            close &= all(_are_close(a, b, 3e-2 if enabled else 1e-2) for a, b in pairs)
+    return close
+
+
+def _are_close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return ((a.float() - b.float()).norm() <= tolerance * b.float().norm()).item() is True
 
 
 def fits(layer: nn.Module, x: Tensor) -> bool:
@@ -95,6 +141,18 @@ def _run(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
     )
 
 
+def _summed(
+    terms: Sequence[tuple[Layer, Tensor, Tensor]],
+    biases: Sequence[Tensor],
+    other: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """relu(sum of the convolutions + biases + other). terms: layer, input and weight."""
+    out, *rest = [_run(*term) for term in terms]
+    assert len(rest) + (other is not None) <= 1
+    return epilogue.finish(out, biases, rest[0] if rest else other, relu)
+
+
 class _Convolved(torch.autograd.Function):
     """See `convolved`. Arguments: x, weight and bias of each term."""
 
@@ -115,9 +173,7 @@ class _Convolved(torch.autograd.Function):
             weights.append(weight)
             bias = layer.bias if shift is None else shift
             biases += [] if bias is None else [bias]
-        out, *rest = [_run(*each) for each in zip(layers, xs, weights, strict=True)]
-        assert len(rest) + (other is not None) <= 1
-        y = epilogue.finish(out, biases, rest[0] if rest else other, relu)
+        y = _summed(list(zip(layers, xs, weights, strict=True)), biases, other, relu)
         ctx.layers, ctx.relu = layers, relu
         ctx.other_size = None if other is None else other.shape
         ctx.save_for_backward(*xs, *weights, *([y] if relu else []))

@@ -22,27 +22,6 @@ _TILE = 4096  # numbers a program: 32 for each of its 128 threads
 _SUMMED_TILES = 8  # for each partial sum of the bias's gradient
 
 
-def trial() -> bool:
-    """Whether the kernels compute as torch does, in a case of 5 channels and a residual sum."""
-    draw = torch.Generator().manual_seed(0)
-    maps, other = (torch.randn(2, 5, 3, 4, generator=draw).cuda() for _ in range(2))
-    bias = torch.randn(5, generator=draw).cuda()
-    summed = torch.relu(maps + bias[:, None, None] + other)
-    y = finish(channels_last(maps).clone(), [bias], other)
-    masked, of_bias = masked_sum([maps, other], y, True)
-    wanted = (maps + other) * (summed > 0)
-    weight = torch.randn(5, 3, 3, 3, generator=draw).cuda()
-    pooled = torch.relu(torch.nn.functional.max_pool2d(maps + bias[:, None, None], 3, 2, 1))
-    pairs = [
-        (y, summed),
-        (masked, wanted),
-        (of_bias, wanted.sum((0, 2, 3))),
-        (enter_weight(weight, None, torch.float32)[0], weight),
-        (pool_relu(maps, bias), pooled),
-    ]
-    return all(one is not None and torch.allclose(one, two, atol=1e-4) for one, two in pairs)
-
-
 def enter_weight(
     weight_OIHW: Tensor, norm: FoldedConv2d | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:

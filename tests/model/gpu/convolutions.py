@@ -15,11 +15,12 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from model.backbone import layouts
 from model.backbone.layouts import Pyramid
 from model.backbone.networks import STAGES, FoldedConv2d, ResNetMaps, VGGMaps, fold_norms
-from model.gpu import epilogue
+from model.gpu import epilogue, usable
 from model.gpu.accelerate import swap
 from model.gpu.convolution import convolved
 
 LAST = torch.channels_last
+usable.tried["convolution"] = ""
 epilogue._TILE = 1 << 11  # more programs than one, and not too many
 
 
