@@ -28,6 +28,11 @@ _BINS, _CHANNELS = 16, 128  # a forward program's
 _TILE, _TILE_CHANNELS = 8, 128  # a backward program's: cells of a side, channels
 _PRODUCT = 64  # bins of one matrix product
 _TOUCHED_BINS, _TOUCHED_CHANNELS = 64, 32  # of a gradient that is read at a time
+_CROP_WARPS, _GATHER_WARPS = 4, 4
+# Sizes of a canvas: a kernel compiled for some of their divisors would be compiled anew in the
+# middle of training.
+_SIZES = [f"{name}_{level}" for name in ("height", "width", "tile") for level in range(MOST_LEVELS)]
+_SIZES += ["num_tiles", "num_rois"]
 
 T = TypeVar("T")
 
@@ -149,14 +154,14 @@ def _forward(
             rois_R5.contiguous(),
             levels_R,
             crops,
-            1 if channels_last else side * side,
-            channels if channels_last else 1,
+            *_steps(channels, side, channels_last),
             channels,
             side,
             samples,
             aligned,
             _BINS,
             _CHANNELS,
+            num_warps=_CROP_WARPS,
             enable_fp_fusion=True,
         )
     return crops
@@ -205,8 +210,6 @@ def _spread(
     if rois:
         _touch[(rois,)](
             gradient,
-            side * side if pack else 1,
-            1 if pack else channels,
             packed,
             rois_R5,
             levels_R,
@@ -219,6 +222,7 @@ def _spread(
             samples,
             aligned,
             pack,
+            *_steps(channels, side, not pack),
             _TOUCHED_BINS,
             _TOUCHED_CHANNELS,
             enable_fp_fusion=True,
@@ -230,7 +234,8 @@ def _spread(
     # The first tile of each level; a level that is not there begins behind the last one.
     first = [sum(tiles[:level]) for level in range(MOST_LEVELS)]
     blocks = triton.cdiv(channels, _TILE_CHANNELS)
-    columns = triton.next_power_of_2(side)
+    # A product has at least 16 bins.
+    columns = max(triton.next_power_of_2(side), 4)
     _gather[(sum(tiles) * blocks,)](
         packed,
         rois_R5,
@@ -247,8 +252,9 @@ def _spread(
         aligned,
         _TILE,
         _TILE_CHANNELS,
-        max(_PRODUCT // columns, 1),
+        min(max(_PRODUCT // columns, 1), columns),
         columns,
+        num_warps=_GATHER_WARPS,
         enable_fp_fusion=True,
     )
     return result
@@ -293,6 +299,11 @@ def of_levels(values: Sequence[T]) -> list[T]:
     return [*values, *[values[-1]] * (MOST_LEVELS - len(values))]
 
 
+def _steps(channels: int, side: int, channels_last: bool) -> tuple[int, int]:
+    """From one channel of a crop to the next, and from one bin to the next."""
+    return (1, channels) if channels_last else (side * side, 1)
+
+
 def _channels_last(maps: Tensor) -> Tensor:
     return maps.contiguous(memory_format=torch.channels_last)
 
@@ -328,7 +339,7 @@ def _taps(point, cells):  # type: ignore[no-untyped-def]
     return low, tl.minimum(low + 1, cells - 1), point - low, inside
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
 def _crop(  # type: ignore[no-untyped-def]
     map_0,
     map_1,
@@ -353,8 +364,8 @@ def _crop(  # type: ignore[no-untyped-def]
     rois,
     levels,
     crops,
-    crops_channel,
-    crops_bin,
+    CHANNEL_STEP: tl.constexpr,
+    BIN_STEP: tl.constexpr,
     CHANNELS: tl.constexpr,
     SIDE: tl.constexpr,
     SAMPLES: tl.constexpr,
@@ -401,7 +412,7 @@ def _crop(  # type: ignore[no-untyped-def]
             )
     total = total / (SAMPLES * SAMPLES)
     crop = crops + roi.to(tl.int64) * (SIDE * SIDE * CHANNELS)
-    target = crop + place[:, None] * crops_bin + channel[None, :] * crops_channel
+    target = crop + place[:, None] * BIN_STEP + channel[None, :] * CHANNEL_STEP
     tl.store(target, total.to(crops.dtype.element_ty), there)
 
 
@@ -416,11 +427,9 @@ def _extent(start, bin_length, cells, SIDE: tl.constexpr, SAMPLES: tl.constexpr)
     return first, last, (high >= -1.0) & (low <= cells)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
 def _touch(  # type: ignore[no-untyped-def]
     gradient,
-    gradient_channel,
-    gradient_bin,
     packed,
     rois,
     levels,
@@ -447,6 +456,8 @@ def _touch(  # type: ignore[no-untyped-def]
     SAMPLES: tl.constexpr,
     ALIGNED: tl.constexpr,
     PACK: tl.constexpr,
+    CHANNEL_STEP: tl.constexpr,
+    BIN_STEP: tl.constexpr,
     BINS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -469,13 +480,13 @@ def _touch(  # type: ignore[no-untyped-def]
     left, right, in_columns = _extent(x0, bin_width, width, SIDE, SAMPLES)
     place, channel = tl.arange(0, BINS)[:, None], tl.arange(0, WIDE)[None, :]
     own = gradient + roi.to(tl.int64) * (SIDE * SIDE * CHANNELS)
-    own += place * gradient_bin + channel * gradient_channel
+    own += place * BIN_STEP + channel * CHANNEL_STEP
     target = packed + roi.to(tl.int64) * (SIDE * SIDE * CHANNELS) + place * CHANNELS + channel
     nonzero = tl.zeros((BINS, WIDE), tl.int32)
     for bin in range(0, SIDE * SIDE, BINS):
         for first in range(0, CHANNELS, WIDE):
             there = (place < SIDE * SIDE - bin) & (channel < CHANNELS - first)
-            numbers = tl.load(own + bin * gradient_bin + first * gradient_channel, there, 0.0)
+            numbers = tl.load(own + bin * BIN_STEP + first * CHANNEL_STEP, there, 0.0)
             nonzero |= (numbers.to(tl.float32) != 0.0).to(tl.int32)
             if PACK:
                 tl.store(target + bin * CHANNELS + first, numbers, there)
@@ -505,7 +516,7 @@ def _shares(  # type: ignore[no-untyped-def]
     return total / SAMPLES
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_SIZES)  # type: ignore[untyped-decorator]
 def _gather(  # type: ignore[no-untyped-def]
     gradient,
     rois,

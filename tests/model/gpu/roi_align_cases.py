@@ -38,7 +38,7 @@ CASES = [
     Case(FIVE, rois=11, side=4, aligned=False, channels_last=False),
     Case(((9, 13), (5, 7)), rois=9, samples=3, dtype=torch.float16),
     Case(((7, 10),), rois=9, side=5, samples=1, channels_last=False, images=1),
-    Case(((1, 1),), rois=8, aligned=False),
+    Case(((1, 1),), rois=8, side=1, aligned=False),
     Case(((2, 3), (1, 2)), rois=0),
 ]
 
@@ -111,9 +111,10 @@ def compile_all() -> None:
     from triton.compiler import ASTSource, compile
 
     crop = {"CHANNELS": 256, "SIDE": 7, "SAMPLES": 2, "ALIGNED": True}
+    first, last = {"CHANNEL_STEP": 49, "BIN_STEP": 1}, {"CHANNEL_STEP": 1, "BIN_STEP": 256}
     kernels = {
-        roi_align._crop: {**crop, "BINS": 16, "WIDE": 128, "crops_bin": 1},
-        roi_align._touch: {**crop, "PACK": True, "BINS": 64, "WIDE": 32, "gradient_bin": 1},
+        roi_align._crop: {**crop, "BINS": 16, "WIDE": 128, **last},
+        roi_align._touch: {**crop, "PACK": True, "BINS": 64, "WIDE": 32, **first},
         roi_align._gather: {**crop, "TILE": 8, "WIDE": 128, "ROWS": 8, "COLUMNS": 8},
     }
     for kernel, constants in kernels.items():
