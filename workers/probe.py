@@ -50,7 +50,7 @@ _REPEATS = 5  # all-reduces whose mean is the rate of a link
 _MOST_PAIR_S = 30.0  # for one pair: a link that is broken must not use up everybody's patience
 _MOST_ERROR_CHARS = 300
 _GPU = "gpu"
-_GPU_PATIENCE_S = 120.0  # torch starts CUDA and Triton compiles each kernel
+_GPU_PATIENCE_S = 60.0  # torch starts CUDA and Triton compiles each kernel
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,7 +67,6 @@ def main(argv: Sequence[str]) -> int:
 
 def look(plan: ProbePlan) -> NodeReport:
     """What this node finds alone and with the others."""
-    driver = _gpu_driver()
     alone = NodeReport(
         index=plan.index,
         host=socket.gethostname(),
@@ -80,8 +79,7 @@ def look(plan: ProbePlan) -> NodeReport:
             else "absent",
         },
         sources=sources_hash(),
-        gpu_driver=driver,
-        gpu=_gpu() if driver.startswith("NVIDIA") else None,
+        gpu_driver=_gpu_driver(),
         disk_free_gib=shutil.disk_usage(tempfile.gettempdir()).free / 2**30,
         shm_free_gib=_shm_free_gib(),
         mlflow_error=_mlflow_error(plan.mlflow),
@@ -89,7 +87,8 @@ def look(plan: ProbePlan) -> NodeReport:
     try:
         store = _meet(plan)
     except (RuntimeError, OSError) as error:
-        return alone.model_copy(update={"meeting_error": _one_line(error)})
+        gpu = _gpu(alone.gpu_driver)
+        return alone.model_copy(update={"meeting_error": _one_line(error), "gpu": gpu})
     with suppress(RuntimeError):  # who is late goes on alone and names the nodes that it missed
         _barrier(store, plan, "start")
     together = {
@@ -99,7 +98,8 @@ def look(plan: ProbePlan) -> NodeReport:
     }
     with suppress(RuntimeError):
         _part(store, plan)
-    return alone.model_copy(update=together)
+    # last, when nobody waits for this node: Triton compiles for a while
+    return alone.model_copy(update={**together, "gpu": _gpu(alone.gpu_driver)})
 
 
 def partners(index: int, nodes: int) -> Iterator[int]:
@@ -159,8 +159,13 @@ def _gpu_driver() -> str:
     )
 
 
-def _gpu() -> GpuReport:
-    """`look_at_gpu` in a process of its own: a driver that hangs or aborts takes only that one."""
+def _gpu(driver: str) -> GpuReport | None:
+    """`look_at_gpu` in a process of its own: a driver that hangs or aborts takes only that one.
+
+    None if the node has no working driver.
+    """
+    if not driver.startswith("NVIDIA"):
+        return None
     command = [sys.executable, "-m", "workers.probe", _GPU]
     # Ray hides all GPUs from a job that asks for none, by an empty list
     environment = dict(os.environ)

@@ -566,6 +566,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int d) {
   strcpy(p->name, "null H100");
   p->totalGlobalMem = 80ul << 30;
   p->major = 9;
+  p->pciBusID = d;  // as cudaDeviceGetPCIBusId says it
   p->multiProcessorCount = 132;
   p->warpSize = 32;
   p->maxThreadsPerBlock = 1024;

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from contract.answers import Check
 from contract.attempt import ClockReport, GpuReport, LinkReport, NodeReport
 from orchestrator.cluster.doctor_checks import Examination, checks_of
 from orchestrator.cluster.nodes import Machine
-from workers.probe import partners
+from workers.probe import look_at_gpu, partners
 
 MACHINES = (Machine("a" * 8, "10.0.0.1", True), Machine("b" * 8, "10.0.0.2", False))
 
@@ -143,6 +144,13 @@ def test_a_cluster_without_gpus_or_of_an_older_version_has_no_line_on_them() -> 
         for i in range(2)
     ]
     assert {"precision", "kernels"}.isdisjoint(lines(*older))
+
+
+def test_a_torch_that_reaches_no_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = look_at_gpu()
+    assert found.error.startswith(f"torch {torch.__version__} finds no GPU")
+    assert (found.precisions, found.kernels, found.complaints) == ([], "", [])
 
 
 def test_a_node_that_says_nothing_is_named() -> None:

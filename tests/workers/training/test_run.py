@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from contract.attempt import MLflowTracking, NoTracking, Outcome, Result, RunSpec
 from contract.files import Files
 from contract.recipe import RunConfig
+from model.accelerate import kernels
 from pipelines.load.proposals import write_proposals
 from pipelines.shards.dataset import open_dataset
 from tests.builders import tiny_run
@@ -101,6 +102,7 @@ def test_a_trial_leaves_its_files_and_tells_mlflow_everything(tmp_path, packed, 
         "train_seconds",
     } <= set(result.metrics)
     assert result.metrics["segm/AP"] == result.metrics["segm-argmax/AP"]
+    assert (result.precision, result.kernels) == ("fp32", kernels(torch.device("cpu")))
     assert all((tmp_path / path).exists() for path in result.artifacts.values())
     assert set(result.artifacts) >= {
         "detections/bbox",
