@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from contract.attempt import MLflowTracking, NoTracking, Outcome, Result, RunSpec
 from contract.files import Files
+from contract.metrics import result_kinds
 from contract.recipe import RunConfig
 from pipelines.load.proposals import write_proposals
 from pipelines.shards.dataset import open_dataset
@@ -30,7 +31,6 @@ from workers.training.evaluate import (
     best_metric,
     evaluate_detector,
     metric_names,
-    result_kinds,
     score,
 )
 from workers.training.run import _open, run_trial
