@@ -97,6 +97,9 @@ class GpuArithmetic(Record):
     cudnn_deterministic: bool = False  # takes only algorithms that repeat to the bit
 
 
+EvalPrecision: TypeAlias = Literal["fp32", "bf16"]
+
+
 class LoopConfig(Record):
     steps: int = Field(160_000, ge=1)  # optimiser steps
     global_batch: int = Field(16, ge=1)  # images per step over all ranks
@@ -116,6 +119,7 @@ class LoopConfig(Record):
     )
     eval_every_steps: int = Field(0, ge=0)  # 0 evaluates at the end alone
     eval_batch: int = Field(8, ge=1)
+    eval_precision: EvalPrecision = "fp32"  # of the network; boxes and masks are chosen in fp32
     guard: Guard = Guard()
 
 

@@ -21,6 +21,11 @@ def check_precision(loop: LoopConfig, device: torch.device) -> None:
             f"loop.precision: {gpu_name(device)} has no bf16, which torch would emulate, slower "
             "than fp32; choose 'fp16' (with loss scaling) or 'fp32'"
         )
+    if loop.eval_precision == "bf16" and not native:
+        raise ValueError(
+            f"loop.eval_precision: {gpu_name(device)} has no bf16, which torch would emulate, "
+            "slower than fp32; choose 'fp32'"
+        )
 
 
 def doubts(loop: LoopConfig, device: torch.device) -> list[str]:

@@ -22,7 +22,7 @@ from workers.tracking.journal import Journal, JournalState, SilentJournal, open_
 from workers.tracking.spool import print_warning
 from workers.training import arithmetic
 from workers.training.build import eval_loader, initial_detector, open_datasets, train_loader_opener
-from workers.training.evaluate import Scores, best_metric, evaluate_detector
+from workers.training.evaluate import Scores, best_metric, evaluate_detector, num_processes
 from workers.training.loop import Ending, Parts, train
 from workers.training.pictures import comparison
 from workers.training.state import TrainState, check_same_training, weights_of
@@ -201,7 +201,15 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
 
         def evaluate(now: TrainState, stopping: Callable[[], bool]) -> Scores | None:
             with now.evaluated_weights():
-                scores = evaluate_detector(run.model, now.detector, batches, world, stopping)
+                scores = evaluate_detector(
+                    run.model,
+                    now.detector,
+                    batches,
+                    world,
+                    stopping,
+                    run.loop.eval_precision,
+                    num_processes(run, world),
+                )
                 # its workers hold memory that the training needs until the next evaluation
                 batches.close()
                 if scores is not None and world.is_first:

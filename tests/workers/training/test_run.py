@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from contract.attempt import MLflowTracking, NoTracking, Outcome, Result, RunSpec
 from contract.files import Files
+from contract.metrics import result_kinds
 from contract.recipe import RunConfig
 from model.accelerate import kernels
 from pipelines.load.proposals import write_proposals
@@ -31,7 +32,6 @@ from workers.training.evaluate import (
     best_metric,
     evaluate_detector,
     metric_names,
-    result_kinds,
     score,
 )
 from workers.training.run import _open, run_trial
