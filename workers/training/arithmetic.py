@@ -70,17 +70,18 @@ def set_arithmetic(loop: LoopConfig, device: torch.device) -> None:
 
 def in_words(loop: LoopConfig, device: torch.device) -> str:
     """What the run computes in on this device, for its result: "bf16", "fp32 (imitated)", ..."""
-    if device.type == "cpu":
-        return f"{loop.precision}{' (imitated)' if slow_precision(loop, device) else ''}"
-    details = []
-    if loop.precision == "fp32" and torch.cuda.is_tf32_supported():
-        rounded = {
-            "convolutions": loop.gpu.tf32_convolutions,
-            "products": loop.gpu.tf32_products,
-        }
-        details += [f"{name} in TF32" for name, tf32 in rounded.items() if tf32]
-    details += ["cuDNN timed its algorithms"] if loop.gpu.cudnn_benchmark else []
-    details += ["cuDNN repeats to the bit"] if loop.gpu.cudnn_deterministic else []
+    details = ["imitated"] if slow_precision(loop, device) else []
+    if device.type == "cuda":
+        if loop.precision == "fp32" and torch.cuda.is_tf32_supported():
+            rounded = {
+                "convolutions": loop.gpu.tf32_convolutions,
+                "products": loop.gpu.tf32_products,
+            }
+            details += [f"{name} in TF32" for name, tf32 in rounded.items() if tf32]
+        details += ["cuDNN timed its algorithms"] if loop.gpu.cudnn_benchmark else []
+        details += ["cuDNN repeats to the bit"] if loop.gpu.cudnn_deterministic else []
+    # training in bf16 and scores from fp32 are the common case, and need no words
+    details += ["evaluated in bf16"] if loop.eval_precision == "bf16" else []
     return f"{loop.precision} ({', '.join(details)})" if details else loop.precision
 
 

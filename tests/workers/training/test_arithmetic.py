@@ -47,6 +47,8 @@ def test_emulated_bf16_is_refused_with_a_remedy_that_the_gpu_has(gpu):
     assert torch.cuda.is_bf16_supported(), "as torch says by default"
     with pytest.raises(ValueError, match=r"Tesla .*\(compute capability 7\.[05]\) has no bf16"):
         check_precision(LoopConfig(precision="bf16"), GPU)
+    with pytest.raises(ValueError, match=r"loop\.eval_precision: Tesla .* choose 'fp32'"):
+        check_precision(LoopConfig(eval_precision="bf16"), GPU)
     for remedy in ("fp16", "fp32"):
         check_precision(LoopConfig(precision=remedy), GPU)
         assert remedy in native_precisions(GPU)
@@ -64,6 +66,14 @@ def test_a_gpu_says_what_fp32_means_on_it(gpu):
     fast = GpuArithmetic(tf32_products=True, cudnn_benchmark=True)
     words = "fp32 (convolutions in TF32, products in TF32, cuDNN timed its algorithms)"
     assert in_words(LoopConfig(gpu=fast), GPU) == words
+
+
+def test_scores_from_bf16_are_said(monkeypatch):
+    monkeypatch.setattr("workers.training.arithmetic._cpu_computes_in", lambda asked: False)
+    assert in_words(LoopConfig(eval_precision="bf16"), CPU) == "fp32 (evaluated in bf16)"
+    both = LoopConfig(precision="bf16", eval_precision="bf16")
+    assert in_words(both, CPU) == "bf16 (imitated, evaluated in bf16)"
+    assert in_words(LoopConfig(), CPU) == "fp32"
 
 
 def choices() -> dict[str, Any]:
