@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DATA := .maskray/demo
 
-.PHONY: help install demo test test-all check format bench clean
+.PHONY: help install demo test test-all check format bench gpu-check clean
 
 help:
 	@echo "make demo      install, make synthetic COCO data, run studies/demo.yaml, print its table"
 	@echo "make test      install and run the test suite;  make test-all adds the slow tests"
 	@echo "make check     formatter, linter, strict types"
-	@echo "make bench     every program in benchmarks/ but chaos.py, which takes an hour"
+	@echo "make bench     every program in benchmarks/ but chaos.py, which takes an hour, and the GPU's"
+	@echo "make gpu-check what only a GPU shows, into gpu.json in under 9 minutes; with another"
+	@echo "               interpreter that has torch: make gpu-check PYTHON=/usr/bin/python3"
 	@echo "make clean     end the local service and remove what the targets above made"
 
 install: $(STAMP)
@@ -47,7 +49,16 @@ format: $(STAMP)
 
 # chaos.py is left out: it kills parts of real training for about an hour.
 bench: $(STAMP)
-	@for program in $(filter-out benchmarks/chaos.py,$(wildcard benchmarks/*.py)); do echo "== $$program"; $(BIN)/python $$program --json || exit 1; done
+	@for program in $(filter-out benchmarks/chaos.py benchmarks/gpu_%.py,$(wildcard benchmarks/*.py)); do echo "== $$program"; $(BIN)/python $$program --json || exit 1; done
+
+# A machine with a GPU may have torch in an interpreter of its own, and no way to install more.
+ifeq ($(origin PYTHON),command line)
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+else
+gpu-check: $(STAMP)
+	$(BIN)/python benchmarks/gpu_check.py
+endif
 
 # `maskray down` first: the local service, its Ray head and MLflow have their files in .maskray.
 clean:

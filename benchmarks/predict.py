@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from pycocotools import mask as rle_tools
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pairs import in_turns, report, seconds
+from benchmarks.train_step import sharpen
 from contract.presets import preset
 from model.accelerate import accelerate
 from model.branches.paste import paste_mask
@@ -46,17 +47,6 @@ def one_image(image: Tensor) -> Batch:
         keypoints=torch.zeros(1, 0, 0, 3),
         proposals_xyxy=torch.zeros(1, 0, 4),
     )
-
-
-def sharpen(peer: nn.Module, image: Tensor) -> None:
-    """Scales the class logits until a trained model's number of detections passes the usual
-    threshold.
-    """
-    with torch.no_grad():
-        for _ in range(10):
-            if len(peer([image.float() / 255])[0]["boxes"]) >= peer.roi_heads.detections_per_img:
-                return
-            peer.roi_heads.box_predictor.cls_score.weight *= 1.5
 
 
 def main() -> None:

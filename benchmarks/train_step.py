@@ -40,39 +40,53 @@ from model.structures import Batch
 from model.weights import from_torchvision
 
 
-def drawn_batch(images: int, objects: int, side: int, num_classes: int) -> Batch:
-    """Noise with discs as objects."""
+def drawn_batch(
+    images: int,
+    objects: int,
+    canvas: tuple[int, int],
+    num_classes: int,
+    num_keypoints: int = 0,
+) -> Batch:
+    """Noise with discs as objects. canvas: height and width in pixels."""
     generator = torch.Generator().manual_seed(0)
-    centre = side * (0.2 + 0.6 * torch.rand(images, objects, 2, generator=generator))
-    radius = side * (0.05 + 0.15 * torch.rand(images, objects, 1, generator=generator))
+    height, width = canvas
+    size_xy = torch.tensor([float(width), float(height)])
+    centre = size_xy * (0.2 + 0.6 * torch.rand(images, objects, 2, generator=generator))
+    radius = min(canvas) * (0.05 + 0.15 * torch.rand(images, objects, 1, generator=generator))
     axis = (torch.arange(112) + 0.5) / 56 - 1
     disc = (axis[:, None] ** 2 + axis**2 < 1).to(torch.uint8)
     return Batch(
         images=torch.randint(
-            0, 256, (images, 3, side, side), dtype=torch.uint8, generator=generator
+            0, 256, (images, 3, height, width), dtype=torch.uint8, generator=generator
         ),
-        sizes=torch.full((images, 2), side),
-        original_sizes=torch.full((images, 2), side),
+        sizes=torch.tensor([canvas] * images),
+        original_sizes=torch.tensor([canvas] * images),
         sample_ids=torch.arange(images),
         noise_keys=torch.arange(images),
-        boxes_xyxy=torch.cat([centre - radius, centre + radius], dim=2).clamp(0, side),
+        boxes_xyxy=torch.cat([centre - radius, centre + radius], dim=2)
+        .clamp(min=0)
+        .minimum(size_xy.repeat(2)),
         labels=torch.randint(0, num_classes, (images, objects), generator=generator),
         valid=torch.ones(images, objects, dtype=torch.bool),
         mask_crops=disc.expand(images, objects, -1, -1).contiguous(),
-        keypoints=torch.zeros(images, objects, 0, 3),
+        # at the centres, all visible
+        keypoints=torch.cat([centre, torch.full_like(centre[..., :1], 2.0)], dim=2)[:, :, None]
+        .expand(-1, -1, num_keypoints, -1)
+        .contiguous(),
         proposals_xyxy=torch.zeros(images, 0, 4),
     )
 
 
 def their_targets(batch: Batch) -> list[dict[str, Tensor]]:
     """The same objects as torchvision takes them: dense masks."""
-    side = batch.images.shape[-1]
-    centres = torch.arange(side, device=batch.images.device) + 0.5
+    height, width = batch.images.shape[-2:]
+    rows = torch.arange(height, device=batch.images.device) + 0.5
+    columns = torch.arange(width, device=batch.images.device) + 0.5
     targets = []
     for boxes, labels in zip(batch.boxes_xyxy, batch.labels, strict=True):
         middle, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
-        x = (centres[None, None, :] - middle[:, 0, None, None]) / half[:, 0, None, None]
-        y = (centres[None, :, None] - middle[:, 1, None, None]) / half[:, 1, None, None]
+        x = (columns[None, None, :] - middle[:, 0, None, None]) / half[:, 0, None, None]
+        y = (rows[None, :, None] - middle[:, 1, None, None]) / half[:, 1, None, None]
         targets.append(
             {"boxes": boxes, "labels": labels + 1, "masks": (x * x + y * y < 1).to(torch.uint8)}
         )
@@ -81,16 +95,17 @@ def their_targets(batch: Batch) -> list[dict[str, Tensor]]:
 
 def their_model(name: str, side: int) -> nn.Module:
     if name == "r50-fpn":
-        return their_r50(side)
+        return their_r50((side, side))
     return their_tiny(side)
 
 
-def their_r50(side: int) -> nn.Module:
+def their_r50(canvas: tuple[int, int]) -> nn.Module:
+    """Torchvision's Mask R-CNN with our RoI counts; images of `canvas` keep their size."""
     body = detection.backbone_utils.resnet_fpn_backbone(
         backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
     )
     sampling = {"rpn_pre_nms_top_n_train": 2000, "rpn_post_nms_top_n_train": 1000}
-    return detection.MaskRCNN(body, 81, min_size=side, max_size=side, **sampling)
+    return detection.MaskRCNN(body, 81, min_size=min(canvas), max_size=max(canvas), **sampling)
 
 
 def their_tiny(side: int) -> nn.Module:
@@ -154,6 +169,17 @@ def share_weights(detector: nn.Module, peer: nn.Module) -> None:
     detector.load_state_dict(from_torchvision(peer.state_dict()), strict=True)
 
 
+def sharpen(peer: nn.Module, image: Tensor) -> None:
+    """Scales the class logits until a trained model's number of detections passes the usual
+    threshold.
+    """
+    with torch.no_grad():
+        for _ in range(10):
+            if len(peer([image.float() / 255])[0]["boxes"]) >= peer.roi_heads.detections_per_img:
+                return
+            peer.roi_heads.box_predictor.cls_score.weight *= 1.5
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -169,7 +195,9 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cfg = preset(args.preset)
-    batch = drawn_batch(args.batch, args.objects, args.side, cfg.num_classes).to(device)
+    batch = drawn_batch(args.batch, args.objects, (args.side, args.side), cfg.num_classes).to(
+        device
+    )
     detector, peer = build_detector(cfg), their_model(args.preset, args.side).train()
     if args.preset == "r50-fpn":
         share_weights(detector, peer)

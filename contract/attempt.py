@@ -148,6 +148,7 @@ class Outcome(Message):
     error_class: ErrorClass = "none"
     error: str = ""  # one line with the remedy
     rank: int = -1  # whose error it is; -1 where that is unknown
+    avoid_node: bool = False  # its GPU broke: the next attempt keeps off the node of `rank`
     step: int = 0
     events: list[Event] = []
 

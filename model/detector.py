@@ -110,8 +110,7 @@ class Detector(nn.Module):
             batch.valid,
             batch.noise_keys,
         )
-        # A GPU would wait for the number of real RoIs, so it computes the padded ones too.
-        keep = self.keep_padding or batch.images.device.type != "cpu"
+        keep = self._keeps_padding(batch.images)
         return _Step(
             batch,
             maps,
@@ -126,7 +125,7 @@ class Detector(nn.Module):
         """At least one object slot; on the CPU no more slots than the fullest image has objects."""
         # One slot without an object: matching and gathering need something to point at.
         slots = max(batch.valid.shape[1], 1)
-        if batch.images.device.type == "cpu" and not self.keep_padding and len(batch):
+        if not self._keeps_padding(batch.images) and len(batch):
             slots = max(int(batch.valid.sum(dim=1).max()), 1)
         names = ("boxes_xyxy", "labels", "valid", "mask_crops", "keypoints")
         return replace(batch, **{name: _fit(getattr(batch, name), slots) for name in names})
@@ -302,7 +301,7 @@ class Detector(nn.Module):
         sample_ids: Tensor,
     ) -> Detections:
         boxes = self._boxes(maps, proposals, sizes_B2)
-        image, place = boxes.valid.nonzero(as_tuple=True)
+        image, place = self._computed(boxes.valid)
         in_canvas = boxes.boxes_xyxy[image, place]
         scale = _scale(sizes_B2, original_B2)
         masks: dict[str, Tensor] = {}
@@ -312,11 +311,15 @@ class Detector(nn.Module):
             crops = self.crops.for_masks(maps.roi, _with_image(image, in_canvas))
             if self.mask is not None:
                 maps_R = self.mask.probabilities(crops, boxes.labels[image, place])
-                masks = {name: _scatter(values, boxes.valid) for name, values in maps_R.items()}
+                masks = {
+                    name: _scatter(values, image, place, boxes.valid)
+                    for name, values in maps_R.items()
+                }
             if self.keypoints is not None:
                 points = keypoint_positions(self.keypoints(crops), in_canvas)
                 xy = points[..., :2] * scale[image, None, :2] - self.keypoints.half_pixel_px
-                keypoints = _scatter(torch.cat([xy, points[..., 2:]], dim=-1), boxes.valid)
+                found = torch.cat([xy, points[..., 2:]], dim=-1)
+                keypoints = _scatter(found, image, place, boxes.valid)
         return Detections(
             boxes.boxes_xyxy * scale[:, None],
             boxes.scores,
@@ -329,17 +332,41 @@ class Detector(nn.Module):
         )
 
     def _boxes(self, maps: Maps, proposals: Proposals, sizes_B2: Tensor) -> Boxes:
-        image, place = proposals.valid.nonzero(as_tuple=True)
+        image, place = self._computed(proposals.valid)
         rois = _with_image(image, proposals.boxes_xyxy[image, place])
         # Inference has no dropout: the keys of the RoIs do not matter.
         logits, offsets = self.box(self.crops.for_boxes(maps.roi, rois), torch.zeros_like(image))
+        scores = self.box.scores(logits)
+        if self._keeps_padding(proposals.valid):
+            shape = proposals.valid.shape
+            return self.box.selection.padded(
+                proposals.boxes_xyxy,
+                proposals.valid,
+                torch.unflatten(scores, 0, shape),
+                torch.unflatten(offsets, 0, shape),
+                sizes_B2,
+            )
         counts = proposals.valid.sum(dim=1).tolist()
-        return self.box.selection(
+        selected: Boxes = self.box.selection(
             torch.split(rois[:, 1:], counts),
-            torch.split(self.box.scores(logits), counts),
+            torch.split(scores, counts),
             torch.split(offsets, counts),
             sizes_B2,
         )
+        return selected
+
+    def _computed(self, valid_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Image and place of the slots that the heads compute, each of them flat."""
+        if self._keeps_padding(valid_BN):
+            slot = torch.arange(valid_BN.numel(), device=valid_BN.device)
+            most = valid_BN.shape[1]
+            return torch.div(slot, most, rounding_mode="floor"), slot % most
+        image, place = valid_BN.nonzero(as_tuple=True)
+        return image, place
+
+    def _keeps_padding(self, values: Tensor) -> bool:
+        # A GPU would wait for the number of real RoIs, so it computes the padded ones too.
+        return self.keep_padding or values.device.type != "cpu"
 
 
 def _fit(values_BGX: Tensor, slots: int) -> Tensor:
@@ -362,8 +389,9 @@ def _with_image(image_R: Tensor, boxes_R4: Tensor) -> Tensor:
     return torch.cat([image_R[:, None].to(boxes_R4.dtype), boxes_R4], dim=1)
 
 
-def _scatter(values_RX: Tensor, valid_BD: Tensor) -> Tensor:
-    """(R, ...) of the valid slots, in order, to (B, D, ...), zeros elsewhere."""
+def _scatter(values_RX: Tensor, image_R: Tensor, place_R: Tensor, valid_BD: Tensor) -> Tensor:
+    """(R, ...) of some slots to (B, D, ...), zeros where a slot is not valid."""
     result = values_RX.new_zeros(*valid_BD.shape, *values_RX.shape[1:])
-    result[valid_BD] = values_RX
-    return result
+    result[image_R, place_R] = values_RX
+    padding = ~valid_BD[(...,) + (None,) * (values_RX.dim() - 1)]
+    return result.masked_fill(padding, 0)

@@ -82,12 +82,32 @@ class ImageSize:
             # Torchvision's detectors normalise first and do not antialias.
             pixels = F.interpolate(normalise(image)[None], size=size, mode="bilinear")
         else:
-            pixels = normalise(
-                F.interpolate(image[None], size=size, mode="bilinear", antialias=True)
-            )
+            pixels = normalise(antialiased(image, size))
         # Zeros after the normalisation: in training, padding is zero for the network too.
         right, below = (-side % self.canvas_multiple_px for side in (size[1], size[0]))
         return F.pad(pixels, (0, right, 0, below)), size
+
+
+def antialiased(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """A uint8 image (3, H, W) of another size, uint8 (1, 3, *size)."""
+    # Only the CPU resizes uint8. Another device gives the same levels, now and then one beside it.
+    resized = _antialiased if image.device.type == "cpu" else antialiased_in_floats
+    return resized(image[None], size)
+
+
+def antialiased_in_floats(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """As torch's kernel for uint8, which rounds each row to levels before it adds the rows up."""
+    rows = _antialiased(images.float(), (images.shape[-2], size[1]))
+    return _levels(_antialiased(_levels(rows).float(), size))
+
+
+def _levels(values: Tensor) -> Tensor:
+    """Rounded half up to uint8."""
+    return (values + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def _antialiased(images: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
 
 
 def check_image(image: Tensor) -> None:

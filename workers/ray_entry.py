@@ -29,7 +29,13 @@ from contract.attempt import (
 )
 from contract.command import run_command
 from contract.files import Files, split
-from workers.trial.causes import exit_status, most_telling, recorded_causes, write_outcome
+from workers.trial.causes import (
+    causes_in_logs,
+    exit_status,
+    most_telling,
+    recorded_causes,
+    write_outcome,
+)
 from workers.trial.stop import Reason, StopRequest, late_outcome
 
 # Ray Train reads these when it is imported.
@@ -105,6 +111,9 @@ def _fit(spec: RunSpec, connected: threading.Event) -> list[str]:
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
+    from workers.training.world import TIMEOUTS
+
+    backend = "nccl" if spec.gpus_per_rank else "gloo"
     resources = {"CPU": spec.cpus_per_rank, **spec.rank_resources}
     if spec.gpus_per_rank:
         resources["GPU"] = spec.gpus_per_rank
@@ -118,7 +127,9 @@ def _fit(spec: RunSpec, connected: threading.Event) -> list[str]:
         TorchTrainer(
             train_rank,
             train_loop_config={"spec": spec.model_dump_json()},
-            torch_config=TorchConfig(backend="nccl" if spec.gpus_per_rank else "gloo"),
+            torch_config=TorchConfig(
+                backend=backend, timeout_s=round(TIMEOUTS[backend].total_seconds())
+            ),
             scaling_config=ScalingConfig(
                 num_workers=spec.ranks,
                 use_gpu=bool(spec.gpus_per_rank),
@@ -324,8 +335,12 @@ def conclude(spec: RunSpec, storage: Files, failures: Sequence[str]) -> int:
     path = OUTCOME_FILE.format(attempt=spec.attempt)
     outcome = Outcome.model_validate_json(storage.read(path)) if storage.exists(path) else None
     causes = recorded_causes(storage, spec.attempt)
+    failed = outcome is None or outcome.state == "failed"
+    silent = {*range(spec.ranks)} - {cause.rank for cause in causes}
+    in_logs = causes_in_logs(storage, spec.attempt, sorted(silent)) if failed else []
+    causes += in_logs
     # a rank may know better than rank 0 why the collective broke
-    if causes and (outcome is None or outcome.state == "failed"):
+    if causes and failed:
         cause = most_telling(causes)
         if outcome is None or outcome.error_class in ("collective", "unknown"):
             outcome = Outcome(
@@ -333,9 +348,11 @@ def conclude(spec: RunSpec, storage: Files, failures: Sequence[str]) -> int:
                 error_class=cause.error_class,
                 error=f"rank {cause.rank}: {cause.error}",
                 rank=cause.rank,
+                avoid_node=cause.gpu_broke,
             )
     # a rank that left no cause was killed: Ray's words name it, its peers only lost it
-    if outcome is None or (failures and outcome.error_class == "collective"):
+    killed = failures and not in_logs
+    if outcome is None or (killed and outcome.error_class == "collective"):
         failure = "; ".join(failures) or "the ranks ended without an outcome"
         outcome = Outcome(state="failed", error_class="node", error=f"Ray: {failure}")
     write_outcome(storage, spec.attempt, outcome)

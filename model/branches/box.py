@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from model.boxes import OffsetWeights, at_least, clip, decode, encode
 from model.losses import box_loss, class_loss
+from model.matching import take_rows
 from model.roi.samples import FlatRoIs
+from model.rpn.nms import Suppression
 from model.sample_hash import DROPOUT_STREAM, noise
 
 OFFSET_WEIGHTS: OffsetWeights = (10.0, 5.0)
 _MIN_SIDE_PX = 1e-2  # of a detection, as in torchvision
+_LISTS_AT_ONCE = 1024  # of 1,000 boxes each: 131 MB of bits say which of them overlap
 
 
 class FCTrunk(nn.Module):
@@ -75,19 +78,21 @@ class Boxes:
     valid: Tensor
 
 
-@dataclass(frozen=True)
-class BoxSelection:
+class BoxSelection(nn.Module):
     """Which (proposal, class) pairs become detections.
 
     Those above the threshold are decoded, clipped and suppressed within their class; the best
     `most` of an image stay.
     """
 
-    score_threshold: float
-    max_iou: float
-    most: int
+    def __init__(self, score_threshold: float, max_iou: float, most: int) -> None:
+        super().__init__()
+        self.score_threshold = score_threshold
+        self.max_iou = max_iou
+        self.most = most
+        self.suppress = Suppression(max_iou)
 
-    def __call__(
+    def forward(
         self,
         boxes: Sequence[Tensor],
         scores: Sequence[Tensor],
@@ -120,6 +125,51 @@ class BoxSelection:
         decoded, scores, labels = decoded[large], scores_QK[row, labels][large], labels[large]
         kept = torchvision.ops.batched_nms(decoded, scores, labels, self.max_iou)[: self.most]
         return decoded[kept], scores[kept], labels[kept]
+
+    def padded(
+        self,
+        boxes_BQ4: Tensor,
+        valid_BQ: Tensor,
+        scores_BQK: Tensor,
+        offsets_BQX4: Tensor,
+        sizes_B2: Tensor,
+    ) -> Boxes:
+        """As `forward` of the valid proposals, in shapes that do not depend on data.
+
+        offsets_BQX4: X is K or 1.
+        """
+        classes = scores_BQK.shape[2]
+        decoded = clip(decode(boxes_BQ4[:, :, None], offsets_BQX4, OFFSET_WEIGHTS), sizes_B2)
+        candidate = valid_BQ[:, :, None] & (scores_BQK > self.score_threshold)
+        candidate = candidate & at_least(decoded, _MIN_SIDE_PX)
+        decoded = decoded.expand(-1, -1, classes, -1)
+        # Every class of every image has a list with all proposals. Only few are candidates, but how
+        # many is not known before the host waits for it.
+        scores_BKQ = torch.where(candidate, scores_BQK, -torch.inf).transpose(1, 2)
+        best, order = torch.sort(scores_BKQ, dim=2, descending=True, stable=True)
+        lists = decoded.transpose(1, 2).gather(2, order[..., None].expand(-1, -1, -1, 4))
+        keep = self._suppressed(lists.flatten(0, 1), best.isfinite().flatten(0, 1))
+        # Back in the order of `forward`, by proposal and then class: it decides among equal scores.
+        kept = torch.zeros_like(best, dtype=torch.bool).scatter(2, order, keep.view_as(best))
+        final = torch.where(kept.transpose(1, 2), scores_BQK, -torch.inf).flatten(1)
+        final = F.pad(final, (0, max(self.most - final.shape[1], 0)), value=-torch.inf)
+        top, where = (
+            ranked[:, : self.most]
+            for ranked in torch.sort(final, dim=1, descending=True, stable=True)
+        )
+        valid = top.isfinite()
+        where = where.masked_fill(~valid, 0)
+        return Boxes(
+            take_rows(decoded.flatten(1, 2), where).masked_fill(~valid[:, :, None], 0),
+            top.masked_fill(~valid, 0),
+            where % classes,
+            valid,
+        )
+
+    def _suppressed(self, lists_LQ4: Tensor, valid_LQ: Tensor) -> Tensor:
+        # In parts: a thousand classes would need gigabytes at once.
+        boxes, valid = (torch.split(values, _LISTS_AT_ONCE) for values in (lists_LQ4, valid_LQ))
+        return torch.cat([self.suppress(*part) for part in zip(boxes, valid, strict=True)])
 
 
 class BoxBranch(nn.Module):

@@ -87,16 +87,23 @@ def keypoint_positions(logits_RPMM: Tensor, rois_R4: Tensor) -> Tensor:
     As in the released code: the map is resized (bicubic) to the RoI's size in whole pixels, and the
     largest value is at its pixel's centre.
     """
+    sides_R2 = (rois_R4[:, 2:] - rois_R4[:, :2]).clamp(min=1)
+    whole_R2 = sides_R2.ceil()
+    best_RP = logits_RPMM.new_zeros(logits_RPMM.shape[:2], dtype=torch.float32)
+    place_RP = torch.zeros_like(best_RP, dtype=torch.int64)
     # RoI by RoI: each has a size of its own, and bicubic interpolation takes one size at a time.
-    results = []
-    for logits, roi in zip(logits_RPMM.float(), rois_R4, strict=True):
-        sides = (roi[2:] - roi[:2]).clamp(min=1)
-        width, height = (int(side) for side in sides.ceil())
+    # A GPU waits once, for all sizes.
+    for roi, (width, height) in enumerate(whole_R2.long().tolist()):
         resized = F.interpolate(
-            logits[:, None], size=(height, width), mode="bicubic", align_corners=False
+            logits_RPMM[roi].float()[:, None],
+            size=(height, width),
+            mode="bicubic",
+            align_corners=False,
         )
-        best, position = resized.flatten(1).max(dim=1)
-        cell = torch.stack([position % width, position.div(width, rounding_mode="floor")], dim=1)
-        xy = (cell + 0.5) * (sides / sides.ceil()) + roi[:2]
-        results.append(torch.cat([xy, best[:, None]], dim=1))
-    return torch.stack(results) if results else logits_RPMM.new_zeros(0, logits_RPMM.shape[1], 3)
+        best_RP[roi], place_RP[roi] = resized.flatten(1).max(dim=1)
+    width_R1 = whole_R2[:, :1].long()
+    cell_RP2 = torch.stack(
+        [place_RP % width_R1, place_RP.div(width_R1, rounding_mode="floor")], dim=2
+    )
+    xy = (cell_RP2 + 0.5) * (sides_R2 / whole_R2)[:, None] + rois_R4[:, None, :2]
+    return torch.cat([xy, best_RP[:, :, None]], dim=2)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 _CANONICAL_SIDE_PX, _CANONICAL_LOG_STRIDE = 224.0, 4  # a 224 px box goes to P4, of stride 2 ** 4
 _WARP_SAMPLES = 2
+_CELLS_OFF_MAP = 8.0  # no operation reads further than two cells from its RoI
 
 
 class SampleMean(nn.Module):
@@ -142,15 +143,16 @@ class RoIOperation(nn.Module):
     def _all_levels(self, maps: Sequence[Tensor], rois_R5: Tensor, levels: Tensor) -> Tensor:
         """As `_by_level`, in fixed shapes.
 
-        Each RoI is cropped from every map; from all but its own it is an empty corner.
+        Each RoI is cropped from every map. On all but its own it lies off the map, so that its crop
+        is zero.
         """
+        # No sample of a RoI off the map has a gradient. torchvision's kernel adds the gradient of
+        # every sample on the map atomically, also where that gradient is zero.
         result = None
         for i, (features, stride) in enumerate(zip(maps, self.strides, strict=True)):
-            mine = levels == i
-            crops = self.crop(
-                features, torch.where(mine[:, None], rois_R5, 0), 1 / stride, self.side
-            )
-            crops = torch.where(mine[:, None, None, None], crops, 0)
+            boxes = torch.where((levels == i)[:, None], rois_R5[:, 1:], -_CELLS_OFF_MAP * stride)
+            own = torch.cat([rois_R5[:, :1], boxes], dim=1)
+            crops: Tensor = self.crop(features, own, 1 / stride, self.side)
             result = crops if result is None else result + crops
         assert result is not None
         return result

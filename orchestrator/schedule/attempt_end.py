@@ -18,7 +18,8 @@ _BY_EXIT: Mapping[int, ErrorClass] = {
 }
 _REMEDY: Mapping[ErrorClass, str] = {
     "person": "correct the study and submit it again",
-    "out_of_memory": "lower loop.max_images_per_forward, use bf16, or give each rank more memory",
+    "out_of_memory": "lower loop.max_images_per_forward, use bf16 (fp16 on a GPU without it), "
+    "or give each rank more memory",
     "diverged": "lower the rate, lengthen the warm-up or clip gradients",
 }
 
@@ -98,14 +99,19 @@ def suspects(after: NextState, nodes: Sequence[str], outcome: Outcome | None) ->
 
     After a hang or a broken collective: the node of the rank whose error it is, then those of its
     peers, because one of them may have been the cause. After a preemption all: one is about to go,
-    and Ray does not say over HTTP which one. None after any other end.
+    and Ray does not say over HTTP which one. After a GPU broke its node alone, which is still there
+    for Ray. None after any other end.
     """
-    preempted = outcome is not None and outcome.state == "preempted"
-    if after.state != "queued" or not (after.error_class == "collective" or preempted):
+    if after.state != "queued":
         return []
+    preempted = outcome is not None and outcome.state == "preempted"
     # A hang has an error of our own words, which is no rank's. An older code package names no rank.
     named = outcome is not None and outcome.rank >= 0 and outcome.error == after.error
     rank = outcome.rank if outcome is not None and named else len(nodes)
+    if outcome is not None and outcome.avoid_node:
+        return [*nodes[rank : rank + 1]]
+    if not (after.error_class == "collective" or preempted):
+        return []
     return list(dict.fromkeys([*nodes[rank : rank + 1], *nodes]))
 
 

@@ -214,6 +214,23 @@ def test_the_driver_tells_what_the_most_telling_rank_said(tmp_path, packed, caps
     assert "lower the batch" in capsys.readouterr().err
 
 
+def test_a_rank_that_nccl_s_watchdog_ended_is_named_with_what_it_wrote(tmp_path, packed):
+    """The watchdog aborts its process: no handler runs, Ray only sees that the rank is gone."""
+    spec = spec_of(tmp_path, run_of(packed), ranks=2)
+    storage = Files(str(tmp_path))
+    line = (
+        "[E321 02:07:08.408 ProcessGroupNCCL.cpp:607] [Rank {}] Watchdog caught collective "
+        "operation timeout: WorkNCCL(SeqNum=5, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, "
+        "Timeout(ms)=600000) ran for 600013 milliseconds before timing out.\n"
+    )
+    for rank in range(2):
+        storage.write(f"attempts/1/rank-{rank}.log", line.format(rank).encode())
+    assert conclude(spec, storage, ["rank 0: the actor died", "rank 1: the actor died"]) == 1
+    outcome = Outcome.model_validate_json(storage.read("attempts/1/outcome.json"))
+    assert outcome.error_class == "collective"
+    assert outcome.error.startswith("rank 0: NCCL's ALLREDUCE was not over after 10 minutes")
+
+
 def test_a_missing_spec_is_one_line():
     with pytest.raises(ValueError, match=r"--spec /no/spec\.json: no such file"):
         read_spec("/no/spec.json")

@@ -5,6 +5,9 @@ from __future__ import annotations
 import psutil
 import torch
 
+from contract.words import one_line
+from workers.tracking.spool import print_warning
+
 _GIB = 2**30
 
 
@@ -13,6 +16,7 @@ class SystemSampler:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._asks_nvml = device.type == "cuda"
         self._process = psutil.Process()
         self._process.cpu_percent()  # the first call only starts the clock
 
@@ -28,13 +32,21 @@ class SystemSampler:
             values |= {
                 "gpu_memory_gib": torch.cuda.max_memory_allocated(self._device) / _GIB,
                 "gpu_memory_reserved_gib": torch.cuda.memory_reserved(self._device) / _GIB,
-                **_utilisation(self._device),
+                **self._utilisation(),
             }
         return values
 
-
-def _utilisation(device: torch.device) -> dict[str, float]:
-    try:
-        return {"gpu_percent": float(torch.cuda.utilization(device))}
-    except ModuleNotFoundError:  # nvidia-ml-py is not a requirement
+    def _utilisation(self) -> dict[str, float]:
+        """Empty where NVML does not answer; it is asked no second time then."""
+        if not self._asks_nvml:
+            return {}
+        try:
+            return {"gpu_percent": float(torch.cuda.utilization(self._device))}
+        except ModuleNotFoundError:  # nvidia-ml-py is not a requirement
+            pass
+        # Its errors have a class of their own, and torch adds others. A MIG instance has no
+        # utilisation, a container may lack the right to ask: no reason to end a training.
+        except Exception as error:  # noqa: BLE001
+            print_warning(f"gpu_percent is left out, NVML does not say it: {one_line(error)}")
+        self._asks_nvml = False
         return {}

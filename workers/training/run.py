@@ -203,6 +203,9 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
                 batches.close()
                 if scores is not None and world.is_first:
                     reporter.evaluated(now, scores)
+            # The others wait here, on the host, as long as rank 0 needs. In the next step they
+            # would wait in NCCL, whose time-out is that of a step.
+            world.barrier()
             return scores
 
         # for a loss that was bad before the first checkpoint
@@ -351,4 +354,5 @@ def _failed_with(cause: Cause, world: World) -> Outcome:
         error_class=cause.error_class,
         error=f"rank {cause.rank}: {cause.error}" if named else cause.error,
         rank=cause.rank,
+        avoid_node=cause.gpu_broke,
     )

@@ -105,6 +105,9 @@ class TrainState:
         # batches that the guard skipped took no step, so that the data runs ahead
         return self.step + self.guard.skipped
 
+    # Every in-place change of the state runs without gradients. With them the average would
+    # become a node of the autograd graph, and each step's node would keep the one before.
+    @torch.no_grad()
     def update_average(self) -> None:
         if self.average:
             # all parameters in a few launches; torch has no public name for it
@@ -119,14 +122,14 @@ class TrainState:
         finally:
             self._swap_average()
 
+    @torch.no_grad()
     def _swap_average(self) -> None:
         # swapped and not copied: the training goes on with its own weights afterwards
-        with torch.no_grad():
-            # not strict: a run that keeps no average has an empty list
-            for parameter, average in zip(self.trained, self.average, strict=False):
-                kept = parameter.clone()
-                parameter.copy_(average)
-                average.copy_(kept)
+        # not strict: a run that keeps no average has an empty list
+        for parameter, average in zip(self.trained, self.average, strict=False):
+            kept = parameter.clone()
+            parameter.copy_(average)
+            average.copy_(kept)
 
     def snapshot(self) -> Snapshot:
         """A copy on the host, which training does not change any more."""
@@ -147,6 +150,7 @@ class TrainState:
         # a copy: the next step changes the tensors while a thread writes the checkpoint
         return Snapshot(self.step, copied_to_host(vars(tensors)), plain.model_dump())
 
+    @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> JournalState:
         """Goes back to a checkpoint. Returns what its journal was at the same step.
 

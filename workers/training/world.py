@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Longer than any evaluation. The process group ends when a rank hangs for so long.
-TIMEOUT = timedelta(minutes=30)
+# A collective ends its ranks when it takes longer. NCCL carries the steps, of which none lasts
+# minutes. On the host the ranks wait for what rank 0 does alone: it scores a validation set, writes
+# artifacts, tells the tracker. That is gloo's part, and its time is longer than any evaluation.
+TIMEOUTS = {"nccl": timedelta(minutes=10), "gloo": timedelta(minutes=30)}
 T = TypeVar("T")
 
 
@@ -82,7 +84,7 @@ def join_world() -> World:
         group = cast("dist.ProcessGroup", dist.group.WORLD)
         return World(rank, size, torch.device("cpu"), group)
     # NCCL carries nothing but tensors on the device
-    host_group = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=TIMEOUT))
+    host_group = cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=TIMEOUTS["gloo"]))
     return World(rank, size, _device(int(os.environ.get("LOCAL_RANK", "0"))), host_group)
 
 
@@ -113,7 +115,8 @@ def launched_world(environment: Mapping[str, str]) -> Iterator[World]:
     if torch.cuda.is_available():
         # before the process group: NCCL takes the current device
         _device(int(environment["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUTS[backend])
     try:
         yield join_world()
     finally:

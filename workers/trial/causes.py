@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from contract.attempt import (
     CAUSE_FILE,
+    LOG_FILE,
     OUTCOME_FILE,
     ErrorClass,
     ExitStatus,
@@ -34,7 +36,8 @@ _BY_EXPLANATION: tuple[ErrorClass, ...] = (
     "collective",
     "none",
 )
-# gloo and NCCL raise plain RuntimeErrors: only their words set a lost peer apart from a bug
+# gloo, NCCL, cuDNN and cuBLAS raise plain RuntimeErrors, and CUDA does before torch 2.8: only their
+# words set a lost peer, a lost device and a full memory apart from a bug. All in lower case.
 _PEER_LOST = (
     "connection closed by peer",
     "connection reset",
@@ -44,6 +47,41 @@ _PEER_LOST = (
     "broken pipe",
     "heartbeat",
 )
+_MEMORY_FULL = (
+    "can't allocate memory",  # torch's allocator on the CPU
+    "cuda out of memory",
+    "cuda error: out of memory",  # outside torch's allocator: a context, pinned memory
+    "cuda driver error: out of memory",
+    "'out of memory'",  # NCCL: Cuda failure 2 'out of memory'
+    "_alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED
+    "allocation_failed",  # cuDNN 9: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+    # torch asks NVML for the numbers of its own message, and a MIG instance does not answer
+    "nvml_success == r internal assert failed",
+)
+# What a retry on another GPU repeats: a mistake of the program, not of the device.
+_OURS = (
+    "device-side assert",
+    "invalid argument",
+    "invalid configuration argument",
+    "invalid device",
+    "invalid resource handle",
+    "invalid_value",
+    "misaligned address",
+    "no kernel image",
+    "not_supported",
+    "too many resources requested",
+    "captur",  # a call that a CUDA graph cannot hold
+)
+_CUDA_ERROR = re.compile(r"cuda(?: driver)? error: (.*)|cuda failure \d* ?'([^']*)'")
+_DEVICE_LOST = ("uncorrectable", "unknown error")  # of those that NCCL passes on
+_NCCL_LATE = re.compile(r"OpType=(\w+).*?Timeout\(ms\)=(\d+)")
+_GLOO_LATE = re.compile(r"Timed out waiting (\d+)ms for (\w+) operation")
+# The watchdog of NCCL ends its process past every handler: its line in the log is all that is left.
+_WATCHDOG = re.compile(
+    r"(Watchdog caught collective operation timeout: .*)"
+    r"|watchdog thread terminated with exception: (.*)"
+)
+_LOG_TAIL_BYTES = 256 << 10  # the watchdog's line comes before a stack of every thread
 _MOST_ERROR_CHARS = 2000
 
 
@@ -59,14 +97,36 @@ class Cause(Message):
     error: str
     details: str = ""
 
+    @property
+    def gpu_broke(self) -> bool:
+        return self.error_class == "node" and "cuda" in self.error.lower()
+
 
 def cause_of(error: BaseException, rank: int) -> Cause:
     """What one rank knows of its own failure."""
     return Cause(
         rank=rank,
         error_class=classify(error),
-        error=one_line(error)[:_MOST_ERROR_CHARS],
+        error=_in_words(one_line(error)),
         details="".join(traceback.format_exception(error)),
+    )
+
+
+def _in_words(text: str) -> str:
+    """An error's own line; a collective's time-out in words, which torch hides among numbers."""
+    late = _NCCL_LATE.search(text)
+    if late and ("timeout" in text.lower() or "timed out" in text.lower()):
+        return _late("NCCL", late[1], int(late[2]))
+    late = _GLOO_LATE.search(text)
+    if late:
+        return _late("gloo", late[2], int(late[1]))
+    return text[:_MOST_ERROR_CHARS]
+
+
+def _late(backend: str, operation: str, milliseconds: int) -> str:
+    return (
+        f"{backend}'s {operation} was not over after {milliseconds / 60_000:g} minutes, its "
+        "time-out: a rank hangs, or is as far behind the others; the ranks' logs say which"
     )
 
 
@@ -84,18 +144,34 @@ def classify(error: BaseException) -> ErrorClass:
         case ValueError() | FileNotFoundError():
             return "person"
         # before OSError, of which ConnectionError is one
-        case dist.DistBackendError() | dist.DistNetworkError() | ConnectionError():
+        case ConnectionError():
             return "collective"
         # a full disk and a store that does not answer among them
         case OSError():
             return "node"
         case RuntimeError():
-            text = str(error).lower()
-            if any(sign in text for sign in _PEER_LOST):
-                return "collective"
-            return "unknown"
+            known = _class_of_words(str(error))
+            lost = isinstance(error, dist.DistBackendError | dist.DistNetworkError)
+            return "collective" if lost and known == "unknown" else known
         case _:
             return "unknown"
+
+
+def _class_of_words(text: str) -> ErrorClass:
+    """The class of an error of torch, CUDA or a collective by its message."""
+    text = text.lower()
+    # first: NCCL, cuDNN and cuBLAS run out of memory, too
+    if any(sign in text for sign in _MEMORY_FULL):
+        return "out_of_memory"
+    cuda = _CUDA_ERROR.search(text)
+    if cuda:
+        what = cuda[1] or cuda[2]
+        if cuda[1] is not None:
+            # ECC, a GPU off the bus, a launch that failed: the device or its driver
+            return "unknown" if any(sign in what for sign in _OURS) else "node"
+        if any(sign in what for sign in _DEVICE_LOST):
+            return "node"
+    return "collective" if any(sign in text for sign in _PEER_LOST) else "unknown"
 
 
 # --- out of memory ---
@@ -121,9 +197,12 @@ def explain_out_of_memory(
     size = ""
     if device.type == "cuda":
         size = f" ({torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB)"
+    precision = "bf16"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        precision = "fp16"  # V100, T4: bf16 would be refused
     return OutOfMemoryError(
         f"out of memory on {device}{size} with images of {shapes}; "
-        f"{remedy}, choose loop.precision bf16, or use more ranks"
+        f"{remedy}, choose loop.precision {precision}, or use more ranks"
     )
 
 
@@ -135,8 +214,7 @@ def memory_explained(
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        on_cpu = "can't allocate memory" in str(error)  # a plain RuntimeError of torch's allocator
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or on_cpu:
+        if classify(error) == "out_of_memory":
             raise explain_out_of_memory(
                 [tuple(chunk.shape) for chunk in images], device, remedy
             ) from error
@@ -163,6 +241,23 @@ def recorded_causes(storage: Files, attempt: int) -> list[Cause]:
     folder = f"attempts/{attempt}"
     names = [name for name in storage.names(folder) if name.endswith(".cause.json")]
     return [Cause.model_validate_json(storage.read(f"{folder}/{name}")) for name in names]
+
+
+def causes_in_logs(storage: Files, attempt: int, ranks: Iterable[int]) -> list[Cause]:
+    """What the watchdog of NCCL wrote into the logs of ranks that left no cause themselves."""
+    causes = []
+    for rank in ranks:
+        path = LOG_FILE.format(attempt=attempt, rank=rank)
+        size = storage.size(path) or 0
+        tail = storage.read_part(path, max(size - _LOG_TAIL_BYTES, 0)) if size else None
+        # the first line: what comes after it is a consequence
+        said = _WATCHDOG.search((tail or b"").decode(errors="replace"))
+        if said:
+            text = said[1] or said[2]
+            causes.append(
+                Cause(rank=rank, error_class=_class_of_words(f"nccl {text}"), error=_in_words(text))
+            )
+    return causes
 
 
 def common_cause(storage: Files, attempt: int, own: Cause, patience_s: float = 3.0) -> Cause:

@@ -202,15 +202,28 @@ def test_levels_follow_the_paper():
     assert assign_levels(boxes, (8, 16)).tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 0]
 
 
-def test_all_levels_by_masks_equal_level_by_level():
-    op = build_roi_op(config.RoIAlign(), 7, (4, 8, 16, 32))
-    maps = [torch.randn(2, 3, 64 // s, 64 // s) for s in (1, 2, 4, 8)]
-    sides = torch.tensor([20.0, 120.0, 200.0, 230.0, 250.0])
+@pytest.mark.parametrize(
+    "cfg",
+    [*KINDS, config.RoIAlign(samples=0)],
+    ids=lambda c: "-".join(str(v) for v in c.model_dump().values()),
+)
+def test_all_levels_in_fixed_shapes_equal_level_by_level(cfg):
+    op = build_roi_op(cfg, 7, (4, 8, 16, 32))
+    generator = torch.Generator().manual_seed(0)
+    maps = [
+        torch.randn(2, 3, 64 // s, 64 // s, generator=generator, requires_grad=True)
+        for s in (1, 2, 4, 8)
+    ]
+    sides = torch.tensor([0.0, 20.0, 120.0, 200.0, 230.0, 250.0])
     rois = torch.stack(
-        [torch.arange(5) % 2, sides * 0, sides * 0 + 3, sides, sides + 3], dim=1
+        [torch.arange(6) % 2, sides * 0, sides * 0 + 3, sides, sides + 3], dim=1
     ).float()
     levels = assign_levels(rois[:, 1:], op.strides)
-    torch.testing.assert_close(op._by_level(maps, rois, levels), op._all_levels(maps, rois, levels))
+    ours, theirs = op._all_levels(maps, rois, levels), op._by_level(maps, rois, levels)
+    torch.testing.assert_close(ours, theirs)
+    grown = torch.randn(ours.shape, generator=generator)
+    one, other = (torch.autograd.grad(crops, maps, grown) for crops in (ours, theirs))
+    torch.testing.assert_close(one, other)
 
 
 def test_several_levels_equal_torchvisions_pooler():

@@ -144,3 +144,14 @@ def test_after_a_preemption_the_nodes_are_about_to_go():
     outcome = Outcome(state="preempted")
     ended = replace(LOST, outcome=outcome, exit_code=ExitStatus.PREEMPTED, step=1)
     assert suspects(after_attempt(ended, LIMITS), ["n0", "n1", "n1"], outcome) == ["n0", "n1"]
+
+
+def test_a_node_whose_gpu_broke_is_avoided_and_its_peers_are_not():
+    nodes = ["n0", "n0", "n1", "n2"]
+    error = "rank 2: CUDA error: uncorrectable ECC error encountered"
+    outcome = Outcome(state="failed", error_class="node", error=error, rank=2, avoid_node=True)
+    broken = replace(LOST, outcome=outcome, exit_code=ExitStatus.FAILED)
+    assert suspects(after_attempt(broken, LIMITS), nodes, broken.outcome) == ["n1"]
+    # an older code package names no node to avoid
+    older = failed("node", error, rank=2)
+    assert suspects(after_attempt(older, LIMITS), nodes, older.outcome) == []
