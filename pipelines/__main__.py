@@ -279,6 +279,9 @@ def evaluate(
         # AP alone for people: six columns of 80 rows are for a program.
         lines += [f"  {name:20} {value:.4f}" for name, value in scores.per_class["AP"].items()]
         content |= {"per_class": scores.per_class}
+    if scores.notes:
+        lines += [f"note: {note}" for note in scores.notes]
+        content |= {"notes": list(scores.notes)}
     return _done(as_json, content, "\n".join(lines))
 
 

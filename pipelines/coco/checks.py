@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
-from typing import Literal, TypeGuard
+from typing import Literal, TypeGuard, cast
 
 from contract.words import shortened
 from pipelines.coco.records import (
@@ -181,7 +181,25 @@ def read_category(raw: JsonValue) -> CocoCategory:
             f"keypoints is {shortened(points)}",
             "write the names of its keypoints, or leave them out",
         )
-    return CocoCategory(category_id, name, tuple(points))
+    return CocoCategory(category_id, name, tuple(points), _flip_pairs(fields.get("flip_pairs")))
+
+
+def _flip_pairs(value: JsonValue) -> tuple[tuple[str, str], ...] | None:
+    """Not a field of COCO's: names of keypoints that change places in a mirrored image."""
+    if value is None:
+        return None
+    pairs = value if isinstance(value, list) else [value]
+    named = [
+        (pair[0], pair[1])
+        for pair in pairs
+        if isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) for one in pair)
+    ]
+    if len(named) != len(pairs):
+        raise UnusableError(
+            f"flip_pairs is {shortened(value)}",
+            "write pairs of keypoint names, [[left, right], ...], or leave it out",
+        )
+    return tuple(cast(list[tuple[str, str]], named))
 
 
 def read_annotation_keys(raw: JsonValue) -> AnnotationKeys:
