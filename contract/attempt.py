@@ -166,6 +166,7 @@ class Result(Message):
     world_size: int
     weights_sha256: str  # of the last weights
     kernels: str = ""  # what computed: "torch", or "compiled" and the checksum of native.c
+    precision: str = ""  # in which they computed: "bf16", "fp32 (convolutions in TF32)"
     # "detections/bbox", "picture/last", ... -> path relative to the trial's folder
     artifacts: dict[str, str] = {}
     mlflow_run_id: str = ""
@@ -205,6 +206,16 @@ class LinkReport(BaseModel):
     mib_per_s: float = 0.0
 
 
+class GpuReport(BaseModel):
+    """What a node's torch can do on its GPUs, the first of which speaks for all."""
+
+    error: str = ""  # why torch reaches none, though the driver lists some; the rest is set if not
+    name: str = ""  # "Tesla T4 (compute capability 7.5)"
+    precisions: list[str] = []  # that it has units for: "fp32", "TF32", "bf16", "fp16"
+    kernels: str = ""  # as in Result
+    complaints: list[str] = []  # a line for each kernel that does not run there
+
+
 class NodeReport(BaseModel):
     """A probe fills it in step by step, so it is not frozen. An empty error is none."""
 
@@ -214,6 +225,7 @@ class NodeReport(BaseModel):
     versions: dict[str, str]  # of Python and of packages, by name
     sources: str  # hash of contract, model, pipelines and workers as installed there
     gpu_driver: str  # "NVIDIA 550.1, 8 devices", why that is not known, or empty without GPUs
+    gpu: GpuReport | None = None  # None without GPUs, and from an older version
     disk_free_gib: float
     shm_free_gib: float
     mlflow_error: str

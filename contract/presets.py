@@ -174,7 +174,7 @@ def preset(name: str) -> ModelConfig:
 
 # Where a preset's recipe differs from the defaults in `contract.recipe`. Those are Mask R-CNN's
 # (section 3.1): 160k steps of 16 images, rate 0.02, divided by 10 at 120k, weight decay 1e-4,
-# momentum 0.9, images of 800 px.
+# momentum 0.9, images of 800 px. The precision is fp32 there and here; a study may say otherwise.
 _RECIPES: dict[str, dict[str, JsonValue]] = {
     # Faster R-CNN (1506.01497), section 4.2: 240k steps at 0.003, 80k at 0.0003, 8 images, 600 px.
     "vgg16-faster-rcnn": {

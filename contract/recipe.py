@@ -84,11 +84,28 @@ class Guard(Record):
     rate_factor: float = Field(0.5, gt=0, lt=1)  # of "lower_rate"
 
 
+class GpuArithmetic(Record):
+    """What cuDNN and cuBLAS may do on a GPU. The defaults are torch's; a CPU has no such choices.
+
+    TF32 rounds the factors of an fp32 product to 10 bits behind the point and adds in fp32, on the
+    tensor cores of Ampere and later GPUs. It does not touch what `loop.precision` puts into bf16.
+    """
+
+    tf32_convolutions: bool = True  # cuDNN's
+    tf32_products: bool = False  # cuBLAS's: the fully connected layers
+    cudnn_benchmark: bool = False  # times its algorithms on every new shape; two runs may differ
+    cudnn_deterministic: bool = False  # takes only algorithms that repeat to the bit
+
+
+EvalPrecision: TypeAlias = Literal["fp32", "bf16"]
+
+
 class LoopConfig(Record):
     steps: int = Field(160_000, ge=1)  # optimiser steps
     global_batch: int = Field(16, ge=1)  # images per step over all ranks
     max_images_per_forward: int = Field(16, ge=1)  # per rank; a larger share is accumulated
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of layers; weights and losses are fp32
+    gpu: GpuArithmetic = GpuArithmetic()
     clip_grad_norm: float = Field(0.0, ge=0)  # 0 does not clip
     ema_decay: float = Field(
         0.0, ge=0, lt=1
@@ -102,6 +119,7 @@ class LoopConfig(Record):
     )
     eval_every_steps: int = Field(0, ge=0)  # 0 evaluates at the end alone
     eval_batch: int = Field(8, ge=1)
+    eval_precision: EvalPrecision = "fp32"  # of the network; boxes and masks are chosen in fp32
     guard: Guard = Guard()
 
 

@@ -57,6 +57,20 @@ class Resources(Record):
         return value
 
 
+def check_gpus(resources: Resources) -> None:
+    """Raises ValueError if the ranks of a trial would share a GPU, which NCCL refuses.
+
+    Asked of what is submitted. It is no part of the record: the service still reads studies that an
+    older version accepted.
+    """
+    if resources.ranks > 1 and 0 < resources.gpus_per_rank < 1:
+        raise ValueError(
+            f"resources: {resources.ranks} ranks with gpus_per_rank {resources.gpus_per_rank:g} "
+            "would share a GPU, and NCCL takes one rank a GPU; give gpus_per_rank: 1, or ranks: 1 "
+            "(loop.max_images_per_forward then makes the same step in parts)"
+        )
+
+
 class Study(Record):
     """A baseline, named factors with named levels, a design and seeds.
 

@@ -26,3 +26,8 @@ def kernels(device: torch.device) -> str:
     if device.type == "cuda":
         return model.gpu.usable.kernels()
     return model.cpu.accelerate.kernels(device)
+
+
+def complaints(device: torch.device) -> list[str]:
+    """One line for each kernel that this device should run and does not."""
+    return model.gpu.usable.complaints() if device.type == "cuda" else []

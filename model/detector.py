@@ -104,7 +104,7 @@ class Detector(nn.Module):
     def _prepare(self, batch: Batch) -> _Step:
         batch = self._with_needed_objects(batch)
         maps, outputs = self._read(zero_padding(self.normalise(batch.images), batch.sizes))
-        samples = self.sampler(
+        samples: Samples = self.sampler(
             self._proposals(outputs, batch, training=True),
             batch.boxes_xyxy,
             batch.labels,

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.boxes import iou
+from model.sample_hash import noise
 
 _OBJECTS_AT_ONCE = 8  # bounds the memory of the IoU matrix at B x 8 x N
 
@@ -65,6 +66,73 @@ class Sample:
     valid: Tensor
     positive: Tensor
     most_positives: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which boxes may train, and how many.
+
+    At most `size` an image, at most `positive_fraction` of them positive. A box is positive if its
+    IoU with an object is `positive_iou` or more, or with `best_is_positive` if it is an object's
+    best; else it is negative if its IoU is below `negative_iou`. Noise of `stream` draws them.
+    """
+
+    size: int
+    positive_fraction: float
+    positive_iou: float
+    negative_iou: float
+    best_is_positive: bool
+    stream: int
+
+    def shape(self, boxes: int) -> tuple[int, int]:
+        """Slots and most positives of an image with so many boxes."""
+        return min(self.size, boxes), min(int(self.size * self.positive_fraction), boxes)
+
+
+class Chosen(NamedTuple):
+    """The sample, and of its slots (B, S) the matched object and the noise that drew the box."""
+
+    sample: Sample
+    object_BS: Tensor
+    noise_BS: Tensor
+
+
+class MatchedSampling(nn.Module):
+    """Matching and sampling as a part: `model.gpu` has a faster one."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(
+        self,
+        boxes_BN4: Tensor,
+        eligible_BN: Tensor | None,
+        identity_BN: Tensor | None,
+        objects_BG4: Tensor,
+        valid_BG: Tensor,
+        noise_keys_B: Tensor,
+    ) -> Chosen:
+        """The boxes that train on the valid objects of their image.
+
+        boxes_BN4: (1, N, 4) if all images share them. eligible_BN: all are if it is None.
+        identity_BN: what noise of a box is drawn from, its place in the list if it is None.
+        """
+        rule = self.rule
+        if identity_BN is None:
+            identity_BN = torch.arange(boxes_BN4.shape[1], device=boxes_BN4.device)
+        matches = match(boxes_BN4, objects_BG4, valid_BG)
+        positive = matches.iou_BN >= rule.positive_iou
+        if rule.best_is_positive:
+            positive = positive | matches.is_best_BN
+        negative = (matches.iou_BN < rule.negative_iou) & ~positive
+        if eligible_BN is not None:
+            positive, negative = positive & eligible_BN, negative & eligible_BN
+        luck = noise(noise_keys_B[:, None], rule.stream, identity_BN)
+        sampled = sample(positive, negative, luck, rule.size, rule.positive_fraction)
+        return Chosen(
+            sampled, matches.object_BN.gather(1, sampled.index), luck.gather(1, sampled.index)
+        )
 
 
 def sample(

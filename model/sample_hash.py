@@ -14,17 +14,20 @@ OBJECT_INDEX = 1 << 40
 RPN_STREAM, ROI_STREAM, DROPOUT_STREAM = 1, 2, 3
 
 # The constants of splitmix64 (Steele, Lea and Flood, 2014), as the int64 numbers that wrap to them.
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
-_STREAM = 0x632BE59BD9B4E019
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+STREAM_STEP = 0x632BE59BD9B4E019
+MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def noise(keys: Tensor, stream: int, index: Tensor) -> Tensor:
     """int64 in [0, 2**62) from int64 keys and indices that broadcast together (splitmix64, two
     rounds).
     """
-    return _mix(_mix(keys + _as_int64(stream * _STREAM)) + index * _GOLDEN) & ((1 << 62) - 1)
+    seed = _mix(keys + _as_int64(stream * STREAM_STEP))
+    # The exclusive or with 0 changes no number. It hides an `arange` from Inductor, which would
+    # multiply it as an int32 expression, and the constant is out of that range on CUDA.
+    return _mix(seed + (index ^ 0) * GOLDEN) & ((1 << 62) - 1)
 
 
 def _as_int64(number: int) -> int:
@@ -33,8 +36,8 @@ def _as_int64(number: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
+    x = (x ^ _shift(x, 30)) * MIX_1
+    x = (x ^ _shift(x, 27)) * MIX_2
     return x ^ _shift(x, 31)
 
 

@@ -1,5 +1,7 @@
 """`python -m workers.probe PLAN`: examines one node of a cluster and prints a line of JSON.
 
+`python -m workers.probe gpu` looks at this node's GPUs alone.
+
 `maskray doctor` starts a probe on every node at once, before trials run there. The probes meet at a
 store on the first node. From there they compare clocks, read each other's files in the storage and
 sum numbers in pairs, as the ranks of a gang will.
@@ -8,6 +10,7 @@ sum numbers in pairs, as the ranks of a gang will.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import shutil
 import socket
@@ -31,6 +34,7 @@ from contract.attempt import (
     PROBE_REPORT,
     PROBE_STORE,
     ClockReport,
+    GpuReport,
     LinkReport,
     NodeReport,
     ProbePlan,
@@ -45,11 +49,16 @@ _FLOATS = 1 << 20  # of an all-reduce: 4 MiB
 _REPEATS = 5  # all-reduces whose mean is the rate of a link
 _MOST_PAIR_S = 30.0  # for one pair: a link that is broken must not use up everybody's patience
 _MOST_ERROR_CHARS = 300
+_GPU = "gpu"
+_GPU_PATIENCE_S = 60.0  # torch starts CUDA and Triton compiles each kernel
 
 
 def main(argv: Sequence[str]) -> int:
     if len(argv) != 1:
         raise ValueError("give one argument, the plan as JSON; maskray doctor does")
+    if argv[0] == _GPU:
+        print(f"{PROBE_REPORT} {look_at_gpu().model_dump_json()}", flush=True)
+        return 0
     plan = ProbePlan.model_validate_json(argv[0])
     report = look(plan)
     print(f"{PROBE_REPORT} {report.model_dump_json()}", flush=True)
@@ -78,7 +87,8 @@ def look(plan: ProbePlan) -> NodeReport:
     try:
         store = _meet(plan)
     except (RuntimeError, OSError) as error:
-        return alone.model_copy(update={"meeting_error": _one_line(error)})
+        gpu = _gpu(alone.gpu_driver)
+        return alone.model_copy(update={"meeting_error": _one_line(error), "gpu": gpu})
     with suppress(RuntimeError):  # who is late goes on alone and names the nodes that it missed
         _barrier(store, plan, "start")
     together = {
@@ -88,7 +98,8 @@ def look(plan: ProbePlan) -> NodeReport:
     }
     with suppress(RuntimeError):
         _part(store, plan)
-    return alone.model_copy(update=together)
+    # last, when nobody waits for this node: Triton compiles for a while
+    return alone.model_copy(update={**together, "gpu": _gpu(alone.gpu_driver)})
 
 
 def partners(index: int, nodes: int) -> Iterator[int]:
@@ -145,6 +156,56 @@ def _gpu_driver() -> str:
         f"NVIDIA {versions[0]}, {len(versions)} devices"
         if versions and done.returncode == 0
         else "nvidia-smi fails"
+    )
+
+
+def _gpu(driver: str) -> GpuReport | None:
+    """`look_at_gpu` in a process of its own: a driver that hangs or aborts takes only that one.
+
+    None if the node has no working driver.
+    """
+    if not driver.startswith("NVIDIA"):
+        return None
+    command = [sys.executable, "-m", "workers.probe", _GPU]
+    # Ray hides all GPUs from a job that asks for none, by an empty list
+    environment = dict(os.environ)
+    if not environment.get("CUDA_VISIBLE_DEVICES"):
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_GPU_PATIENCE_S,
+            check=False,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        return GpuReport(error=f"torch does not answer within {_GPU_PATIENCE_S:.0f} s")
+    for line in done.stdout.splitlines():
+        if line.startswith(PROBE_REPORT):
+            return GpuReport.model_validate_json(line.removeprefix(PROBE_REPORT))
+    words = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+    return GpuReport(error=words[-1][:_MOST_ERROR_CHARS])
+
+
+def look_at_gpu() -> GpuReport:
+    """What this process's torch says of the first GPU."""
+    # only where there are GPUs: the detector's modules take a second to import
+    from model.accelerate import complaints, kernels
+    from workers.training.arithmetic import gpu_name, native_precisions
+
+    if not torch.cuda.is_available():
+        return GpuReport(
+            error=f"torch {torch.__version__} finds no GPU"
+            + ("" if torch.version.cuda else ", it is a build without CUDA")
+        )
+    gpu = torch.device("cuda", 0)
+    return GpuReport(
+        name=gpu_name(gpu),
+        precisions=native_precisions(gpu),
+        kernels=kernels(gpu),
+        complaints=complaints(gpu),
     )
 
 

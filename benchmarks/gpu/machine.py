@@ -16,7 +16,7 @@ import torch
 from pydantic import JsonValue
 
 from benchmarks.gpu.probes import Probe, Scale, timed
-from model.gpu.usable import why_not
+from model.gpu.usable import complaints, kernels
 
 _SMI = "name,driver_version,clocks.sm,clocks.max.sm,power.limit,mig.mode.current,memory.total"
 
@@ -24,7 +24,7 @@ _SMI = "name,driver_version,clocks.sm,clocks.max.sm,power.limit,mig.mode.current
 def environment(scale: Scale) -> Iterator[Probe]:  # noqa: ARG001 - all sections take it
     yield Probe("machine", _machine)
     yield Probe("settings", _settings)
-    yield Probe("triton", lambda: {"unusable": why_not()})
+    yield Probe("triton", lambda: {"kernels": kernels(), "missing": list(complaints())})
     yield Probe("nvidia-smi", _smi)
 
 

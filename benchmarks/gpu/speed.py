@@ -178,9 +178,10 @@ def _predicted(
 
 
 def _encoded(work: Work, detector: Detector, batch: Batch) -> JsonValue:
-    from workers.training.evaluate import coco_results
+    from workers.training.results import coco_results
 
     found = detector.predict(batch)
+    torch.cuda.synchronize()  # predicting does not wait for the device
     start = time.perf_counter()
     coco_results(work.model, found, list(range(1, work.model.num_classes + 1)))
     seconds = time.perf_counter() - start

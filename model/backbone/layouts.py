@@ -38,6 +38,17 @@ class ReducedLastMap(nn.Module):
         return Maps([reduced], [reduced])
 
 
+class Merge(nn.Module):
+    """One level of the FPN before its output convolution; `model.gpu` has a faster one."""
+
+    def forward(self, lateral: nn.Module, x: Tensor, above: Tensor | None) -> Tensor:
+        """lateral(x), plus the level above it where there is one."""
+        level: Tensor = lateral(x)
+        if above is None:
+            return level
+        return level + F.interpolate(above, size=level.shape[-2:], mode="nearest")
+
+
 class Pyramid(nn.Module):
     """FPN (arXiv 1612.03144): 1 x 1 laterals, nearest upsampling, 3 x 3 outputs.
 
@@ -52,18 +63,17 @@ class Pyramid(nn.Module):
         self.output = nn.ModuleList(
             nn.Conv2d(channels, channels, 3, padding=1) for _ in in_channels
         )
+        self.merge = Merge()
         self.roi_levels = tuple(roi_levels)  # indices into the outputs
         self.num_coarser = num_coarser
 
     def forward(self, maps: Sequence[Tensor]) -> Maps:
         """The backbone's maps; its last `len(in_channels)` are merged."""
         used = maps[-len(self.lateral) :]
-        merged = [lateral(m) for lateral, m in zip(self.lateral, used, strict=True)]
+        merged: list[Tensor] = []
         # Top down: each level adds the one above it, which has its own addition already.
-        for i in range(len(merged) - 2, -1, -1):
-            merged[i] = merged[i] + F.interpolate(
-                merged[i + 1], size=merged[i].shape[-2:], mode="nearest"
-            )
+        for lateral, m in zip(reversed(self.lateral), reversed(used), strict=True):
+            merged.insert(0, self.merge(lateral, m, merged[0] if merged else None))
         levels = [output(m) for output, m in zip(self.output, merged, strict=True)]
         roi = [levels[i] for i in self.roi_levels]
         for _ in range(self.num_coarser):

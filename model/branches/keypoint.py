@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.backbone.networks import ConvReLU
 from model.losses import keypoint_loss
 from model.roi.samples import FlatRoIs
 
@@ -32,6 +33,7 @@ class KeypointBranch(nn.Module):
         super().__init__()
         inputs = [in_channels, *[width] * convs]
         self.convs = nn.ModuleList(nn.Conv2d(inputs[i], width, 3, padding=1) for i in range(convs))
+        self.conv_relu = ConvReLU()
         self.logits = nn.ConvTranspose2d(width, num_keypoints, 4, stride=2, padding=1)
         self.side = _UPSAMPLING * side
         self.half_pixel_px = half_pixel_px
@@ -41,7 +43,7 @@ class KeypointBranch(nn.Module):
         """RoI features to logits (R, P, M, M)."""
         x = features
         for conv in self.convs:
-            x = F.relu(conv(x), inplace=True)
+            x = self.conv_relu(conv, x)
         # The paper deconvolves to 28 x 28, then doubles the side (section 5).
         return F.interpolate(self.logits(x), scale_factor=2, mode="bilinear", align_corners=False)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contract.model import SoftmaxInference
+from model.backbone.networks import ConvReLU
 from model.branches.paste import paste_all
 from model.losses import sigmoid_mask_loss, softmax_mask_loss
 from model.roi.samples import FlatRoIs
@@ -33,6 +34,7 @@ class FCNHead(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(inputs[i], width, 3, padding=1) for i in range(convs))
         self.deconv = nn.ConvTranspose2d(inputs[-1], width, 2, stride=2)
         self.logits = nn.Conv2d(width, out_channels, 1)
+        self.conv_relu = ConvReLU()
         self.product = OwnChannelProduct()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -50,8 +52,9 @@ class FCNHead(nn.Module):
     def _hidden(self, features: Tensor) -> Tensor:
         x = features
         for conv in self.convs:
-            x = F.relu(conv(x), inplace=True)
-        return F.relu(self.deconv(x), inplace=True)
+            x = self.conv_relu(conv, x)
+        hidden: Tensor = self.conv_relu(self.deconv, x)
+        return hidden
 
 
 class OwnChannelProduct(nn.Module):

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -33,8 +35,8 @@ def paste_soft(
     left, right = _pixels(x0, x1, width)
     top, bottom = _pixels(y0, y1, height)
     side = mask_MM.shape[-1]
-    rows = _interpolation(top, bottom, y0, y1, side).to(mask_MM)
-    columns = _interpolation(left, right, x0, x1, side).to(mask_MM)
+    rows = torch.from_numpy(_interpolation(top, bottom, y0, y1, side)).to(mask_MM)
+    columns = torch.from_numpy(_interpolation(left, right, x0, x1, side)).to(mask_MM)
     return rows @ mask_MM @ columns.T, top, left
 
 
@@ -45,12 +47,16 @@ def _pixels(start: float, end: float, limit: int) -> tuple[int, int]:
     return first, max(min(math.ceil(end - 0.5), limit), first)
 
 
-def _interpolation(first: int, last: int, start: float, end: float, side: int) -> Tensor:
+def _interpolation(
+    first: int, last: int, start: float, end: float, side: int
+) -> NDArray[np.float64]:
     """The weights of a map's values on one axis for each pixel: (last - first, side)."""
-    centres = torch.arange(first, last, dtype=torch.float64) + 0.5
-    place = ((centres - start) / max(end - start, 1e-6) * side - 0.5).clamp(0, side - 1)
-    distance = (place[:, None] - torch.arange(side, dtype=torch.float64)).abs()
-    return (1 - distance).clamp(min=0)
+    # By numpy: the arrays are small, and a call of torch costs several times as much.
+    centres = np.arange(first, last) + 0.5
+    place = ((centres - start) / max(end - start, 1e-6) * side - 0.5).clip(0, side - 1)
+    distance = np.abs(place[:, None] - np.arange(side))
+    weights: NDArray[np.float64] = (1 - distance).clip(min=0)
+    return weights
 
 
 def paste_all(masks_DMM: Tensor, boxes_D4: Tensor, height: int, width: int) -> Tensor:

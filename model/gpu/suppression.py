@@ -1,6 +1,6 @@
 """Greedy non-maximum suppression of many lists on a GPU in two launches and without a sync.
 
-The first finds which boxes overlap, the second which stay.
+The first finds which boxes overlap, the second which stay, 32 boxes at a time.
 
 Axes: L lists, N boxes, best first, W words of 32 bits for N boxes.
 """
@@ -41,7 +41,7 @@ def trial() -> bool:
 def nms_in_two_launches(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:
     """bool (L, N), as `model.rpn.nms.nms`. boxes_LN4: float32."""
     lists, boxes = valid_LN.shape
-    keep = torch.zeros_like(valid_LN)
+    keep = torch.empty_like(valid_LN, memory_format=torch.contiguous_format)
     if not keep.numel():
         return keep
     words = triton.cdiv(boxes, _BITS)
@@ -54,19 +54,24 @@ def nms_in_two_launches(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> 
     )
     valid, width = valid_LN.contiguous().view(torch.uint8), triton.next_power_of_2(words)
     kept = keep.view(torch.uint8)
-    _stay[(lists,)](
-        overlaps, valid, kept, boxes, words, _BITS, width, num_warps=1, enable_fp_fusion=False
-    )
+    warps = 4 if width <= 128 else 8
+    _stay[(lists,)](overlaps, valid, kept, boxes, words, _BITS, width, num_warps=warps)
     return keep
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _overlaps(boxes, overlaps, num_boxes, num_words, max_iou, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Sets bit k of overlaps[l, i, w] if box i and the later box BITS w + k overlap too much."""
+    """Sets bit k of overlaps[l, i, w] if box i and box BITS w + k overlap too much.
+
+    In the block of box i these are the earlier boxes, and later ones in later blocks. Words of
+    earlier blocks are not written.
+    """
     # 64 bits: a list's offset times its boxes and words exceeds 2 ** 31.
-    number, word = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    number, block, word = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    if word < block:
+        return
     bit = tl.arange(0, BITS)
-    row, column = tl.program_id(1) * BITS + bit, word * BITS + bit
+    row, column = block * BITS + bit, word * BITS + bit
     row_there, column_there = row < num_boxes, column < num_boxes
     first, second = (
         boxes + (number * num_boxes + row) * 4,
@@ -89,7 +94,8 @@ def _overlaps(boxes, overlaps, num_boxes, num_words, max_iou, BITS: tl.constexpr
     # The quotient rounds as torch's does, so that ties fall alike.
     # The smallest normal float in all its digits: Triton takes a smaller constant as a float64.
     iou = tl.div_rn(shared, tl.maximum(union, 1.1754943508222875e-38))
-    hit = (iou > max_iou) & (column[None, :] > row[:, None]) & column_there[None, :]
+    wanted = (word > block) | (column[None, :] < row[:, None])
+    hit = (iou > max_iou) & wanted & column_there[None, :]
     packed = tl.sum(
         tl.where(hit, tl.full((BITS,), 1, tl.int32)[None, :] << bit[None, :], 0), axis=1
     )
@@ -98,13 +104,26 @@ def _overlaps(boxes, overlaps, num_boxes, num_words, max_iou, BITS: tl.constexpr
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _stay(overlaps, valid, keep, num_boxes, num_words, BITS: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program a list: box after box stays, unless a better one that stays overlaps it."""
+    """One program a list: block after block is decided, then takes boxes from later blocks."""
     first = tl.program_id(0).to(tl.int64) * num_boxes
-    place = tl.arange(0, WORDS)
+    place, bit = tl.arange(0, WORDS), tl.arange(0, BITS)
     gone = tl.zeros((WORDS,), tl.int32)
-    for box in range(num_boxes):
-        word = tl.sum(tl.where(place == box // BITS, gone, 0), axis=0)
-        stays = tl.load(valid + first + box).to(tl.int32) & (((word >> (box % BITS)) & 1) ^ 1)
-        tl.store(keep + first + box, stays.to(tl.uint8))
-        row = overlaps + (first + box) * num_words + place
-        gone |= tl.load(row, place < num_words, 0) * stays
+    for block in range(num_words):
+        row = block * BITS + bit
+        there, words = row < num_boxes, overlaps + (first + row) * num_words
+        later = there[:, None] & ((place > block) & (place < num_words))[None, :]
+        taken = tl.load(words[:, None] + place[None, :], later, 0)
+        rivals = tl.load(words + block, there, 0)
+        candidate = tl.load(valid + first + row, there, 0).to(tl.int32)
+        candidate &= ((tl.sum(tl.where(place == block, gone, 0), axis=0) >> bit) & 1) ^ 1
+        # A box stays unless an earlier one that stays is a rival. Starting from all candidates,
+        # each round decides one more box at least; most blocks settle in a few.
+        stays = candidate
+        word = tl.sum(stays << bit, axis=0)
+        before = word ^ 1
+        while word != before:
+            before = word
+            stays = tl.where((rivals & word) == 0, candidate, 0)
+            word = tl.sum(stays << bit, axis=0)
+        tl.store(keep + first + row, stays.to(tl.uint8), there)
+        gone |= tl.reduce_or(tl.where(stays[:, None] != 0, taken, 0), axis=0)

@@ -5,31 +5,32 @@ Axes: B images, Q padded proposals, G padded objects, S slots an image.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.matching import match, sample, take_rows
+from model.matching import MatchedSampling, Rule, take_rows
 from model.roi.samples import Samples
 from model.rpn.proposals import Proposals
-from model.sample_hash import OBJECT_INDEX, ROI_STREAM, noise
+from model.sample_hash import OBJECT_INDEX, ROI_STREAM
 
 
-@dataclass(frozen=True)
-class RoISampler:
+class RoISampler(nn.Module):
     """At most `size` RoIs an image, at most `positive_fraction` of them positive.
 
     A candidate is positive if its IoU with an object is `positive_iou` or more, else negative.
     """
 
-    num_classes: int
-    size: int
-    positive_fraction: float
-    positive_iou: float
+    def __init__(
+        self, num_classes: int, size: int, positive_fraction: float, positive_iou: float
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.choose = MatchedSampling(
+            Rule(size, positive_fraction, positive_iou, positive_iou, False, ROI_STREAM)
+        )
 
     @torch.no_grad()
-    def __call__(
+    def forward(
         self,
         proposals: Proposals,
         objects_BG4: Tensor,
@@ -41,14 +42,12 @@ class RoISampler:
         slots = torch.arange(objects_BG4.shape[1], device=objects_BG4.device)
         # The identity of a candidate, not its place: padding and other ranks must not change what
         # it draws.
-        index = torch.cat([proposals.index, (OBJECT_INDEX + slots).expand_as(labels_BG)], dim=1)
+        identity = torch.cat([proposals.index, (OBJECT_INDEX + slots).expand_as(labels_BG)], dim=1)
         boxes = torch.cat([proposals.boxes_xyxy, objects_BG4], dim=1)
         valid = torch.cat([proposals.valid, valid_BG], dim=1)
-        matches = match(boxes, objects_BG4, valid_BG)
-        positive = (matches.iou_BN >= self.positive_iou) & valid
-        keys = noise(noise_keys_B[:, None], ROI_STREAM, index)
-        sampled = sample(positive, valid & ~positive, keys, self.size, self.positive_fraction)
-        objects = matches.object_BN.gather(1, sampled.index)
+        sampled, objects, luck = self.choose(
+            boxes, valid, identity, objects_BG4, valid_BG, noise_keys_B
+        )
         labels = torch.where(sampled.positive, labels_BG.gather(1, objects), self.num_classes)
         return Samples(
             rois_xyxy=take_rows(boxes, sampled.index) * sampled.valid[:, :, None],
@@ -56,6 +55,6 @@ class RoISampler:
             objects=objects,
             valid=sampled.valid,
             positive=sampled.positive,
-            keys=keys.gather(1, sampled.index),
+            keys=luck,
             most_positives=sampled.most_positives,
         )

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.backbone.networks import ConvReLU
 from model.boxes import encode
 from model.losses import box_loss
-from model.matching import Sample, match, sample, take_rows
+from model.matching import MatchedSampling, Rule, Sample, take_rows
 from model.rpn.anchors import cell_anchors, grid_anchors
 from model.rpn.proposals import OFFSET_WEIGHTS, AnchorOutputs, ProposalFilter, Proposals
-from model.sample_hash import RPN_STREAM, noise
+from model.sample_hash import RPN_STREAM
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,7 @@ class RPNTargets:
         return self.sample.valid.sum().float()
 
 
-@dataclass(frozen=True)
-class AnchorSampler:
+class AnchorSampler(nn.Module):
     """At most `size` anchors an image, at most `positive_fraction` of them positive.
 
     An anchor is positive if its IoU with an object is `positive_iou` or more, or if it is an
@@ -47,23 +47,21 @@ class AnchorSampler:
     3.1.2).
     """
 
-    size: int
-    positive_fraction: float
-    positive_iou: float
-    negative_iou: float
+    def __init__(
+        self, size: int, positive_fraction: float, positive_iou: float, negative_iou: float
+    ) -> None:
+        super().__init__()
+        self.choose = MatchedSampling(
+            Rule(size, positive_fraction, positive_iou, negative_iou, True, RPN_STREAM)
+        )
 
-    def __call__(
+    def forward(
         self, anchors_N4: Tensor, objects_BG4: Tensor, valid_BG: Tensor, noise_keys_B: Tensor
     ) -> RPNTargets:
         """The sampled anchors of each image."""
-        matches = match(anchors_N4[None], objects_BG4, valid_BG)
-        positive = (matches.iou_BN >= self.positive_iou) | matches.is_best_BN
-        negative = (matches.iou_BN < self.negative_iou) & ~positive
-        index = torch.arange(anchors_N4.shape[0], device=anchors_N4.device)
-        luck = noise(noise_keys_B[:, None], RPN_STREAM, index)
-        sampled = sample(positive, negative, luck, self.size, self.positive_fraction)
-        objects = matches.object_BN.gather(1, sampled.index[:, : sampled.most_positives])
-        return RPNTargets(sampled, take_rows(objects_BG4, objects))
+        chosen = self.choose(anchors_N4[None], None, None, objects_BG4, valid_BG, noise_keys_B)
+        objects = chosen.object_BS[:, : chosen.sample.most_positives]
+        return RPNTargets(chosen.sample, take_rows(objects_BG4, objects))
 
 
 class RPN(nn.Module):
@@ -84,6 +82,7 @@ class RPN(nn.Module):
         super().__init__()
         per_cell = len(sizes_px[0]) * len(ratios)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_relu = ConvReLU()
         self.objectness = nn.Conv2d(channels, per_cell, 1)
         self.offsets = nn.Conv2d(channels, 4 * per_cell, 1)
         self.strides = tuple(strides)
@@ -103,7 +102,7 @@ class RPN(nn.Module):
         """Every anchor of the maps (B, C, H_l, W_l). canvas: height and width in pixels."""
         logits, offsets, anchors = [], [], []
         for level, features in enumerate(maps):
-            hidden = F.relu(self.conv(features), inplace=True)
+            hidden = self.conv_relu(self.conv, features)
             logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1))
             offsets.append(
                 self.offsets(hidden).permute(0, 2, 3, 1).reshape(features.shape[0], -1, 4)
@@ -132,7 +131,10 @@ class RPN(nn.Module):
         self, outputs: AnchorOutputs, objects_BG4: Tensor, valid_BG: Tensor, noise_keys_B: Tensor
     ) -> RPNTargets:
         """The anchors that train the RPN on these objects."""
-        return self.sampler(torch.cat(outputs.anchors), objects_BG4, valid_BG, noise_keys_B)
+        targets: RPNTargets = self.sampler(
+            torch.cat(outputs.anchors), objects_BG4, valid_BG, noise_keys_B
+        )
+        return targets
 
     def losses(
         self, maps: Sequence[Tensor], outputs: AnchorOutputs, targets: RPNTargets

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from contract.answers import Check
-from contract.attempt import NodeReport
+from contract.attempt import GpuReport, NodeReport
 from orchestrator.cluster.nodes import Machine
 
 MAX_CLOCK_S = 2.0  # the lease and the events of several hosts are in the same ledger
@@ -49,6 +49,7 @@ def checks_of(examination: Examination) -> list[Check]:
         _ray(examination, reports),
         _versions(reports),
         _drivers(reports),
+        *_gpus(reports),
         _code(reports),
         _meeting(reports),
         _links(reports),
@@ -120,6 +121,40 @@ def _drivers(reports: Mapping[str, NodeReport]) -> Check:
     versions = {name: text.partition(",")[0] for name, text in texts.items()}
     remedy = "install the same NVIDIA driver on every node with GPUs"
     return _same("drivers", "driver", versions, remedy)
+
+
+def _gpus(reports: Mapping[str, NodeReport]) -> list[Check]:
+    """Two lines, none for a cluster without GPUs or with an older version of maskray on it."""
+    gpus = {name: report.gpu for name, report in reports.items() if report.gpu is not None}
+    if not gpus:
+        return []
+    return [_precision(gpus), _kernels(gpus)]
+
+
+def _precision(gpus: Mapping[str, GpuReport]) -> Check:
+    """Fails if torch reaches no GPU somewhere, or if bf16 is refused on some of the nodes alone."""
+    silent = [f"{name}: {gpu.error}" for name, gpu in gpus.items() if gpu.error]
+    if silent:
+        remedy = "install the CUDA build of torch that fits the driver (versions are above)"
+        return _check("precision", "", silent, remedy)
+    without = [f"{name}: {gpu.name}" for name, gpu in gpus.items() if "bf16" not in gpu.precisions]
+    if without and len(without) < len(gpus):
+        remedy = (
+            "no trial with loop.precision bf16 runs there: choose fp16 or fp32, or give the other "
+            "nodes a resource and ask for it in resources.custom_per_rank"
+        )
+        return _check("precision", "", [f"no bf16 on {text}" for text in without], remedy)
+    kinds = dict.fromkeys(f"{gpu.name}: {', '.join(gpu.precisions)}" for gpu in gpus.values())
+    emulated = "; bf16 would be emulated and is refused, choose fp16 or fp32" if without else ""
+    return _check("precision", f"{'; '.join(kinds)}{emulated}", [], "")
+
+
+def _kernels(gpus: Mapping[str, GpuReport]) -> Check:
+    """Trials run without our kernels too, only slower."""
+    wrong = [f"{name}: {text}" for name, gpu in gpus.items() for text in gpu.complaints]
+    known = dict.fromkeys(gpu.kernels for gpu in gpus.values() if gpu.kernels)
+    remedy = "install gcc, the headers of Python (python3-dev) and the Triton that torch asks for"
+    return _check("kernels", ", ".join(known), wrong, remedy)
 
 
 def _code(reports: Mapping[str, NodeReport]) -> Check:

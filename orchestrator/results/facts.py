@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ class TrialFacts:
 class Facts:
     """machinery_only, no_paper: why there is no verdict, no paper column; empty where there is one.
 
-    trials: trial id -> its folder. papers: arm -> row, for the arms that the study assigns one.
+    precision: in which the finished trials computed; empty before there is one. trials: trial id ->
+    its folder. papers: arm -> row, for the arms that the study assigns one.
     """
 
     study: Study
@@ -46,6 +48,7 @@ class Facts:
     machinery_only: str
     no_paper: str
     papers: Mapping[ArmKey, PaperRow]
+    precision: str
 
 
 def gather(view: StudyView) -> Facts:
@@ -59,6 +62,7 @@ def gather(view: StudyView) -> Facts:
         machinery,
         _no_paper(study, machinery, view.trials, facts),
         _paper_rows(study, view.trials),
+        _precision(view.trials, facts),
     )
 
 
@@ -87,6 +91,16 @@ def _run_of(study: Study, trial: TrialView) -> SeenRun:
         return seen(SeenRun, BaselineRun.of(study, Path()).arm(overrides, trial.key))
     except ValueError:
         return SeenRun()  # the study's own code has a field that this code does not know
+
+
+def _precision(trials: Sequence[TrialView], facts: Mapping[str, TrialFacts]) -> str:
+    """ "fp32 (convolutions in TF32)"; with the number of trials for each where they differ."""
+    known = [facts[trial.trial] for trial in trials if trial.state == "done"]
+    counts = Counter(one.result.precision or one.run.precision or "not known" for one in known)
+    if len(counts) <= 1:
+        return "".join(counts)
+    parts = (f"{count} trials in {precision}" for precision, count in counts.most_common())
+    return f"{', '.join(parts)}: a difference between arms may be one of precision"
 
 
 def _machinery_only(

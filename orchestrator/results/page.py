@@ -44,6 +44,7 @@ def html_page(view: StudyView, facts: Facts, comparison: Comparison) -> str:
         view=view,
         study=study,
         done=sum(trial.state == "done" for trial in view.trials),
+        precision=facts.precision,
         machinery_only=comparison.machinery_only,
         withheld_paper=facts.no_paper if study.paper_table else "",
         arms=arms_table(comparison, study.metrics),

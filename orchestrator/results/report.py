@@ -110,6 +110,7 @@ def as_json(study: StudyView, facts: Facts, comparison: Comparison) -> dict[str,
         "state": study.state,
         "machinery_only": comparison.machinery_only,
         "no_paper": facts.no_paper,
+        "precision": facts.precision,
         "notes": notes_of(study, comparison),
         "arms": [finite(_arm_json(facts, arm)) for arm in comparison.arms],
     }

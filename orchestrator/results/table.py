@@ -95,4 +95,6 @@ def _head(view: StudyView, facts: Facts) -> str:
     others = sorted(set(states) - {"done"})
     details = ", ".join(f"{states.count(state)} {state}" for state in others)
     question = f"{facts.study.question}\n" if facts.study.question else ""
-    return f"{view.name} ({view.study})\n{question}{counted}{f' ({details})' if details else ''}"
+    precision = f"\nPrecision: {facts.precision}" if facts.precision else ""
+    states_line = f"{counted}{f' ({details})' if details else ''}"
+    return f"{view.name} ({view.study})\n{question}{states_line}{precision}"

@@ -18,10 +18,11 @@ from orchestrator.settings import service_files
 
 
 class SeenRun(Message):
-    """Of a `contract.recipe.RunConfig` what a report needs; 0 is not known."""
+    """Of a `contract.recipe.RunConfig` what a report needs; 0 and "" are not known."""
 
     steps: int = Field(0, validation_alias=AliasPath("loop", "steps"))
     global_batch: int = Field(0, validation_alias=AliasPath("loop", "global_batch"))
+    precision: str = Field("", validation_alias=AliasPath("loop", "precision"))
     short_side_px: int = Field(0, validation_alias=AliasPath("model", "image", "short_side_px"))
 
     @property
@@ -43,6 +44,7 @@ class SeenResult(Message):
     attempt: int = 0
     artifacts: dict[str, str] = {}  # name -> path relative to the trial's folder
     weights_sha256: str = ""
+    precision: str = ""  # empty in a result of an older version
 
 
 _Seen = TypeVar("_Seen", bound=Message)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
-from contract.study import Study, Submission
+from contract.study import Study, Submission, check_gpus
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import changes, queries
 from orchestrator.ledger.opening import Ledger, Transaction
@@ -39,6 +39,7 @@ def check(submission: Submission, settings: ServiceSettings, nodes: Sequence[Nod
             f"gpu_hours: a budget of {study.gpu_hours:g} has no effect, "
             "resources.gpus_per_rank is 0; remove one"
         )
+    check_gpus(study.resources)
     if submission.code and not code_files(settings).exists(code_name(submission.code)):
         raise ValueError(
             f"code: package {submission.code[:12]} was not uploaded; PUT it to /v1/code first"

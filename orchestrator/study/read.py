@@ -7,7 +7,7 @@ from pathlib import Path
 
 from contract.metrics import check_metric
 from contract.record import nearest, parse_record
-from contract.study import Study
+from contract.study import Study, check_gpus
 from contract.yaml import read_yaml
 from orchestrator.study.paper import paper_tables
 
@@ -27,7 +27,7 @@ def read_study(path: Path) -> tuple[Study, str]:
 
 
 def check_study(study: Study) -> None:
-    """Checks names, levels, metrics and the paper's table, which no field can check alone."""
+    """Checks names, levels, metrics, GPUs and the paper's table, which no field checks alone."""
     if bool(study.baseline.preset) == bool(study.baseline.file):
         raise ValueError("baseline: give either 'preset' or 'file', and one of them")
     for factor, levels in study.factors.items():
@@ -42,6 +42,7 @@ def check_study(study: Study) -> None:
                 )
     for metric in study.metrics:
         check_metric(metric)
+    check_gpus(study.resources)
     _check_paper(study)
 
 

@@ -91,16 +91,20 @@ def encode_crop(
     Its counts are text. Only the columns of the crop are looked at, not the whole image.
     """
     h, w = crop.shape
-    if w == 0 or h == 0:
-        flat = np.zeros(0, np.uint8)
-        start = 0
-    else:
-        # COCO's runs go down the columns, so the transposed crop lies in their order.
-        columns = np.zeros((w, height), np.uint8)
-        columns[:, top : top + h] = np.asarray(crop).T
-        flat, start = columns.ravel(), left * height
-    changes = np.flatnonzero(np.diff(flat, prepend=0, append=0)) + start
-    lengths = np.diff(np.concatenate([[0], changes, [height * width]])).tolist()
+    # COCO's runs go down the columns, so the transposed crop lies in their order. A row of zeros
+    # above and one below it end every run in its column.
+    columns = np.zeros((w, h + 2), np.uint8)
+    columns[:, 1:-1] = np.asarray(crop).T
+    column, row = np.nonzero(columns[:, 1:] != columns[:, :-1])
+    changes = (left + column) * height + top + row
+    # A run that reaches from the last row into the next column's first one has ended for nothing.
+    if h == height and len(changes):
+        kept = np.ones(len(changes), bool)
+        cut = np.flatnonzero(changes[1:] == changes[:-1])
+        kept[cut] = kept[cut + 1] = False
+        changes = changes[kept]
+    ends = np.concatenate([[0], changes, [height * width]])
+    lengths = (ends[1:] - ends[:-1]).tolist()
     return compressed(Rle(height, width, lengths), height, width).json()
 
 

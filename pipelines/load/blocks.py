@@ -31,6 +31,14 @@ ALIGNMENT = 64
 CAPACITY_STEP = 1 << 22
 
 Allocate = Callable[[int], Tensor]  # a number of bytes -> uint8 of that many, of any value
+Undo = Callable[[], None]
+# (address, bytes) of a block, once in its life -> what ends the registration.
+Register = Callable[[int, int], Undo]
+
+
+def unregistered(_address: int, _size: int) -> Undo:
+    """For a consumer that copies its batches to no device."""
+    return lambda: None
 
 
 def private_block(size: int) -> Tensor:
@@ -175,21 +183,45 @@ def _nameless_file() -> int:
     return descriptor
 
 
-class Inbox:
-    """The consumer's side of all workers' blocks. Batches stay valid when it is gone."""
+class _Mapped(NamedTuple):
+    memory: mmap.mmap
+    unregister: Undo
 
-    def __init__(self) -> None:
-        self._maps: dict[tuple[int, int], mmap.mmap] = {}
+
+class Inbox:
+    """The consumer's side of all workers' blocks. Batches stay valid when it is gone.
+
+    register: sees every block once. Whoever reads a batch in another way than by its tensors, as a
+    device does, holds the tensors as long: a worker gives up or fills a block without them.
+    """
+
+    def __init__(self, register: Register = unregistered) -> None:
+        self._register = register
+        self._blocks: dict[tuple[int, int], _Mapped] = {}
 
     def open(self, parcel: Parcel) -> list[Batch]:
         """The batches of a parcel, as views of its blocks."""
         for key in parcel.gone:
-            self._maps.pop((parcel.sender, key), None)
+            block = self._blocks.pop((parcel.sender, key), None)
+            if block is not None:
+                block.unregister()
         for key, capacity, duplicate in parcel.new:
             descriptor = duplicate.detach()
-            self._maps[parcel.sender, key] = mmap.mmap(descriptor, capacity)
+            memory = mmap.mmap(descriptor, capacity)
             os.close(descriptor)
-        return [_batch(self._maps[parcel.sender, key], layout) for key, layout in parcel.contents]
+            address = np.frombuffer(memory, np.uint8).ctypes.data
+            unregister = self._register(address, capacity)
+            self._blocks[parcel.sender, key] = _Mapped(memory, unregister)
+        return [
+            _batch(self._blocks[parcel.sender, key].memory, layout)
+            for key, layout in parcel.contents
+        ]
+
+    def close(self) -> None:
+        """Ends the registration of every block; nothing may read them by it any more."""
+        for block in self._blocks.values():
+            block.unregister()
+        self._blocks.clear()
 
 
 def _release(memory: mmap.mmap, consumer: int) -> None:

@@ -22,7 +22,15 @@ from torch.utils.data import Dataset as TorchDataset
 from contract.data import DataConfig
 from contract.model import ImageInput
 from model.structures import Batch
-from pipelines.load.blocks import Allocate, Inbox, Outbox, Parcel, private_block
+from pipelines.load.blocks import (
+    Allocate,
+    Inbox,
+    Outbox,
+    Parcel,
+    Register,
+    private_block,
+    unregistered,
+)
 from pipelines.load.collate import Padding, collate, padded_count, round_up
 from pipelines.load.images import resize, resize_without_antialias, resized_size, torchvision_size
 from pipelines.load.order import Order, chunks, rank_slice
@@ -150,6 +158,7 @@ class TrainLoader:
         masks: bool,
         num_keypoints: int = 0,
         proposals_uri: str = "",
+        register: Register = unregistered,
     ):
         if global_batch < world_size:
             raise ValueError(
@@ -178,7 +187,7 @@ class TrainLoader:
             ),
             ProposalTable(proposals_uri) if proposals_uri else None,
         )
-        self._stream: _Stream[TrainStep] = _Stream(self._source, cfg.num_loader_workers)
+        self._stream: _Stream[TrainStep] = _Stream(self._source, cfg.num_loader_workers, register)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -281,6 +290,7 @@ class EvalLoader:
         rank: int,
         world_size: int,
         proposals_uri: str = "",
+        register: Register = unregistered,
     ):
         self.dataset = dataset.for_evaluation(cfg)
         table = ProposalTable(proposals_uri) if proposals_uri else None
@@ -289,7 +299,7 @@ class EvalLoader:
         self._mine = range(rank, self.num_batches, world_size)
         # A worker without a batch would start for nothing.
         num_workers = min(cfg.num_loader_workers, len(self._mine))
-        self._stream: _Stream[Batch] = _Stream(self._source, num_workers)
+        self._stream: _Stream[Batch] = _Stream(self._source, num_workers, register)
 
     def __len__(self) -> int:
         """Batches of this rank."""
@@ -332,30 +342,33 @@ class _Source(Protocol[T_co]):
 class _Stream(Generic[T]):
     """The items of some numbers in their order, computed here or ahead of time in workers."""
 
-    def __init__(self, source: _Source[T], num_workers: int):
-        self._source, self._num_workers = source, num_workers
-        self._running: list[Any] = []
+    def __init__(self, source: _Source[T], num_workers: int, register: Register):
+        self._source, self._num_workers, self._register = source, num_workers, register
+        self._running: list[tuple[Any, Inbox]] = []
 
     def iterate(self, numbers: Iterable[int]) -> Iterator[T]:
         source = self._source
         if self._num_workers == 0:  # nothing crosses a process, so private memory will do
             return (source.finish(number, source.load(number, private_block)) for number in numbers)
         answers = iter(_worker_loader(source, numbers, self._num_workers))
-        self._running.append(answers)
-        return self._opened(answers)
+        inbox = Inbox(self._register)
+        self._running.append((answers, inbox))
+        return self._opened(answers, inbox)
 
-    def _opened(self, answers: Iterator[tuple[int, Parcel | Exception]]) -> Iterator[T]:
-        inbox = Inbox()
+    def _opened(
+        self, answers: Iterator[tuple[int, Parcel | Exception]], inbox: Inbox
+    ) -> Iterator[T]:
         for number, answer in answers:
             if isinstance(answer, Exception):
                 raise answer
             yield self._source.finish(number, inbox.open(answer))
 
     def close(self) -> None:
-        """Ends the workers."""
-        for answers in self._running:
+        """Ends the workers, and the registration of their blocks."""
+        for answers, inbox in self._running:
             # torch has no public way; without it the workers end when the iterator is collected.
             answers._shutdown_workers()
+            inbox.close()
         self._running.clear()
 
 

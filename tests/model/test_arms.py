@@ -33,7 +33,7 @@ from model.build import assemble, build_backbone, build_detector
 from tests.model.arms import arms, records
 from tests.model.batches import shape_batch
 from tests.model.test_detector import total
-from workers.training.evaluate import coco_results
+from workers.training.results import coco_results
 
 GN = {"kind": "gn", "groups": 8}
 LITTLE: dict[str, Any] = {

@@ -20,7 +20,7 @@ from pipelines.evaluate.evaluation import evaluate
 from tests.model.arms import arms
 from tests.model.batches import covered, shape_batch
 from tests.model.test_detector import total
-from workers.training.evaluate import coco_results
+from workers.training.results import coco_results
 
 IMAGES, OBJECTS, CLASSES, POINTS = 8, 2, 3, 17
 RATE, STEPS, MANY_STEPS = 1e-3, 60, 120

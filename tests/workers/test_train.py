@@ -21,6 +21,7 @@ from contract.files import Files
 from contract.presets import run_preset
 from contract.recipe import parse_run
 from contract.run_file import merged
+from tests.nullgpu import null_cuda
 from tests.workers.ranks import run_ranks
 from tests.workers.training.test_run import run_of
 from workers.tracking.console import progress_text
@@ -260,3 +261,17 @@ def test_under_torchrun_one_json_object_is_all_of_stdout(tmp_path, packed):
     answer = json.loads(finished.stdout)
     assert (answer["state"], answer["step"]) == ("done", 4)
     assert json.loads((tmp_path / "out/result.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(null_cuda.why_not()), reason=null_cuda.why_not())
+def test_more_ranks_than_gpus_are_refused_by_name_before_nccl_is_asked(tmp_path, packed):
+    """Two processes on a machine with one CUDA device: torchrun would give both the same one."""
+    out = tmp_path / "out"
+    command = train_command(str(run_file(tmp_path, packed)), "--out", str(out), ranks=2)
+    finished = null_cuda.run(command)
+    outcome = Outcome.model_validate_json((out / "attempts/1/outcome.json").read_text())
+    assert (outcome.state, outcome.error_class) == ("failed", "person"), finished.stderr
+    assert outcome.error.startswith("ranks 0, 1 share GPU 0000:00:00 of ")
+    assert finished.stderr.count(f"error: {outcome.error}") == 1
+    assert "Duplicate GPU" not in finished.stderr

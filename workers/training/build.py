@@ -16,6 +16,7 @@ from model.weights import load_initial
 from pipelines.load.loader import EvalLoader, TrainLoader
 from pipelines.load.proposals import ProposalTable
 from pipelines.shards.dataset import Dataset, open_dataset
+from workers.training.prefetch import registration
 from workers.training.weights import initial_weights, weights_source
 from workers.training.world import World
 
@@ -62,6 +63,7 @@ def train_loader_opener(
     run: RunConfig, dataset: Dataset, world: World
 ) -> Callable[[int], TrainLoader]:
     """Returns what opens this rank's share of the global batches, from a given one on."""
+    register = registration(world.device)
 
     # a function, since a rollback opens the stream again at another step
     def open_loader(start_step: int) -> TrainLoader:
@@ -78,6 +80,7 @@ def train_loader_opener(
             masks=isinstance(run.model.mask, MaskBranch),
             num_keypoints=keypoints.num_keypoints if isinstance(keypoints, KeypointBranch) else 0,
             proposals_uri=proposals_uri(run.model),
+            register=register,
         )
 
     return open_loader
@@ -93,6 +96,7 @@ def eval_loader(run: RunConfig, dataset: Dataset, world: World) -> EvalLoader:
         rank=world.rank,
         world_size=world.size,
         proposals_uri=proposals_uri(run.model),
+        register=registration(world.device),
     )
 
 

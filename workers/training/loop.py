@@ -7,6 +7,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from operator import attrgetter
 from typing import Literal, Protocol
 
 import torch
@@ -23,6 +25,7 @@ from workers.training.evaluate import Scores
 from workers.training.guard import GuardState, first_bad_step, rolled_back
 from workers.training.meter import Meter
 from workers.training.optim import base_rate, rate_factor
+from workers.training.prefetch import DeviceBatches, on_device
 from workers.training.state import TrainState, with_journal
 from workers.training.step import (
     Gradients,
@@ -92,8 +95,7 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
     scores: Scores | None = None
     gc.collect()
     gc.freeze()  # what is built by now stays: the collector need not walk through it again
-    loader = parts.open_loader(state.data_step)
-    batches = iter(loader)
+    loader, batches = _opened(run, world, parts)
     try:
         # a stop or a kill came after the checkpoint of this step and before its evaluation ended
         if state.step and due(loop, state.step).evaluation:
@@ -104,10 +106,10 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
         while state.step < loop.steps:
             # --- one step ---
             wait_began = time.perf_counter()
-            data = next(batches)
+            chunks = next(batches)
             wait_s = time.perf_counter() - wait_began
             rate = _rate(run, state)
-            gradients, norm = _step(run, world, parts, module, data.batches, rate)
+            gradients, norm = _step(run, world, parts, module, chunks, rate)
             state.step += 1
             step_s, last_end = time.perf_counter() - last_end, time.perf_counter()
             state.train_seconds += step_s
@@ -127,9 +129,9 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
             if bad is not None:
                 _roll_back(run, world, parts, writer, rows[bad], loader)
                 # the stream goes on elsewhere: at the step before, or past the skipped batches
+                batches.close()
                 loader.close()
-                loader = parts.open_loader(state.data_step)
-                batches = iter(loader)
+                loader, batches = _opened(run, world, parts)
                 continue
             if now.log:
                 _log_system(state.step, system, world, journal)
@@ -146,6 +148,7 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
                 last_end = time.perf_counter()  # the next step's time has no evaluation in it
         return Ending("done", scores)
     finally:
+        batches.close()  # first: a copy may still read what the loader's workers wrote
         loader.close()
         writer.drain()
         gc.unfreeze()
@@ -165,6 +168,15 @@ def due(loop: LoopConfig, step: int, asked: Reason = "") -> _Due:
     return _Due(read, log, checkpoint, evaluation)
 
 
+def _opened(run: RunConfig, world: World, parts: Parts) -> tuple[Loader, DeviceBatches]:
+    """The stream of the steps that are left, and its batches on the device."""
+    state = parts.state
+    loader = parts.open_loader(state.data_step)
+    # `map`, since a generator would hold the step before while it waits for the next one
+    chunks = map(attrgetter("batches"), islice(loader, run.loop.steps - state.step))
+    return loader, on_device(chunks, world.device)
+
+
 def _rate(run: RunConfig, state: TrainState) -> float:
     """The learning rate of the next step."""
     full = base_rate(run.optimiser, run.loop.global_batch)
@@ -176,12 +188,11 @@ def _step(
     world: World,
     parts: Parts,
     module: nn.Module,
-    batches: Sequence[Batch],
+    chunks: Sequence[Batch],
     rate: float,
 ) -> tuple[Gradients, Tensor]:
     """One optimiser step; the losses of its gradients and their norm stay on the device."""
     loop, state = run.loop, parts.state
-    chunks = [batch.to(world.device, non_blocking=True) for batch in batches]
     torch.manual_seed(_step_seed(run.seed, state.data_step, world.rank))
     with memory_explained([chunk.images for chunk in chunks], world.device):
         # one reduction carries the requests to stop and the counts of the losses

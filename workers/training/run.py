@@ -18,17 +18,17 @@ from contract.files import Files
 from contract.model import KeypointBranch, MaskBranch
 from contract.recipe import RunConfig
 from contract.words import one_line
-from model.accelerate import kernels
+from model.accelerate import complaints, kernels
 from pipelines.shards.dataset import Dataset
 from workers.tracking.journal import Journal, JournalState, SilentJournal, open_journal
 from workers.tracking.spool import print_warning
+from workers.training import arithmetic
 from workers.training.build import eval_loader, initial_detector, open_datasets, train_loader_opener
-from workers.training.evaluate import Scores, best_metric, evaluate_detector
+from workers.training.evaluate import Scores, best_metric, evaluate_detector, num_processes
 from workers.training.loop import Ending, Parts, train
 from workers.training.pictures import comparison
 from workers.training.state import TrainState, check_same_training, weights_of
-from workers.training.step import check_precision, slow_precision
-from workers.training.world import World, host_name
+from workers.training.world import World, check_own_gpus, host_name
 from workers.trial.causes import (
     Cause,
     DivergedError,
@@ -76,6 +76,7 @@ def run_trial(
         if world.is_first:
             attempt.store.check_claim()
         check_shared(storage, spec.attempt, world)
+        check_own_gpus(world)
         with refused_together(world):
             inputs = _open(spec, world, attempt.store)
         # from here on the folder is ours: an attempt that still trains in it ends
@@ -144,9 +145,10 @@ def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Inputs:
     # ranks that share a machine must share its cores: OpenMP threads spin at barriers
     if world.device.type == "cpu":
         torch.set_num_threads(max(int(spec.cpus_per_rank), 1))
-    check_precision(run.loop, world.device)
-    if world.is_first and (slow := slow_precision(run.loop, world.device)):
-        print_warning(slow)
+    arithmetic.check_precision(run.loop, world.device)
+    arithmetic.set_arithmetic(run.loop, world.device)
+    for doubt in arithmetic.doubts(run.loop, world.device) if world.is_first else []:
+        print_warning(doubt)
     best_metric(run)  # for its error: a misspelt metric must not show at the first evaluation
     if run.loop.global_batch < world.size:
         raise ValueError(
@@ -185,6 +187,7 @@ def check_shared(storage: Files, attempt: int, world: World) -> None:
 def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
     spec, world, store, journal = attempt.spec, attempt.world, attempt.store, attempt.journal
     run = spec.run
+    computing = _computing(attempt)
     journal.progress("starting", 0, None)
     journal.begin(
         {f"maskray.manifest.{name}": hash for name, hash in inputs.manifests.items()}
@@ -206,7 +209,15 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
                 # before the scores: whatever becomes of the evaluation, the training stands
                 if world.is_first and now.step == run.loop.steps:
                     reporter.trained(now)
-                scores = evaluate_detector(run.model, now.detector, batches, world, stopping)
+                scores = evaluate_detector(
+                    run.model,
+                    now.detector,
+                    batches,
+                    world,
+                    stopping,
+                    run.loop.eval_precision,
+                    num_processes(run, world),
+                )
                 # its workers hold memory that the training needs until the next evaluation
                 batches.close()
                 if scores is not None and world.is_first:
@@ -232,7 +243,7 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
         )
         ending = train(run, world, parts)
     if world.is_first and ending.state == "done":
-        _finish(attempt, state, ending, reporter.digest)
+        _finish(attempt, state, ending, reporter.digest, computing)
     return Outcome(state=ending.state, step=state.step)
 
 
@@ -246,6 +257,31 @@ def _objects(run: RunConfig, data: Dataset, world: World) -> str:
     if world.is_first:
         print(line, flush=True)
     return line
+
+
+@dataclass(frozen=True)
+class _Computing:
+    """What the ranks compute with, and in which precision; more than one where they differ."""
+
+    kernels: str
+    precision: str
+
+
+def _computing(attempt: _Attempt) -> _Computing:
+    """What all ranks say; on a GPU rank 0 prints it, with each kernel that some node lacks."""
+    world, device = attempt.world, attempt.world.device
+    own = _Computing(kernels(device), arithmetic.in_words(attempt.spec.run.loop, device))
+    said = world.gather((own, [f"{host_name()}: {text}" for text in complaints(device)]))
+    every = [one for one, _ in said]
+    all_kernels = "; ".join(dict.fromkeys(one.kernels for one in every))
+    all_precisions = "; ".join(dict.fromkeys(one.precision for one in every))
+    if world.is_first and device.type == "cuda":
+        # once for a node, however many ranks it has
+        for complaint in dict.fromkeys(text for _, texts in said for text in texts):
+            print_warning(complaint)
+        name = arithmetic.gpu_name(device)
+        print(f"{world.size} x {name}: {all_precisions}; kernels {all_kernels}", flush=True)
+    return _Computing(all_kernels, all_precisions)
 
 
 class _Reporter:
@@ -293,7 +329,9 @@ class _Reporter:
 # --- how it ends ---
 
 
-def _finish(attempt: _Attempt, state: TrainState, ending: Ending, digest: str) -> None:
+def _finish(
+    attempt: _Attempt, state: TrainState, ending: Ending, digest: str, computing: _Computing
+) -> None:
     """Rank 0 leaves the series and `result.json`. digest: of the last weights, already there."""
     assert ending.scores is not None
     spec, storage, journal = attempt.spec, attempt.storage, attempt.journal
@@ -315,7 +353,8 @@ def _finish(attempt: _Attempt, state: TrainState, ending: Ending, digest: str) -
         attempt=spec.attempt,
         world_size=attempt.world.size,
         weights_sha256=digest,
-        kernels=kernels(attempt.world.device),
+        kernels=computing.kernels,
+        precision=computing.precision,
         artifacts=_artifact_paths(ending.scores, storage),
         mlflow_run_id=journal.run_id(),
         events=journal.events,

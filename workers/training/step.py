@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from contract.recipe import LoopConfig
 from model.structures import Batch
+from workers.training.arithmetic import DTYPES
 from workers.training.world import World
-
-_PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class LossSums(nn.Module):
@@ -151,32 +150,8 @@ def _without_sync(module: nn.Module, last: bool) -> AbstractContextManager[None]
 
 
 def _autocast(loop: LoopConfig, world: World) -> Callable[[], AbstractContextManager[None]]:
-    dtype = _PRECISION[loop.precision]
+    dtype = DTYPES[loop.precision]
     return lambda: torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32)
-
-
-def check_precision(loop: LoopConfig, device: torch.device) -> None:
-    """Raises ValueError if the device cannot compute in the configured precision."""
-    if loop.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError(
-            "loop.precision: this GPU has no bf16; choose 'fp16' (with loss scaling) or 'fp32'"
-        )
-
-
-def slow_precision(loop: LoopConfig, device: torch.device) -> str:
-    """A warning about a precision that the CPU only imitates; empty if there is none to give.
-
-    On a CPU without AVX-512 `tiny` trained at 1.7 images/s in bf16, 23.5 in fp32 (docs/log.md).
-    """
-    if device.type != "cpu" or loop.precision == "fp32" or _cpu_computes_in(loop.precision):
-        return ""
-    return f"loop.precision: this CPU imitates {loop.precision}, far slower than 'fp32' is"
-
-
-def _cpu_computes_in(precision: Literal["bf16", "fp16"]) -> bool:
-    """True also where torch does not say: the question is private, and only a warning needs it."""
-    answer = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
-    return answer is None or bool(answer())
 
 
 def apply_gradients(

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -94,6 +94,39 @@ def _device(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def check_own_gpus(world: World) -> None:
+    """Raises ValueError on every rank if two ranks sit on one GPU.
+
+    NCCL would refuse them as well ("Duplicate GPU detected"), later and without a remedy.
+    """
+    if world.size == 1 or world.device.type != "cuda":
+        return
+    places = world.gather((host_name(), _bus_id(world.device)))
+    shared = {place: ranks_at(place, places) for place in places if places.count(place) > 1}
+    # rank 0 has looked for all
+    refused = world.from_first(
+        [
+            f"ranks {', '.join(map(str, ranks))} share GPU {bus_id} of {host}"
+            for (host, bus_id), ranks in shared.items()
+        ]
+    )
+    if refused:
+        raise ValueError(
+            f"{refused[0]}, and NCCL takes one rank a GPU; start no more ranks than there are GPUs "
+            "(torchrun --nproc-per-node), in a study with resources.gpus_per_rank: 1"
+        )
+
+
+def ranks_at(place: T, places: Sequence[T]) -> list[int]:
+    return [rank for rank, other in enumerate(places) if other == place]
+
+
+def _bus_id(device: torch.device) -> str:
+    """Where the GPU sits, as NCCL compares it: the parts of a MIG device have the same place."""
+    gpu: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack these three
+    return f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}"
 
 
 def end_with_launcher() -> None:

@@ -29,6 +29,9 @@ for seed, (lists, boxes) in enumerate([(3, 1), (2, 31), (2, 32), (3, 33), (2, 70
 chain = torch.tensor([[[0.0, 0, 10, 10], [4.0, 0, 14, 10], [8.0, 0, 18, 10], [8.0, 0, 18, 10]]])
 kept = nms_in_two_launches(chain, torch.ones(1, 4, dtype=torch.bool), 0.3)
 assert kept.tolist() == [[True, False, True, False]]
+row = torch.arange(70.0)[:, None] * torch.tensor([2.0, 0, 2, 0]) + torch.tensor([0.0, 0, 3, 9])
+kept = nms_in_two_launches(row[None], torch.ones(1, 70, dtype=torch.bool), 0.1)  # a long chain
+assert kept[0].tolist() == [box % 2 == 0 for box in range(70)]
 empty = torch.zeros(1, 2, 4)  # overlap nothing, themselves neither
 assert nms_in_two_launches(empty, torch.ones(1, 2, dtype=torch.bool), 0.3).all()
 """

@@ -5,14 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from contract.answers import Check
-from contract.attempt import ClockReport, LinkReport, NodeReport
+from contract.attempt import ClockReport, GpuReport, LinkReport, NodeReport
 from orchestrator.cluster.doctor_checks import Examination, checks_of
 from orchestrator.cluster.nodes import Machine
-from workers.probe import partners
+from workers.probe import look_at_gpu, partners
 
 MACHINES = (Machine("a" * 8, "10.0.0.1", True), Machine("b" * 8, "10.0.0.2", False))
+
+
+H100 = GpuReport(
+    name="NVIDIA H100 (compute capability 9.0)",
+    precisions=["fp32", "TF32", "bf16", "fp16"],
+    kernels="triton 3.6.0",
+)
+T4 = GpuReport(
+    name="Tesla T4 (compute capability 7.5)",
+    precisions=["fp32", "fp16"],
+    kernels="triton 3.6.0",
+)
+NO_COMPILER = H100.model_copy(
+    update={"kernels": "torch", "complaints": ["no Triton kernel for suppression on this GPU"]}
+)
 
 
 def report(index: int, **fields: Any) -> NodeReport:
@@ -22,6 +38,7 @@ def report(index: int, **fields: Any) -> NodeReport:
         "versions": {"python": "3.11", "ray": "2.60.0", "torch": "2.15.0", "numpy": "2.0"},
         "sources": "5" * 64,
         "gpu_driver": "NVIDIA 550.1, 8 devices",
+        "gpu": H100,
         "disk_free_gib": 100.0,
         "shm_free_gib": 8.0,
         "mlflow_error": "",
@@ -52,7 +69,7 @@ def test_a_sound_cluster_passes_every_line() -> None:
     assert [name for name, check in checks.items() if not check.ok] == []
     assert checks["all-reduce"].found == "1 pairs over eth0, 900 to 900 MiB/s (gloo, 4 MiB)"
     assert checks["nodes"].found == "2 nodes: h0/aaaaaa, h1/bbbbbb"
-    assert len(checks) == 12
+    assert len(checks) == 14
 
 
 @pytest.mark.parametrize(
@@ -70,6 +87,13 @@ def test_a_sound_cluster_passes_every_line() -> None:
         ),
         ("drivers", {"gpu_driver": "NVIDIA 535.0, 8 devices"}, "NVIDIA 535.0 on h1"),
         ("drivers", {"gpu_driver": "nvidia-smi fails"}, "h1/bbbbbb: nvidia-smi fails"),
+        ("precision", {"gpu": T4}, "no bf16 on h1/bbbbbb: Tesla T4"),
+        (
+            "precision",
+            {"gpu": GpuReport(error="torch 2.15.0+cpu finds no GPU, it is a build without CUDA")},
+            "h1/bbbbbb: torch 2.15.0+cpu finds no GPU",
+        ),
+        ("kernels", {"gpu": NO_COMPILER}, "h1/bbbbbb: no Triton kernel for suppression"),
         ("code", {"sources": "6" * 64}, "666666666666 on h1"),
         (
             "meeting",
@@ -99,6 +123,34 @@ def test_each_fault_fails_its_line_alone_and_says_the_remedy(
     assert [check.name for check in checks.values() if not check.ok] == [name]
     assert words in checks[name].found
     assert checks[name].remedy
+
+
+def test_the_doctor_says_which_precision_is_real_and_which_kernels_compute() -> None:
+    checks = lines(report(0), report(1))
+    assert checks["precision"].found == f"{H100.name}: fp32, TF32, bf16, fp16"
+    assert checks["kernels"].found == "triton 3.6.0"
+    old = lines(report(0, gpu=T4), report(1, gpu=T4))["precision"]
+    assert old.ok, "all nodes refuse bf16 alike"
+    assert "bf16 would be emulated and is refused, choose fp16 or fp32" in old.found
+    # a node without GPUs beside one with some has no say
+    assert lines(report(0), report(1, gpu=None, gpu_driver=""))["precision"].ok
+
+
+def test_a_cluster_without_gpus_or_of_an_older_version_has_no_line_on_them() -> None:
+    older = [
+        NodeReport.model_validate(
+            {name: value for name, value in report(i).model_dump().items() if name != "gpu"}
+        )
+        for i in range(2)
+    ]
+    assert {"precision", "kernels"}.isdisjoint(lines(*older))
+
+
+def test_a_torch_that_reaches_no_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = look_at_gpu()
+    assert found.error.startswith(f"torch {torch.__version__} finds no GPU")
+    assert (found.precisions, found.kernels, found.complaints) == ([], "", [])
 
 
 def test_a_node_that_says_nothing_is_named() -> None:

@@ -273,6 +273,23 @@ def test_json_and_csv_hold_the_numbers(tmp_path: Path) -> None:
     assert (report.folder / "table.txt").read_text() == report.table + "\n"
 
 
+def test_the_report_names_the_precision_and_a_mixture_of_two(tmp_path: Path) -> None:
+    trials = paper_study(tmp_path)
+    # results of an older version do not say it: the run does
+    assert "Precision: fp32\n" in table(tmp_path, view(trials))
+    for trial in trials:
+        result = {"attempt": 1, "precision": "fp32 (convolutions in TF32)"}
+        (Path(trial.storage) / "result.json").write_text(json.dumps(result))
+    report = build_report(view(trials), tmp_path / "report")
+    assert "Precision: fp32 (convolutions in TF32)\n" in report.table
+    assert "; precision: fp32 (convolutions in TF32)</p>" in report.page.read_text()
+    data = json.loads((report.folder / "report.json").read_text())
+    assert data["precision"] == "fp32 (convolutions in TF32)"
+    (Path(trials[0].storage) / "result.json").write_text('{"attempt": 1, "precision": "bf16"}')
+    mixed = "5 trials in fp32 (convolutions in TF32), 1 trials in bf16: a difference between arms"
+    assert f"Precision: {mixed}" in table(tmp_path, view(trials))
+
+
 def test_a_result_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
     trials = paper_study(tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")

@@ -396,6 +396,10 @@ def test_a_report_of_impossible_names_is_refused(http, names):
             "cpus_per_rank: Input should be greater than or equal to 0.0001",
         ),
         ({"gpus_per_rank": 1e-9}, "is 1e-09; Ray counts in steps of 0.0001"),
+        (
+            {"ranks": 2, "gpus_per_rank": 0.25},
+            "2 ranks with gpus_per_rank 0.25 would share a GPU, and NCCL takes one rank a GPU",
+        ),
     ],
 )
 def test_resources_that_cannot_be_counted_are_refused(http, resources, words):

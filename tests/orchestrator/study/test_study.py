@@ -52,6 +52,10 @@ def test_a_study_of_two_lines_is_a_study(tmp_path: Path) -> None:
         (GOOD + "seeds: [0, 0]\n", "seeds: seeds must be distinct"),
         (GOOD + "resources: {ranks: two}\n", "resources.ranks: Input should be a valid integer"),
         (GOOD + "resources: {rank: 2}\n", "resources.rank: no such field; did you mean 'ranks'?"),
+        (
+            GOOD + "resources: {ranks: 2, gpus_per_rank: 0.5}\n",
+            "resources: 2 ranks with gpus_per_rank 0.5 would share a GPU",
+        ),
         (GOOD + "factors: {roi: {}}\n", "factors.roi: has no levels"),
         (GOOD + "factors: {roi: {'a=b': {}}}\n", "without '=', ',' or '/'"),
         (GOOD + "metrics: [segm/AP57]\n", "did you mean 'segm/AP75'?"),

@@ -12,6 +12,7 @@ import torch
 from contract.data import ColourJitter, DataConfig, Filter
 from contract.model import ImageInput
 from model.structures import Batch
+from pipelines.load.blocks import Undo
 from pipelines.load.loader import EvalLoader, TrainLoader, TrainStep
 from pipelines.shards.dataset import open_dataset
 from tests.pipelines.tiny_coco import box_annotation, packed_coco
@@ -81,6 +82,24 @@ def test_any_number_of_workers_gives_the_same_batches(shapes, num_workers):
     for one, two in zip(alone, others, strict=True):
         assert (one.step, one.epoch) == (two.step, two.epoch)
         assert_equal(joined(one.batches), joined(two.batches))
+
+
+def test_blocks_are_registered_while_the_loader_is_open(shapes):
+    """The consumer's device may read them until `close`, however often the stream is iterated."""
+    registered: set[int] = set()
+
+    def register(address: int, size: int) -> Undo:
+        assert size > 0
+        registered.add(address)
+        return lambda: registered.remove(address)
+
+    stream = loader(config(shapes, num_loader_workers=1), register=register)
+    steps = iter(stream)
+    batches = [batch for _ in range(2) for batch in next(steps).batches]
+    assert len(registered) == len(batches)
+    stream.close()
+    assert not registered
+    assert all(batch.images.sum() for batch in batches), "a batch outlives the loader"
 
 
 @pytest.mark.parametrize("start", [1, 6, 7, 13, 1_000_000])

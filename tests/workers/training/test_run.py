@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 
 from contract.attempt import MLflowTracking, NoTracking, Outcome, Result, RunSpec
 from contract.files import Files
+from contract.metrics import result_kinds
 from contract.recipe import RunConfig
+from model.accelerate import kernels
 from pipelines.load.proposals import write_proposals
 from pipelines.shards.dataset import open_dataset
 from tests.builders import tiny_run
@@ -30,7 +32,6 @@ from workers.training.evaluate import (
     best_metric,
     evaluate_detector,
     metric_names,
-    result_kinds,
     score,
 )
 from workers.training.run import _open, run_trial
@@ -101,6 +102,7 @@ def test_a_trial_leaves_its_files_and_tells_mlflow_everything(tmp_path, packed, 
         "train_seconds",
     } <= set(result.metrics)
     assert result.metrics["segm/AP"] == result.metrics["segm-argmax/AP"]
+    assert (result.precision, result.kernels) == ("fp32", kernels(torch.device("cpu")))
     assert all((tmp_path / path).exists() for path in result.artifacts.values())
     assert set(result.artifacts) >= {
         "detections/bbox",
@@ -412,7 +414,7 @@ def test_a_trial_on_an_object_store_keeps_there_what_a_dead_tracker_could_not_be
 def test_a_precision_that_the_cpu_imitates_is_told_once(
     tmp_path, packed, monkeypatch, capsys, rank, warnings
 ):
-    monkeypatch.setattr("workers.training.step._cpu_computes_in", lambda precision: False)
+    monkeypatch.setattr("workers.training.arithmetic._cpu_computes_in", lambda precision: False)
     spec = spec_of(tmp_path, run_of(packed, loop__precision="bf16", loop__global_batch=2))
     with pytest.raises(ValueError, match="for 3 ranks"):  # what is looked at next
         _open(

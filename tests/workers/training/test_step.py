@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from contract.recipe import LoopConfig, RunConfig
+from contract.recipe import RunConfig
 from tests.builders import tiny_run
 from tests.workers.fakes import FakeDetector, FakeLoader, alone, fake_trial, small_run
 from tests.workers.ranks import run_ranks
@@ -16,11 +16,9 @@ from workers.training.build import initial_detector, open_datasets, train_loader
 from workers.training.state import TrainState
 from workers.training.step import (
     LossSums,
-    _cpu_computes_in,
     accumulate_gradients,
     apply_gradients,
     distributed,
-    slow_precision,
 )
 from workers.training.world import World
 
@@ -124,15 +122,3 @@ def losses_of_trial(world: World, folder: Path, run: RunConfig) -> list[float]:
 
 def flat_weights(state: TrainState) -> torch.Tensor:
     return torch.cat([p.detach().flatten()[:20] for p in state.detector.parameters()])
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_precision_that_the_cpu_imitates_is_told(monkeypatch, precision):
-    cpu, loop = torch.device("cpu"), LoopConfig(precision=precision)
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        assert not _cpu_computes_in(precision)
-    monkeypatch.setattr("workers.training.step._cpu_computes_in", lambda asked: False)
-    assert f"imitates {precision}" in slow_precision(loop, cpu)
-    assert slow_precision(loop, torch.device("cuda")) == slow_precision(LoopConfig(), cpu) == ""
-    monkeypatch.setattr("workers.training.step._cpu_computes_in", lambda asked: True)
-    assert slow_precision(loop, cpu) == ""

@@ -1,0 +1,76 @@
+"""The GPU's convolutions: interpreted on the CPU, and compiled for GPUs not at hand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="torch came without Triton")
+
+INTERPRETED = """
+import tests.model.gpu.convolutions as cases
+for name, case in sorted(vars(cases).items()):
+    if name.startswith("check_"):
+        case()
+"""
+COMPILED = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from model.gpu import epilogue
+sides = dict.fromkeys(("height", "width", "low", "narrow", "rows", "columns"), "i32")
+weights = {f"{w}_{axis}": "i32" for w in ("source", "result") for axis in ("out", "in", "cell")}
+norm = dict.fromkeys(("norm_weight", "norm_bias", "mean", "variance", "shift"), "*fp32")
+tile = {"ROWS": 4, "BLOCK": 64}
+kernels = (
+    (epilogue._weight, {"source": "*fp32", "result": "*bf16", **norm, **weights, "numbers": "i32",
+        "inside": "i32", "cells": "i32", "eps": "fp32"},
+        {"NORM": True, "SHIFT": True, "TILE": 512}),
+    (epilogue._finish, {"out": "*bf16", "other": "*bf16", "first": "*fp32", "second": "*fp32",
+        "channels": "i32", **sides, "of_height": "fp32", "of_width": "fp32"},
+        {"FIRST": True, "SECOND": True, "OTHER": True, "RESIZED": True, "RELU": True, **tile}),
+    (epilogue._pool_relu, {"maps": "*bf16", "bias": "*fp32", "result": "*bf16", "num_rows": "i32",
+        "channels": "i32", **sides}, tile),
+    (epilogue._masked_sum, {**dict.fromkeys(("first", "second", "third", "y", "result"), "*bf16"),
+        "partial": "*fp32", "rows": "i32", "channels": "i32"},
+        {"GRADIENTS": 3, "RELU": True, "BIAS": True, "TILES": 8, **tile}),
+)
+for kernel, signature, constants in kernels:
+    signatures = {n: signature.get(n, "constexpr") for n in kernel.arg_names}
+    for capability in (80, 90):
+        source = ASTSource(kernel, signatures, constants)
+        built = compile(source, target=GPUTarget("cuda", capability, 32))
+        assert built.asm["cubin"]
+"""
+
+
+def test_the_kernels_interpreted(tmp_path):
+    done = run(tmp_path, INTERPRETED, "1")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_kernels_compile(tmp_path):
+    done = run(tmp_path, COMPILED, "0")
+    assert done.returncode == 0, done.stderr
+
+
+def run(tmp_path, program, interpret):
+    root = Path(__file__).parents[3]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": interpret,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )

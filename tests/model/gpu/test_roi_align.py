@@ -1,0 +1,81 @@
+"""RoIAlign's kernels for GPUs: interpreted on the CPU, and compiled for GPUs not at hand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from contract.presets import preset
+from model.build import build_detector
+from model.gpu import usable
+from model.gpu.accelerate import accelerate
+from model.roi.operations import Align, Pool, RoIOperation
+
+triton = pytest.importorskip("triton", reason="torch came without Triton")
+
+INTERPRETED = """
+import torch
+from model.gpu import roi_align
+from tests.model.gpu.roi_align_cases import CASES, agree
+
+roi_align._CHANNELS = roi_align._TILE_CHANNELS = 16  # several blocks of few channels
+for case in CASES:
+    agree(case)
+"""
+COMPILED = """
+from tests.model.gpu.roi_align_cases import compile_all
+
+compile_all()
+"""
+
+
+@pytest.mark.parametrize(("program", "interpret"), [(INTERPRETED, "1"), (COMPILED, "0")])
+def test_the_kernels_without_a_gpu(tmp_path, program, interpret):
+    root = Path(__file__).parents[3]
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": interpret,
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_means_of_few_levels_are_swapped_and_laid_out_for_what_reads_them(monkeypatch):
+    monkeypatch.setattr(usable, "tried", {"suppression": "", "roi_align": ""})
+    from model.gpu.roi_align import LevelAlign, by_kernels
+
+    detector = build_detector(preset("r50-fpn"))
+    accelerate(detector)
+    box, mask = detector.crops.box, detector.crops.mask
+    assert type(box) is type(mask) is LevelAlign
+    assert (box.channels_last, mask.channels_last) == (False, True)
+    strides = (4, 8, 16, 32, 64)
+    assert by_kernels(RoIOperation(Align(1, "mean", False), 7, strides)) is not None
+    for crop in (Pool(), Align(2, "max", True), Align(0, "mean", True)):
+        assert by_kernels(RoIOperation(crop, 7, strides)) is None
+    assert by_kernels(RoIOperation(Align(2, "mean", True), 7, (*strides, 128))) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_crops_as_the_cpu_does_and_repeats_to_the_bit():
+    from tests.model.gpu.roi_align_cases import CASES, agree, repeats
+
+    for case in CASES:
+        agree(case, "cuda")
+    repeats("cuda")
