@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from contract.data import DataConfig
-from contract.keypoints import mirrored
+from contract.fit import mirrored
 from pipelines.coco.records import CocoCategory
 from pipelines.load.images import decode, jitter_colour, resize, resized_size
 from pipelines.load.masks import Masks, mask_crops

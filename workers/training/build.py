@@ -16,8 +16,8 @@ from model.weights import load_initial
 from pipelines.load.loader import EvalLoader, TrainLoader
 from pipelines.load.proposals import ProposalTable
 from pipelines.shards.dataset import Dataset, open_dataset
+from workers.pretrained.weights import initial_weights, weights_source
 from workers.training.prefetch import registration
-from workers.training.weights import initial_weights, weights_source
 from workers.training.world import World
 
 

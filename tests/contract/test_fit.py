@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from contract.keypoints import mirrored
+from contract.fit import mirrored
 
 
 @pytest.mark.parametrize(
