@@ -18,7 +18,7 @@ class Filter(Record):
     """Which annotations and images of the packed data a run sees. Part of the run's identity."""
 
     categories: tuple[str, ...] = ()  # names; empty keeps all
-    require_keypoints: bool = False  # keep only objects with a labelled keypoint
+    require_keypoints: bool = False  # only images with a labelled keypoint; all their objects train
     min_area_px: float = Field(0.0, ge=0)  # in pixels of the image file
     holdout: float = Field(
         0.0, ge=0, lt=1
@@ -48,6 +48,10 @@ class DataConfig(Record):
         32, ge=1
     )  # canvas sides are multiples of this; larger means fewer shapes
     flip_probability: float = Field(0.5, ge=0, le=1)
+    # keypoints that change places in a mirrored image; None finds them by the sides in their names
+    flip_pairs: tuple[tuple[str, str], ...] | None = None
+    # of OKS, one a keypoint; empty takes COCO's for 17 keypoints, else the mean of COCO's for each
+    oks_sigmas: tuple[float, ...] = ()
     colour: ColourJitter = ColourJitter()
     filter: Filter = Filter()
     shuffle_window_shards: int = Field(16, ge=1)

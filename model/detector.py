@@ -37,6 +37,7 @@ class _Step:
     samples: Samples
     boxes: FlatRoIs
     positives: FlatRoIs
+    masked: FlatRoIs  # the positives, weighted for the mask loss
 
 
 class Detector(nn.Module):
@@ -111,6 +112,7 @@ class Detector(nn.Module):
             batch.noise_keys,
         )
         keep = self._keeps_padding(batch.images)
+        positives = flatten(samples, samples.positive, samples.most_positives, keep)
         return _Step(
             batch,
             maps,
@@ -118,7 +120,8 @@ class Detector(nn.Module):
             self._rpn_targets(outputs, batch),
             samples,
             flatten(samples, samples.valid, samples.valid.shape[1], keep),
-            flatten(samples, samples.positive, samples.most_positives, keep),
+            positives,
+            positives if self.mask is None else _with_masks(positives, batch.mask_crops),
         )
 
     def _with_needed_objects(self, batch: Batch) -> Batch:
@@ -161,7 +164,7 @@ class Detector(nn.Module):
         # positives.
         counts["box_class"] = counts["box_regression"] = step.boxes.weight.sum()
         if self.mask is not None:
-            counts["mask"] = step.positives.weight.sum()
+            counts["mask"] = step.masked.weight.sum()
         if self.keypoints is not None:
             counts["keypoints"] = self.keypoints.count(step.positives, step.batch.keypoints)
         return counts
@@ -187,7 +190,7 @@ class Detector(nn.Module):
         crops = self.crops.for_positives(step.maps.roi, positives.with_image(), features, rows)
         if self.mask is not None:
             sums["mask"] = self.mask.loss(
-                crops, positives, batch.boxes_xyxy, batch.mask_crops, batch.labels
+                crops, step.masked, batch.boxes_xyxy, batch.mask_crops, batch.labels
             )
         if self.keypoints is not None:
             sums["keypoints"] = self.keypoints.loss(
@@ -367,6 +370,15 @@ class Detector(nn.Module):
     def _keeps_padding(self, values: Tensor) -> bool:
         # A GPU would wait for the number of real RoIs, so it computes the padded ones too.
         return self.keep_padding or values.device.type != "cpu"
+
+
+def _with_masks(positives: FlatRoIs, mask_crops: Tensor) -> FlatRoIs:
+    """Positives whose object has no mask weigh nothing: it trains its box alone.
+
+    Without the object its place would be background, and finding it would be punished.
+    """
+    has_mask = mask_crops.flatten(2).any(dim=2)[positives.image, positives.objects]
+    return replace(positives, weight=positives.weight * has_mask.to(positives.weight.dtype))
 
 
 def _fit(values_BGX: Tensor, slots: int) -> Tensor:

@@ -98,6 +98,12 @@ def pack(
         Literal["fail", "skip"],
         typer.Option(help="Stop at the first bad input, or leave bad ones out and list them."),
     ] = "fail",
+    exif: Annotated[
+        Literal["auto", "apply", "ignore"],
+        typer.Option(
+            help="Turn images as their EXIF block says. auto: as the sizes in the JSON show."
+        ),
+    ] = "auto",
     shard_mib: Annotated[float, typer.Option(min=0.01, help="Size of a shard.")] = 64.0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one for each core.")] = 0,
     as_json: Json = False,
@@ -110,7 +116,7 @@ def pack(
     from pipelines.pack.pack import SKIPPED_NAME, PackOptions, default_workers
     from pipelines.pack.pack import pack as pack_dataset
 
-    options = PackOptions(on_error, shard_mib, workers or default_workers())
+    options = PackOptions(on_error, shard_mib, workers or default_workers(), exif)
     with bar("packing", as_json) as progress:
         packed = pack_dataset(annotations, images, out, options, progress)
     manifest = packed.manifest
@@ -124,12 +130,14 @@ def pack(
         lines.append(
             f"left out {packed.skipped} bad inputs, listed in {out.rstrip('/')}/{SKIPPED_NAME}"
         )
+    lines += [f"note: {remark}" for remark in packed.remarks]
     content = {
         "out": out,
         "images": manifest.num_images,
         "annotations": manifest.num_annotations,
         "shards": manifest.num_shards,
         "skipped": packed.skipped,
+        "remarks": {remark.kind: remark.count for remark in packed.remarks},
         "unchanged": packed.unchanged,
         "resumed_shards": packed.resumed_shards,
         "manifest": manifest.hash,
@@ -271,6 +279,9 @@ def evaluate(
         # AP alone for people: six columns of 80 rows are for a program.
         lines += [f"  {name:20} {value:.4f}" for name, value in scores.per_class["AP"].items()]
         content |= {"per_class": scores.per_class}
+    if scores.notes:
+        lines += [f"note: {note}" for note in scores.notes]
+        content |= {"notes": list(scores.notes)}
     return _done(as_json, content, "\n".join(lines))
 
 

@@ -33,7 +33,7 @@ SHELVES = {
         *("progress", "coco", "shards", "pack", "load", "evaluate", "inspect", "__main__"),
     ),
     "workers": (
-        *("trial", "tracking", "training"),
+        *("trial", "tracking", "pretrained", "training"),
         *("train", "ray_entry", "propose", "probe", "sync"),
     ),
     "orchestrator": (

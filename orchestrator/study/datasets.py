@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from contract.data import MANIFEST_NAME, ManifestHeader
 from contract.files import Files, uri_join
-from contract.model import KeypointBranch, MaskBranch
-from contract.recipe import RunConfig
-from contract.record import Message, nearest
+from contract.fit import Category, categories_of
 from orchestrator.study.baseline import UNSET
-
-
-class Category(Message):
-    """What the checks need of a COCO category; its other fields are the dataset's own."""
-
-    name: str
-    keypoints: tuple[str, ...] | None = None  # None in a dataset without keypoints
-
-
-_CATEGORIES = TypeAdapter(tuple[Category, ...])
 
 
 @dataclass(frozen=True)
@@ -68,66 +53,9 @@ def read_manifest(uri: str, field: str) -> Manifest:
         )
     try:
         header = ManifestHeader.parse(raw)
-        categories = _CATEGORIES.validate_python(header.categories)
+        categories = categories_of(header)
     except ValueError as error:
         # The first line alone: an error of pydantic has many.
         reason = str(error).splitlines()[0]
         raise ValueError(f"{field}: {place}: {reason}") from None
     return Manifest(uri, hashlib.sha256(raw).hexdigest(), header, categories)
-
-
-def check_fit(run: RunConfig, train: Manifest, val: Manifest) -> None:
-    """Raises ValueError with the remedy where the model asks for what the data does not hold."""
-    if train.names != val.names:
-        # A label is a category's position, so the same names in another order do not fit either.
-        raise ValueError(
-            f"data.val: {val.uri} has other categories than data.train ({_listed(val.names)}; "
-            f"{_listed(train.names)}); pack both from annotations with the same categories"
-        )
-    for field, manifest in (("data.train", train), ("data.val", val)):
-        if manifest.header.num_images == 0:
-            raise ValueError(f"{field}: {manifest.uri} has no images")
-    wanted = run.data.filter.categories
-    for name in wanted:
-        if name not in train.names:
-            raise ValueError(
-                f"data.filter.categories: the data has no category {name!r}; "
-                f"{nearest(name, train.names)}"
-            )
-    kept = len(set(wanted)) if wanted else len(train.names)
-    if run.model.num_classes != kept:
-        after = " after data.filter.categories" if wanted else ""
-        raise ValueError(
-            f"model.num_classes: is {run.model.num_classes}, the data has {kept} categories{after} "
-            f"({_listed(wanted or train.names)}); set 'model.num_classes: {kept}' in baseline.set"
-        )
-    for field, manifest in (("data.train", train), ("data.val", val)):
-        _check_targets(run, field, manifest)
-
-
-def _check_targets(run: RunConfig, field: str, manifest: Manifest) -> None:
-    """The branches of the model have annotations to learn from and to be evaluated on."""
-    if isinstance(run.model.mask, MaskBranch) and not manifest.header.has_masks:
-        raise ValueError(
-            f"model.mask: {field} ({manifest.uri}) has no masks; set 'model.mask.kind: none'"
-        )
-    if not isinstance(run.model.keypoints, KeypointBranch):
-        return
-    if not manifest.header.has_keypoints:
-        raise ValueError(
-            f"model.keypoints: {field} ({manifest.uri}) has no keypoints; "
-            "pack it with keypoint annotations, or set 'model.keypoints.kind: none'"
-        )
-    # A manifest may say that it has keypoints and not name them; then there is nothing to compare.
-    counts = {len(category.keypoints) for category in manifest.categories if category.keypoints}
-    if counts and run.model.keypoints.num_keypoints not in counts:
-        listed = ", ".join(str(count) for count in sorted(counts))
-        raise ValueError(
-            f"model.keypoints.num_keypoints: is {run.model.keypoints.num_keypoints}, "
-            f"{field} ({manifest.uri}) has {listed}"
-        )
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:4])
-    return f"{shown}, ..." if len(names) > 4 else shown

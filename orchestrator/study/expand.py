@@ -10,11 +10,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from contract.fit import check_fit
 from contract.recipe import RunConfig
 from contract.study import Study, TrialPlan
 from orchestrator.study.baseline import BaselineRun, Overrides
 from orchestrator.study.code_package import CodePackage
-from orchestrator.study.datasets import Manifest, check_fit, read_manifest
+from orchestrator.study.datasets import Manifest, read_manifest
 from orchestrator.study.identity import (
     canonical,
     identity,
@@ -68,7 +69,7 @@ def expand(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Ex
     for arm, run in zip(arms, runs, strict=True):
         try:
             train, val = manifest(run.data.train, "data.train"), manifest(run.data.val, "data.val")
-            check_fit(run, train, val)
+            check_fit(run, train.header, val.header)
             _check_ranks(study, run)
             trials += _trials(study, arm, arm == references, run, train, val, code)
         except ValueError as error:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import isnan
 from pathlib import Path
-from typing import Literal, TypeGuard
+from typing import Literal, TypeGuard, cast
 
 from contract.words import shortened
 from pipelines.coco.records import (
@@ -22,6 +22,9 @@ from pipelines.coco.rle import run_lengths
 
 _LARGEST = 1e15  # pixels and areas; far beyond any image, and exact in doubles
 _FAR = 10.0  # image sides that a polygon may reach beyond the edge
+# Fields that hold a whole number.
+WHOLE_OF_IMAGE = ("id", "width", "height")
+WHOLE_OF_ANNOTATION = ("id", "image_id", "category_id", "num_keypoints")
 _IMAGE_FIELDS = {"id", "file_name", "width", "height"}
 _ANNOTATION_FIELDS = {
     "id",
@@ -83,6 +86,21 @@ def is_int(value: JsonValue, bits: int = 64) -> TypeGuard[int]:
     return type(value) is int and -(1 << bits - 1) <= value < 1 << bits - 1
 
 
+def whole(value: JsonValue) -> JsonValue:
+    """The value, with a whole number that is written as a float (7.0) as an int."""
+    # 2 ** 53: beyond it a float stands for several whole numbers.
+    if type(value) is float and value.is_integer() and abs(value) <= 1 << 53:
+        return int(value)
+    return value
+
+
+def has_whole_floats(raw: JsonValue, names: Collection[str]) -> bool:
+    """Whether one of these fields is a whole number that is written as a float."""
+    return isinstance(raw, dict) and any(
+        type(raw.get(name)) is float and type(whole(raw[name])) is int for name in names
+    )
+
+
 def _are_numbers(values: JsonValue) -> TypeGuard[list[float]]:
     return isinstance(values, list) and set(map(type, values)) <= {int, float}
 
@@ -103,7 +121,8 @@ def _unencodable(text: str) -> bool:
     return any(0xD800 <= ord(character) < 0xE000 for character in text)
 
 
-def _is_path_below(name: str) -> bool:
+def is_path_below(name: str) -> bool:
+    """Whether a file name stays in the folder that it is relative to."""
     # A name that leaves the folder would pack any file that this user can read.
     if name.startswith("/") or "\0" in name or _unencodable(name):
         return False
@@ -128,12 +147,18 @@ def read_image(raw: JsonValue) -> CocoImage:
     name = fields.get("file_name")
     if not isinstance(name, str) or not name:
         raise UnusableError("has no file_name", "name the image's file relative to --images")
-    if not _is_path_below(name):
+    if name.startswith("/"):
+        folder = name.rpartition("/")[0]
+        raise UnusableError(
+            f"file_name {shortened(name)} is an absolute path",
+            f"write it relative to --images (sed -i 's#\"{folder}/#\"#' FILE)",
+        )
+    if not is_path_below(name):
         raise UnusableError(
             f"file_name {shortened(name)} is no path below --images",
             "name the image's file relative to --images",
         )
-    width, height = (_side(side, fields.get(side)) for side in ("width", "height"))
+    width, height = (_side(side, whole(fields.get(side))) for side in ("width", "height"))
     return CocoImage(image_id, name, width, height, _others(fields, _IMAGE_FIELDS))
 
 
@@ -156,7 +181,25 @@ def read_category(raw: JsonValue) -> CocoCategory:
             f"keypoints is {shortened(points)}",
             "write the names of its keypoints, or leave them out",
         )
-    return CocoCategory(category_id, name, tuple(points))
+    return CocoCategory(category_id, name, tuple(points), _flip_pairs(fields.get("flip_pairs")))
+
+
+def _flip_pairs(value: JsonValue) -> tuple[tuple[str, str], ...] | None:
+    """Not a field of COCO's: names of keypoints that change places in a mirrored image."""
+    if value is None:
+        return None
+    pairs = value if isinstance(value, list) else [value]
+    named = [
+        (pair[0], pair[1])
+        for pair in pairs
+        if isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) for one in pair)
+    ]
+    if len(named) != len(pairs):
+        raise UnusableError(
+            f"flip_pairs is {shortened(value)}",
+            "write pairs of keypoint names, [[left, right], ...], or leave it out",
+        )
+    return tuple(cast(list[tuple[str, str]], named))
 
 
 def read_annotation_keys(raw: JsonValue) -> AnnotationKeys:
@@ -164,13 +207,15 @@ def read_annotation_keys(raw: JsonValue) -> AnnotationKeys:
 
     Raises UnusableError.
     """
-    fields, annotation_id = _identified(raw, "give every annotation a whole number from 1 as id")
-    if annotation_id < 1:
+    fields, annotation_id = _identified(raw, "give every annotation a whole number from 0 as id")
+    if annotation_id < 0:
         raise UnusableError(
-            f"id {annotation_id} is below 1",
-            "number annotations from 1: pycocotools takes id 0 for 'unmatched'",
+            f"id {annotation_id} is below 0",
+            "number annotations from 1: pycocotools takes no negative ids",
         )
-    image_id, category_id = (_key(name, fields.get(name)) for name in ("image_id", "category_id"))
+    image_id, category_id = (
+        _key(name, whole(fields.get(name))) for name in ("image_id", "category_id")
+    )
     return AnnotationKeys(annotation_id, image_id, category_id)
 
 
@@ -214,7 +259,7 @@ def read_annotation(
 
 
 def _identified(raw: JsonValue, remedy: str) -> tuple[JsonObject, int]:
-    if isinstance(raw, dict) and is_int(number := raw.get("id")):
+    if isinstance(raw, dict) and is_int(number := whole(raw.get("id"))):
         return raw, number
     raise UnusableError("has no integer id of 64 bits", remedy)
 
@@ -347,7 +392,7 @@ def _labelled_keypoints(fields: JsonObject) -> int | None:
     # Not counted here where the file does not say it: export gives back what was there.
     if "num_keypoints" not in fields:
         return None
-    count = fields["num_keypoints"]
+    count = whole(fields["num_keypoints"])
     if not is_int(count, 32) or count < 0:
         raise UnusableError(
             f"num_keypoints is {shortened(count)}", "write how many keypoints are labelled"
@@ -358,6 +403,11 @@ def _labelled_keypoints(fields: JsonObject) -> int | None:
 def _keypoints(values: JsonValue, num_points: int) -> list[float]:
     if values is None:
         return []
+    if num_points == 0 and values:
+        raise UnusableError(
+            f"has {shortened(values)} as keypoints, its category names none",
+            'write their names into the category ("keypoints": [...]), or drop them',
+        )
     if not isinstance(values, list) or len(values) != 3 * num_points:
         count = len(values) if isinstance(values, list) else values
         raise UnusableError(

@@ -17,11 +17,14 @@ Polygons = list[list[float]]  # each one is x, y, x, y, ... in pixels of the ima
 # All records have slots: train2017 has 860,001 annotations, and a dictionary for each takes memory.
 @dataclass(frozen=True, slots=True)
 class CocoCategory:
-    """keypoints: the names of its keypoints, empty without them."""
+    """keypoints: the names of its keypoints, empty without them. flip_pairs: those of them that
+    change places in a mirrored image, None where the file does not say it.
+    """
 
     id: int
     name: str
     keypoints: tuple[str, ...] = ()
+    flip_pairs: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,6 @@ from pipelines.coco.records import (
 from pipelines.coco.rle import compressed
 from pipelines.evaluate.engines import NEEDED, IouType, Truth, TruthImage
 
-COCO_KEYPOINTS = 17  # pycocotools knows how exact they must be, and of no others
 _LARGEST = 1e300  # JSON's integers may be larger than any double, 1.8e308
 _LONGEST_SIDE = 1 << 20  # px; pycocotools takes memory by a polygon's length, which the sides bound
 _MOST_PIXELS = 1 << 32  # its run lengths have 32 bits
@@ -126,9 +125,10 @@ def truth_of(coco: Mapping[str, Any], iou_type: IouType) -> Truth:
     """What `iou_type` compares with. coco: COCO JSON that `check_truth` or packing has checked.
 
     "segm" makes every mask compressed RLE, and leaves out annotations of images that are not
-    listed: they count nowhere, and their masks have no size. "keypoints" keeps only annotations
-    with keypoints, as COCO's person_keypoints files do; pycocotools fails on others. Raises
-    ValueError for a mask or keypoints that cannot be compared.
+    listed: they count nowhere, and their masks have no size. An object without a mask becomes a
+    region that is ignored, its box: a detection of it is neither right nor wrong. "keypoints" keeps
+    only annotations with keypoints, as COCO's person_keypoints files do; pycocotools fails on
+    others. Raises ValueError for a mask or keypoints that cannot be compared.
     """
     image_fields, annotations, category_fields = (coco[part] for part in _FIELDS)
     images = [TruthImage(f["id"], f.get("height"), f.get("width")) for f in image_fields]
@@ -148,6 +148,7 @@ def truth_of(coco: Mapping[str, Any], iou_type: IouType) -> Truth:
             compared = [
                 _with_keypoints(a, fields) for a, fields in objects if fields.get("keypoints")
             ]
+            _check_same_count(compared)
             used = {annotation.category_id for annotation in compared}
             categories = [c for c in categories if c.keypoints or c.id in used]
     return Truth(images, compared, categories)
@@ -162,17 +163,19 @@ def _object(fields: Mapping[str, Any]) -> CocoAnnotation:
 def _with_mask(
     annotation: CocoAnnotation, fields: Mapping[str, Any], image: TruthImage
 ) -> CocoAnnotation:
-    mask = _mask(f"annotation {annotation.id}", fields.get("segmentation"), image)
-    return replace(annotation, segmentation=mask)
+    mask = fields.get("segmentation")
+    if mask in (None, []):
+        x, y, w, h = annotation.bbox
+        box: JsonValue = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        ignored = _mask(f"annotation {annotation.id}", box, image)
+        return replace(annotation, segmentation=ignored, iscrowd=1)
+    return replace(annotation, segmentation=_mask(f"annotation {annotation.id}", mask, image))
 
 
 def _with_keypoints(annotation: CocoAnnotation, fields: Mapping[str, Any]) -> CocoAnnotation:
     where, points = f"annotation {annotation.id}", fields["keypoints"]
-    if not _are_numbers(points) or len(points) != 3 * COCO_KEYPOINTS:
-        raise ValueError(
-            f"{where}: keypoints has not x, y, v for {COCO_KEYPOINTS} points, the only ones for "
-            "which COCO says how exact they must be"
-        )
+    if not _are_numbers(points) or len(points) % 3:
+        raise ValueError(f"{where}: keypoints is {shortened(points)}; write x, y, v for each point")
     # pycocotools leaves out an object without labelled keypoints, and goes by this number.
     count = fields.get("num_keypoints", sum(v > 0 for v in points[2::3]))
     if not is_int(count):
@@ -180,6 +183,17 @@ def _with_keypoints(annotation: CocoAnnotation, fields: Mapping[str, Any]) -> Co
             f"{where}: num_keypoints is {shortened(count)}; write how many keypoints are labelled"
         )
     return replace(annotation, keypoints=list(points), num_keypoints=count)
+
+
+def _check_same_count(annotations: Sequence[CocoAnnotation]) -> None:
+    """One list of sigmas serves all objects."""
+    for annotation in annotations:
+        count, first = len(annotation.keypoints) // 3, len(annotations[0].keypoints) // 3
+        if count != first:
+            raise ValueError(
+                f"annotation {annotation.id}: has {count} keypoints, annotation "
+                f"{annotations[0].id} has {first}; evaluate one kind of object at a time"
+            )
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -202,7 +216,7 @@ def checked_results(
                     f"result {number} has no {key!r}, which {iou_type} results need; mend it or "
                     "--iou"
                 )
-        record = _result(number, fields, iou_type)
+        record = _result(number, fields, iou_type, truth.num_keypoints)
         if record.image_id not in images:
             raise ValueError(
                 f"result {number} is for image {record.image_id}, which the ground truth does not "
@@ -226,7 +240,9 @@ def checked_results(
     return records
 
 
-def _result(number: int, fields: Mapping[str, Any], iou_type: IouType) -> CocoResult:
+def _result(
+    number: int, fields: Mapping[str, Any], iou_type: IouType, num_keypoints: int
+) -> CocoResult:
     """A result without its mask, which is read once its image is known."""
     image_id, category_id, score = (fields[name] for name in _RESULT_FIELDS)
     for name, value in (("image_id", image_id), ("category_id", category_id)):
@@ -243,9 +259,9 @@ def _result(number: int, fields: Mapping[str, Any], iou_type: IouType) -> CocoRe
         raise ValueError(f"result {number}: bbox is {shortened(box)}; it must be 4 finite numbers")
     if iou_type == "keypoints":
         points = fields["keypoints"]
-        if not _are_numbers(points) or len(points) != 3 * COCO_KEYPOINTS:
+        if not _are_numbers(points) or len(points) != 3 * num_keypoints:
             raise ValueError(
-                f"result {number}: keypoints must be x, y, score of {COCO_KEYPOINTS} points, all "
+                f"result {number}: keypoints must be x, y, score of {num_keypoints} points, all "
                 "finite"
             )
     return CocoResult(

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools.cocoeval import COCOeval, Params
 
 from pipelines.coco.records import (
     CocoAnnotation,
@@ -59,6 +59,12 @@ class Truth:
     annotations: list[CocoAnnotation]
     categories: list[CocoCategory]
 
+    @property
+    def num_keypoints(self) -> int:
+        """Of each object; COCO's number where no object has any."""
+        counts = (len(annotation.keypoints) // 3 for annotation in self.annotations)
+        return next(counts, 0) or len(COCO_SIGMAS)
+
 
 @dataclass(frozen=True)
 class Curves:
@@ -74,6 +80,21 @@ class Curves:
     stats: Floats
 
 
+# How far people's own marks of each keypoint scatter, as a share of the object's scale (COCO's).
+COCO_SIGMAS: tuple[float, ...] = tuple(Params("keypoints").kpt_oks_sigmas.tolist())
+
+
+def sigmas_for(count: int, own: Sequence[float]) -> tuple[float, ...]:
+    """The sigmas of OKS: the data's own, COCO's for its 17 points, else the mean of COCO's."""
+    if own and len(own) != count:
+        raise ValueError(f"{len(own)} sigmas for {count} keypoints; give one for each")
+    if own:
+        return tuple(own)
+    if count == len(COCO_SIGMAS):
+        return COCO_SIGMAS
+    return (sum(COCO_SIGMAS) / len(COCO_SIGMAS),) * count
+
+
 def default_engine(annotation_ids: Sequence[int]) -> Engine:
     """The fastest that is installed. pycocotools has quirks for id 0 and for an id that is there
 
@@ -86,12 +107,18 @@ def default_engine(annotation_ids: Sequence[int]) -> Engine:
 
 
 def curves(
-    engine: Engine, truth: Truth, results: Sequence[CocoResult], iou_type: IouType
+    engine: Engine,
+    truth: Truth,
+    results: Sequence[CocoResult],
+    iou_type: IouType,
+    sigmas: Sequence[float] = COCO_SIGMAS,
 ) -> Curves:
     """Compares checked records. The order of `results` breaks ties of scores."""
     with contextlib.redirect_stdout(io.StringIO()):  # both libraries print as they go
         make = _hotcoco if engine == "hotcoco" else _pycocotools
         run = make(truth, results, iou_type)
+        if iou_type == "keypoints" and tuple(sigmas) != COCO_SIGMAS:
+            run.params.kpt_oks_sigmas = np.asarray(sigmas)
         run.evaluate()
         run.accumulate()
         run.summarize()

@@ -20,7 +20,15 @@ from pipelines.coco.collector import collector_paused
 from pipelines.coco.records import CocoCategory, CocoResult, JsonObject, JsonValue, Rle
 from pipelines.coco.rle import compressed
 from pipelines.evaluate.checks import check_truth, checked_results, read_json, truth_of
-from pipelines.evaluate.engines import Engine, IouType, curves, default_engine
+from pipelines.evaluate.engines import (
+    COCO_SIGMAS,
+    Engine,
+    IouType,
+    Truth,
+    curves,
+    default_engine,
+    sigmas_for,
+)
 from pipelines.shards.dataset import Dataset
 
 
@@ -29,11 +37,12 @@ class Evaluation:
     """stats: pycocotools' summary by name, fractions, -1 where there is nothing to evaluate.
 
     per_class: statistic (AP, AP50, AP75, APs, APm, APl) -> category name -> value. A name that two
-    categories share has the id beside it.
+    categories share has the id beside it. notes: where COCO's rules leave something out.
     """
 
     stats: dict[str, float]
     per_class: dict[str, dict[str, float]]
+    notes: tuple[str, ...] = ()
 
 
 def image_results(
@@ -105,25 +114,62 @@ def evaluate(
     results: Sequence[Mapping[str, Any]],
     iou_type: IouType,
     engine: Engine | None = None,
+    sigmas: Sequence[float] = (),
 ) -> Evaluation:
     """pycocotools' evaluation of COCO results.
 
     truth: a dataset view, as loaders have it in `.dataset`, or a COCO JSON file. results: in any
     order; they are not changed. engine: None takes the fastest that is installed; all give the
-    same numbers to the bit. Raises ValueError if the results do not fit the truth.
+    same numbers to the bit. sigmas: of OKS, empty for those of `sigmas_for`. Raises
+    ValueError if the results do not fit the truth.
     """
     known = truth_of(_ground_truth(truth), iou_type)
     ordered = sorted(checked_results(known, results, iou_type), key=_canonical)
+    own = truth.oks_sigmas if isinstance(truth, Dataset) and not sigmas else sigmas
+    scale = sigmas_for(known.num_keypoints, own)
     engine = engine or default_engine([annotation.id for annotation in known.annotations])
-    measured = curves(engine, known, ordered, iou_type)
+    # hotcoco knows COCO's sigmas alone.
+    engine = engine if scale == COCO_SIGMAS else "pycocotools"
+    measured = curves(engine, known, ordered, iou_type, scale)
     names = stats_of(iou_type)
     stats = {name: float(value) for name, value in zip(names, measured.stats, strict=True)}
-    return Evaluation(stats, _per_class(measured.precision, known.categories, iou_type))
+    per_class = _per_class(measured.precision, known.categories, iou_type)
+    return Evaluation(stats, per_class, _notes(known, ordered, iou_type))
+
+
+def _notes(truth: Truth, results: Sequence[CocoResult], iou_type: IouType) -> tuple[str, ...]:
+    """Where COCO's rules leave something out without a word."""
+    most = max(Params(iou_type).maxDets)
+    objects = Counter((a.image_id, a.category_id) for a in truth.annotations if not a.iscrowd)
+    found = Counter((result.image_id, result.category_id) for result in results)
+    missed, dropped = (
+        sum(max(count - most, 0) for count in counts.values()) for counts in (objects, found)
+    )
+    notes = []
+    if missed:
+        notes.append(
+            f"COCO counts the best {most} detections of a category in an image: {missed} of "
+            f"{objects.total()} objects cannot be found, {dropped} of {found.total()} detections "
+            "do not count"
+        )
+    if iou_type == "keypoints" and truth.num_keypoints != len(COCO_SIGMAS):
+        notes.append(
+            f"COCO has no sigmas for {truth.num_keypoints} keypoints: OKS takes those of "
+            "data.oks_sigmas, or the mean of COCO's for each"
+        )
+    if any(annotation.id == 0 for annotation in truth.annotations):
+        notes.append("pycocotools takes annotation id 0 for 'unmatched'; number them from 1")
+    return tuple(notes)
 
 
 def _ground_truth(truth: Dataset | str | Path) -> Mapping[str, Any]:
     if isinstance(truth, Dataset):
-        return truth.coco()
+        coco = truth.coco()
+        # pycocotools takes id 0 for "unmatched"; ids are the file's own affair and score nothing.
+        if any(annotation["id"] == 0 for annotation in coco["annotations"]):
+            for number, annotation in enumerate(coco["annotations"], 1):
+                annotation["id"] = number
+        return coco
     coco = read_json(Path(truth), dict, "a COCO annotation file")
     check_truth(Path(truth), coco)
     return coco

@@ -170,7 +170,7 @@ class TrainLoader:
                 f"{dataset.store.name}: has no masks, the model trains some; set model.mask.kind "
                 "to 'none'"
             )
-        self.dataset = dataset.for_training(cfg.filter, masks)
+        self.dataset = dataset.for_training(cfg.filter)
         self._start_step = start_step
         self._source = _TrainSource(
             cfg,
@@ -181,7 +181,9 @@ class TrainLoader:
             world_size,
             max_images_per_forward,
             Wanted(
-                masks, num_keypoints, mirrored_keypoints(self.dataset.categories, num_keypoints)
+                masks,
+                num_keypoints,
+                mirrored_keypoints(cfg, self.dataset.categories, num_keypoints),
             ),
             ProposalTable(proposals_uri) if proposals_uri else None,
         )

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from contract.data import DataConfig
+from contract.fit import mirrored
 from pipelines.coco.records import CocoCategory
 from pipelines.load.images import decode, jitter_colour, resize, resized_size
 from pipelines.load.masks import Masks, mask_crops
@@ -155,8 +156,10 @@ def flip_keypoints(keypoints: Floats, width: float, mirrored: tuple[int, ...]) -
     return flipped
 
 
-def mirrored_keypoints(categories: Sequence[CocoCategory], count: int) -> tuple[int, ...]:
-    """For each keypoint the one that takes its place in a mirrored image, by left_x and right_x.
+def mirrored_keypoints(
+    cfg: DataConfig, categories: Sequence[CocoCategory], count: int
+) -> tuple[int, ...]:
+    """For each keypoint the one that takes its place in a mirrored image.
 
     Raises ValueError if the categories do not name `count` keypoints, or name them differently.
     """
@@ -171,10 +174,7 @@ def mirrored_keypoints(categories: Sequence[CocoCategory], count: int) -> tuple[
             f"{lengths or 'no keypoints'}; set it to theirs, and choose one kind of object with "
             "data.filter.categories"
         )
-    # COCO's names begin with the side, other data have it in the middle or at the end.
-    swap = {"left": "right", "right": "left"}
-    places = {name: k for k, name in enumerate(named[0])}
-    return tuple(
-        places.get("_".join(swap.get(part, part) for part in name.split("_")), k)
-        for name, k in places.items()
-    )
+    if cfg.flip_probability == 0:
+        return tuple(range(count))
+    own = next(category.flip_pairs for category in categories if category.keypoints)
+    return mirrored(named[0], own if cfg.flip_pairs is None else cfg.flip_pairs)

@@ -11,13 +11,18 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
+from typing import cast
 
 from contract.files import file_sha256
 from contract.words import shortened
 from pipelines.coco.checks import (
+    WHOLE_OF_ANNOTATION,
+    WHOLE_OF_IMAGE,
     Problem,
     UnusableError,
+    has_whole_floats,
     id_of,
     read_annotation_keys,
     read_category,
@@ -25,11 +30,13 @@ from pipelines.coco.checks import (
 )
 from pipelines.coco.reading import read_coco
 from pipelines.coco.records import CocoCategory, CocoImage, JsonObject, JsonValue
+from pipelines.coco.remarks import Remarks
 
 # Records are kept as the text that they had in their file: it is read again beside its image, and
 # SQLite needs no column for a field that no one asks for.
 _TABLES = """
 CREATE TABLE images (id INTEGER PRIMARY KEY, seq INTEGER UNIQUE, source INTEGER, text TEXT);
+CREATE TABLE file_names (name TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE repeats (id INTEGER, source INTEGER, PRIMARY KEY (id, source));
 CREATE TABLE annotations (
     id INTEGER PRIMARY KEY, seq INTEGER, image_id INTEGER, source INTEGER, text TEXT
@@ -60,17 +67,22 @@ class Contents:
     digest: str  # SHA-256 of the annotation files' bytes
 
 
-def fill(path: Path, sources: Sequence[Path], report: Report) -> Contents:
+# Relative. Files of one dataset differ by less where a program wrote a number anew.
+_SAME_NUMBER = 1e-6
+
+
+def fill(path: Path, sources: Sequence[Path], report: Report, remarks: Remarks) -> Contents:
     """Reads COCO files into the SQLite file `path`.
 
     Records that are wrong in themselves go to `report` and are left out. A later file may repeat
-    images and annotations of an earlier one and add fields to them (keypoints to instances).
+    images and annotations of an earlier one and add fields to them (keypoints to instances). What
+    is odd and read all the same is counted in `remarks`.
     """
     path.unlink(missing_ok=True)
     with closing(sqlite3.connect(path)) as connection:
         # A crash loses the file anyway, so nothing is gained by a journal or by syncing.
         connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
-        reader = _Reader(connection, report)
+        reader = _Reader(connection, report, remarks)
         for number, source in enumerate(sources):
             reader.read(source, number)
         # One sort at the end, instead of an index that every insert keeps in order.
@@ -145,8 +157,8 @@ def _merged(connection: sqlite3.Connection, key: int, fields: JsonObject) -> Jso
 class _Reader:
     """Reads files one after the other into one SQLite file."""
 
-    def __init__(self, connection: sqlite3.Connection, report: Report):
-        self.connection, self.report = connection, report
+    def __init__(self, connection: sqlite3.Connection, report: Report, remarks: Remarks):
+        self.connection, self.report, self.remarks = connection, report, remarks
         self.categories: dict[int, JsonObject] = {}
         self.info: JsonObject = {}
         self.licenses: list[JsonObject] = []
@@ -178,9 +190,13 @@ class _Reader:
         except UnusableError as error:
             self.report(Problem(str(path), "image", id_of(raw), error.what, error.remedy))
             return
+        if has_whole_floats(raw, WHOLE_OF_IMAGE):
+            self.remarks.add("whole_float", f"image {image.id}")
         other = self._insert("images", image.id, (image.id, self.sequence, source, text))
         self.sequence += 1
         if other is None:
+            if not self._is_new("file_names", (image.file_name,)):
+                self.remarks.add("same_file", f"image {image.id}: {shortened(image.file_name)}")
             return
         other_source, other_text = other
         # A file may repeat an image of another file, but once only.
@@ -203,10 +219,14 @@ class _Reader:
         except UnusableError as error:
             self.report(Problem(str(path), "annotation", id_of(raw), error.what, error.remedy))
             return
+        if has_whole_floats(raw, WHOLE_OF_ANNOTATION):
+            self.remarks.add("whole_float", f"annotation {keys.id}")
         row = (keys.id, self.sequence, keys.image_id, source, text)
         other = self._insert("annotations", keys.id, row)
         self.sequence += 1
         if other is None:
+            if keys.id == 0:
+                self.remarks.add("id_zero")
             return
         other_source, other_text = other
         if other_source == source or not self._is_new("additions", (keys.id, source, text)):
@@ -216,7 +236,12 @@ class _Reader:
         first: JsonObject = json.loads(other_text)
         assert isinstance(raw, dict)
         for name in _SAME_ANNOTATION_FIELDS:
-            if name in first and name in raw and first[name] != raw[name]:
+            if name not in first or name not in raw or first[name] == raw[name]:
+                continue
+            if _are_close(first[name], raw[name]):
+                shown = f"{shortened(first[name])} and {shortened(raw[name])}"
+                self.remarks.add("rounded", f"annotation {keys.id}: {name} {shown}")
+            else:
                 raise ValueError(
                     f"{path}: annotation {keys.id}: its {name} is {shortened(first[name])} in "
                     f"another file and {shortened(raw[name])} here; merge only files of the "
@@ -258,6 +283,16 @@ class _Reader:
         return bool(
             self.connection.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount
         )
+
+
+def _are_close(one: JsonValue, two: JsonValue) -> bool:
+    """Whether two numbers, or two lists of numbers, differ in their last digits at most."""
+    if isinstance(one, list) and isinstance(two, list):
+        return len(one) == len(two) and all(map(_are_close, one, two))
+    both = (one, two)
+    return all(type(value) in (int, float) for value in both) and isclose(
+        *cast(tuple[float, float], both), rel_tol=_SAME_NUMBER
+    )
 
 
 def _report_orphans(

@@ -7,23 +7,28 @@ import json
 import multiprocessing
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal, TypeVar
+from urllib.parse import unquote
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from contract.data import MANIFEST_NAME, SCHEMA_VERSION
 from contract.files import LASTING_ERRORS, Files, file_sha256
-from pipelines.coco.checks import Problem, UnusableError, read_annotation
-from pipelines.coco.decoding import TooLargeError, decode_pixels, stored_orientation
+from contract.words import shortened
+from pipelines.coco.checks import Problem, UnusableError, is_path_below, read_annotation
+from pipelines.coco.decoding import Exif, Stored, TooLargeError, decode_with_remark, read_header
 from pipelines.coco.records import CocoCategory, CocoImage
+from pipelines.coco.remarks import Remark, Remarks
 from pipelines.pack import annotation_sorter as sorter
+from pipelines.pack.agreement import BoxForm, compare
 from pipelines.pack.annotation_sorter import Report
 from pipelines.pack.scratch import scratch_folder
 from pipelines.progress import Progress, silent
@@ -33,6 +38,7 @@ from pipelines.shards.mapping import view
 
 PROGRESS_FOLDER = ".packing"
 SKIPPED_NAME = "skipped.json"
+REMARKS_NAME = "remarks.json"
 IMAGES_PER_LISTING = 1024  # file sizes asked for at a time
 OnError = Literal["fail", "skip"]
 T = TypeVar("T")
@@ -45,6 +51,7 @@ class PackOptions:
     on_error: OnError = "fail"
     shard_mib: float = 64.0
     num_workers: int = 1  # it changes no byte
+    exif: Literal["auto", Exif] = "auto"
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Packed:
 
     manifest: Manifest
     skipped: int
+    remarks: tuple[Remark, ...]
     unchanged: bool  # the same dataset was there already
     resumed_shards: int  # taken over from an interrupted run
 
@@ -71,6 +79,8 @@ class _Task:
     progress: str
     categories: tuple[CocoCategory, ...]
     on_error: OnError
+    exif: Exif  # the rule for images whose size does not tell
+    by_size: bool  # the size of an image decides where it tells
 
     @property
     def name(self) -> str:
@@ -85,6 +95,20 @@ class _Task:
         return f"{self.progress}/{self.name}.index"
 
 
+class ExifCount(BaseModel):
+    """Images with an EXIF orientation, by what their size in the JSON says of it.
+
+    undecided: turned or not, they have that size; `rule` is what was done with them.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    apply: int = 0
+    ignore: int = 0
+    undecided: int = 0
+    rule: Exif = "apply"
+
+
 class ShardNote(BaseModel):
     """What is known of a finished shard; kept in a file until the whole dataset is finished."""
 
@@ -97,6 +121,9 @@ class ShardNote(BaseModel):
     masks: bool
     keypoints: bool
     problems: tuple[Problem, ...]
+    remarks: tuple[Remark, ...] = ()
+    boxes: BoxForm = BoxForm()
+    exif: ExifCount = ExifCount()
 
 
 def pack(
@@ -122,13 +149,14 @@ def pack(
         sorted_file = folder / "sorted.sqlite"
         problems: list[Problem] = []
         report = _reporter(problems, options.on_error)
-        contents = sorter.fill(sorted_file, annotation_files, report)
+        remarks = Remarks()
+        contents = sorter.fill(sorted_file, annotation_files, report, remarks)
         if contents.num_images == 0:
             files = ", ".join(str(path) for path in annotation_files)
             raise ValueError(f"{files}: lists no image that can be packed; give files with images")
         # Names and sizes of the image files stand for their content: hashing it is another pass.
         ranges, listing = _plan(sorted_file, images, options.shard_mib)
-        source = _digest(contents.digest, listing, options.on_error, options.shard_mib)
+        source = _digest(contents.digest, listing, options)
         # Named by the inputs, so that a run with other inputs takes over nothing.
         progress_folder = f"{PROGRESS_FOLDER}/{source[:16]}"
         tasks = [
@@ -143,16 +171,61 @@ def pack(
                 progress=progress_folder,
                 categories=contents.categories,
                 on_error=options.on_error,
+                # Without a sign, as detectron2 and browsers do.
+                exif="apply" if options.exif == "auto" else options.exif,
+                by_size=options.exif == "auto",
             )
             for number, (first, last) in enumerate(ranges)
         ]
         existing = _existing(out, source, options.num_workers)
         if existing is not None and not _any_mended(out, tasks):
             out.delete(PROGRESS_FOLDER)  # a crash after the manifest may have left it
-            return Packed(existing, existing.num_skipped, unchanged=True, resumed_shards=0)
+            known = _known_remarks(out)
+            return Packed(existing, existing.num_skipped, known, unchanged=True, resumed_shards=0)
         notes, resumed = _pack_shards(tasks, options.num_workers, progress)
+        notes = _with_one_rule(tasks, notes, options.num_workers)
+        sum((note.boxes for note in notes), BoxForm()).check()
+        remarks.join(remark for note in notes for remark in note.remarks)
+        found = _write_remarks(out, remarks, any(note.masks for note in notes))
         manifest = _finish(tasks, contents, notes, problems, source)
-    return Packed(manifest, manifest.num_skipped, unchanged=False, resumed_shards=resumed)
+    return Packed(manifest, manifest.num_skipped, found, unchanged=False, resumed_shards=resumed)
+
+
+def _with_one_rule(
+    tasks: Sequence[_Task], notes: list[ShardNote], num_workers: int
+) -> list[ShardNote]:
+    """Packs again the shards whose undecided images follow another EXIF rule than the dataset.
+
+    The images that can tell decide for those that cannot: all came from one annotation tool.
+    """
+    if not tasks[0].by_size:
+        return notes
+    apply, ignore = sum(n.exif.apply for n in notes), sum(n.exif.ignore for n in notes)
+    rule: Exif = "ignore" if ignore > apply else "apply"
+    wrong = [
+        replace(task, exif=rule)
+        for task, note in zip(tasks, notes, strict=True)
+        if note.exif.undecided and note.exif.rule != rule
+    ]
+    mended = {note.number: note for note in _run(wrong, num_workers)}
+    return [mended.get(note.number, note) for note in notes]
+
+
+def _write_remarks(out: Files, remarks: Remarks, masks: bool) -> tuple[Remark, ...]:
+    """Leaves the remarks beside the dataset, and returns them."""
+    # Without any mask, no object lacks one.
+    found = tuple(remark for remark in remarks.all() if masks or remark.kind != "no_mask")
+    if found:
+        out.write_json(REMARKS_NAME, [remark.model_dump(mode="json") for remark in found])
+    else:
+        out.delete(REMARKS_NAME)  # an earlier run may have left one
+    return found
+
+
+def _known_remarks(out: Files) -> tuple[Remark, ...]:
+    if out.size(REMARKS_NAME) is None:
+        return ()
+    return tuple(Remark(**fields) for fields in json.loads(out.read(REMARKS_NAME)))
 
 
 def _reporter(problems: list[Problem], on_error: OnError) -> Report:
@@ -193,9 +266,11 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-def _digest(contents: str, listing: str, on_error: OnError, shard_mib: float) -> str:
+def _digest(contents: str, listing: str, options: PackOptions) -> str:
     """Of everything that decides the packed bytes: equal digests give equal datasets."""
-    parts = [SCHEMA_VERSION, contents, listing, on_error, shard_mib]
+    parts = [SCHEMA_VERSION, contents, listing, options.on_error, options.shard_mib]
+    if options.exif != "auto":  # datasets from before there was a choice keep their digest
+        parts.append(options.exif)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -245,7 +320,7 @@ def _any_mended(out: Files, tasks: Sequence[_Task]) -> bool:
 
 def _is_readable(task: _Task, image: CocoImage) -> bool:
     try:
-        _read_image_file(task, image)
+        _read_image_file(task, image, _Seen())
     except UnusableError:
         return False
     return True
@@ -277,7 +352,9 @@ def _finished(task: _Task) -> ShardNote | None:
         whole = all(_is_whole(task.out, entry) for entry in (note.shard, note.index))
     except (FileNotFoundError, ValueError):
         return None  # a crash may cut a note short
-    return note if whole and all(problem.kind != "image" for problem in note.problems) else None
+    mendable = any(problem.kind == "image" for problem in note.problems)
+    turned_otherwise = note.exif.undecided and note.exif.rule != task.exif and not task.by_size
+    return note if whole and not mendable and not turned_otherwise else None
 
 
 def _is_whole(out: Files, entry: FileEntry) -> bool:
@@ -302,19 +379,30 @@ def _run(tasks: Sequence[_Task], num_workers: int) -> Iterator[ShardNote]:
             raise
 
 
+@dataclass
+class _Seen:
+    """What a shard's files turned out to be while its rows were made."""
+
+    remarks: Remarks = field(default_factory=Remarks)
+    boxes: BoxForm = field(default_factory=BoxForm)
+    exif: Counter[str] = field(default_factory=Counter)
+
+
 def pack_shard(task: _Task) -> ShardNote:
     """Writes one shard, then the note that it is finished.
 
     Raises ValueError for bad input under "fail".
     """
     problems: list[Problem] = []
+    seen = _Seen()
     # The scratch folder lies beside the shard: a rename is atomic within one file system only.
     beside = task.out.local and task.out.local / task.progress
     if beside is not None:
         beside.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=beside) as folder:
         shard_part, index_part = Path(folder) / task.name, Path(folder) / "index"
-        index = _write_rows(shard_part, _rows(task, _reporter(problems, task.on_error)), task)
+        report = _reporter(problems, task.on_error)
+        index = _write_rows(shard_part, _rows(task, report, seen), task)
         with pa.ipc.new_file(str(index_part), schema.INDEX) as writer:
             writer.write_batch(index)
         shard = _entry(shard_part, task.name, index.num_rows)
@@ -330,6 +418,9 @@ def pack_shard(task: _Task) -> ShardNote:
         masks=bool((flags & schema.HAS_MASK).any()),
         keypoints=bool((flags & schema.HAS_KEYPOINTS).any()),
         problems=tuple(problems),
+        remarks=seen.remarks.all(),
+        boxes=seen.boxes,
+        exif=ExifCount(**seen.exif, rule=task.exif),
     )
     # The note comes last: where there is one, both files are in their place.
     task.out.write(task.note_name, note.model_dump_json().encode())
@@ -353,41 +444,44 @@ def _write_rows(path: Path, rows: Iterator[schema.ShardRow], task: _Task) -> pa.
     return pa.RecordBatch.from_pylist(index, schema=schema.INDEX)
 
 
-def _rows(task: _Task, report: Report) -> Iterator[schema.ShardRow]:
+def _rows(task: _Task, report: Report, seen: _Seen) -> Iterator[schema.ShardRow]:
     keypoint_counts = {category.id: len(category.keypoints) for category in task.categories}
     with closing(sorter.open_sorted(task.sorted_file)) as connection:
         for _, image in sorter.images(task.sorted_file, task.first, task.last):
             try:
-                row = _read_image_file(task, image)
+                row = _read_image_file(task, image, seen)
             except UnusableError as error:
                 file = task.images.describe(image.file_name)
                 report(Problem(file, "image", image.id, error.what, error.remedy))
                 continue
             for source, key, fields in sorter.annotations_of(connection, image.id):
                 try:
-                    row.annotations.append(read_annotation(fields, image, keypoint_counts))
+                    annotation = read_annotation(fields, image, keypoint_counts)
+                    compare(annotation, image, seen.boxes, seen.remarks)
+                    row.annotations.append(annotation)
                 except UnusableError as error:
                     file = task.sources[source]
                     report(Problem(file, "annotation", key, error.what, error.remedy))
             yield row
 
 
-def _read_image_file(task: _Task, image: CocoImage) -> schema.ShardRow:
+def _read_image_file(task: _Task, image: CocoImage, seen: _Seen) -> schema.ShardRow:
     """The row of an image, without annotations. Raises UnusableError for a file that cannot train.
 
     Every image is decoded once here, so that no training run meets a damaged one.
     """
     try:
-        content = task.images.read(image.file_name)
-    except FileNotFoundError:
-        raise UnusableError("there is no such file", "restore it or check --images") from None
+        content = _content(task.images, image, seen.remarks)
     except LASTING_ERRORS as error:
         what = f"is no file that can be read ({type(error).__name__})"
         raise UnusableError(what, "restore it or check --images") from None
     try:
-        orientation, size = stored_orientation(content, image.width, image.height)
+        stored = read_header(content)
+        orientation = _orientation(task, stored, image, seen)
+        size = stored.turned if orientation > 1 else stored.bare
+        odd = None
         if size == (image.width, image.height):
-            decode_pixels(content)
+            odd = decode_with_remark(content)[1]
     except TooLargeError as error:
         raise UnusableError(f"has {error}", "scale it down") from None
     except (OSError, RuntimeError) as error:
@@ -401,7 +495,37 @@ def _read_image_file(task: _Task, image: CocoImage) -> schema.ShardRow:
             f"the file is {size[0]} x {size[1]}, the JSON says {image.width} x {image.height}",
             "mend width and height in the JSON, or the file",
         )
+    if odd is not None:
+        seen.remarks.add(odd, f"image {image.id}: {shortened(image.file_name)}")
     return schema.ShardRow(image, orientation, content, [])
+
+
+def _orientation(task: _Task, stored: Stored, image: CocoImage, seen: _Seen) -> int:
+    """The EXIF orientation to apply, 1 for none: one rule for all images of the dataset."""
+    if stored.orientation == 1:
+        return 1
+    meant = stored.meant((image.width, image.height))
+    seen.exif[meant or "undecided"] += 1
+    rule = meant if meant is not None and task.by_size else task.exif
+    seen.remarks.add("exif_applied" if rule == "apply" else "exif_ignored", f"image {image.id}")
+    return stored.orientation if rule == "apply" else 1
+
+
+def _content(images: Files, image: CocoImage, remarks: Remarks) -> bytes:
+    """The bytes of an image file, also where the JSON writes its name as a URL or as Windows does.
+
+    Raises UnusableError if there is none.
+    """
+    try:
+        return images.read(image.file_name)
+    except FileNotFoundError:
+        name = image.file_name
+        others = {name.replace("\\", "/"), unquote(name), unquote(name.replace("\\", "/"))}
+        there = sorted(n for n in others - {name} if is_path_below(n) and images.exists(n))
+        if len(there) != 1:
+            raise UnusableError("there is no such file", "restore it or check --images") from None
+        remarks.add("renamed_file", f"{shortened(name)} is {shortened(there[0])}")
+        return images.read(there[0])
 
 
 # --- the end --------------------------------------------------------------------------------------

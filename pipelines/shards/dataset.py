@@ -37,11 +37,13 @@ class Dataset:
     manifest: Manifest
     selection: Selection
     cache: Cache
+    oks_sigmas: tuple[float, ...] = ()  # of an evaluation view, as `data.oks_sigmas`
     _open: OrderedDict[int, Shard] = field(default_factory=OrderedDict, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker opens its own files: maps and record batches cannot be pickled.
-        return _restore, (self.store, self.manifest.dump(), self.selection, self.cache)
+        own = (self.selection, self.cache, self.oks_sigmas)
+        return _restore, (self.store, self.manifest.dump(), *own)
 
     @cached_property
     def index(self) -> Index:
@@ -59,11 +61,9 @@ class Dataset:
         """Dense label -> COCO category id, after the filter."""
         return tuple(category.id for category in self.categories)
 
-    def for_training(self, filter: Filter, masks: bool = False) -> Dataset:
+    def for_training(self, filter: Filter) -> Dataset:
         """The view that trains: filter, without the holdout."""
-        return self._view(
-            select(self.manifest.coco_categories, filter, "train", training=True, masks=masks)
-        )
+        return self._view(select(self.manifest.coco_categories, filter, "train", training=True))
 
     def for_evaluation(self, cfg: DataConfig) -> Dataset:
         """The view that is evaluated: every image, the filter's categories.
@@ -72,7 +72,24 @@ class Dataset:
         """
         held_out = cfg.val == cfg.train and cfg.filter.holdout > 0
         part = "holdout" if held_out else "all"
-        return self._view(select(self.manifest.coco_categories, cfg.filter, part, training=False))
+        selection = select(self.manifest.coco_categories, cfg.filter, part, training=False)
+        kept = set(selection.labels)
+        # The order of this view's labels, which is the order of the model's classes.
+        labels = tuple(label for label in self.selection.labels if label in kept)
+        view = self._view(replace(selection, labels=labels))
+        return replace(view, oks_sigmas=cfg.oks_sigmas)
+
+    def aligned_with(self, other: Dataset) -> Dataset:
+        """The same data with its dense labels in the order of the other's category names.
+
+        The names must be the same; ids and their order are each file's own affair.
+        """
+        names = [category.name for category in self.manifest.coco_categories]
+        wanted = [category.name for category in other.manifest.coco_categories]
+        if names == wanted:
+            return self
+        labels = tuple(names.index(name) for name in wanted)
+        return self._view(replace(self.selection, labels=labels))
 
     def _view(self, selection: Selection) -> Dataset:
         return replace(self, selection=selection, _open=OrderedDict())
@@ -248,5 +265,11 @@ def open_dataset(uri: str, cache: str = "", cache_gib: float = 20) -> Dataset:
     return Dataset(store, manifest, everything, Cache(cache, cache_gib))
 
 
-def _restore(store: Files, manifest: bytes, selection: Selection, cache: Cache) -> Dataset:
-    return Dataset(store, Manifest.model_validate_json(manifest), selection, cache)
+def _restore(
+    store: Files,
+    manifest: bytes,
+    selection: Selection,
+    cache: Cache,
+    oks_sigmas: tuple[float, ...],
+) -> Dataset:
+    return Dataset(store, Manifest.model_validate_json(manifest), selection, cache, oks_sigmas)

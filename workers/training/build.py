@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from contract.fit import check_fit
 from contract.model import FixedProposals, KeypointBranch, MaskBranch, ModelConfig
 from contract.recipe import RunConfig
 from model.accelerate import accelerate
@@ -15,8 +16,8 @@ from model.weights import load_initial
 from pipelines.load.loader import EvalLoader, TrainLoader
 from pipelines.load.proposals import ProposalTable
 from pipelines.shards.dataset import Dataset, open_dataset
+from workers.pretrained.weights import initial_weights, weights_source
 from workers.training.prefetch import registration
-from workers.training.weights import initial_weights, weights_source
 from workers.training.world import World
 
 
@@ -29,42 +30,15 @@ def open_datasets(run: RunConfig, cache: str) -> tuple[Dataset, Dataset]:
     train, val = (
         open_dataset(uri, cache, run.data.cache_gib) for uri in (run.data.train, run.data.val)
     )
-    trained = train.for_training(run.data.filter, masks=isinstance(run.model.mask, MaskBranch))
-    evaluated = val.for_evaluation(run.data)
-    check_data(run, trained, run.data.train)
-    check_data(run, evaluated, run.data.val)
+    check_fit(run, train.manifest.header, val.manifest.header)
+    val = val.aligned_with(train)
+    trained, evaluated = train.for_training(run.data.filter), val.for_evaluation(run.data)
     # a missing image would otherwise fail in the middle of the training
     if isinstance(run.model.proposals, FixedProposals):
         table = ProposalTable(run.model.proposals.uri)
         table.check_covers(trained.image_ids())
         table.check_covers(evaluated.image_ids())
     return train, val
-
-
-def check_data(run: RunConfig, dataset: Dataset, uri: str) -> None:
-    """Raises ValueError if `dataset` does not have what the model is built for."""
-    # the box head has one output for each category, the keypoint head one for each keypoint
-    model, count = run.model, len(dataset.category_ids)
-    if count != model.num_classes:
-        names = [category.name for category in dataset.categories[:5]]
-        shown = ", ".join([*names, "..."] if count > len(names) else names)
-        raise ValueError(
-            f"model.num_classes is {model.num_classes}, {uri} has {count} categories ({shown}); "
-            f"set model.num_classes={count}, or choose categories with data.filter.categories"
-        )
-    if (
-        isinstance(model.keypoints, KeypointBranch)
-        and dataset.manifest.num_keypoints != model.keypoints.num_keypoints
-    ):
-        raise ValueError(
-            f"model.keypoints.num_keypoints is {model.keypoints.num_keypoints}, {uri} has "
-            f"{dataset.manifest.num_keypoints} per object; "
-            "pack keypoint annotations or set model.keypoints.kind to 'none'"
-        )
-    if isinstance(model.mask, MaskBranch) and not dataset.manifest.has_masks:
-        raise ValueError(
-            f"{uri} has no masks; set model.mask.kind to 'none', or pack annotations with masks"
-        )
 
 
 def initial_detector(run: RunConfig, device: torch.device | str = "cpu") -> nn.Module:

@@ -15,6 +15,8 @@ from torch import nn
 
 from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
 from contract.files import Files
+from contract.model import KeypointBranch, MaskBranch
+from contract.recipe import RunConfig
 from contract.words import one_line
 from model.accelerate import complaints, kernels
 from pipelines.shards.dataset import Dataset
@@ -187,7 +189,10 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
     run = spec.run
     computing = _computing(attempt)
     journal.progress("starting", 0, None)
-    journal.begin({f"maskray.manifest.{name}": hash for name, hash in inputs.manifests.items()})
+    journal.begin(
+        {f"maskray.manifest.{name}": hash for name, hash in inputs.manifests.items()}
+        | {"maskray.objects": _objects(run, inputs.train_data, world)}
+    )
     state = TrainState(run, inputs.detector, inputs.manifests)
     # rank 0 chooses for all: others may look at a moment at which they see another checkpoint
     name = world.from_first(store.newest() if world.is_first else "")
@@ -201,6 +206,9 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
 
         def evaluate(now: TrainState, stopping: Callable[[], bool]) -> Scores | None:
             with now.evaluated_weights():
+                # before the scores: whatever becomes of the evaluation, the training stands
+                if world.is_first and now.step == run.loop.steps:
+                    reporter.trained(now)
                 scores = evaluate_detector(
                     run.model,
                     now.detector,
@@ -235,8 +243,20 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
         )
         ending = train(run, world, parts)
     if world.is_first and ending.state == "done":
-        _finish(attempt, state, ending, computing)
+        _finish(attempt, state, ending, reporter.digest, computing)
     return Outcome(state=ending.state, step=state.step)
+
+
+def _objects(run: RunConfig, data: Dataset, world: World) -> str:
+    """Which objects train and which do not, in one line that rank 0 prints."""
+    trained = data.for_training(run.data.filter)
+    line = trained.index.census(trained.selection).line(
+        masks=isinstance(run.model.mask, MaskBranch),
+        keypoints=isinstance(run.model.keypoints, KeypointBranch),
+    )
+    if world.is_first:
+        print(line, flush=True)
+    return line
 
 
 @dataclass(frozen=True)
@@ -275,6 +295,12 @@ class _Reporter:
         self._journal, self._dataset = attempt.journal, dataset
         self._loop = attempt.spec.run.loop
         self._best_metric = best_metric(attempt.spec.run)
+        self.digest = ""  # of the last weights, once they are written
+
+    def trained(self, state: TrainState) -> None:
+        """After the last step, and before its evaluation."""
+        self._store.check_claim()
+        self.digest = _write_weights(self._storage, _LAST_WEIGHTS, state.detector)
 
     def evaluated(self, state: TrainState, scores: Scores) -> None:
         self._store.check_claim()  # a newer attempt writes to the same artifacts
@@ -303,15 +329,14 @@ class _Reporter:
 # --- how it ends ---
 
 
-def _finish(attempt: _Attempt, state: TrainState, ending: Ending, computing: _Computing) -> None:
-    """Rank 0 leaves the last weights, the series and `result.json`."""
+def _finish(
+    attempt: _Attempt, state: TrainState, ending: Ending, digest: str, computing: _Computing
+) -> None:
+    """Rank 0 leaves the series and `result.json`. digest: of the last weights, already there."""
     assert ending.scores is not None
     spec, storage, journal = attempt.spec, attempt.storage, attempt.journal
     journal.progress("finishing", state.step, None)
     attempt.store.check_claim()
-    # the averaged weights, if the run keeps an average: they gave the scores
-    with state.evaluated_weights():
-        digest = _write_weights(storage, _LAST_WEIGHTS, state.detector)
     journal.finish_series(_SERIES)
     for path in (_LAST_WEIGHTS, _SERIES):
         journal.artifact(path, "")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from contract.recipe import RunConfig, parse_run
 from contract.record import Message, parse_record
 from workers.tracking.journal import JournalState
+from workers.tracking.spool import print_warning
 from workers.training.guard import GuardState
 from workers.training.optim import build_optimiser
 from workers.trial.checkpoints import Snapshot, copied_to_host
@@ -21,6 +22,8 @@ from workers.trial.checkpoints import Snapshot, copied_to_host
 # Fields in which a checkpoint and the run that resumes it may differ: they change no number of the
 # training.
 _FREE_FIELDS = {
+    "data.val",
+    "data.oks_sigmas",
     "data.num_loader_workers",
     "data.cache_gib",
     "loop.log_every_steps",
@@ -188,7 +191,13 @@ def _check_same_training(saved: SavedState, run: RunConfig, manifests: Mapping[s
     # the path alone does not say which data it was: somebody may have packed it again
     for name, before in saved.manifests.items():  # older checkpoints have none
         now = manifests.get(name, before)
-        if now != before:
+        if now != before and name == "val":
+            # somebody mended it: no number of the training came from it
+            print_warning(
+                f"data.val: {uris[name]} was packed anew since the checkpoint (manifest "
+                f"{before[:12]} then, {now[:12]} now); evaluations before and after differ in data"
+            )
+        elif now != before:
             raise ValueError(
                 f"data.{name}: {uris[name]} is other data than the checkpoint was written on "
                 f"(manifest {before[:12]} then, {now[:12]} now); "

@@ -260,14 +260,27 @@ def test_crowds_degenerate_and_small_objects_do_not_train(tmp_path):
         box_annotation(1, iscrowd=1, segmentation={"size": [30, 40], "counts": [100, 50, 1050]}),
         box_annotation(2, bbox=[5, 5, 0, 10]),
         box_annotation(3, area=3, category_id=7),
-        box_annotation(4, bbox=[30, 20, 30, 30], area=900, category_id=7),
+        box_annotation(
+            4,
+            bbox=[30, 20, 30, 30],
+            area=900,
+            category_id=7,
+            segmentation=[[30, 20, 60, 20, 60, 50, 30, 50]],
+        ),
         {key: value for key, value in box_annotation(5).items() if key != "segmentation"},
     ]
-    batch = one_image(
-        tmp_path, annotations, filter=Filter(min_area_px=10, categories=("cat", "dog"))
+    chosen = Filter(min_area_px=10, categories=("cat", "dog"))
+    batch = one_image(tmp_path, annotations, filter=chosen)
+    boxes = batch.boxes_xyxy[batch.valid].tolist()
+    assert boxes == [[60, 40, 80, 60], [10, 10, 30, 30]], "clipped to the image"
+    assert batch.labels[batch.valid].tolist() == [1, 0]
+    # an object without a mask trains its box alone: left out, its place would be background
+    assert batch.mask_crops[batch.valid].flatten(1).any(1).tolist() == [1, 0]
+    view = open_dataset(str(tmp_path / "packed")).for_training(chosen)
+    assert view.index.census(view.selection).line(masks=True, keypoints=False) == (
+        "2 of 5 objects train: 1 crowds, 1 without a box, 1 below min_area_px, "
+        "1 without mask: boxes only"
     )
-    assert batch.boxes_xyxy[batch.valid].tolist() == [[60, 40, 80, 60]], "clipped to the image"
-    assert batch.labels[batch.valid].tolist() == [1]
 
 
 def test_images_without_usable_objects_can_be_kept(tmp_path):
@@ -287,11 +300,24 @@ def test_filters_narrow_categories_and_images(shapes):
         loader(config(shapes, filter=Filter(categories=("hoook",))))
 
 
-def test_requiring_keypoints_keeps_objects_that_have_some(shapes):
-    cfg = config(shapes, filter=Filter(categories=("person",), require_keypoints=True))
-    for step in take(loader(cfg, num_keypoints=17), 5):
-        batch = step.batches[0]
-        assert (batch.keypoints[batch.valid][..., 2] > 0).any(1).all()
+def test_requiring_keypoints_leaves_out_images_and_keeps_every_object(tmp_path):
+    """The published recipes: a person without keypoints must not train as background."""
+    points = {"keypoints": [8, 8, 2], "num_keypoints": 1}
+    bare = {"keypoints": [0, 0, 0], "num_keypoints": 0}
+    annotations = [
+        box_annotation(1, **points),
+        box_annotation(2, **bare),
+        box_annotation(3, image_id=2, **bare),
+        box_annotation(4, image_id=3),
+    ]
+    categories = [{"id": 3, "name": "cat", "keypoints": ["nose"]}]
+    packed_coco(tmp_path, annotations, num_images=3, categories=categories)
+    data = open_dataset(str(tmp_path / "packed"))
+    view = data.for_training(Filter(require_keypoints=True))
+    assert view.image_ids().tolist() == [1]
+    [row] = view.rows()
+    assert len(view.index.usable_objects(row, view.selection)[0]) == 2
+    assert data.for_training(Filter()).image_ids().tolist() == [1, 2, 3]
 
 
 def test_the_holdout_trains_nothing_and_evaluates(shapes):

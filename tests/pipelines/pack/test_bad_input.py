@@ -15,7 +15,7 @@ import pytest
 from contract.command import run_app
 from contract.files import Files
 from pipelines.__main__ import app
-from pipelines.coco.decoding import TooLargeError, decode_pixels, stored_orientation
+from pipelines.coco.decoding import Stored, TooLargeError, decode_pixels, read_header
 from pipelines.evaluate.evaluation import evaluate
 from pipelines.inspect.verify import verify
 from pipelines.shards.dataset import open_dataset
@@ -280,7 +280,7 @@ def test_an_image_that_is_too_large_is_told_so():
     content = large_png(14_000, 14_000)
     message = "14000 x 14000 pixels, more than the 180 megapixels allowed"
     with pytest.raises(TooLargeError, match=message):
-        stored_orientation(content, 14_000, 14_000)
+        read_header(content)
     with pytest.raises(TooLargeError, match=message):
         decode_pixels(content)
     header = bytes.fromhex(
@@ -293,10 +293,7 @@ def test_an_image_that_is_too_large_is_told_so():
 def test_a_large_image_below_the_bound_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert stored_orientation(large_png(10_000, 12_000), 10_000, 12_000) == (
-            1,
-            (10_000, 12_000),
-        )
+        assert read_header(large_png(10_000, 12_000)) == Stored((10_000, 12_000), 1)
 
 
 def test_an_export_needs_a_file_to_write(tmp_path, capsys):

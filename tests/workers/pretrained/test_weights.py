@@ -15,8 +15,8 @@ from torch import Tensor
 
 from contract.model import FileWeights, ResNet, TorchvisionWeights
 from tests.builders import tiny_run
+from workers.pretrained.weights import check_released, initial_weights
 from workers.training.build import initial_detector
-from workers.training.weights import check_released, initial_weights
 
 ONE = {"conv1.weight": torch.ones(2)}
 

@@ -23,7 +23,7 @@ from contract.model import (
     TorchvisionWeights,
     Weights,
 )
-from workers.training.zoo import read_zoo_pickle
+from workers.pretrained.zoo import read_zoo_pickle
 
 
 def initial_weights(

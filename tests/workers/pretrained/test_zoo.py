@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from contract.model import FileWeights, ResNet
-from workers.training.weights import initial_weights
+from workers.pretrained.weights import initial_weights
 
 
 def written(path: Path, value: Any) -> FileWeights:

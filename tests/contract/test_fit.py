@@ -1,0 +1,63 @@
+"""Partners of keypoints in a mirrored image, by the ways in which people write sides."""
+
+from __future__ import annotations
+
+import pytest
+
+from contract.fit import mirrored
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["nose", "left_eye", "right_eye"],
+        ["nose", "eye_left", "eye_right"],
+        ["nose", "left eye", "right eye"],
+        ["nose", "left-eye", "right-eye"],
+        ["nose", "leftEye", "rightEye"],
+        ["nose", "LeftEye", "RightEye"],
+        ["nose", "LEFT EYE", "RIGHT EYE"],
+        ["nose", "lefteye", "righteye"],
+        ["nose", "l_eye", "r_eye"],
+        ["nose", "L-Eye", "R-Eye"],
+        ["nose", "eye.l", "eye.r"],
+        ["nose", "eye (L)", "eye (R)"],
+        ["nose", "lEye", "rEye"],
+        ["LIPS", "LEye", "REye"],
+        ["nose", "eyeL", "eyeR"],
+        ["nose", "L1", "R1"],
+    ],
+)
+def test_the_usual_spellings_of_sides_pair(names):
+    assert mirrored(names, None) == (0, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "names", [["tail"], ["ear", "left_eye", "right_eye"], ["roll", "l1", "r1"]]
+)
+def test_what_has_no_side_stays(names):
+    assert mirrored(names, None)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["p1", "p2", "p3"], r"no side in the names of the keypoints \(p1, p2, p3\); name the"),
+        (["left_eye", "nose"], "keypoint 'left_eye' has a side and no partner on the other; name"),
+        (["lewe_oko", "prawe_oko"], "no side in the names"),
+        (["L1", "L2", "L3"], "no side in the names"),
+    ],
+)
+def test_a_flip_that_nobody_can_pair_is_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        mirrored(names, None)
+
+
+def test_stated_pairs_hold():
+    names = ["lewe_oko", "nos", "prawe_oko"]
+    assert mirrored(names, [("lewe_oko", "prawe_oko")]) == (2, 1, 0)
+    assert mirrored(["left_eye", "right_eye"], []) == (0, 1)  # they say that none swaps
+    with pytest.raises(ValueError, match="no keypoint 'oko' in the data; there are lewe_oko, nos"):
+        mirrored(names, [("oko", "nos")])
+    with pytest.raises(ValueError, match="a keypoint stands in two pairs"):
+        mirrored(names, [("lewe_oko", "nos"), ("nos", "prawe_oko")])
