@@ -53,6 +53,8 @@ def test_emulated_bf16_is_refused_with_a_remedy_that_the_gpu_has(gpu):
         check_precision(LoopConfig(precision=remedy), GPU)
         assert remedy in native_precisions(GPU)
         assert in_words(LoopConfig(precision=remedy), GPU) == remedy, "no TF32 there either"
+    with pytest.raises(ValueError, match=r"loop\.eval_precision: .* has no bf16"):
+        check_precision(LoopConfig(eval_precision="bf16"), GPU)
 
 
 @pytest.mark.parametrize("gpu", [H100], indirect=True)
