@@ -15,12 +15,13 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from model.backbone import layouts
 from model.backbone.layouts import Pyramid
 from model.backbone.networks import STAGES, FoldedConv2d, ResNetMaps, VGGMaps, fold_norms
+from model.branches.mask import FCNHead
 from model.gpu import epilogue, usable
 from model.gpu.accelerate import swap
 from model.gpu.convolution import convolved
 
 LAST = torch.channels_last
-usable.tried["convolution"] = ""
+usable.tried.update(convolution="", mask="")
 epilogue._TILE = 1 << 11  # more programs than one, and not too many
 
 
@@ -88,12 +89,32 @@ def check_sums_and_copies() -> None:
     merge = copy.deepcopy(nn.ModuleList([layouts.Merge()]))
     swap(merge)
     lateral = nn.Conv2d(3, 4, 1)
-    for low in ((2, 2), (1, 1), (3, 2)):
+    for low in ((2, 2), (1, 1), (3, 2), (2, 1)):
+        x = draw(2, 3, 4, 2 if low == (2, 1) else 3).requires_grad_()
         above = draw(2, 4, *low).requires_grad_()
         inputs = [x, above, *lateral.parameters()]
         found, expected = merge[0](lateral, x, above), layouts.Merge()(lateral, x, above)
         close([found], [expected])
         close(gradients(found, inputs), gradients(expected, inputs))
+
+
+def check_mask_head() -> None:
+    """Each RoI's own mask, of 0 to 3 RoIs and of more channels than a program takes."""
+    torch.manual_seed(5)
+    for rois, width in ((3, 5), (1, 300), (0, 4)):
+        theirs = FCNHead(3, 1, width, 4)
+        ours = copy.deepcopy(nn.ModuleList([theirs]))
+        swap(ours)
+        x = draw(rois, 3, 3, 2).requires_grad_()
+        channel = torch.arange(rois) % 4
+        maps, grads = [], []
+        for head in (ours[0], theirs):
+            own = head.own(x, channel)
+            maps.append(own)
+            grads.append(gradients(own, [x, *head.parameters()]))
+        close(maps[:1], maps[1:])
+        close(grads[0], grads[1])
+        assert list(ours[0].state_dict()) == list(theirs.state_dict())
 
 
 def check_nan_and_pools() -> None:
