@@ -59,7 +59,7 @@ def by_cudnn(
     bias = (biases[0] + biases[1] if len(biases) > 1 else biases[0]).to(x.dtype)
     how = (layer.stride, layer.padding, layer.dilation, layer.groups)
     if rest:
-        other = convolution._run(*rest[0])
+        other = convolution.run(*rest[0])
     if other is None:
         return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *how)
     return torch.ops.aten.cudnn_convolution_add_relu(x, weight, other, 1.0, bias, *how)

@@ -7,6 +7,7 @@ from torch import nn
 from model.backbone.layouts import Merge
 from model.backbone.networks import ConvReLU, ResNetMaps
 from model.branches.box import FCTrunk
+from model.branches.mask import FCNHead
 from model.detector import Detector
 from model.gpu.usable import kernels, why_not
 from model.matching import MatchedSampling
@@ -54,6 +55,12 @@ def _fast(module: nn.Module) -> nn.Module | None:
 
         return by_kernels(module)
     kinds = (ResNetMaps, nn.Sequential, nn.Conv2d, ConvReLU, Merge)
+    if type(module) is FCNHead and not (why_not("convolution") or why_not("mask")):
+        from model.gpu import mask
+
+        head = mask.FCNHead(module)
+        swap(head)
+        return head
     if type(module) in kinds and not why_not("convolution"):
         return _fast_convolution(module)
     return None

@@ -27,14 +27,7 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 def trial() -> bool:
     """Whether the kernels compute what torch does, forward and backward."""
     shapes = ((2, 3, 6, 5), (2, 4, 3, 2), (4, 3, 3, 3), (4,), (4, 3, 3, 3))
-    inputs = [
-        torch.linspace(-9, 8, math.prod(shape), device="cuda")
-        .reshape(shape)
-        .sin_()
-        .requires_grad_()
-        for shape in shapes
-    ]
-    x, above, *parameters = inputs
+    x, above, *parameters = (trial_numbers(shape) for shape in shapes)
     # On the meta device a layer draws no random number.
     conv = nn.Conv2d(3, 4, 3, padding=1, device="meta")
     folded = FoldedConv2d(conv, 1e-5)
@@ -60,11 +53,18 @@ def trial() -> bool:
     for enabled in (False, native):
         with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
             pairs = zip(results(ours=True), results(ours=False), strict=True)
-            close &= all(_are_close(a, b, 3e-2 if enabled else 1e-2) for a, b in pairs)
+            close &= all(are_close(a, b, 3e-2 if enabled else 1e-2) for a, b in pairs)
     return close
 
 
-def _are_close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+def trial_numbers(shape: tuple[int, ...]) -> Tensor:
+    """Numbers of both signs on the GPU, with gradients."""
+    numbers = torch.linspace(-9, 8, math.prod(shape), device="cuda")
+    return numbers.sin().reshape(shape).requires_grad_()
+
+
+def are_close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether they differ by that part of b at most, as vectors."""
     return ((a.float() - b.float()).norm() <= tolerance * b.float().norm()).item() is True
 
 
@@ -119,12 +119,12 @@ def before_shift(layer: FoldedConv2d, x: Tensor) -> tuple[Tensor, Tensor]:
     """The layer without its shift, which comes second; without gradients."""
     with torch.no_grad():
         x = x.to(autocast_type(x) or x.dtype)
-        weight, shift = _entered(layer, x.dtype)
+        weight, shift = entered(layer, x.dtype)
         assert shift is not None
-        return _run(layer, x, weight), shift
+        return run(layer, x, weight), shift
 
 
-def _entered(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def entered(layer: Layer, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return epilogue.enter_weight(layer.weight, _norm(layer), dtype)
 
 
@@ -132,7 +132,7 @@ def _norm(layer: Layer) -> FoldedConv2d | None:
     return layer if isinstance(layer, FoldedConv2d) else None
 
 
-def _run(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
+def run(layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
     return epilogue.channels_last(
         torch.ops.aten.convolution(
             *(x, weight, None, layer.stride, layer.padding, layer.dilation),
@@ -148,7 +148,7 @@ def _summed(
     relu: bool,
 ) -> Tensor:
     """relu(sum of the convolutions + biases + other). terms: layer, input and weight."""
-    out, *rest = [_run(*term) for term in terms]
+    out, *rest = [run(*term) for term in terms]
     assert len(rest) + (other is not None) <= 1
     return epilogue.finish(out, biases, rest[0] if rest else other, relu)
 
@@ -169,7 +169,7 @@ class _Convolved(torch.autograd.Function):
         xs = [cast(Tensor, x) for x in inputs[::3]]
         weights, biases = [], []
         for layer, x in zip(layers, xs, strict=True):
-            weight, shift = _entered(layer, x.dtype)
+            weight, shift = entered(layer, x.dtype)
             weights.append(weight)
             bias = layer.bias if shift is None else shift
             biases += [] if bias is None else [bias]
@@ -188,23 +188,37 @@ class _Convolved(torch.autograd.Function):
             return (None,) * len(needs)
         saved = ctx.saved_tensors
         y = saved[-1] if ctx.relu else None
-        gradient, of_bias = epilogue.masked_sum(given, y, any(needs[6::3]))
+        with_bias = any(needs[6::3])
         result: list[Tensor | None] = [None, None, None, None]
-        if needs[3]:
-            result[3] = _of_other(gradient, ctx.other_size)
+        if needs[3] and y is None and len(given) == 1 and _is_half(ctx.other_size, given[0]):
+            gradient = epilogue.channels_last(given[0])
+            result[3], of_bias = epilogue.halved_sum(gradient, with_bias)
+        else:
+            gradient, of_bias = epilogue.masked_sum(given, y, with_bias)
+            result[3] = _of_other(gradient, ctx.other_size) if needs[3] else None
         for n, layer in enumerate(ctx.layers):
             of_x, of_weight, bias_needs = needs[4 + 3 * n : 7 + 3 * n]
-            to_x, to_weight, _ = torch.ops.aten.convolution_backward(
-                *(gradient, saved[n], saved[terms + n], None),
-                *(layer.stride, layer.padding, layer.dilation, layer.transposed),
-                *(layer.output_padding, layer.groups, (of_x, of_weight, False)),
-            )
-            if of_weight:
-                to_weight = epilogue.leave_weight(
-                    epilogue.channels_last(to_weight), layer.weight, _norm(layer)
-                )
-            result += [to_x, to_weight, of_bias if bias_needs else None]
+            result += run_back(layer, gradient, saved[n], saved[terms + n], of_x, of_weight)
+            result.append(of_bias if bias_needs else None)
         return tuple(result)
+
+
+def run_back(
+    layer: Layer, gradient: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the input and of the layer's own weight. weight: as entered."""
+    to_x, to_weight, _ = torch.ops.aten.convolution_backward(
+        *(gradient, x, weight, None, layer.stride, layer.padding, layer.dilation),
+        *(layer.transposed, layer.output_padding, layer.groups, (of_x, of_weight, False)),
+    )
+    if of_weight:
+        to_weight = epilogue.channels_last(to_weight)
+        to_weight = epilogue.leave_weight(to_weight, layer.weight, _norm(layer))
+    return to_x, to_weight
+
+
+def _is_half(shape: torch.Size, gradient: Tensor) -> bool:
+    return all(2 * low == high for low, high in zip(shape[2:], gradient.shape[2:], strict=True))
 
 
 def _of_other(gradient: Tensor, shape: torch.Size) -> Tensor:

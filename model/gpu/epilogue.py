@@ -135,6 +135,61 @@ def masked_sum(
     return result, None if partial is None else partial.sum(dim=0)
 
 
+def halved_sum(gradient_NCHW: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The sum of each 2 x 2 cells (the gradient of nearest upsampling by 2), and of all (float32).
+
+    torch's kernel reads and writes channels-first copies.
+    """
+    gradient = channels_last(gradient_NCHW)
+    images, channels, height, width = gradient.shape
+    assert height % 2 == 0
+    assert width % 2 == 0
+    rows, block_rows, block = images * height * width // 4, *_blocks(channels)
+    parts = triton.cdiv(rows, block_rows * _SUMMED_TILES)
+    result = gradient.new_empty(images, height // 2, width // 2, channels).permute(0, 3, 1, 2)
+    partial = gradient.new_empty(parts, channels, dtype=torch.float32) if with_bias else None
+    if gradient.numel():
+        _halved_sum[(parts * triton.cdiv(channels, block),)](
+            *(gradient, result, partial, rows, channels, width // 2),
+            *(with_bias, _SUMMED_TILES, block_rows, block),
+        )
+    return result, None if partial is None else partial.sum(dim=0)
+
+
+def finish_own(out_RCMM: Tensor, bias_C: Tensor | None, weight_RC: Tensor) -> Tensor:
+    """relu(out + bias) in the memory of `out`; returns its products with each RoI's own weights.
+
+    (R, M, M).
+    """
+    assert is_channels_last(out_RCMM)
+    rois, channels, height, width = out_RCMM.shape
+    result = out_RCMM.new_empty(rois, height, width)
+    block_cells, block = _blocks(channels)
+    if out_RCMM.numel():
+        _finish_own[(rois, triton.cdiv(height * width, block_cells))](
+            *(out_RCMM, bias_C, weight_RC.contiguous(), result, height * width, channels),
+            *(bias_C is not None, block_cells, block),
+        )
+    return result
+
+
+def own_gradients(
+    gradient_RMM: Tensor, y_RCMM: Tensor, weight_RC: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `out`, `weight` and `bias` of `finish_own`. y: what `out` became."""
+    rois, channels, height, width = y_RCMM.shape
+    to_out = torch.empty_like(y_RCMM)
+    to_weight = torch.empty_like(weight_RC, memory_format=torch.contiguous_format)
+    partial = y_RCMM.new_empty(rois, channels, dtype=torch.float32)
+    block_cells, block = _blocks(channels)
+    if y_RCMM.numel():
+        _own_gradients[(rois, triton.cdiv(channels, block))](
+            *(gradient_RMM.contiguous(), y_RCMM, weight_RC.contiguous(), to_out, to_weight),
+            *(partial, height * width, channels, block_cells, block),
+        )
+    return to_out, to_weight, partial.sum(dim=0)
+
+
 def channels_last(maps_NCHW: Tensor) -> Tensor:
     """The maps in dense channels-last memory."""
     return maps_NCHW.contiguous(memory_format=torch.channels_last)
@@ -317,3 +372,105 @@ def _masked_sum(  # type: ignore[no-untyped-def]
             total += tl.sum(value, axis=0)
     if BIAS:
         tl.store(partial + part * channels + channel, total, in_channels)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _halved_sum(  # type: ignore[no-untyped-def]
+    gradient,
+    result,
+    partial,
+    rows,
+    channels,
+    width,
+    BIAS: tl.constexpr,
+    TILES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program TILES tiles of cells of the result, which is `width` wide."""
+    across = tl.cdiv(channels, BLOCK)
+    part = tl.program_id(0) // across
+    channel = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
+    in_channels = channel < channels
+    total = tl.zeros((BLOCK,), tl.float32)
+    for tile in range(TILES):
+        row = (part.to(tl.int64) * TILES + tile) * ROWS + tl.arange(0, ROWS)
+        there = (row < rows)[:, None] & in_channels[None, :]
+        top = row // width * 2  # of the image's row, images one below the other
+        value = tl.zeros((ROWS, BLOCK), tl.float32)
+        for cell in tl.static_range(4):
+            place = (top + cell // 2) * (2 * width) + row % width * 2 + cell % 2
+            value += tl.load(
+                gradient + place[:, None] * channels + channel[None, :], there, 0.0
+            ).to(tl.float32)
+        place = row[:, None] * channels + channel[None, :]
+        tl.store(result + place, value.to(result.dtype.element_ty), there)
+        if BIAS:
+            total += tl.sum(value, axis=0)
+    if BIAS:
+        tl.store(partial + part * channels + channel, total, in_channels)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _finish_own(  # type: ignore[no-untyped-def]
+    out,
+    bias,
+    weight,
+    result,
+    cells,
+    channels,
+    BIAS: tl.constexpr,
+    CELLS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a RoI and a tile of its cells."""
+    roi = tl.program_id(0).to(tl.int64)
+    cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
+    total = tl.zeros((CELLS,), tl.float32)
+    for start in range(0, channels, BLOCK):
+        channel = start + tl.arange(0, BLOCK)
+        in_channels = channel < channels
+        there = (cell < cells)[:, None] & in_channels[None, :]
+        place = out + (roi * cells + cell)[:, None] * channels + channel[None, :]
+        value = tl.load(place, there, 0.0).to(tl.float32)
+        if BIAS:
+            value += tl.load(bias + channel, in_channels, 0.0).to(tl.float32)[None, :]
+        stored = tl.where(value <= 0.0, 0.0, value).to(out.dtype.element_ty)
+        tl.store(place, stored, there)
+        own = tl.load(weight + roi * channels + channel, in_channels, 0.0).to(tl.float32)
+        total += tl.sum(stored.to(tl.float32) * own[None, :], axis=1)
+    tl.store(result + roi * cells + cell, total.to(result.dtype.element_ty), cell < cells)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _own_gradients(  # type: ignore[no-untyped-def]
+    gradient,
+    y,
+    weight,
+    to_out,
+    to_weight,
+    partial,
+    cells,
+    channels,
+    CELLS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program a RoI and a block of channels: their sums over the RoI's cells are whole."""
+    roi = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_channels = channel < channels
+    own = tl.load(weight + roi * channels + channel, in_channels, 0.0).to(tl.float32)
+    of_weight, of_bias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, cells, CELLS):
+        cell = start + tl.arange(0, CELLS)
+        there = (cell < cells)[:, None] & in_channels[None, :]
+        of_cell = tl.load(gradient + roi * cells + cell, cell < cells, 0.0).to(tl.float32)[:, None]
+        place = (roi * cells + cell)[:, None] * channels + channel[None, :]
+        hidden = tl.load(y + place, there, 0.0).to(tl.float32)
+        of_weight += tl.sum(of_cell * hidden, axis=0)
+        value = tl.where(hidden <= 0.0, 0.0, of_cell * own[None, :])
+        tl.store(to_out + place, value.to(to_out.dtype.element_ty), there)
+        of_bias += tl.sum(value, axis=0)
+    place = roi * channels + channel
+    tl.store(to_weight + place, of_weight.to(to_weight.dtype.element_ty), in_channels)
+    tl.store(partial + place, of_bias, in_channels)

@@ -15,12 +15,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from model.backbone import layouts
 from model.backbone.layouts import Pyramid
 from model.backbone.networks import STAGES, FoldedConv2d, ResNetMaps, VGGMaps, fold_norms
+from model.branches.mask import FCNHead
 from model.gpu import epilogue, usable
 from model.gpu.accelerate import swap
+from model.gpu.backbone import is_folded
 from model.gpu.convolution import convolved
 
 LAST = torch.channels_last
-usable.tried["convolution"] = ""
+usable.tried.update(convolution="", mask="")
 epilogue._TILE = 1 << 11  # more programs than one, and not too many
 
 
@@ -88,12 +90,32 @@ def check_sums_and_copies() -> None:
     merge = copy.deepcopy(nn.ModuleList([layouts.Merge()]))
     swap(merge)
     lateral = nn.Conv2d(3, 4, 1)
-    for low in ((2, 2), (1, 1), (3, 2)):
+    for low in ((2, 2), (1, 1), (3, 2), (2, 1)):
+        x = draw(2, 3, 4, 2 if low == (2, 1) else 3).requires_grad_()
         above = draw(2, 4, *low).requires_grad_()
         inputs = [x, above, *lateral.parameters()]
         found, expected = merge[0](lateral, x, above), layouts.Merge()(lateral, x, above)
         close([found], [expected])
         close(gradients(found, inputs), gradients(expected, inputs))
+
+
+def check_mask_head() -> None:
+    """Each RoI's own mask, of 0 to 3 RoIs and of more channels than a program takes."""
+    torch.manual_seed(5)
+    for rois, width in ((2, 260), (0, 4)):
+        theirs = FCNHead(3, 1, width, 4)
+        ours = copy.deepcopy(nn.ModuleList([theirs]))
+        swap(ours)
+        x = draw(rois, 3, 3, 2).requires_grad_()
+        channel = torch.arange(rois) % 4
+        maps, grads = [], []
+        for head in (ours[0], theirs):
+            own = head.own(x, channel)
+            maps.append(own)
+            grads.append(gradients(own, [x, *head.parameters()]))
+        close(maps[:1], maps[1:])
+        close(grads[0], grads[1])
+        assert list(ours[0].state_dict()) == list(theirs.state_dict())
 
 
 def check_nan_and_pools() -> None:
@@ -148,14 +170,11 @@ def small_resnet(block: type[nn.Module], norm: Callable[[int], nn.Module] | None
 def check_networks() -> None:
     """Whole networks, in training and in evaluation, whose modules `swap` replaced."""
     torch.manual_seed(3)
-    for block, frozen, norm in (
-        (Bottleneck, 2, None),
-        (BasicBlock, 0, None),
-        (BasicBlock, 0, partial(nn.GroupNorm, 2)),
-    ):
-        network = small_resnet(block, norm)
-        widths = [planes * block.expansion for planes in (2, 4)]
-        compare(nn.Sequential(ResNetMaps(network, 2, frozen), Pyramid(widths, 3, (0,), 1)))
+    maps = ResNetMaps(small_resnet(Bottleneck, None), 2, frozen_stages=1)
+    compare(nn.Sequential(maps, Pyramid([8, 16], 3, (0,), 0)))
+    compare(nn.Sequential(ResNetMaps(small_resnet(BasicBlock, None), 1, frozen_stages=0)))
+    with_groups = small_resnet(BasicBlock, partial(nn.GroupNorm, 2))
+    assert not is_folded(ResNetMaps(with_groups, 2, frozen_stages=0))
     vgg = VGGMaps(1)
     vgg.features = nn.Sequential(
         *(nn.Conv2d(3, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 3, 3), nn.ReLU())
@@ -172,7 +191,7 @@ def compare(
     ours = copy.deepcopy(torchs)
     swap(ours)
     assert list(ours.state_dict()) == list(torchs.state_dict())
-    images = draw(2, 3, 20, 28) if images is None else images
+    images = draw(1, 3, 20, 28) if images is None else images
     maps, grads = [], []
     for net in (ours, torchs):
         found = net.train(training)(images.to(memory_format=LAST))

@@ -37,6 +37,13 @@ kernels = (
     (epilogue._masked_sum, {**dict.fromkeys(("first", "second", "third", "y", "result"), "*bf16"),
         "partial": "*fp32", "rows": "i32", "channels": "i32"},
         {"GRADIENTS": 3, "RELU": True, "BIAS": True, "TILES": 8, **tile}),
+    (epilogue._halved_sum, {**dict.fromkeys(("gradient", "result"), "*bf16"), "partial": "*fp32",
+        "rows": "i32", "channels": "i32", "width": "i32"}, {"BIAS": True, "TILES": 8, **tile}),
+    (epilogue._finish_own, {"out": "*bf16", "bias": "*fp32", "weight": "*fp32", "result": "*bf16",
+        "cells": "i32", "channels": "i32"}, {"BIAS": True, "CELLS": 4, "BLOCK": 64}),
+    (epilogue._own_gradients, {"gradient": "*bf16", "y": "*bf16", "weight": "*fp32",
+        "to_out": "*bf16", "to_weight": "*fp32", "partial": "*fp32", "cells": "i32",
+        "channels": "i32"}, {"CELLS": 4, "BLOCK": 64}),
 )
 for kernel, signature, constants in kernels:
     signatures = {n: signature.get(n, "constexpr") for n in kernel.arg_names}
