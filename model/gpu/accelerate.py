@@ -13,6 +13,7 @@ from model.gpu.usable import kernels, why_not
 from model.matching import MatchedSampling
 from model.roi.crops import SeparateCrops
 from model.roi.operations import RoIOperation
+from model.rpn.network import Neighbourhoods
 from model.rpn.nms import Suppression
 
 
@@ -54,6 +55,10 @@ def _fast(module: nn.Module) -> nn.Module | None:
         from model.gpu.roi_align import by_kernels
 
         return by_kernels(module)
+    if type(module) is Neighbourhoods and not why_not("neighbourhoods"):
+        from model.gpu import neighbourhoods
+
+        return neighbourhoods.Neighbourhoods()
     kinds = (ResNetMaps, nn.Sequential, nn.Conv2d, ConvReLU, Merge)
     if type(module) is FCNHead and not (why_not("convolution") or why_not("mask")):
         from model.gpu import mask

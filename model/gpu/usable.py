@@ -7,7 +7,7 @@ from importlib import import_module
 import torch
 
 # Modules of `model.gpu` with kernels. Each has `trial() -> bool`: a small case against torch.
-KERNELS = ("suppression", "matching", "roi_align", "convolution", "mask")
+KERNELS = ("suppression", "matching", "roi_align", "neighbourhoods", "convolution", "mask")
 
 tried: dict[str, str] = {}  # by module what `why_not` found, once per process
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-_CANONICAL_SIDE_PX, _CANONICAL_LOG_STRIDE = 224.0, 4  # a 224 px box goes to P4, of stride 2 ** 4
+CANONICAL_SIDE_PX, CANONICAL_LOG_STRIDE = 224.0, 4  # a 224 px box goes to P4, of stride 2 ** 4
 _WARP_SAMPLES = 2
 _CELLS_OFF_MAP = 8.0  # no operation reads further than two cells from its RoI
 
@@ -168,6 +168,6 @@ def assign_levels(boxes_R4: Tensor, strides: Sequence[int]) -> Tensor:
         * (boxes_R4[:, 3] - boxes_R4[:, 1]).clamp(min=0)
     )
     # 1e-6 keeps the logarithm of an empty box finite, and 224 px on its own level.
-    log_stride = torch.floor(_CANONICAL_LOG_STRIDE + torch.log2(sides / _CANONICAL_SIDE_PX + 1e-6))
+    log_stride = torch.floor(CANONICAL_LOG_STRIDE + torch.log2(sides / CANONICAL_SIDE_PX + 1e-6))
     finest = strides[0].bit_length() - 1
     return (log_stride - finest).clamp(0, len(strides) - 1).to(torch.int64)

@@ -83,6 +83,7 @@ class RPN(nn.Module):
         per_cell = len(sizes_px[0]) * len(ratios)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_relu = ConvReLU()
+        self.neighbourhoods = Neighbourhoods()
         self.objectness = nn.Conv2d(channels, per_cell, 1)
         self.offsets = nn.Conv2d(channels, 4 * per_cell, 1)
         self.strides = tuple(strides)
@@ -119,7 +120,7 @@ class RPN(nn.Module):
         # Anchors of a cell are neighbours in the list, so a division finds the cell.
         cell, kind = torch.div(index_BS, per_cell, rounding_mode="floor"), index_BS % per_cell
         hidden = F.relu(
-            F.linear(neighbourhoods(maps, cell), self.conv.weight.flatten(1), self.conv.bias)
+            F.linear(self.neighbourhoods(maps, cell), self.conv.weight.flatten(1), self.conv.bias)
         )
         logits = F.linear(hidden, self.objectness.weight.flatten(1), self.objectness.bias)
         offsets = F.linear(hidden, self.offsets.weight.flatten(1), self.offsets.bias)
@@ -155,6 +156,14 @@ class RPN(nn.Module):
         ):  # torchvision's convention: what the canvas and the map say, not the network
             stride = (canvas[0] // rows, canvas[1] // columns)
         return grid_anchors(getattr(self, f"cell_{level}"), rows, columns, stride)
+
+
+class Neighbourhoods(nn.Module):
+    """`neighbourhoods` as a part: `model.gpu` has a faster one."""
+
+    def forward(self, maps: Sequence[Tensor], cell_BS: Tensor) -> Tensor:
+        """(B, S, 9 C)."""
+        return neighbourhoods(maps, cell_BS)
 
 
 def neighbourhoods(maps: Sequence[Tensor], cell_BS: Tensor) -> Tensor:

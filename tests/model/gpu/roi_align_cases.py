@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.gpu import neighbourhoods as cells_kernels
 from model.gpu import roi_align
+from model.gpu.neighbourhoods import of_rois
 from model.gpu.roi_align import LevelAlign
-from model.roi.operations import Align, RoIOperation
+from model.roi.operations import Align, RoIOperation, assign_levels
+from model.rpn.network import neighbourhoods
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,12 @@ class Case:
         return [4 << level for level in range(len(self.sizes))]
 
 
-FOUR, FIVE = ((9, 13), (5, 7), (3, 4), (2, 2)), ((9, 13), (5, 7), (3, 4), (2, 2), (1, 1))
 CASES = [
-    Case(FOUR, rois=11, channels=20),
-    Case(FIVE, rois=11, side=4, aligned=False, channels_last=False),
-    Case(((9, 13), (5, 7)), rois=9, samples=3, dtype=torch.float16),
-    Case(((7, 10),), rois=9, side=5, samples=1, channels_last=False, images=1),
-    Case(((1, 1),), rois=8, side=1, aligned=False),
+    Case(((9, 13), (5, 7), (3, 4), (2, 2)), rois=8, channels=5),
+    Case(((4, 5), (2, 3), (1, 2), (1, 1), (1, 1)), rois=8, aligned=False, channels_last=False),
+    Case(((5, 4), (3, 2)), rois=7, samples=3, side=2, dtype=torch.float16),
+    Case(((3, 9),), rois=7, side=5, samples=1, channels_last=False, images=1),
+    Case(((1, 1),), rois=7, side=1, aligned=False),
     Case(((2, 3), (1, 2)), rois=0),
 ]
 
@@ -93,6 +95,33 @@ def agree(case: Case, device: str = "cpu") -> None:
         torch.testing.assert_close(one.float().cpu(), other, **close)
 
 
+def levels_agree() -> None:
+    """Asserts that RoIs become finite and get their levels as torch computes both."""
+    sides = torch.tensor([0.0, 1, 111.9, 112, 223.9, 224, 447.9, 448, 4000, math.inf, math.nan])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.exp(torch.randn(200, 2, generator=generator) * 1.5 + 4.5)
+    sides = torch.cat([sides[:, None].expand(-1, 2), drawn])
+    rois = torch.cat([torch.ones(len(sides), 1), -sides / 2, sides / 2], dim=1)
+    for strides in ((4, 8, 16, 32), (8, 16), (16,)):
+        finite, levels = roi_align.assigned(rois, strides)
+        wanted = torch.nan_to_num(rois, 0.0, 0.0, 0.0)
+        assert torch.equal(finite, wanted)
+        assert levels.tolist() == assign_levels(wanted[:, 1:], strides).tolist()
+
+
+def cells_agree(sizes: tuple[tuple[int, int], ...]) -> None:
+    """Asserts that the neighbourhoods of every cell, and gradients, are torch's."""
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(1, 3, *size, generator=generator, requires_grad=True) for size in sizes]
+    # One cell twice: its gradients add up.
+    cells = torch.arange(sum(height * width for height, width in sizes)).repeat(2)[None, :-3]
+    found, wanted = of_rois(maps, cells), neighbourhoods(maps, cells)
+    assert torch.equal(found, wanted)
+    upstream = torch.randn(wanted.shape, generator=generator)
+    ours, theirs = (torch.autograd.grad(values, maps, upstream) for values in (found, wanted))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def repeats(device: str) -> None:
     """Asserts that gradients of many RoIs on few cells are equal to the bit in two runs."""
     case = Case(((50, 84), (25, 42)), rois=600, channels=64, side=7, dtype=torch.bfloat16)
@@ -105,36 +134,42 @@ def repeats(device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def compile_all() -> None:
-    """Compiles each kernel as `r50-fpn` calls it, for two generations of GPUs."""
+def compile_all(capability: int) -> None:
+    """Compiles each kernel for a generation of GPUs, with the blocks of `r50-fpn`."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    crop = {"CHANNELS": 256, "SIDE": 7, "SAMPLES": 2, "ALIGNED": True}
+    crop = {"CHANNELS": 256, "SIDE": 7, "SAMPLES": 1, "ALIGNED": True}
+    block = {"LEVELS": 5, "BLOCK": 128}
     first, last = {"CHANNEL_STEP": 49, "BIN_STEP": 1}, {"CHANNEL_STEP": 1, "BIN_STEP": 256}
     kernels = {
-        roi_align._crop: {**crop, "BINS": 16, "WIDE": 128, **last},
-        roi_align._touch: {**crop, "PACK": True, "BINS": 64, "WIDE": 32, **first},
-        roi_align._gather: {**crop, "TILE": 8, "WIDE": 128, "ROWS": 8, "COLUMNS": 8},
+        roi_align._assign: {"LEVELS": 4, "ROIS": 128},
+        roi_align._crop: {**crop, "BINS": 8, "WIDE": 256, **last},
+        roi_align._touch: {**crop, "PACK": True, "BINS": 16, "WIDE": 256, **first},
+        roi_align._gather: {**crop, "TILE": 8, "WIDE": 256, "ROWS": 8, "COLUMNS": 8},
+        cells_kernels._place: block,
     }
     for kernel, constants in kernels.items():
         signature = {
             name: "constexpr" if name in constants else _type(name) for name in kernel.arg_names
         }
-        for capability in (80, 90):
-            built = compile(
-                ASTSource(kernel, signature, constants),
-                target=GPUTarget("cuda", capability, 32),
-                options={"enable_fp_fusion": True},
-            )
-            assert built.asm["cubin"]
+        built = compile(
+            ASTSource(kernel, signature, constants),
+            target=GPUTarget("cuda", capability, 32),
+            options={"enable_fp_fusion": True},
+        )
+        assert built.asm["cubin"]
 
 
 def _type(argument: str) -> str:
-    if argument in ("gradient", "packed", "crops") or argument.startswith(("map_", "to_map_")):
+    if argument in ("gradient", "packed", "crops", "inside") or argument.startswith(
+        ("map_", "to_map_")
+    ):
         return "*bf16"
+    if argument == "cells":
+        return "*i64"
     if argument in ("levels", "touched", "places"):
         return "*i32"
-    if argument.startswith("scale_"):
+    if argument.startswith("scale_") or argument in ("canonical_side", "second"):
         return "fp32"
-    return "*fp32" if argument == "rois" else "i32"
+    return "*fp32" if argument in ("rois", "finite") else "i32"

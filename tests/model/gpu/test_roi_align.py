@@ -21,20 +21,31 @@ triton = pytest.importorskip("triton", reason="torch came without Triton")
 INTERPRETED = """
 import torch
 from model.gpu import roi_align
-from tests.model.gpu.roi_align_cases import CASES, agree
+from tests.model.gpu.roi_align_cases import CASES, agree, cells_agree, levels_agree
 
-roi_align._CHANNELS = roi_align._TILE_CHANNELS = 16  # several blocks of few channels
+roi_align._CHANNELS = roi_align._TILE_CHANNELS = 4  # two blocks of channels
 for case in CASES:
     agree(case)
+for sizes in (((3, 5),), ((3, 2), (2, 2), (1, 2), (1, 1), (1, 1))):
+    cells_agree(sizes)
+levels_agree()
 """
 COMPILED = """
 from tests.model.gpu.roi_align_cases import compile_all
 
-compile_all()
+compile_all({})
 """
 
 
-@pytest.mark.parametrize(("program", "interpret"), [(INTERPRETED, "1"), (COMPILED, "0")])
+@pytest.mark.parametrize(
+    ("program", "interpret"),
+    [
+        (INTERPRETED, "1"),
+        (COMPILED.format(90), "0"),
+        pytest.param(COMPILED.format(80), "0", marks=pytest.mark.slow),
+    ],
+    ids=["interpreted", "compiled for 9.0", "compiled for 8.0"],
+)
 def test_the_kernels_without_a_gpu(tmp_path, program, interpret):
     root = Path(__file__).parents[3]
     environment = {
@@ -56,7 +67,7 @@ def test_the_kernels_without_a_gpu(tmp_path, program, interpret):
 
 
 def test_the_means_of_few_levels_are_swapped_and_laid_out_for_what_reads_them(monkeypatch):
-    monkeypatch.setattr(usable, "tried", {"suppression": "", "roi_align": ""})
+    monkeypatch.setattr(usable, "tried", dict.fromkeys(usable.KERNELS, ""))
     from model.gpu.roi_align import LevelAlign, by_kernels
 
     detector = build_detector(preset("r50-fpn"))
