@@ -23,15 +23,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu.work import Work, batch_of, detector_of
-from contract.presets import run_preset
-from contract.recipe import RunConfig, parse_run
+from benchmarks.gpu.work import RATE, Work, WorkerStep, batch_of, detector_of
+from contract.recipe import LoopConfig
 from model.structures import Batch
 from workers.training.graphs import by_graphs_or_eager, own_stream
 from workers.training.prefetch import on_device
-from workers.training.state import TrainState
-from workers.training.step import LossSums, accumulate_gradients, apply_gradients
-from workers.training.world import World
+from workers.training.step import accumulate_gradients, apply_gradients
 
 WARM_UP_STEPS = 6  # two eager ones of the canvas, the capture, and a few more
 
@@ -81,35 +78,25 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> list[float]:
 
 def trained(arguments: argparse.Namespace, images: int, by_graphs: bool) -> dict[str, Any]:
     """Some steps on four batches in turn: times, memory, losses."""
-    data = run_preset(arguments.preset)
-    data["data"] = {**data.get("data", {}), "train": "none", "val": "none"}
-    data["loop"] = {"precision": arguments.precision, "cuda_graphs": by_graphs}
-    run = parse_run(data, "benchmark")
-    world = World(0, 1, torch.device("cuda", 0))
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    state = TrainState(run, detector_of(run.model, "cuda"))
-    drawn = batch_of(
-        Work(arguments.preset, images, arguments.objects, tuple(arguments.canvas))
-    ).pin_memory()
+    work = Work(arguments.preset, images, arguments.objects, tuple(arguments.canvas))
+    step = WorkerStep(detector_of(work.model, "cuda"), arguments.precision)
+    drawn = batch_of(work).pin_memory()
     # other samples of anchors and RoIs in each
-    hosts = [
-        replace(drawn, noise_keys=(drawn.noise_keys + 1000 * k).pin_memory()) for k in range(4)
-    ]
-    with own_stream(run.loop, world.device):
-        return _steps(run, world, state, hosts, arguments.steps)
+    keys = [(drawn.noise_keys + 1000 * k).pin_memory() for k in range(4)]
+    hosts = [replace(drawn, noise_keys=other) for other in keys]
+    loop = LoopConfig(precision=arguments.precision, cuda_graphs=by_graphs)
+    with own_stream(loop, step.world.device):
+        return _steps(loop, step, hosts, arguments.steps)
 
 
-def _steps(
-    run: RunConfig, world: World, state: TrainState, hosts: list[Batch], steps: int
-) -> dict[str, Any]:
-    module = LossSums(state.detector)
+def _steps(loop: LoopConfig, parts: WorkerStep, hosts: list[Batch], steps: int) -> dict[str, Any]:
+    world, module, scaler = parts.world, parts.sums, parts.scaler
     accumulate = by_graphs_or_eager(
-        lambda chunks, flags: accumulate_gradients(
-            module, chunks, run.loop, world, state.scaler, flags
-        ),
+        lambda chunks, flags: accumulate_gradients(module, chunks, loop, world, scaler, flags),
         module,
-        run.loop,
+        loop,
         world,
     )
     total = WARM_UP_STEPS + steps
@@ -123,7 +110,7 @@ def _steps(
         step_began = time.perf_counter()
         gradients = accumulate(next(batches), (0.0, 0.0))
         apply_gradients(
-            state.trained, state.optimiser, state.scaler, 1e-3, 0.0, accumulate.keeps_gradients
+            parts.trained, parts.optimiser, scaler, RATE, 0.0, accumulate.keeps_gradients
         )
         losses.append(gradients.losses_T)
         if step >= WARM_UP_STEPS:

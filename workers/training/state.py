@@ -23,6 +23,7 @@ from workers.trial.checkpoints import Snapshot, copied_to_host
 _FREE_FIELDS = {
     "data.num_loader_workers",
     "data.cache_gib",
+    "loop.cuda_graphs",
     "loop.log_every_steps",
     "loop.checkpoint_every_steps",
     "loop.keep_checkpoints",

@@ -22,7 +22,6 @@ from model.structures import Batch
 from workers.training.arithmetic import DTYPES
 from workers.training.world import World
 
-
 # Numbers, or float64 scalars that lie on the device already.
 Flags: TypeAlias = Sequence[float] | Sequence[Tensor]
 
