@@ -47,6 +47,9 @@ class DataConfig(Record):
     canvas_multiple_px: int = Field(
         32, ge=1
     )  # canvas sides are multiples of this; larger means fewer shapes
+    # 0 gives each training batch its smallest canvas; otherwise at most so many are chosen from the
+    # data, and batches are padded to them (for CUDA graphs and `compile`)
+    num_canvases: int = Field(0, ge=0)
     flip_probability: float = Field(0.5, ge=0, le=1)
     # keypoints that change places in a mirrored image; None finds them by the sides in their names
     flip_pairs: tuple[tuple[str, str], ...] | None = None

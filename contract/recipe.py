@@ -111,6 +111,9 @@ class LoopConfig(Record):
         0.0, ge=0, lt=1
     )  # 0 keeps no average; otherwise the average is evaluated
     compile: bool = False
+    # on a GPU: forward and backward as one launch for each of at most 10 canvases; set
+    # `data.num_canvases` too
+    cuda_graphs: bool = False
     log_every_steps: int = Field(50, ge=1)
     checkpoint_every_steps: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -31,6 +31,7 @@ from pipelines.load.blocks import (
     private_block,
     unregistered,
 )
+from pipelines.load.canvases import Canvas, chosen_canvases, smallest_holding
 from pipelines.load.collate import Padding, collate, padded_count, round_up
 from pipelines.load.images import resize, resize_without_antialias, resized_size, torchvision_size
 from pipelines.load.order import Order, chunks, rank_slice
@@ -51,6 +52,8 @@ from pipelines.shards.keyed_random import noise_keys
 from pipelines.shards.rows import Floats
 
 PREFETCHED_PER_WORKER = 2  # batches; torch's own default
+# The first steps of a run, from whose batches the canvases are chosen.
+_STEPS_FOR_CANVASES = 512
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -77,6 +80,7 @@ class _TrainSource:
     max_images: int
     wanted: Wanted
     proposals: ProposalTable | None
+    canvases: tuple[Canvas, ...] = ()  # empty: every batch has its own
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _without_caches(self)
@@ -117,7 +121,23 @@ class _TrainSource:
         return batches
 
     def _padding(self, rows: Ints, keys: Ints) -> Padding:
-        """The canvas of the global batch. Every rank computes it from the index alone."""
+        canvas = smallest_holding(self.canvases, self._needed(rows, keys))
+        return Padding(
+            height=canvas.height,
+            width=canvas.width,
+            objects=canvas.objects,
+            mask_side=self.cfg.mask_crop_side if self.wanted.masks else 0,
+            num_keypoints=self.wanted.num_keypoints,
+            num_proposals=self.proposals.most if self.proposals else 0,
+        )
+
+    def needed(self, step: int) -> Canvas:
+        """The smallest canvas of a global batch. Every rank computes it from the index alone."""
+        rows = self.order.rows(step)
+        ids = self.dataset.index.values("image_id", rows)
+        return self._needed(rows, noise_keys(self.seed, self.order.place(step).epoch, ids))
+
+    def _needed(self, rows: Ints, keys: Ints) -> Canvas:
         index, cfg = self.dataset.index, self.cfg
         heights, widths = index.values("height", rows), index.values("width", rows)
         sizes = np.array(
@@ -126,13 +146,10 @@ class _TrainSource:
                 for h, w, s in zip(heights, widths, short_sides(cfg, keys), strict=True)
             ]
         )
-        return Padding(
+        return Canvas(
             height=round_up(int(sizes[:, 0].max()), cfg.canvas_multiple_px),
             width=round_up(int(sizes[:, 1].max()), cfg.canvas_multiple_px),
             objects=padded_count(int(index.object_counts(rows, self.dataset.selection).max())),
-            mask_side=cfg.mask_crop_side if self.wanted.masks else 0,
-            num_keypoints=self.wanted.num_keypoints,
-            num_proposals=self.proposals.most if self.proposals else 0,
         )
 
 
@@ -172,7 +189,7 @@ class TrainLoader:
             )
         self.dataset = dataset.for_training(cfg.filter)
         self._start_step = start_step
-        self._source = _TrainSource(
+        source = _TrainSource(
             cfg,
             self.dataset,
             seed,
@@ -187,6 +204,11 @@ class TrainLoader:
             ),
             ProposalTable(proposals_uri) if proposals_uri else None,
         )
+        if cfg.num_canvases:
+            seen = range(min(source.order.steps_per_epoch, _STEPS_FOR_CANVASES))
+            canvases = chosen_canvases([source.needed(step) for step in seen], cfg.num_canvases)
+            source = replace(source, canvases=canvases)
+        self._source = source
         self._stream: _Stream[TrainStep] = _Stream(self._source, cfg.num_loader_workers, register)
 
     @property

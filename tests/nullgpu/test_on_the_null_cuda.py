@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(bool(null_cuda.why_not()), reason=null_cuda.why_
     [
         ["tests/nullgpu/test_capture.py"],
         ["tests/workers/test_gpu.py", "-k", "never_wait"],
+        ["tests/workers/training/test_on_a_gpu.py"],
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -27,7 +27,7 @@ from workers.tracking.records import TrackingRecord
 from workers.tracking.shipper import NoShipper
 from workers.tracking.spool import Spool
 from workers.training.evaluate import Scores
-from workers.training.loop import Ending, Parts, train
+from workers.training.loop import Ending, Loader, Parts, train
 from workers.training.state import TrainState
 from workers.training.world import World
 from workers.trial.checkpoints import BackgroundWriter, CheckpointStore
@@ -192,6 +192,7 @@ def fake_trial(
     stop: StopRequest | None = None,
     visit: Callable[[int], None] = lambda step: None,
     evaluate: Callable[[TrainState, Callable[[], bool]], Scores | None] | None = None,
+    open_loader: Callable[[int], Loader] | None = None,
     writer: type[BackgroundWriter] = PatientWriter,
 ) -> Trial:
     """Trains the fake detector in `folder` as `workers.training.run` trains a real one.
@@ -212,7 +213,7 @@ def fake_trial(
 
     parts = Parts(
         state=state,
-        open_loader=lambda start: FakeLoader(run, world, start, visit),
+        open_loader=open_loader or (lambda start: FakeLoader(run, world, start, visit)),
         evaluate=evaluate or (lambda now, stopping: Scores({"bbox/AP": 0.5}, {}, {})),
         checkpoints=store,
         journal=journal,

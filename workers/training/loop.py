@@ -12,7 +12,7 @@ from operator import attrgetter
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from contract.recipe import LoopConfig, RunConfig
 from model.structures import Batch
@@ -22,12 +22,19 @@ from workers.tracking.series import Row
 from workers.tracking.spool import print_warning
 from workers.tracking.system import SystemSampler
 from workers.training.evaluate import Scores
+from workers.training.graphs import (
+    EagerGradients,
+    GraphedGradients,
+    by_graphs_or_eager,
+    own_stream,
+)
 from workers.training.guard import GuardState, first_bad_step, rolled_back
 from workers.training.meter import Meter
 from workers.training.optim import base_rate, rate_factor
 from workers.training.prefetch import DeviceBatches, on_device
 from workers.training.state import TrainState, with_journal
 from workers.training.step import (
+    Flags,
     Gradients,
     LossSums,
     accumulate_gradients,
@@ -87,8 +94,13 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
 
     Raises DivergedError when the guard may not roll back again.
     """
+    with own_stream(run.loop, world.device):
+        return _train(run, world, parts)
+
+
+def _train(run: RunConfig, world: World, parts: Parts) -> Ending:
     loop, state, journal = run.loop, parts.state, parts.journal
-    module = distributed(_compiled(LossSums(state.detector), loop), world)
+    accumulate = _accumulation(run, world, parts)
     state.detector.train()
     writer, meter, flags = BackgroundWriter(), Meter(), FlagReader(world.device)
     system = SystemSampler(world.device)
@@ -109,7 +121,7 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
             chunks = next(batches)
             wait_s = time.perf_counter() - wait_began
             rate = _rate(run, state)
-            gradients, norm = _step(run, world, parts, module, chunks, rate)
+            gradients, norm = _step(run, world, parts, accumulate, chunks, rate)
             state.step += 1
             step_s, last_end = time.perf_counter() - last_end, time.perf_counter()
             state.train_seconds += step_s
@@ -132,6 +144,7 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
                 batches.close()
                 loader.close()
                 loader, batches = _opened(run, world, parts)
+                accumulate.forget()
                 continue
             if now.log:
                 _log_system(state.step, system, world, journal)
@@ -150,6 +163,7 @@ def train(run: RunConfig, world: World, parts: Parts) -> Ending:
     finally:
         batches.close()  # first: a copy may still read what the loader's workers wrote
         loader.close()
+        accumulate.forget()
         writer.drain()
         gc.unfreeze()
 
@@ -187,7 +201,7 @@ def _step(
     run: RunConfig,
     world: World,
     parts: Parts,
-    module: nn.Module,
+    accumulate: EagerGradients | GraphedGradients,
     chunks: Sequence[Batch],
     rate: float,
 ) -> tuple[Gradients, Tensor]:
@@ -196,11 +210,14 @@ def _step(
     torch.manual_seed(_step_seed(run.seed, state.data_step, world.rank))
     with memory_explained([chunk.images for chunk in chunks], world.device):
         # one reduction carries the requests to stop and the counts of the losses
-        gradients = accumulate_gradients(
-            module, chunks, loop, world, state.scaler, parts.stop.flags
-        )
+        gradients = accumulate(chunks, parts.stop.flags)
         norm = apply_gradients(
-            state.trained, state.optimiser, state.scaler, rate, loop.clip_grad_norm
+            state.trained,
+            state.optimiser,
+            state.scaler,
+            rate,
+            loop.clip_grad_norm,
+            accumulate.keeps_gradients,
         )
     state.update_average()
     return gradients, norm
@@ -301,6 +318,17 @@ def _common_reason(stop: StopRequest, world: World) -> Literal["stopped", "preem
     """The reason on which all ranks agree, after an evaluation that one of them ended."""
     stopped = world.sum_on_host(torch.tensor(float(stop.reason == "stopped"))).item()
     return "stopped" if stopped else "preempted"
+
+
+def _accumulation(run: RunConfig, world: World, parts: Parts) -> EagerGradients | GraphedGradients:
+    """What computes a step's gradients."""
+    loop, state = run.loop, parts.state
+    module = distributed(_compiled(LossSums(state.detector), loop), world)
+
+    def accumulate(chunks: Sequence[Batch], flags: Flags) -> Gradients:
+        return accumulate_gradients(module, chunks, loop, world, state.scaler, flags)
+
+    return by_graphs_or_eager(accumulate, module, loop, world)
 
 
 def _compiled(sums: LossSums, loop: LoopConfig) -> LossSums:

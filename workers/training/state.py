@@ -26,6 +26,7 @@ _FREE_FIELDS = {
     "data.oks_sigmas",
     "data.num_loader_workers",
     "data.cache_gib",
+    "loop.cuda_graphs",
     "loop.log_every_steps",
     "loop.checkpoint_every_steps",
     "loop.keep_checkpoints",

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from contract.recipe import LoopConfig
 from model.structures import Batch
 from workers.training.arithmetic import DTYPES
 from workers.training.world import World
+
+# Numbers, or float64 scalars that lie on the device already.
+Flags: TypeAlias = Sequence[float] | Sequence[Tensor]
 
 
 class LossSums(nn.Module):
@@ -97,7 +100,7 @@ def accumulate_gradients(
     loop: LoopConfig,
     world: World,
     scaler: torch.amp.GradScaler,
-    flags: Sequence[float],
+    flags: Flags,
 ) -> Gradients:
     """Adds the gradients of the global batch's loss to the parameters.
 
@@ -114,7 +117,12 @@ def accumulate_gradients(
             counts = _counts_of(sums.detector, batches)
     names = tuple(sorted(counts))
     # filled on the device: a tensor of the host would be copied, and the host would wait
-    filled = [torch.full((), flag, dtype=torch.float64, device=world.device) for flag in flags]
+    filled = [
+        flag
+        if isinstance(flag, Tensor)
+        else torch.full((), flag, dtype=torch.float64, device=world.device)
+        for flag in flags
+    ]
     sums_TF = world.sum(torch.stack([*(counts[n].double() for n in names), *filled]))
     # a term that counts nothing in the whole batch has a sum of 0: 0 / 1, not 0 / 0
     total_T = sums_TF[: len(names)].clamp(min=1).float()
@@ -160,10 +168,12 @@ def apply_gradients(
     scaler: torch.amp.GradScaler,
     rate: float,
     clip_norm: float,
+    keep_memory: bool = False,
 ) -> Tensor:
     """One optimiser step at `rate`. Returns the norm of the gradients before clipping.
 
-    clip_norm: what longer gradients are scaled down to, 0 for no limit.
+    clip_norm: what longer gradients are scaled down to, 0 for no limit. keep_memory: whether the
+    next step's gradients lie where these do.
     """
     scaler.unscale_(optimiser)  # first, so that norm and limit are of the true gradients
     grads = [p.grad for p in parameters if p.grad is not None]
@@ -174,5 +184,5 @@ def apply_gradients(
         group["lr"] = rate
     scaler.step(optimiser)
     scaler.update()
-    optimiser.zero_grad()
+    optimiser.zero_grad(set_to_none=not keep_memory)
     return norm

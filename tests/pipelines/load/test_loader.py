@@ -127,6 +127,27 @@ def test_chunks_share_the_canvas_of_the_global_batch(shapes):
         assert_equal(joined(two.batches), joined(one.batches))
 
 
+def test_few_canvases_hold_the_same_images(shapes):
+    own, few = (
+        take(loader(config(shapes, num_canvases=number, canvas_multiple_px=1)), 6)
+        for number in (0, 2)
+    )
+    pairs = [
+        pair
+        for one, two in zip(own, few, strict=True)
+        for pair in zip(one.batches, two.batches, strict=True)
+    ]
+    assert len({one.images.shape for one, _ in pairs}) > 2
+    assert len({(two.images.shape, two.valid.shape) for _, two in pairs}) <= 2
+    for one, two in pairs:
+        (height, width), objects = one.images.shape[2:], one.valid.shape[1]
+        assert torch.equal(two.images[:, :, :height, :width], one.images)
+        assert two.images.sum() == one.images.sum()
+        assert torch.equal(two.boxes_xyxy[:, :objects], one.boxes_xyxy)
+        assert two.valid.sum() == one.valid.sum()
+        assert torch.equal(two.noise_keys, one.noise_keys)
+
+
 def test_sample_ids_are_those_of_the_batches(shapes):
     stream = loader(config(shapes))
     for step in take(stream, 9):
