@@ -50,7 +50,9 @@ class MatchedSampling(nn.Module):
         """As torch's, equal to the bit in every valid slot; padding is box 0 and object 0."""
         rule = self.rule
         slots, most_positives = rule.shape(boxes_BN4.shape[1])
-        index, valid, positive, objects, noise = _choose(
+        # Only a compiler needs the operator; without one it costs the host some microseconds.
+        choose = _operator if torch.compiler.is_compiling() else _choose
+        index, valid, positive, objects, noise = choose(
             boxes_BN4,
             eligible_BN,
             identity_BN,
@@ -89,7 +91,6 @@ def trial() -> bool:
     )
 
 
-@torch.library.custom_op("maskray::matched_sampling", mutates_args=())
 def _choose(
     boxes: Tensor,
     eligible: Tensor | None,
@@ -165,16 +166,23 @@ def _choose(
     return result
 
 
-@_choose.register_fake
+_operator = torch.library.custom_op("maskray::matched_sampling", _choose, mutates_args=())
+
+
+@_operator.register_fake
 def _fake(
     boxes: Tensor,
-    _eligible: Tensor | None,
-    _identity: Tensor | None,
-    _objects: Tensor,
-    _there: Tensor,
+    eligible: Tensor | None,  # noqa: ARG001 - as `_choose`
+    identity: Tensor | None,  # noqa: ARG001
+    objects: Tensor,  # noqa: ARG001
+    there: Tensor,  # noqa: ARG001
     keys: Tensor,
     slots: int,
-    *_: float,
+    most_positives: int,  # noqa: ARG001
+    positive_iou: float,  # noqa: ARG001
+    negative_iou: float,  # noqa: ARG001
+    best_is_positive: bool,  # noqa: ARG001
+    stream: int,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _empty(boxes, keys, slots)
 

@@ -67,7 +67,7 @@ def flatten(samples: Samples, active_BS: Tensor, slots: int, keep_padding: bool)
 
     # Slots count over whole rows of the padded tensors, also where only the first few are read.
     def take(values: Tensor) -> Tensor:
-        return values.flatten(0, 1)[slot]
+        return values[:, :slots].flatten(0, 1) if keep_padding else values.flatten(0, 1)[slot]
 
     return FlatRoIs(
         slot=slot,

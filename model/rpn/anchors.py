@@ -32,8 +32,10 @@ def grid_anchors(cell_A4: Tensor, rows: int, columns: int, stride_yx: tuple[int,
 
     The first cell is at the origin.
     """
-    y = torch.arange(rows, device=cell_A4.device, dtype=torch.float32) * stride_yx[0]
-    x = torch.arange(columns, device=cell_A4.device, dtype=torch.float32) * stride_yx[1]
+    y, x = (
+        torch.arange(0, cells * step, step, device=cell_A4.device, dtype=torch.float32)
+        for cells, step in zip((rows, columns), stride_yx, strict=True)
+    )
     shift_y, shift_x = torch.meshgrid(y, x, indexing="ij")
     shifts = torch.stack([shift_x, shift_y, shift_x, shift_y], dim=-1)
     return (shifts[:, :, None] + cell_A4).reshape(-1, 4)

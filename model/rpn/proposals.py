@@ -69,16 +69,18 @@ class ProposalFilter(nn.Module):
         """The proposals of images of these heights and widths; `training` decides how many."""
         counts = self.train_counts if training else self.test_counts
         boxes_BLK4, scores_BLK, index_BLK = self._best_of_levels(outputs, sizes_B2, counts)
-        keep = self.suppress(boxes_BLK4.flatten(0, 1), scores_BLK.isfinite().flatten(0, 1))
+        finite = scores_BLK.abs() < torch.inf
+        keep = self.suppress(boxes_BLK4.flatten(0, 1), finite.flatten(0, 1))
         kept = keep.view(len(sizes_B2), -1)
         final = torch.where(kept, torch.sigmoid(scores_BLK.flatten(1)), -torch.inf)
         # Saturated scores tie: the finer level and then the larger logit come first, as in
-        # torchvision.
-        top, where = (
-            ranked[:, : counts.after_nms]
-            for ranked in torch.sort(final, dim=1, descending=True, stable=True)
-        )
-        valid = top.isfinite()
+        # torchvision. A score that is not negative is in the order of its bits, so its place
+        # below them makes the top-k that of a stable sort, at a third of the launches.
+        place = torch.arange(final.shape[1], device=final.device)
+        rank = (final.view(torch.int32).to(torch.int64) << 32) - place
+        where = torch.topk(rank, min(counts.after_nms, final.shape[1]), dim=1).indices
+        top = final.gather(1, where)
+        valid = top > -torch.inf
         return Proposals(
             take_rows(boxes_BLK4.flatten(1, 2), where) * valid[:, :, None],
             torch.where(valid, top, 0),
@@ -91,26 +93,29 @@ class ProposalFilter(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The best K of each level: boxes (B, L, K, 4), logits and anchor indices (B, L, K).
 
-        The logits of padding are -inf.
+        The logits of padding are -inf; it has the box and the index of some anchor.
         """
-        boxes, scores, index, first = [], [], [], 0
-        most = max(min(counts.before_nms, len(anchors)) for anchors in outputs.anchors)
-        for logits, offsets, anchors in zip(
-            outputs.logits, outputs.offsets, outputs.anchors, strict=True
-        ):
-            # In fp32: under autocast the logits are bf16.
-            best, where = torch.topk(logits.float(), min(counts.before_nms, len(anchors)), dim=1)
-            decoded = clip(
-                decode(anchors[where], take_rows(offsets, where), OFFSET_WEIGHTS), sizes_B2
-            )
-            best = torch.where(at_least(decoded, self.min_side_px), best, -torch.inf)
-            # Coarse levels have fewer anchors; equal lengths let one launch suppress all levels.
-            short = most - best.shape[1]
-            boxes.append(F.pad(decoded, (0, 0, 0, short)))
-            scores.append(F.pad(best, (0, short), value=-torch.inf))
-            index.append(F.pad(where + first, (0, short)))
-            first += len(anchors)
-        return torch.stack(boxes, dim=1), torch.stack(scores, dim=1), torch.stack(index, dim=1)
+        best, index, offsets, first = [], [], [], 0
+        most = max(min(counts.before_nms, logits.shape[1]) for logits in outputs.logits)
+        for logits, own_offsets in zip(outputs.logits, outputs.offsets, strict=True):
+            top, where = torch.topk(logits, min(counts.before_nms, logits.shape[1]), dim=1)
+            own = take_rows(own_offsets, where)
+            # Coarse levels have fewer anchors; equal lengths let all levels be decoded and
+            # suppressed at once.
+            if short := most - top.shape[1]:
+                top = F.pad(top, (0, short), value=-torch.inf)
+                where, own = F.pad(where, (0, short)), F.pad(own, (0, 0, 0, short))
+            best.append(top)
+            index.append(where + first)
+            offsets.append(own)
+            first += logits.shape[1]
+        index_BLK = torch.stack(index, dim=1)
+        references = torch.cat(outputs.anchors)[index_BLK]
+        decoded = clip(decode(references, torch.stack(offsets, dim=1), OFFSET_WEIGHTS), sizes_B2)
+        # In fp32: under autocast the logits are bf16.
+        scores = torch.stack(best, dim=1).float()
+        large = at_least(decoded, self.min_side_px)
+        return decoded, torch.where(large, scores, -torch.inf), index_BLK
 
 
 @dataclass(frozen=True)
