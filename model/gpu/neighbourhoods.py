@@ -73,6 +73,7 @@ def of_rois(maps: Sequence[Tensor], cell_BS: Tensor) -> Tensor:
             cells,
             len(maps),
             _BLOCK,
+            enable_fp_fusion=False,
         )
     # In cells of their own maps: a stride of 1. RoIAlign repeats the border, a convolution has
     # zeros there.

@@ -135,7 +135,15 @@ def assigned(rois_R5: Tensor, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
         # The side, in canonical sides, from which a box belongs to the second level.
         second = 2.0 ** (strides[0].bit_length() - CANONICAL_LOG_STRIDE)
         _assign[(triton.cdiv(len(rois_R5), _ROIS),)](
-            rois_R5, finite, levels, len(rois_R5), CANONICAL_SIDE_PX, second, len(strides), _ROIS
+            rois_R5,
+            finite,
+            levels,
+            len(rois_R5),
+            CANONICAL_SIDE_PX,
+            second,
+            len(strides),
+            _ROIS,
+            enable_fp_fusion=False,
         )
     return finite, levels
 

@@ -109,13 +109,14 @@ def levels_agree() -> None:
         assert levels.tolist() == assign_levels(wanted[:, 1:], strides).tolist()
 
 
-def cells_agree(sizes: tuple[tuple[int, int], ...]) -> None:
+def cells_agree(sizes: tuple[tuple[int, int], ...], device: str = "cpu") -> None:
     """Asserts that the neighbourhoods of every cell, and gradients, are torch's."""
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(1, 3, *size, generator=generator, requires_grad=True) for size in sizes]
     # One cell twice: its gradients add up.
     cells = torch.arange(sum(height * width for height, width in sizes)).repeat(2)[None, :-3]
-    found, wanted = of_rois(maps, cells), neighbourhoods(maps, cells)
+    found = of_rois([m.to(device) for m in maps], cells.to(device)).cpu()
+    wanted = neighbourhoods(maps, cells)
     assert torch.equal(found, wanted)
     upstream = torch.randn(wanted.shape, generator=generator)
     ours, theirs = (torch.autograd.grad(values, maps, upstream) for values in (found, wanted))
