@@ -163,12 +163,10 @@ def compile_all(capability: int) -> None:
 
 
 def _type(argument: str) -> str:
-    if argument in ("gradient", "packed", "crops", "inside") or argument.startswith(
-        ("map_", "to_map_")
-    ):
+    if argument in ("gradient", "packed", "crops") or argument.startswith(("map_", "to_map_")):
         return "*bf16"
-    if argument == "cells":
-        return "*i64"
+    if argument in ("cells", "inside"):
+        return "*i64" if argument == "cells" else "*u8"
     if argument in ("levels", "touched", "places"):
         return "*i32"
     if argument.startswith("scale_") or argument in ("canonical_side", "second"):
