@@ -16,6 +16,14 @@ from model.roi.samples import FlatRoIs
 _UPSAMPLING = 4  # of RoI features to the map: a deconvolution of stride 2, then bilinear by 2
 
 
+class Doubling(nn.Module):
+    """Twice the side, bilinear, as a part: `model.gpu` has one whose gradients repeat."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, 2 H, 2 W) of maps (B, C, H, W)."""
+        return F.interpolate(maps, scale_factor=2, mode="bilinear", align_corners=False)
+
+
 class KeypointBranch(nn.Module):
     """3 x 3 convolutions, a 4 x 4 deconvolution of stride 2, bilinear upsampling by 2."""
 
@@ -35,6 +43,7 @@ class KeypointBranch(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(inputs[i], width, 3, padding=1) for i in range(convs))
         self.conv_relu = ConvReLU()
         self.logits = nn.ConvTranspose2d(width, num_keypoints, 4, stride=2, padding=1)
+        self.doubling = Doubling()
         self.side = _UPSAMPLING * side
         self.half_pixel_px = half_pixel_px
         self.loss_weight = loss_weight
@@ -45,7 +54,8 @@ class KeypointBranch(nn.Module):
         for conv in self.convs:
             x = self.conv_relu(conv, x)
         # The paper deconvolves to 28 x 28, then doubles the side (section 5).
-        return F.interpolate(self.logits(x), scale_factor=2, mode="bilinear", align_corners=False)
+        logits: Tensor = self.doubling(self.logits(x))
+        return logits
 
     def loss(self, logits: Tensor, rois: FlatRoIs, keypoints_BGP3: Tensor) -> Tensor:
         """Sum over the keypoints of weighted RoIs that are labelled and inside their RoI."""

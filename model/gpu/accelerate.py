@@ -6,9 +6,11 @@ from torch import nn
 
 from model.backbone.layouts import Merge
 from model.backbone.networks import ConvReLU, ResNetMaps
+from model.branches import keypoint
 from model.branches.box import FCTrunk
 from model.branches.mask import FCNHead
 from model.detector import Detector
+from model.gpu import doubling
 from model.gpu.usable import kernels, why_not
 from model.matching import MatchedSampling
 from model.roi.crops import SeparateCrops
@@ -59,6 +61,8 @@ def _fast(module: nn.Module) -> nn.Module | None:
         from model.gpu import neighbourhoods
 
         return neighbourhoods.Neighbourhoods()
+    if type(module) is keypoint.Doubling:
+        return doubling.Doubling()
     kinds = (ResNetMaps, nn.Sequential, nn.Conv2d, ConvReLU, Merge)
     if type(module) is FCNHead and not (why_not("convolution") or why_not("mask")):
         from model.gpu import mask

@@ -56,29 +56,48 @@ def trial() -> bool:
 
 def of_rois(maps: Sequence[Tensor], cell_BS: Tensor) -> Tensor:
     """(B, S, 9 C), as `neighbourhoods`."""
-    images, cells = cell_BS.shape
-    device = cell_BS.device
-    rois = torch.empty(images * cells, 5, dtype=torch.float32, device=device)
-    levels = torch.empty(images * cells, dtype=torch.int32, device=device)
-    inside = torch.empty(images * cells, 1, 3, 3, dtype=maps[0].dtype, device=device)
-    if rois.numel():
-        _place[(triton.cdiv(images * cells, _BLOCK),)](
-            cell_BS.contiguous(),
-            *of_levels([features.shape[2] for features in maps]),
-            *of_levels([features.shape[3] for features in maps]),
-            rois,
-            levels,
-            inside,
-            images * cells,
-            cells,
-            len(maps),
-            _BLOCK,
-        )
+    heights, widths = [m.shape[2] for m in maps], [m.shape[3] for m in maps]
+    rois, levels, inside = torch.ops.maskray.place_cells(cell_BS, heights, widths)
     # In cells of their own maps: a stride of 1. RoIAlign repeats the border, a convolution has
     # zeros there.
     strides = [1] * len(maps)
     crops = align_levels(maps, rois, levels, strides, 3, 1, aligned=True, channels_last=False)
-    return torch.unflatten((crops * inside).flatten(1), 0, (images, cells))
+    return torch.unflatten((crops * inside).flatten(1), 0, cell_BS.shape)
+
+
+def _placed(
+    cell_BS: Tensor, heights: Sequence[int], widths: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The RoIs, their levels, and which of their cells are on the map: bool (R, 1, 3, 3)."""
+    rois, levels, inside = _fake_placed(cell_BS, heights, widths)
+    if len(rois):
+        _place[(triton.cdiv(len(rois), _BLOCK),)](
+            cell_BS.contiguous(),
+            *of_levels(heights),
+            *of_levels(widths),
+            rois,
+            levels,
+            inside.view(torch.uint8),
+            len(rois),
+            cell_BS.shape[1],
+            len(heights),
+            _BLOCK,
+            enable_fp_fusion=False,
+        )
+    return rois, levels, inside
+
+
+def _fake_placed(
+    cell_BS: Tensor,
+    heights: Sequence[int],  # noqa: ARG001
+    widths: Sequence[int],  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    rois = cell_BS.shape[0] * cell_BS.shape[1]
+    return (
+        cell_BS.new_empty(rois, 5, dtype=torch.float32),
+        cell_BS.new_empty(rois, dtype=torch.int32),
+        cell_BS.new_empty(rois, 1, 3, 3, dtype=torch.bool),
+    )
 
 
 @triton.jit(do_not_specialize=[*_SIZES, "num_rois", "num_cells"])  # type: ignore[untyped-decorator]
@@ -137,3 +156,12 @@ def _place(  # type: ignore[no-untyped-def]
             y, x = row + i - 1, column + j - 1
             on_map = (y >= 0) & (y < height) & (x >= 0) & (x < width)
             tl.store(inside + roi * 9 + i * 3 + j, on_map.to(inside.dtype.element_ty), there)
+
+
+torch.library.define(
+    "maskray::place_cells",
+    "(Tensor cell_BS, int[] heights, int[] widths) -> (Tensor, Tensor, Tensor)",
+)
+for _device in ("cuda", "cpu"):  # on the CPU for Triton's interpreter alone
+    torch.library.impl("maskray::place_cells", _device, _placed)
+torch.library.register_fake("maskray::place_cells", _fake_placed)

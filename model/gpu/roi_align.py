@@ -128,16 +128,32 @@ def assigned(rois_R5: Tensor, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
 
     One launch for what takes torch 17.
     """
+    finite, levels = torch.ops.maskray.assign_levels(rois_R5, strides)
+    return finite, levels
+
+
+def _assigned(rois_R5: Tensor, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
     rois_R5 = rois_R5.contiguous()
-    finite = torch.empty_like(rois_R5)
-    levels = torch.empty(len(rois_R5), dtype=torch.int32, device=rois_R5.device)
+    finite, levels = _fake_assigned(rois_R5, strides)
     if len(rois_R5):
         # The side, in canonical sides, from which a box belongs to the second level.
         second = 2.0 ** (strides[0].bit_length() - CANONICAL_LOG_STRIDE)
         _assign[(triton.cdiv(len(rois_R5), _ROIS),)](
-            rois_R5, finite, levels, len(rois_R5), CANONICAL_SIDE_PX, second, len(strides), _ROIS
+            rois_R5,
+            finite,
+            levels,
+            len(rois_R5),
+            CANONICAL_SIDE_PX,
+            second,
+            len(strides),
+            _ROIS,
+            enable_fp_fusion=False,
         )
     return finite, levels
+
+
+def _fake_assigned(rois_R5: Tensor, strides: Sequence[int]) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return torch.empty_like(rois_R5), rois_R5.new_empty(rois_R5.shape[0], dtype=torch.int32)
 
 
 def align_levels(
@@ -708,6 +724,9 @@ def _product(shares, numbers, total):  # type: ignore[no-untyped-def]
     return tl.dot(low, numbers, tl.dot(high, numbers, total))
 
 
+torch.library.define(
+    "maskray::assign_levels", "(Tensor rois_R5, int[] strides) -> (Tensor, Tensor)"
+)
 _LEVELS = "Tensor rois_R5, Tensor levels_R"
 torch.library.define(
     "maskray::align_levels",
@@ -720,8 +739,10 @@ torch.library.define(
     "int samples, bool aligned) -> Tensor[]",
 )
 for _device in ("cuda", "cpu"):  # on the CPU for Triton's interpreter alone
+    torch.library.impl("maskray::assign_levels", _device, _assigned)
     torch.library.impl("maskray::align_levels", _device, _forward)
     torch.library.impl("maskray::spread_levels", _device, _spread)
+torch.library.register_fake("maskray::assign_levels", _fake_assigned)
 torch.library.register_fake("maskray::align_levels", _fake)
 torch.library.register_fake("maskray::spread_levels", _fake_spread)
 torch.library.register_autograd("maskray::align_levels", _backward, setup_context=_keep)

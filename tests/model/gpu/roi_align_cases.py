@@ -109,13 +109,14 @@ def levels_agree() -> None:
         assert levels.tolist() == assign_levels(wanted[:, 1:], strides).tolist()
 
 
-def cells_agree(sizes: tuple[tuple[int, int], ...]) -> None:
+def cells_agree(sizes: tuple[tuple[int, int], ...], device: str = "cpu") -> None:
     """Asserts that the neighbourhoods of every cell, and gradients, are torch's."""
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(1, 3, *size, generator=generator, requires_grad=True) for size in sizes]
     # One cell twice: its gradients add up.
     cells = torch.arange(sum(height * width for height, width in sizes)).repeat(2)[None, :-3]
-    found, wanted = of_rois(maps, cells), neighbourhoods(maps, cells)
+    found = of_rois([m.to(device) for m in maps], cells.to(device)).cpu()
+    wanted = neighbourhoods(maps, cells)
     assert torch.equal(found, wanted)
     upstream = torch.randn(wanted.shape, generator=generator)
     ours, theirs = (torch.autograd.grad(values, maps, upstream) for values in (found, wanted))
@@ -162,12 +163,10 @@ def compile_all(capability: int) -> None:
 
 
 def _type(argument: str) -> str:
-    if argument in ("gradient", "packed", "crops", "inside") or argument.startswith(
-        ("map_", "to_map_")
-    ):
+    if argument in ("gradient", "packed", "crops") or argument.startswith(("map_", "to_map_")):
         return "*bf16"
-    if argument == "cells":
-        return "*i64"
+    if argument in ("cells", "inside"):
+        return "*i64" if argument == "cells" else "*u8"
     if argument in ("levels", "touched", "places"):
         return "*i32"
     if argument.startswith("scale_") or argument in ("canonical_side", "second"):
