@@ -19,7 +19,9 @@ from model.gpu.convolution import before_shift, convolved, fits
 
 def is_folded_stage(module: nn.Module) -> bool:
     """Whether the module is a stage of torchvision's own blocks with folded norms."""
-    return type(module) is nn.Sequential and all(_is_folded(block) for block in module)
+    if type(module) is not nn.Sequential or not len(module):
+        return False
+    return all(_is_folded(block) for block in module)
 
 
 def _is_folded(block: nn.Module) -> bool:

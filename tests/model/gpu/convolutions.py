@@ -102,8 +102,8 @@ def check_sums_and_copies() -> None:
 def check_mask_head() -> None:
     """Each RoI's own mask, of 0 to 3 RoIs and of more channels than a program takes."""
     torch.manual_seed(5)
-    for rois, width in ((2, 260), (0, 4)):
-        theirs = FCNHead(3, 1, width, 4)
+    for rois, convs, width in ((2, 0, 260), (3, 1, 5), (0, 1, 4)):
+        theirs = FCNHead(3, convs, width, 4)
         ours = copy.deepcopy(nn.ModuleList([theirs]))
         swap(ours)
         x = draw(rois, 3, 3, 2).requires_grad_()
