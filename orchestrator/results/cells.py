@@ -83,7 +83,7 @@ def exploratory_table(comparison: Comparison, metrics: Sequence[str]) -> Table:
                         arm_label(arm),
                         metric_label(metric),
                         points(difference.mean, True),
-                        _interval_text(difference.low, difference.high),
+                        interval_text(difference.low, difference.high),
                     )
                 )
     return Table(("arm", "metric", "diff", _INTERVAL), tuple(rows), left=2)
@@ -225,7 +225,7 @@ def _answer_row(answer: Answer) -> Row:
             Cell(asked.minus),
             Cell(metric_label(asked.metric)),
             Cell(points(estimate.difference, True)),
-            Cell(_interval_text(estimate.low, estimate.high)),
+            Cell(interval_text(estimate.low, estimate.high)),
             Cell(str(estimate.seeds)),
             Cell(expected.strip() or "-"),
             Cell(verdict_text(answer), _colour(answer)),
@@ -233,5 +233,5 @@ def _answer_row(answer: Answer) -> Row:
     )
 
 
-def _interval_text(low: float, high: float) -> str:
+def interval_text(low: float, high: float) -> str:
     return "-" if math.isnan(low) else f"{points(low, True)} to {points(high, True)}"

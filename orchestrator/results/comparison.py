@@ -267,7 +267,7 @@ def _answers(
     for asked, good, any_ in zip(family, trusted, whole, strict=True):
         why = [unsound[arm] for arm in asked.weights if arm in unsound]
         if not why and good.seeds < MIN_SEEDS:
-            why = [f"{good.seeds} seeds of an arm; a verdict takes {MIN_SEEDS}"]
+            why = [f"{good.seeds} seeds of an arm, and a verdict takes {MIN_SEEDS}"]
         verdict = verdict_of(good.low, good.high, asked.margin / 100)
         if not why and not verdict:
             why = ["the seeds give no interval"]

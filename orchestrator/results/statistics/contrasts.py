@@ -78,6 +78,7 @@ class Estimate:
     resolvable: float
     seeds: int  # of the arm that has the fewest
     df: float
+    quantile: float = math.nan  # half of the interval is this many standard errors
 
 
 def simultaneous(
@@ -309,6 +310,7 @@ def _estimate(contrast: Contrast, part: _Part | None, quantile: float) -> Estima
         resolvable(part.error, quantile, part.df),
         part.seeds,
         part.df,
+        quantile,
     )
 
 

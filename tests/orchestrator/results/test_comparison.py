@@ -106,7 +106,7 @@ def test_more_contrasts_ask_for_stronger_evidence() -> None:
 
 def test_two_seeds_give_no_verdict() -> None:
     answer = only(two_arms([0.1, 0.11], [0.3, 0.31]))
-    assert (answer.verdict, answer.withheld) == ("", "2 seeds of an arm; a verdict takes 3")
+    assert (answer.verdict, answer.withheld) == ("", "2 seeds of an arm, and a verdict takes 3")
 
 
 def test_trials_that_go_on_withhold_even_the_interval() -> None:
