@@ -50,11 +50,11 @@ def all_metric_names() -> list[str]:
     return [f"{kind}/{name}" for kind in KINDS for name in stats_of(kind)]
 
 
-def check_metric(metric: str) -> None:
-    """Raises ValueError, with the nearest name, if no model has this metric."""
+def check_metric(metric: str, where: str = "metrics") -> None:
+    """Raises ValueError of one line, with the nearest name, if no model has this metric."""
     known = all_metric_names()
     if metric not in known:
         near = difflib.get_close_matches(metric, known, n=1, cutoff=0.6)
         raise ValueError(
-            f"metrics: no metric {metric!r}; did you mean {near[0] if near else 'segm/AP'!r}?"
+            f"{where}: no metric {metric!r}; did you mean {near[0] if near else 'segm/AP'!r}?"
         )

@@ -120,6 +120,8 @@ def _without_union_tags(data: Any, location: Sequence[Any]) -> list[Any]:
         if at_union and isinstance(node, Mapping) and node.get("kind") == step:
             at_union = False
             continue
+        if isinstance(step, str) and step.startswith("<"):  # the tag of a union without `kind`
+            continue
         parts.append(step)
         if isinstance(node, Mapping):
             node = node.get(step)
@@ -139,6 +141,8 @@ def field_names(record: type[BaseModel], parts: Sequence[Any], data: Any) -> lis
     for part in parts:
         node = node.get(part) if isinstance(node, Mapping) else None
         found = [r.model_fields[part].annotation for r in current if part in r.model_fields]
+        if not found:
+            continue  # the key of a mapping: what it leads to is known already
         current = [r for annotation in found for r in _records(annotation)]
         kind = node.get("kind") if isinstance(node, Mapping) else None
         if kind is not None:

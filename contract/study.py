@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
 from contract.record import Record
 
@@ -71,6 +71,45 @@ def check_gpus(resources: Resources) -> None:
         )
 
 
+def _form(side: Any) -> str:
+    return "<arm>" if isinstance(side, str) else "<difference>"
+
+
+class Difference(Record):
+    """One side minus the other. A side is an arm, or itself a difference.
+
+    An arm is a name of `arms`, "factor=level,factor=level" (a factor that it leaves out: the mean
+    over its levels), a level that one factor alone has, or "baseline".
+    """
+
+    of: Side
+    minus: Side
+
+
+# The tags never reach a person: `contract.record` leaves them out of a path.
+Side: TypeAlias = Annotated[
+    Annotated[str, Tag("<arm>")] | Annotated[Difference, Tag("<difference>")],
+    Discriminator(_form),
+]
+
+Expected: TypeAlias = Literal["", "better", "worse", "equivalent"]
+Variance: TypeAlias = Literal["pooled", "own"]
+
+
+class Contrast(Difference):
+    """What a study asks. `expected` is told beside the answer; it makes no test one-sided."""
+
+    metric: str = ""  # empty: the study's primary one
+    expected: Expected = ""
+    margin: float = Field(0.0, ge=0, le=100)  # points of AP; 0 asks for no equivalence
+
+    @model_validator(mode="after")
+    def _equivalent_within(self) -> Contrast:
+        if self.expected == "equivalent" and not self.margin:
+            raise ValueError("expected: equivalent needs a margin in points, such as margin: 1.0")
+        return self
+
+
 class Study(Record):
     """A baseline, named factors with named levels, a design and seeds.
 
@@ -92,12 +131,17 @@ class Study(Record):
     max_attempts: int = Field(3, ge=1)
     paper_table: str = ""  # key into paper_tables.json, shown beside one's own numbers
     paper_rows: dict[str, str] = {}  # "factor=level,..." -> row of that table
-    metrics: tuple[str, ...] = (
-        "bbox/AP",
-        "segm/AP",
-        "segm/AP50",
-        "segm/AP75",
+    metrics: tuple[str, ...] = Field(
+        ("bbox/AP", "segm/AP", "segm/AP50", "segm/AP75"), min_length=1
     )  # columns of the report
+    primary: str = (
+        ""  # the metric of contrasts that name none; empty: the first of `metrics` that there is
+    )
+    arms: dict[str, str] = {}  # short names of arms, for contrasts
+    # The family that verdicts are on, at 5% together; empty: each arm minus the baseline.
+    contrasts: dict[str, Contrast] = {}
+    variance: Variance = "pooled"  # of seeds: one for all arms, or each arm its own
+    learned_ap: float = Field(10.0, ge=0, le=100)  # points of `primary` below which no verdict is
 
     @field_validator("seeds", mode="before")
     @classmethod

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from orchestrator.cli import change, doctor, reproduce, service, show, spawned, studies
+from orchestrator.cli import change, compare, doctor, reproduce, service, show, spawned, studies
 
 app = typer.Typer(
     name="maskray",
@@ -20,5 +20,5 @@ app = typer.Typer(
 )
 
 # The order here is the order in `maskray --help`.
-for group in (spawned, studies, show, change, service, reproduce, doctor):
+for group in (spawned, studies, compare, show, change, service, reproduce, doctor):
     group.register(app)

@@ -56,14 +56,17 @@ def plan(
 ) -> None:
     """Show what a study would run: trials, ranks, identities, what is cached. Starts nothing."""
     from orchestrator.local.connect import running_client
+    from orchestrator.results.foresight import measured_spread
     from orchestrator.results.plan import gangs_at_once, make_plan, measured_speeds
 
     submission, _ = _prepare(study, data, code)
     client = running_client()  # a plan starts no service: without one nothing is cached either
     finished = client.finished([trial.identity for trial in submission.trials]) if client else {}
-    speeds = measured_speeds(submission.study.name, client.studies()) if client else {}
+    views = client.studies() if client else []
+    speeds = measured_speeds(submission.study.name, views)
+    spread = measured_spread(submission.study.baseline.preset, views)
     gangs = gangs_at_once(submission.study, client.info().cluster.nodes) if client else 0
-    result = make_plan(submission, finished, speeds, gangs)
+    result = make_plan(submission, finished, speeds, gangs, spread)
     print_result(result.as_json(), result.text(), json)
 
 

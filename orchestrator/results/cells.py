@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from contract.answers import StudyView
 from contract.metrics import MASK_INFERENCES
+from orchestrator.results.comparison import Answer, Arm, Comparison
 from orchestrator.results.facts import Facts, arm_key
-from orchestrator.results.statistics import CONFIDENCE, Arm, Comparison, Difference, Summary
+from orchestrator.results.statistics.summary import CONFIDENCE, Summary
 
+_INTERVAL = f"{100 * CONFIDENCE:.0f}% interval"
 _GROUPS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 
 
@@ -56,22 +58,35 @@ def arms_table(comparison: Comparison, metrics: Sequence[str]) -> Table:
         cells = [Cell(name) for name in arm.arm.values() or ("baseline",)]
         cells.append(Cell(seeds_text(arm)))
         for metric in metrics:
-            cells += [Cell(mean_text(arm.metrics.get(metric))), _difference_cell(arm, metric)]
+            # An interval before the end would be looked at again, and each look is a chance.
+            mean = mean_text(arm.metrics.get(metric), bare=bool(comparison.early))
+            cells += [Cell(mean), _difference_cell(comparison, arm, metric)]
         rows.append(Row(tuple(cells), arm.baseline))
     return Table(tuple(head), tuple(rows), max(1, len(factors)))
 
 
-def differences_table(comparison: Comparison, metrics: Sequence[str]) -> Table:
-    """A row for each arm and metric: the difference with its interval and verdict."""
+def answers_table(comparison: Comparison) -> Table:
+    """A row for each contrast of the family: what it asks, its interval and its verdict."""
+    head = ("contrast", "of", "minus", "metric", "diff", _INTERVAL, "seeds", "expected", "verdict")
+    return Table(head, tuple(_answer_row(answer) for answer in comparison.answers), left=4)
+
+
+def exploratory_table(comparison: Comparison, metrics: Sequence[str]) -> Table:
+    """Each arm minus the baseline by each column that no contrast of the family asks for."""
     rows = []
     for arm in comparison.arms:
         for metric in shown_metrics(comparison, metrics):
             difference = arm.differences.get(metric)
-            if difference is not None:
-                names = Cell(arm_label(arm)), Cell(metric_label(metric))
-                rows.append(Row((*names, *_difference_cells(difference))))
-    interval = f"{100 * CONFIDENCE:.0f}% interval"
-    return Table(("arm", "metric", "diff", interval, "p", "seeds", "verdict"), tuple(rows), left=2)
+            if difference is not None and comparison.answer(arm, metric) is None:
+                rows.append(
+                    Row.of(
+                        arm_label(arm),
+                        metric_label(metric),
+                        points(difference.mean, True),
+                        interval_text(difference.low, difference.high),
+                    )
+                )
+    return Table(("arm", "metric", "diff", _INTERVAL), tuple(rows), left=2)
 
 
 def softmax_table(comparison: Comparison) -> Table:
@@ -105,7 +120,7 @@ def paper_table(facts: Facts, comparison: Comparison) -> Table:
                 published = points(paper.metrics.get(metric, math.nan))
                 gain = "" if arm.baseline else points(gains.get(metric, math.nan), signed=True)
                 ours = mean_text(arm.metrics[metric])
-                difference = _difference_cell(arm, metric).text
+                difference = _difference_cell(comparison, arm, metric).text
                 names = arm_label(arm), metric_label(metric)
                 rows.append(Row.of(*names, ours, published, difference, gain))
     head = ("arm", "metric", "ours", "paper", "diff", "paper's diff")
@@ -163,35 +178,60 @@ def seeds_text(arm: Arm) -> str:
     return f"{text}*" if arm.marks else text
 
 
-def mean_text(summary: Summary | None) -> str:
-    """The mean with half of its interval, which one seed does not have."""
+def mean_text(summary: Summary | None, bare: bool = False) -> str:
+    """The mean with half of its interval, which one seed does not have; `bare` leaves it out."""
     if summary is None:
         return "-"
     half = (summary.high - summary.low) / 2
-    return points(summary.mean) if math.isnan(half) else f"{points(summary.mean)} ±{points(half)}"
+    return (
+        points(summary.mean)
+        if math.isnan(half) or bare
+        else f"{points(summary.mean)} ±{points(half)}"
+    )
 
 
-def _difference_cell(arm: Arm, metric: str) -> Cell:
+def verdict_text(answer: Answer) -> str:
+    """The verdict; where it is not resolved with the difference that could have been seen."""
+    if not answer.verdict:
+        return "withheld"
+    if answer.verdict == "not resolved":
+        return f"not resolved (sees {points(answer.estimate.resolvable)})"
+    return answer.verdict
+
+
+def _difference_cell(comparison: Comparison, arm: Arm, metric: str) -> Cell:
     if arm.baseline:
         return Cell("", "quiet")
     difference = arm.differences.get(metric)
     if difference is None:
         return Cell("-", "diff")
-    # "not shown" has no colour of its own: a difference that may be noise must not look like news.
-    colour = difference.verdict if difference.verdict in ("better", "worse") else ""
+    answer = comparison.answer(arm, metric)
+    colour = _colour(answer) if answer else ""
     return Cell(points(difference.mean, signed=True), f"diff {colour}".strip())
 
 
-def _difference_cells(difference: Difference) -> list[Cell]:
-    """Difference, interval, p, pairs, verdict."""
-    low, high, p = difference.low, difference.high, difference.p_adjusted
-    interval = "-" if math.isnan(low) else f"{points(low, True)} to {points(high, True)}"
-    texts = points(difference.mean, True), interval, _p_text(p), str(len(difference.by_seed))
-    verdict = Cell(difference.verdict or "none", difference.verdict.replace(" ", "-"))
-    return [*map(Cell, texts), verdict]
+def _colour(answer: Answer) -> str:
+    # What may be noise, or is of no matter, must not look like news.
+    return answer.verdict if answer.verdict in ("better", "worse") else ""
 
 
-def _p_text(p: float) -> str:
-    if math.isnan(p):
-        return "-"
-    return "<0.001" if p < 0.001 else f"{p:.3f}"  # three decimals would round it to zero
+def _answer_row(answer: Answer) -> Row:
+    asked, estimate = answer.asked, answer.estimate
+    expected = asked.expected + (f" (±{asked.margin:g})" if asked.margin else "")
+    return Row(
+        (
+            Cell(asked.name),
+            Cell(asked.of),
+            Cell(asked.minus),
+            Cell(metric_label(asked.metric)),
+            Cell(points(estimate.difference, True)),
+            Cell(interval_text(estimate.low, estimate.high)),
+            Cell(str(estimate.seeds)),
+            Cell(expected.strip() or "-"),
+            Cell(verdict_text(answer), _colour(answer)),
+        )
+    )
+
+
+def interval_text(low: float, high: float) -> str:
+    return "-" if math.isnan(low) else f"{points(low, True)} to {points(high, True)}"

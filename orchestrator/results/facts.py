@@ -9,15 +9,21 @@ from pathlib import Path
 
 from contract.answers import StudyView, TrialView
 from contract.study import Study
-from orchestrator.results.trial_files import SeenResult, SeenRun, read_result, read_spec, seen
+from orchestrator.results.comparison import Folders
+from orchestrator.results.soundness import Course
+from orchestrator.results.trial_files import (
+    SeenResult,
+    SeenRun,
+    read_history,
+    read_result,
+    read_spec,
+    seen,
+)
 from orchestrator.study.baseline import BaselineRun
+from orchestrator.study.contrasts import parse_arm, primary_of
 from orchestrator.study.expand import VAL_IMAGES_TAG
 from orchestrator.study.paper import PaperRow, paper_tables
-from orchestrator.study.read import parse_arm
 
-# Images that a trial has to see before its numbers say anything about an arm: about one epoch of
-# COCO.
-MIN_IMAGES_FOR_VERDICT = 100_000
 # The shortest recipe among the paper's own main tables: ResNeXt, 160,000 steps of 8 images.
 MIN_IMAGES_FOR_PAPER = 1_280_000
 PAPER_VAL_IMAGES = 5_000  # of val2017
@@ -41,6 +47,7 @@ class Facts:
 
     precision: in which the finished trials computed; empty before there is one. trials: trial id ->
     its folder. papers: arm -> row, for the arms that the study assigns one.
+    scope: on what the numbers are, in words: they say nothing about anything else.
     """
 
     study: Study
@@ -49,13 +56,21 @@ class Facts:
     no_paper: str
     papers: Mapping[ArmKey, PaperRow]
     precision: str
+    scope: str
+    primary: str
+    folders: Folders
 
 
 def gather(view: StudyView) -> Facts:
     """Reads the trials' folders; a folder that is gone or still empty leaves gaps, not errors."""
     study = Study.model_validate(view.spec)
     facts = {trial.trial: _trial_facts(trial, study) for trial in view.trials}
-    machinery = _machinery_only(study, view.trials, facts)
+    machinery = _machinery_only(study)
+    primary = primary_of(study, {metric for trial in view.trials for metric in trial.metrics})
+    folders = Folders(
+        {trial.trial: _course(trial, facts[trial.trial], primary) for trial in view.trials},
+        {name: known.result.weights_sha256 for name, known in facts.items()},
+    )
     return Facts(
         study,
         facts,
@@ -63,6 +78,9 @@ def gather(view: StudyView) -> Facts:
         _no_paper(study, machinery, view.trials, facts),
         _paper_rows(study, view.trials),
         _precision(view.trials, facts),
+        _scope(study, list(facts.values())),
+        primary,
+        folders,
     )
 
 
@@ -103,25 +121,37 @@ def _precision(trials: Sequence[TrialView], facts: Mapping[str, TrialFacts]) -> 
     return f"{', '.join(parts)}: a difference between arms may be one of precision"
 
 
-def _machinery_only(
-    study: Study, trials: Sequence[TrialView], facts: Mapping[str, TrialFacts]
-) -> str:
-    reasons = []
-    if len(study.seeds) == 1:
-        reasons.append("one seed")
-    images = [facts[trial.trial].run.images for trial in trials]
-    if images and min(images) == 0:
-        reasons.append("a training length that is not known")
-    elif images and min(images) < MIN_IMAGES_FOR_VERDICT:
-        reasons.append(
-            f"a short schedule ({min(images):,} training images, under {MIN_IMAGES_FOR_VERDICT:,})"
-        )
-    if not reasons:
+def _machinery_only(study: Study) -> str:
+    if len(study.seeds) > 1:
         return ""
-    return (
-        f"{' and '.join(reasons)}: this shows that the machinery works, "
-        "it is no evidence about the arms"
-    )
+    return "one seed: this shows that the machinery works, it is no evidence about the arms"
+
+
+def _scope(study: Study, facts: Sequence[TrialFacts]) -> str:
+    """On what the numbers are: images, schedule, preset. What is not known is left out."""
+    parts = []
+    images = sorted({known.tags.get(VAL_IMAGES_TAG, "") for known in facts} - {""}, key=int)
+    if images:
+        names = {Path(known.run.val).parent.name for known in facts if known.run.val}
+        of = f" of {names.pop()}" if len(names) == 1 and "" not in names else ""
+        parts.append(f"these {_range(list(map(int, images)))} validation images{of}")
+    steps = sorted({known.run.steps for known in facts} - {0})
+    if steps:
+        parts.append(f"{_range(steps)} steps")
+    parts.append(study.baseline.preset or study.baseline.file)
+    return ", ".join(filter(None, parts))
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = f"{numbers[0]:,}", f"{numbers[-1]:,}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _course(trial: TrialView, known: TrialFacts, primary: str) -> Course:
+    run = known.run
+    # A run that is evaluated at its end alone has no history to read.
+    history = read_history(trial, primary) if run.eval_every_steps else ()
+    return Course(run.steps, known.result.step, run.eval_every_steps, history)
 
 
 def _no_paper(
@@ -162,7 +192,7 @@ def _paper_rows(study: Study, trials: Sequence[TrialView]) -> dict[ArmKey, Paper
     published = paper_tables()[study.paper_table]
     rows: dict[ArmKey, PaperRow] = {}
     for text, name in study.paper_rows.items():
-        wanted = parse_arm(text, study).items()
+        wanted = parse_arm(text, study.factors, "paper_rows").items()
         for trial in trials:
             if wanted <= trial.arm.items():
                 rows[arm_key(trial.arm)] = published.row(name)

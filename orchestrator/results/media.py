@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from contract.answers import TrialView
 from orchestrator.results.cells import arm_label
+from orchestrator.results.comparison import Comparison
 from orchestrator.results.facts import Facts
 from orchestrator.results.plots import Curve
-from orchestrator.results.statistics import Comparison
 from orchestrator.settings import service_files
 
 # The page holds everything in one file that people mail to each other.

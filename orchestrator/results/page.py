@@ -10,18 +10,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from contract.answers import StudyView
 from orchestrator.results.cells import (
     Table,
+    answers_table,
     arms_table,
-    differences_table,
+    exploratory_table,
     paper_table,
     shown_metrics,
     softmax_table,
     trials_table,
 )
+from orchestrator.results.comparison import Comparison
 from orchestrator.results.facts import Facts
 from orchestrator.results.media import loss_curves, pictures
 from orchestrator.results.plots import arms_plot, loss_plot
-from orchestrator.results.statistics import Comparison
-from orchestrator.results.table import notes_of
+from orchestrator.results.table import EXPLORATORY, family_title, notes_of
 
 _TEMPLATE = "report.html.j2"
 # Autoescape for every template, whatever its name ends in: names and errors are a person's texts.
@@ -37,9 +38,11 @@ def html_page(view: StudyView, facts: Facts, comparison: Comparison) -> str:
     """The whole document."""
     study = facts.study
     plots = [
-        arms_plot(comparison.arms, metric) for metric in shown_metrics(comparison, study.metrics)
+        arms_plot(comparison.arms, metric, bare=bool(comparison.early))
+        for metric in shown_metrics(comparison, study.metrics)
     ]
-    differences = differences_table(comparison, study.metrics)
+    silent = comparison.machinery_only or comparison.early
+    exploratory = exploratory_table(comparison, study.metrics)
     return _PAGES.get_template(_TEMPLATE).render(
         view=view,
         study=study,
@@ -48,7 +51,12 @@ def html_page(view: StudyView, facts: Facts, comparison: Comparison) -> str:
         machinery_only=comparison.machinery_only,
         withheld_paper=facts.no_paper if study.paper_table else "",
         arms=arms_table(comparison, study.metrics),
-        differences=None if comparison.machinery_only else _unless_empty(differences),
+        early=comparison.early,
+        answers=_unless_empty(answers_table(comparison)),
+        family=family_title(comparison),
+        scope=facts.scope,
+        exploratory=None if silent else _unless_empty(exploratory),
+        exploratory_title=EXPLORATORY,
         arm_plots=[plot for plot in plots if plot],
         softmax=_unless_empty(softmax_table(comparison)),
         paper=None if facts.no_paper else _unless_empty(paper_table(facts, comparison)),

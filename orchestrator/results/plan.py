@@ -11,6 +11,7 @@ from contract.answers import NodeView, StudyView
 from contract.recipe import RunConfig
 from contract.study import Study, Submission, TrialPlan
 from orchestrator.results.checkpoint_size import checkpoint_bytes
+from orchestrator.results.foresight import Foresight, Spread, assumed_spreads, foresee
 from orchestrator.results.table import aligned
 from orchestrator.results.trial_files import SeenRun, seen
 from orchestrator.schedule.gang import fit, take
@@ -46,11 +47,13 @@ class Plan:
     whole_h: float
     unknown: int
     disk_gib: float
+    foresight: Foresight
 
     def as_json(self) -> dict[str, Any]:
         """The answer of `maskray plan --json`; null where a time is not known."""
         return {
             "study": self.name,
+            "foresight": self.foresight.as_json(),
             "trials": [
                 {
                     "trial": planned.trial.key,
@@ -108,7 +111,22 @@ class Plan:
                 f"{self.gpu_hours:.1f} GPU-hours in all"
             )
         lines.append(f"disk: about {self.disk_gib:.1f} GiB of checkpoints and weights")
-        return "\n".join([table, "", *lines])
+        return "\n".join([table, "", *lines, *self._sees()])
+
+    def _sees(self) -> list[str]:
+        """What the contrasts can see, and the seeds that what is expected of them takes."""
+        head, rows = self.foresight.table()
+        if not rows:
+            return []
+        sources = "; ".join(f"{s.points:.2g} {s.source}" for s in self.foresight.spreads)
+        seeds = "1 seed" if self.foresight.seeds == 1 else f"{self.foresight.seeds} seeds"
+        return [
+            "",
+            f"With {seeds}, in points of AP at a power of 80%, and the seeds "
+            "that the expected difference takes",
+            f"(sd between seeds: {sources})",
+            aligned(head, rows, left=2),
+        ]
 
 
 def make_plan(
@@ -116,12 +134,13 @@ def make_plan(
     finished: Mapping[str, str],
     speeds: Mapping[str, float] | None = None,
     gangs: int = 0,
+    spread: Spread | None = None,
 ) -> Plan:
     """What the submission costs.
 
     finished: identity -> trial with a result. speeds: arm of a trial's key -> images/s of its gang,
     if measured. gangs: how many trials of this study the cluster can hold at once; 0 if that is not
-    known.
+    known. spread: between seeds, if measured.
     """
     resources, planned = submission.study.resources, []
     disk = gpu_hours = longest = 0.0
@@ -145,7 +164,15 @@ def make_plan(
         whole_hours([entry.hours for entry in planned if not entry.cached], slots) if slots else 0.0
     )
     return Plan(
-        submission.study.name, tuple(planned), at_once, gpu_hours, longest, whole, unknown, disk
+        submission.study.name,
+        tuple(planned),
+        at_once,
+        gpu_hours,
+        longest,
+        whole,
+        unknown,
+        disk,
+        foresee(submission, [spread] if spread else assumed_spreads()),
     )
 
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from orchestrator.results.cells import arm_label, metric_label
-from orchestrator.results.statistics import Arm
+from orchestrator.results.comparison import Arm
 
 _INK = "#010203"  # replaced by the page's text colour
 _BASELINE = "#e0813a"
@@ -47,10 +47,10 @@ class Curve:
     values: Sequence[float]
 
 
-def arms_plot(arms: Sequence[Arm], metric: str) -> str:
+def arms_plot(arms: Sequence[Arm], metric: str, bare: bool = False) -> str:
     """One line for each arm: seeds as dots, the mean as a bar, its interval as whiskers.
 
-    Empty without numbers.
+    bare: without whiskers. Empty without numbers.
     """
     shown = [arm for arm in arms if metric in arm.metrics]
     if not shown:
@@ -60,7 +60,7 @@ def arms_plot(arms: Sequence[Arm], metric: str) -> str:
         axes = figure.subplots()
         for row, arm in enumerate(reversed(shown)):  # matplotlib counts rows from below
             summary, colour = arm.metrics[metric], _BASELINE if arm.baseline else _COLOURS[0]
-            if not math.isnan(summary.low):
+            if not bare and not math.isnan(summary.low):
                 axes.plot(
                     [100 * summary.low, 100 * summary.high],
                     [row, row],

@@ -12,8 +12,8 @@ from typing import Any
 from contract.answers import StudyView
 from contract.files import finite
 from orchestrator.results.cells import arm_label
+from orchestrator.results.comparison import Answer, Arm, Comparison, answer_study
 from orchestrator.results.facts import Facts, arm_key, gather
-from orchestrator.results.statistics import Arm, Comparison, compare_arms
 from orchestrator.results.table import notes_of, text_report
 
 
@@ -34,7 +34,7 @@ def build_report(study: StudyView, folder: Path) -> Report:
     from orchestrator.results.page import html_page  # loads matplotlib
 
     facts = gather(study)
-    comparison = compare_arms(study.trials, facts.study.metrics, facts.machinery_only)
+    comparison = answer_study(facts.study, study.trials, facts.folders, facts.machinery_only)
     table = text_report(study, facts, comparison)
     files = {
         "report.html": html_page(study, facts, comparison),
@@ -111,8 +111,32 @@ def as_json(study: StudyView, facts: Facts, comparison: Comparison) -> dict[str,
         "machinery_only": comparison.machinery_only,
         "no_paper": facts.no_paper,
         "precision": facts.precision,
+        "early": comparison.early,
+        "scope": facts.scope,
+        "primary": facts.primary,
+        "contrasts": [finite(_answer_json(answer)) for answer in comparison.answers],
         "notes": notes_of(study, comparison),
         "arms": [finite(_arm_json(facts, arm)) for arm in comparison.arms],
+    }
+
+
+def _answer_json(answer: Answer) -> dict[str, Any]:
+    asked, estimate = answer.asked, answer.estimate
+    return {
+        "name": asked.name,
+        "arm": asked.of,
+        "reference": asked.minus,
+        "metric": asked.metric,
+        "weights": dict(asked.weights),
+        "difference": estimate.difference,
+        "low": estimate.low,
+        "high": estimate.high,
+        "seeds": estimate.seeds,
+        "expected": asked.expected,
+        "margin": asked.margin / 100,
+        "verdict": answer.verdict,
+        "withheld": answer.withheld,
+        "resolvable": estimate.resolvable,
     }
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from contract.answers import StudyView, TrialView
 from contract.study import Study, Submission
-from orchestrator.results.statistics import CONFIDENCE, summarise, t_quantile
+from orchestrator.results.statistics.quantiles import t_quantile
+from orchestrator.results.statistics.summary import CONFIDENCE, summarise
 from orchestrator.results.trial_files import read_result
 
 TAG = "maskray.reproduces"

@@ -7,28 +7,32 @@ from collections.abc import Sequence
 from contract.answers import StudyView
 from orchestrator.results.cells import (
     Table,
-    arm_label,
+    answers_table,
     arms_table,
-    differences_table,
+    exploratory_table,
     paper_table,
     softmax_table,
 )
+from orchestrator.results.comparison import Comparison
 from orchestrator.results.facts import Facts
-from orchestrator.results.statistics import MIN_PAIRS, Comparison
+
+EXPLORATORY = "Exploratory: plain 95% intervals, each on its own; no verdicts"
 
 
 def text_report(view: StudyView, facts: Facts, comparison: Comparison) -> str:
     """All that the study says, block by block; each line stands on its own."""
     study = facts.study
     blocks = [_head(view, facts), _text(arms_table(comparison, study.metrics))]
-    differences = differences_table(comparison, study.metrics)
+    exploratory = exploratory_table(comparison, study.metrics)
     if comparison.machinery_only:
         blocks.append(f"Machinery only: {comparison.machinery_only}.")
-    elif differences.rows:
-        title = (
-            "Differences to the baseline in points, paired by seed (p: t test, Holm over the arms)"
-        )
-        blocks.append(f"{title}\n{_text(differences)}")
+    elif comparison.early:
+        blocks.append(f"No intervals yet: {comparison.early}.")
+    elif comparison.answers:
+        blocks.append(f"{family_title(comparison)}\n{_text(answers_table(comparison))}")
+        blocks.append(f"Scope: on {facts.scope}. Nothing else was measured.")
+    if not comparison.machinery_only and not comparison.early and exploratory.rows:
+        blocks.append(f"{EXPLORATORY}\n{_text(exploratory)}")
     softmax = softmax_table(comparison)
     if softmax.rows:
         blocks.append(f"Mask AP of the softmax arms by inference\n{_text(softmax)}")
@@ -43,6 +47,13 @@ def text_report(view: StudyView, facts: Facts, comparison: Comparison) -> str:
     return "\n\n".join(blocks)
 
 
+def family_title(comparison: Comparison) -> str:
+    """What the intervals of the family hold together."""
+    count = len(comparison.answers)
+    together = f"all {count} hold at once in 95% of studies" if count > 1 else "95% interval"
+    return f"Contrasts in points, minus the reference ({together})"
+
+
 def notes_of(view: StudyView, comparison: Comparison) -> list[str]:
     """What a reader of the table must know of single trials, of arms, or of the whole table."""
     notes = [mark for arm in comparison.arms for mark in arm.marks]
@@ -53,18 +64,12 @@ def notes_of(view: StudyView, comparison: Comparison) -> list[str]:
         for trial in view.trials
         if trial.cached_from
     ]
-    # Without verdicts on any arm, a line on each arm would repeat what the table says above.
-    if not comparison.machinery_only:
-        withheld = [
-            arm_label(arm)
-            for arm in comparison.arms
-            if not arm.baseline
-            and arm.differences
-            and not any(d.verdict for d in arm.differences.values())
-        ]
-        if withheld:
-            rule = f"it takes {MIN_PAIRS} seeds finished in both arms and none that failed"
-            notes.append(f"no verdict on {'; '.join(withheld)}: {rule}")
+    notes += comparison.notes
+    notes += [
+        f"no verdict on {answer.asked.name}: {answer.withheld}"
+        for answer in comparison.answers
+        if answer.withheld
+    ]
     return [*notes, *(f"warning: {warning}" for warning in view.warnings)]
 
 

@@ -6,13 +6,14 @@ fields are ignored, missing ones have their defaults, and a file of another form
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import AliasPath, Field, ValidationError
 
 from contract.answers import TrialView
-from contract.attempt import RESULT_FILE, SPEC_FILE
+from contract.attempt import RESULT_FILE, SPEC_FILE, SPOOL_RECORDS
 from contract.record import Message
 from orchestrator.settings import service_files
 
@@ -23,6 +24,8 @@ class SeenRun(Message):
     steps: int = Field(0, validation_alias=AliasPath("loop", "steps"))
     global_batch: int = Field(0, validation_alias=AliasPath("loop", "global_batch"))
     precision: str = Field("", validation_alias=AliasPath("loop", "precision"))
+    eval_every_steps: int = Field(0, validation_alias=AliasPath("loop", "eval_every_steps"))
+    val: str = Field("", validation_alias=AliasPath("data", "val"))
     short_side_px: int = Field(0, validation_alias=AliasPath("model", "image", "short_side_px"))
 
     @property
@@ -42,10 +45,21 @@ class SeenResult(Message):
     """A `contract.attempt.Result`."""
 
     attempt: int = 0
+    step: int = 0
     artifacts: dict[str, str] = {}  # name -> path relative to the trial's folder
     weights_sha256: str = ""
     precision: str = ""  # empty in a result of an older version
 
+
+class _SeenRecord(Message):
+    """A line of the spool, as far as it is a metric at a step or goes back to one."""
+
+    kind: str = ""
+    step: int = 0
+    values: dict[str, float] = {}
+
+
+_MAX_SPOOL_BYTES = 64 * 2**20  # of a run of a day; a report must not load more for one curve
 
 _Seen = TypeVar("_Seen", bound=Message)
 
@@ -68,6 +82,27 @@ def read_spec(trial: TrialView, result: SeenResult) -> SeenSpec:
     # A trial that goes on has no result yet; its last attempt has the same run as the others.
     attempt = result.attempt or max(trial.attempts, 1)
     return seen(SeenSpec, _read(trial.storage, SPEC_FILE.format(attempt=attempt)))
+
+
+def read_history(trial: TrialView, metric: str) -> tuple[tuple[int, float], ...]:
+    """(step, value) of each evaluation of the run, as far as its spool is there and readable."""
+    if not trial.storage:
+        return ()
+    files = service_files(trial.storage)
+    size = files.size(SPOOL_RECORDS)
+    if size is None or size > _MAX_SPOOL_BYTES:
+        return ()
+    values: dict[int, float] = {}
+    for line in files.read(SPOOL_RECORDS).splitlines():
+        try:
+            record = seen(_SeenRecord, json.loads(line))
+        except ValueError:
+            continue  # the last line of a run that was killed
+        if record.kind == "rewind":
+            values = {step: value for step, value in values.items() if step <= record.step}
+        elif metric in record.values:
+            values[record.step] = record.values[metric]
+    return tuple(sorted(values.items()))
 
 
 def _read(folder: str, name: str) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from contract.study import StudyState, TrialState
 from orchestrator.ledger import changes, queries
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.rows import StudyBrief, StudyRow, TrialBrief
-from orchestrator.results.statistics import compare_arms
+from orchestrator.results.comparison import compare_arms
 from orchestrator.server.mlflow import MLflow, Run, TrackingRefusedError
 from orchestrator.server.views import study_views
 from orchestrator.settings import service_files

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from contract.fit import check_fit
+from contract.metrics import metric_names
 from contract.recipe import RunConfig
 from contract.study import Study, TrialPlan
 from orchestrator.study.baseline import BaselineRun, Overrides
 from orchestrator.study.code_package import CodePackage
+from orchestrator.study.contrasts import arm_name, check_family
 from orchestrator.study.datasets import Manifest, read_manifest
 from orchestrator.study.identity import (
     canonical,
@@ -64,6 +66,7 @@ def expand(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Ex
         )
     runs = [_run_of(study, arm, base) for arm in arms]
     _refuse_twins(arms, runs)
+    check_family(study, arms, references, [metric_names(run.model) for run in runs])
     manifest = cache(read_manifest)  # most arms share their datasets, which may lie in a bucket
     trials: list[TrialPlan] = []
     for arm, run in zip(arms, runs, strict=True):
@@ -76,11 +79,6 @@ def expand(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Ex
             raise ValueError(f"arm {arm_name(arm)}: {error}") from None
     _refuse_same_identity(trials)
     return Expansion(tuple(trials), tuple(_warnings(arms, runs)))
-
-
-def arm_name(arm: Mapping[str, str]) -> str:
-    """ "roi=align,masks=sigmoid", or "baseline" where there are no factors."""
-    return ",".join(f"{factor}={level}" for factor, level in arm.items()) or "baseline"
 
 
 # --- arms -------------------------------------------------------------------------------------

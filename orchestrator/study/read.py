@@ -9,6 +9,7 @@ from contract.metrics import check_metric
 from contract.record import nearest, parse_record
 from contract.study import Study, check_gpus
 from contract.yaml import read_yaml
+from orchestrator.study.contrasts import check_forms, parse_arm
 from orchestrator.study.paper import paper_tables
 
 # A trial's key joins factors and levels as "factor=level,factor=level/seed-0".
@@ -43,6 +44,7 @@ def check_study(study: Study) -> None:
     for metric in study.metrics:
         check_metric(metric)
     check_gpus(study.resources)
+    check_forms(study)
     _check_paper(study)
 
 
@@ -55,31 +57,10 @@ def _check_paper(study: Study) -> None:
     if study.paper_rows and not study.paper_table:
         raise ValueError("paper_rows: has no effect without paper_table")
     for arm, row in study.paper_rows.items():
-        parse_arm(arm, study)
+        parse_arm(arm, study.factors, "paper_rows")
         rows = tables[study.paper_table].rows
         if row not in rows:
             raise ValueError(
                 f"paper_rows.{arm}: table {study.paper_table} has no row {row!r}; "
                 f"{nearest(row, rows)}"
             )
-
-
-def parse_arm(text: str, study: Study) -> dict[str, str]:
-    """ "factor=level,factor=level" as a mapping; a factor that it leaves out matches every level.
-
-    Raises ValueError for a factor or a level that the study does not have.
-    """
-    arm: dict[str, str] = {}
-    for part in filter(None, text.split(",")):
-        factor, separator, level = (piece.strip() for piece in part.partition("="))
-        if not separator or factor not in study.factors:
-            raise ValueError(
-                f"paper_rows: {part!r} is not 'factor=level'; {nearest(factor, study.factors)}"
-            )
-        levels = study.factors[factor]
-        if level not in levels:
-            raise ValueError(
-                f"paper_rows: {factor} has no level {level!r}; {nearest(level, levels)}"
-            )
-        arm[factor] = level
-    return arm

@@ -11,9 +11,20 @@ from contract.answers import NodeView, StudyView
 from contract.presets import preset
 from contract.study import Submission
 from orchestrator.results.checkpoint_size import parameters
+from orchestrator.results.foresight import Spread, measured_spread
 from orchestrator.results.plan import gangs_at_once, make_plan, measured_speeds, whole_hours
 from orchestrator.study.expand import expand
-from tests.orchestrator.studies import CODE, finished, tiny_study, write_dataset
+from orchestrator.study.read import read_study
+from tests.orchestrator.studies import (
+    COCO_80,
+    CODE,
+    SHAPES,
+    finished,
+    tiny_study,
+    write_dataset,
+)
+
+ROOT = Path(__file__).parents[3]
 
 ROI = {"roi": {"pool": {"model.roi.kind": "pool"}, "align": {"model.roi.kind": "align"}}}
 
@@ -127,3 +138,56 @@ BUILT_M = {
 @pytest.mark.parametrize("name", sorted(BUILT_M))
 def test_parameters_are_counted_about_right(name: str) -> None:
     assert parameters(preset(name)) == pytest.approx(1e6 * BUILT_M[name], rel=0.03)
+
+
+# --- what it can see ------------------------------------------------------------------------------
+
+SHIPPED = sorted(path.name for path in (ROOT / "studies").glob("*.yaml"))
+
+
+def shipped(name: str, tmp_path: Path) -> Submission:
+    study, text = read_study(ROOT / "studies" / name)
+    names = SHAPES if study.baseline.preset == "tiny" else COCO_80
+    data = write_dataset(tmp_path / "data", names, keypoints=True, masks=True)
+    trials = expand(study, data=str(data), root=tmp_path, code=CODE).trials
+    return Submission(study=study, study_yaml=text, trials=trials)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_study_says_what_it_can_see(name: str, tmp_path: Path) -> None:
+    plan = make_plan(shipped(name, tmp_path), {})
+    asked = plan.foresight.contrasts
+    assert [one.asked.name for one in asked] == list(
+        read_study(ROOT / "studies" / name)[0].contrasts
+    )
+    assert "in points of AP at a power of 80%" in plan.text()
+    json.dumps(plan.as_json(), allow_nan=False)
+
+
+def test_table_2d_needs_few_seeds_for_the_papers_difference(tmp_path: Path) -> None:
+    plan = make_plan(shipped("table-2d.yaml", tmp_path), {}, spread=Spread(0.25, "a test"))
+    masks, boxes = plan.foresight.contrasts
+    assert (masks.expected, boxes.expected) == (pytest.approx(7.3), pytest.approx(5.8))
+    assert masks.seeds == boxes.seeds == (3,)
+    # Two metrics share the 5%: t(1 - 0.025 / 2, 4) = 3.495.
+    assert masks.detectable[0] == pytest.approx(0.25 * 4.584 * (2 / 3) ** 0.5, rel=2e-3)
+
+
+def test_the_spread_between_seeds_is_measured_where_it_can_be() -> None:
+    trials = [
+        finished({"roi": "pool"}, s, True, metrics={"bbox/AP": 0.3 + s / 100}) for s in range(3)
+    ]
+    fields = {
+        "study": "s",
+        "name": "s",
+        "owner": "o",
+        "state": "done",
+        "priority": 0,
+        "storage": "",
+    }
+    spec = {"baseline": {"preset": "tiny"}}
+    view = StudyView.model_validate({**fields, "created_at": 0, "spec": spec, "trials": trials})
+    spread = measured_spread("tiny", [view])
+    assert spread is not None
+    assert spread.points == pytest.approx(1.0)
+    assert measured_spread("r50-fpn", [view]) is None

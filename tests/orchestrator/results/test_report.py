@@ -79,19 +79,12 @@ def test_means_differences_verdict_and_the_papers_row_stand_in_the_table(tmp_pat
     rows = [line.split() for line in text.splitlines()]
     assert ["RoIPool", "3", "27.0", "±0.2", "27.0", "±0.2"] in rows
     assert ["RoIAlign", "3", "30.4", "±0.3", "+3.4", "30.4", "±0.3", "+3.4"] in rows
-    assert [
-        "roi",
-        "RoIAlign",
-        "mask",
-        "AP",
-        "+3.4",
-        "+3.2",
-        "to",
-        "+3.5",
-        "<0.001",
-        "3",
-        "better",
-    ] in rows
+    lines = [" ".join(row) for row in rows]
+    answer = "roi=RoIAlign roi=RoIAlign roi=RoIPool mask AP +3.4 +3.1 to +3.6 3 - better"
+    assert answer in lines
+    assert "roi RoIAlign mask AP75 +3.4 +3.1 to +3.6" in lines  # explored, no verdict
+    assert "Scope: on these 5,000 validation images" in text
+    assert "160,000 steps, r50-c4. Nothing else was measured." in text
     assert ["roi", "RoIAlign", "mask", "AP", "30.4", "±0.3", "30.3", "+3.4", "+3.4"] in rows
     assert "Machinery only" not in text
 
@@ -108,12 +101,40 @@ def test_one_seed_is_machinery_only(tmp_path: Path) -> None:
     assert "30.3 " in text  # our own number stays
 
 
-def test_a_short_schedule_is_machinery_only(tmp_path: Path) -> None:
+def test_a_short_schedule_has_verdicts_that_name_their_scope(tmp_path: Path) -> None:
     trials = [trial.model_copy(update={"storage": ""}) for trial in paper_study(tmp_path)]
     baseline = {"preset": "r50-c4", "set": {"loop.steps": 100}}
     text = table(tmp_path, view(trials, baseline=baseline, **PAPER))
-    assert "a short schedule (1,600 training images, under 100,000)" in text
-    assert "better" not in text
+    assert "Scope: on 100 steps, r50-c4. Nothing else was measured." in text
+    assert "better" in text
+    assert "No paper column: roi=RoIPool/seed-0 trained on 1,600 images" in text
+
+
+def test_before_the_end_there_are_values_only(tmp_path: Path) -> None:
+    trials = paper_study(tmp_path)
+    trials[5] = trials[5].model_copy(update={"state": "running", "metrics": {}})
+    report = build_report(view(trials), tmp_path / "report")
+    assert "No intervals yet: 1 of 6 trials have not ended." in report.table
+    assert "±" not in report.table
+    assert "better" not in report.table
+    page = report.page.read_text()
+    assert 'class="diff better"' not in page
+    assert "<h2>Contrasts" not in page
+
+
+def test_a_run_that_still_learns_is_read_from_its_spool(tmp_path: Path) -> None:
+    trials = paper_study(tmp_path, **{"loop.eval_every_steps": 40_000})
+    spool = Path(trials[0].storage) / "spool"
+    spool.mkdir()
+    points = ((80_000, 0.1), (120_000, 0.9), (160_000, 0.9))
+    after = ((120_000, 0.2), (160_000, 0.27))
+    lines = [{"kind": "metrics", "step": step, "values": {"segm/AP": ap}} for step, ap in points]
+    lines.append({"kind": "rewind", "step": 80_000, "at": 0})
+    lines += [{"kind": "metrics", "step": step, "values": {"segm/AP": ap}} for step, ap in after]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (spool / "records.jsonl").write_text(text + '{"kind": "met')
+    said = "roi=RoIPool/seed-0 is still learning: up 26% over the last quarter of its steps"
+    assert f"no verdict on roi=RoIAlign: {said}" in table(tmp_path, view(trials))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +174,11 @@ def test_trials_that_failed_stay_in_the_table(tmp_path: Path) -> None:
         "3*",
     ]
     assert "- roi=RoIAlign/seed-2: diverged: loss is nan at step 9" in text
-    assert "no verdict on roi RoIAlign" in text
+    assert (
+        "no verdict on roi=RoIAlign: roi=RoIAlign/seed-2 diverged; "
+        "run it again with maskray retry s1:roi=RoIAlign/seed-2" in text
+    )
+    assert "- roi=RoIAlign: 1 of 3 trials diverged" in text
 
 
 def test_a_baseline_without_results_leaves_no_differences(tmp_path: Path) -> None:
@@ -266,7 +291,11 @@ def test_json_and_csv_hold_the_numbers(tmp_path: Path) -> None:
     align = data["arms"][1]
     assert align["metrics"]["segm/AP"]["by_seed"] == {"0": 0.303, "1": 0.305, "2": 0.303}
     assert list(align["differences"]["segm/AP"]["by_seed"]) == ["0", "2"]
-    assert align["differences"]["segm/AP"]["verdict"] == ""
+    (contrast,) = data["contrasts"]
+    assert (contrast["arm"], contrast["reference"]) == ("roi=RoIAlign", "roi=RoIPool")
+    assert contrast["verdict"] == ""
+    assert "maskray retry" in contrast["withheld"]
+    assert contrast["difference"] == pytest.approx(align["differences"]["segm/AP"]["mean"])
     rows = list(csv.DictReader(io.StringIO((report.folder / "table.csv").read_text())))
     assert len(rows) == 5 * 2 + 1
     assert {row["state"] for row in rows} == {"done", "failed"}

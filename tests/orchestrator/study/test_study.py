@@ -16,6 +16,8 @@ from orchestrator.study.read import read_study
 from tests.orchestrator.studies import tiny_study
 
 GOOD = "name: s\nbaseline: {preset: tiny}\n"
+ROI = GOOD + "factors: {roi: {align: {}, pool: {model.roi.kind: pool}}}\n"
+TWO = GOOD + "factors: {a: {'on': {}}, b: {'on': {}}}\n"
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -59,6 +61,43 @@ def test_a_study_of_two_lines_is_a_study(tmp_path: Path) -> None:
         (GOOD + "factors: {roi: {}}\n", "factors.roi: has no levels"),
         (GOOD + "factors: {roi: {'a=b': {}}}\n", "without '=', ',' or '/'"),
         (GOOD + "metrics: [segm/AP57]\n", "did you mean 'segm/AP75'?"),
+        (GOOD + "metrics: []\n", "metrics: "),
+        (
+            GOOD + "metrics: [bbox/AR20]\n",
+            "metrics: no metric 'bbox/AR20'; did you mean 'bbox/AR10",
+        ),
+        (GOOD + "primary: keypoints/AQ\n", "primary: no metric 'keypoints/AQ'; did you mean"),
+        (ROI + "arms: {a: roi=alin}\n", "arms.a: roi has no level 'alin'; did you mean 'align'?"),
+        (ROI + "arms: {a: ''}\n", "arms.a: is empty; write factor=level"),
+        (
+            ROI + "contrasts: {c: {of: alignn, minus: pool}}\n",
+            "contrasts.c.of: no arm 'alignn'; did you mean 'align'?",
+        ),
+        (ROI + "contrasts: {c: {of: align}}\n", "contrasts.c.minus: is required"),
+        (
+            ROI + "contrasts: {c: {of: {of: align, minus: pool, minos: a}, minus: pool}}\n",
+            "contrasts.c.of.minos: no such field; did you mean 'minus'?",
+        ),
+        (
+            ROI + "contrasts: {c: {of: {of: align, minus: pol}, minus: pool}}\n",
+            "contrasts.c.of.minus: no arm 'pol'; did you mean 'pool'?",
+        ),
+        (
+            ROI + "contrasts: {c: {of: align, minus: pool, metric: segm/AQ}}\n",
+            "contrasts.c.metric: no metric 'segm/AQ'; did you mean",
+        ),
+        (
+            ROI + "contrasts: {c: {of: align, minus: pool, expected: beter}}\n",
+            "contrasts.c.expected: Input should be '', 'better'",
+        ),
+        (
+            ROI + "contrasts: {c: {of: align, minus: pool, expected: equivalent}}\n",
+            "expected: equivalent needs a margin in points, such as margin: 1.0",
+        ),
+        (
+            TWO + "contrasts: {c: {of: 'on', minus: baseline}}\n",
+            "contrasts.c.of: 'on' is a level of a and of b; write a=on",
+        ),
         (GOOD + "paper_table: 2z\n", "paper_table: no table '2z'"),
         (GOOD + "paper_rows: {a=b: x}\n", "has no effect without paper_table"),
         (GOOD + "paper_table: 2c\npaper_rows: {roi=x: RoIPool}\n", "'roi=x' is not 'factor=level'"),
@@ -72,6 +111,12 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, text: str, said: st
         read_study(path)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("metric", ["keypoints/AR", "segm-argmax/AP", "bbox/AR100"])
+def test_what_an_evaluation_computes_is_a_metric_of_a_study(tmp_path: Path, metric: str) -> None:
+    study, _ = read_study(written(tmp_path, GOOD + f"metrics: [{metric}]\nprimary: {metric}\n"))
+    assert study.metrics == (metric,)
 
 
 def test_ten_megabytes_are_refused_unread(tmp_path: Path) -> None:
