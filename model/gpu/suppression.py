@@ -26,7 +26,10 @@ class ListSuppression(nn.Module):
 
     def forward(self, boxes_LN4: Tensor, valid_LN: Tensor) -> Tensor:
         """bool (L, N), as `model.rpn.nms.nms`."""
-        return nms_in_two_launches(boxes_LN4, valid_LN, self.max_iou)
+        # Only a compiler needs the operator: Inductor cannot view what it computes as other bits.
+        nms = _operator if torch.compiler.is_compiling() else nms_in_two_launches
+        kept: Tensor = nms(boxes_LN4, valid_LN, self.max_iou)
+        return kept
 
 
 def trial() -> bool:
@@ -57,6 +60,14 @@ def nms_in_two_launches(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> 
     warps = 4 if width <= 128 else 8
     _stay[(lists,)](overlaps, valid, kept, boxes, words, _BITS, width, num_warps=warps)
     return keep
+
+
+_operator = torch.library.custom_op("maskray::suppression", nms_in_two_launches, mutates_args=())
+
+
+@_operator.register_fake
+def _fake(boxes_LN4: Tensor, valid_LN: Tensor, max_iou: float) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(valid_LN, memory_format=torch.contiguous_format)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
