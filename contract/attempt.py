@@ -167,6 +167,8 @@ class Result(Message):
     weights_sha256: str  # of the last weights
     kernels: str = ""  # what computed: "torch", or "compiled" and the checksum of native.c
     precision: str = ""  # in which they computed: "bf16", "fp32 (convolutions in TF32)"
+    # What moves the last bits: torch's version, the CPU's instructions, the threads of a rank.
+    platform: str = ""
     # "detections/bbox", "picture/last", ... -> path relative to the trial's folder
     artifacts: dict[str, str] = {}
     mlflow_run_id: str = ""

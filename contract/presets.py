@@ -115,7 +115,14 @@ PRESETS: dict[str, ModelConfig] = {
     "x101-64x4d-fpn": _changed(
         _R50_FPN, backbone=ResNeXt(), weights=TorchvisionWeights(name="IMAGENET1K_V1")
     ),
-    "r50-fpn-keypoint": _changed(_R50_FPN, num_classes=1, mask=NoMask(), keypoints=_KEYPOINTS),
+    # With plain L1, boxes gain and keypoints lose (detectron2's keypoint baselines, beta 0.5).
+    "r50-fpn-keypoint": _changed(
+        _R50_FPN,
+        num_classes=1,
+        box_loss=SmoothL1(beta=0.5),
+        mask=NoMask(),
+        keypoints=_KEYPOINTS,
+    ),
     "r50-fpn-torchvision": _R50_FPN_TORCHVISION,
     "r50-fpn-keypoint-torchvision": _changed(
         _R50_FPN_TORCHVISION,

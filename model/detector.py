@@ -230,10 +230,10 @@ class Detector(nn.Module):
                 maps, proposals, batch.sizes, batch.original_sizes, batch.sample_ids
             )
 
-    def propose(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """The RPN's proposals at test time: boxes (B, Q, 4), scores and valid (B, Q).
+    def propose(self, batch: Batch, training: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """The RPN's proposals: boxes (B, Q, 4), scores and valid (B, Q).
 
-        Boxes are in pixels of the image file.
+        Boxes are in pixels of the image file. training: as many as a training image gets.
 
         Raises ValueError without an RPN.
         """
@@ -245,7 +245,7 @@ class Detector(nn.Module):
         with self._inference():
             _, outputs = self._read(zero_padding(self.normalise(batch.images), batch.sizes))
             assert outputs is not None
-            proposals = self.rpn.propose(outputs, batch.sizes, training=False)
+            proposals = self.rpn.propose(outputs, batch.sizes, training)
         boxes = proposals.boxes_xyxy * _scale(batch.sizes, batch.original_sizes)[:, None]
         return boxes, proposals.scores, proposals.valid
 

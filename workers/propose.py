@@ -106,7 +106,8 @@ def proposals(
 ) -> Iterator[tuple[int, Boxes, Boxes]]:
     """(image id, boxes, scores) of every training and validation image.
 
-    Boxes are in pixels of the image's file. The detector sees each image at test-time size.
+    Boxes are in pixels of the image's file. The detector sees each image at test-time size;
+    training images get as many proposals as in training.
     """
     # with a holdout the loader would give the held-out images alone
     everything = run.data.model_copy(
@@ -123,7 +124,8 @@ def proposals(
             world_size=1,
         )
         for batch in loader:
-            proposed = detector.propose(batch.to(device))
+            # A file for training has as many boxes of an image as the RPN would train on.
+            proposed = detector.propose(batch.to(device), training=uri == run.data.train)
             for image_id, boxes, scores, valid in zip(
                 batch.sample_ids.tolist(), *proposed, strict=True
             ):

@@ -103,7 +103,9 @@ def agreement(trial: TrialView, again: TrialView, study: StudyView) -> Agreement
 
     `study` is the study of the first one: on a GPU its other seeds are the measure.
     """
-    exact = not Study.model_validate(study.spec).resources.gpus_per_rank
+    on_cpu = not Study.model_validate(study.spec).resources.gpus_per_rank
+    elsewhere = _other_platform(trial, again) if on_cpu else ""
+    exact = on_cpu and not elsewhere
     # A name without "/" is a speed, which no two runs share to the bit.
     names = sorted({name for one in (trial, again) for name in one.metrics if "/" in name})
     spread = {} if exact else _spreads(trial, study.trials, names)
@@ -123,6 +125,7 @@ def agreement(trial: TrialView, again: TrialView, study: StudyView) -> Agreement
         same = before == after if before and after else None
     seeds = len({other.seed for other in _of_the_arm(trial, study.trials)})
     rule = "to the bit, on the CPU" if exact else f"within what {seeds} seeds of the arm differ by"
+    rule += f" ({elsewhere})" if elsewhere else ""
     return Agreement(
         rule,
         pairs,
@@ -162,6 +165,19 @@ def _spreads(
 
 def _of_the_arm(trial: TrialView, trials: Sequence[TrialView]) -> list[TrialView]:
     return [other for other in trials if other.arm == trial.arm and other.state == "done"]
+
+
+def _other_platform(trial: TrialView, again: TrialView) -> str:
+    """How two runs computed otherwise, empty if they did not; then no bits are promised."""
+    try:
+        before, after = read_result(trial), read_result(again)
+    except OSError:
+        return ""
+    for name in ("platform", "kernels"):
+        one, two = getattr(before, name), getattr(after, name)
+        if one and two and one != two:
+            return f"{name}: {one} then, {two} now"
+    return ""
 
 
 def _weights(trial: TrialView) -> str:

@@ -49,6 +49,8 @@ class SeenResult(Message):
     artifacts: dict[str, str] = {}  # name -> path relative to the trial's folder
     weights_sha256: str = ""
     precision: str = ""  # empty in a result of an older version
+    kernels: str = ""
+    platform: str = ""
 
 
 class _SeenRecord(Message):

@@ -265,12 +265,15 @@ class _Computing:
 
     kernels: str
     precision: str
+    platform: str
 
 
 def _computing(attempt: _Attempt) -> _Computing:
     """What all ranks say; on a GPU rank 0 prints it, with each kernel that some node lacks."""
     world, device = attempt.world, attempt.world.device
-    own = _Computing(kernels(device), arithmetic.in_words(attempt.spec.run.loop, device))
+    own = _Computing(
+        kernels(device), arithmetic.in_words(attempt.spec.run.loop, device), _platform(device)
+    )
     said = world.gather((own, [f"{host_name()}: {text}" for text in complaints(device)]))
     every = [one for one, _ in said]
     all_kernels = "; ".join(dict.fromkeys(one.kernels for one in every))
@@ -281,7 +284,16 @@ def _computing(attempt: _Attempt) -> _Computing:
             print_warning(complaint)
         name = arithmetic.gpu_name(device)
         print(f"{world.size} x {name}: {all_precisions}; kernels {all_kernels}", flush=True)
-    return _Computing(all_kernels, all_precisions)
+    all_platforms = "; ".join(dict.fromkeys(one.platform for one in every))
+    return _Computing(all_kernels, all_precisions, all_platforms)
+
+
+def _platform(device: torch.device) -> str:
+    """What moves the last bits of a run beside our kernels."""
+    if device.type == "cuda":
+        return f"torch {torch.__version__}, {arithmetic.gpu_name(device)}"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}, CPU with {instructions}, {torch.get_num_threads()} threads"
 
 
 class _Reporter:
@@ -355,6 +367,7 @@ def _finish(
         weights_sha256=digest,
         kernels=computing.kernels,
         precision=computing.precision,
+        platform=computing.platform,
         artifacts=_artifact_paths(ending.scores, storage),
         mlflow_run_id=journal.run_id(),
         events=journal.events,
