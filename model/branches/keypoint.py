@@ -108,7 +108,7 @@ def keypoint_positions(logits_RPMM: Tensor, rois_R4: Tensor) -> Tensor:
     for roi, (width, height) in enumerate(whole_R2.long().tolist()):
         resized = F.interpolate(
             logits_RPMM[roi].float()[:, None],
-            size=(height, width),
+            size=(max(height, 1), max(width, 1)),  # nan became no size at all
             mode="bicubic",
             align_corners=False,
         )

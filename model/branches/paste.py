@@ -62,8 +62,9 @@ def _interpolation(
 def paste_all(masks_DMM: Tensor, boxes_D4: Tensor, height: int, width: int) -> Tensor:
     """Soft masks over the whole image, float (D, height, width), zero outside each box."""
     image = masks_DMM.new_zeros(len(masks_DMM), height, width)
-    # Box by box: each covers its own part of the image, and the parts differ in size.
-    for canvas, mask, box in zip(image, masks_DMM, boxes_D4, strict=True):
+    # Box by box: each covers its own part of the image, and the parts differ in size. A GPU waits
+    # once, for all boxes.
+    for canvas, mask, box in zip(image, masks_DMM, boxes_D4.cpu(), strict=True):
         soft, top, left = paste_soft(mask, box, height, width)
         canvas[top : top + soft.shape[0], left : left + soft.shape[1]] = soft
     return image
