@@ -31,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu import agreement, kernels, machine, speed
 from benchmarks.gpu.probes import DRY, FULL, Probe, Scale
+from contract.recipe import LoopConfig
+from workers.training.arithmetic import set_arithmetic
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ SECTIONS = {
     "roi_align": Section(kernels.roi_align, 30),
     "graphs": Section(speed.graphs, 40),
     "prediction": Section(speed.prediction, 50),
+    "repeats": Section(agreement.repeats, 30),
     "suppression": Section(kernels.suppression, 20),
     "settings": Section(speed.settings, 50),
     "copies": Section(machine.copies, 10),
@@ -150,6 +153,7 @@ def main() -> int:
         print("error: torch finds no CUDA device here", file=sys.stderr)
         return 2
     warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+    set_arithmetic(LoopConfig(), torch.device("cuda"))  # as the workers do
     report = Report(args.json, 60 * args.minutes)
     if args.go_on:
         report.go_on()

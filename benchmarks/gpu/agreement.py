@@ -10,7 +10,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from benchmarks.gpu.probes import Probe, Scale
+from benchmarks.gpu.probes import Probe, Scale, timed
 from benchmarks.gpu.work import Work, WorkerStep, batch_of, detector_of
 from contract.model import (
     KeypointBranch,
@@ -169,21 +169,42 @@ def _repeated(first: Result, second: Result) -> JsonValue:
     }
 
 
+def repeats(scale: Scale) -> Iterator[Probe]:
+    """Whether two equal steps of r50-fpn give equal bits, and what cuDNN's promise of it costs."""
+    work = Work("r50-fpn", scale.usual_images, scale.objects, scale.canvas)
+    for deterministic in (False, True):
+        name = "cudnn_deterministic" if deterministic else "as trained"
+        yield Probe(name, lambda d=deterministic: _equal_steps(scale, work, d))
+
+
+def _equal_steps(scale: Scale, work: Work, deterministic: bool) -> JsonValue:
+    torch.backends.cudnn.deterministic = deterministic
+    try:
+        detector, batch = detector_of(work.model, "cuda"), batch_of(work).to("cuda")
+        step = WorkerStep(detector, work.precision)
+        results = []
+        for _ in range(2):
+            step.optimiser.zero_grad()
+            losses = step.gradients(batch).losses_T.tolist()
+            named = {str(n): loss for n, loss in enumerate(losses)}
+            results.append(Result(named, _gradients(detector)))
+        step.optimiser.zero_grad()
+        times = timed({"step": lambda: step(batch)}, scale)
+        return {"two_runs": _repeated(*results), "times": times}
+    finally:
+        torch.backends.cudnn.deterministic = False
+
+
 def waits(scale: Scale) -> Iterator[Probe]:
     """One step under `set_sync_debug_mode("error")`: an operation that waits raises."""
     canvas = scale.canvas if scale.dry else (512, 672)
-    softmax = preset("r50-fpn").model_copy(
-        update={"mask": MaskBranch(loss=SoftmaxMask(others="own_class"))}
-    )
-    models = {n: preset(n) for n in ("r50-fpn", "tiny", "r50-c4", "r50-fpn-keypoint")}
-    for name, model in {**models, "r50-fpn, softmax": softmax}.items():
-        known = name if name in models else "r50-fpn"
-        work = Work(known, 2, scale.objects, canvas)
-        yield Probe(name, lambda model=model, work=work: _step_without_waiting(model, work))
+    for name in ("r50-fpn", "tiny", "r50-c4", "r50-fpn-keypoint", "r50-fpn-softmax"):
+        work = Work(name, 2, scale.objects, canvas)
+        yield Probe(name, lambda work=work: _step_without_waiting(work))
 
 
-def _step_without_waiting(model: ModelConfig, work: Work) -> JsonValue:
-    step = WorkerStep(detector_of(model, "cuda"), work.precision)
+def _step_without_waiting(work: Work) -> JsonValue:
+    step = WorkerStep(detector_of(work.model, "cuda"), work.precision)
     batch = batch_of(work).to("cuda")
     # the first steps fill caches and make the optimiser's state
     for _ in range(2):

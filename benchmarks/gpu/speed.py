@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from benchmarks.gpu.probes import Probe, Scale, bursts_of, timed
+from benchmarks.gpu.probes import Probe, Scale, Timing, bursts_of, timed
 from benchmarks.gpu.work import Work, WorkerStep, batch_of, detector_of
 from benchmarks.train_step import make_step, share_weights, sharpen, their_r50, their_targets
 from model.accelerate import accelerate
@@ -19,6 +18,7 @@ from model.build import build_detector
 from model.detector import Detector
 from model.structures import Batch
 from model.weights import from_torchvision
+from workers.training.graphs import GraphedGradients, own_stream
 
 
 def _work(scale: Scale, images: int) -> Work:
@@ -194,38 +194,39 @@ def _one_image(detector: Detector, batch: Batch) -> JsonValue:
     return {name: list(value.shape) for name, value in found.items()}
 
 
-@contextmanager
-def side_stream() -> Iterator[None]:
-    """What is captured has to run on another stream than the usual one first."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
-
-
 def graphs(scale: Scale) -> Iterator[Probe]:
-    """Whether losses and gradients can be captured as they are, and what that gains."""
-    usual = _work(scale, scale.usual_images)
-    tiny, small = replace(usual, preset="tiny", images=2), replace(usual, images=2)
-    for work in dict.fromkeys((tiny, small, usual)):
-        yield Probe(f"{work.preset}, {work.images} images", lambda w=work: _captured(scale, w))
+    """Training as with `loop.cuda_graphs`, beside the same steps one launch after another."""
+    tiny = replace(_work(scale, 2), preset="tiny")
+    for work in (tiny, *(_work(scale, images) for images in scale.images)):
+        yield Probe(f"{work.preset}, {work.images} images", lambda w=work: _by_graphs(scale, w))
 
 
-def _captured(scale: Scale, work: Work) -> JsonValue:
-    step, batch = WorkerStep(detector_of(work.model, "cuda"), work.precision), batch_of(work)
-    there = batch.to("cuda")
-    with side_stream():
-        for _ in range(3):
-            step.optimiser.zero_grad()
-            step.gradients(there)
-    step.optimiser.zero_grad()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step.gradients(there)
-    found = bursts_of({"eager": lambda: step.gradients(there), "graph": graph.replay}, scale)
-    told: dict[str, JsonValue] = {n: t.told() for n, t in found.items()}
-    return {**told, "gain_ms": round(found["eager"].ms - found["graph"].ms, 3)}
+def _eager(scale: Scale, work: Work, batch: Batch, per_burst: int) -> Timing:
+    # a function of its own, so that its weights and gradients are gone when the graphs begin
+    step = WorkerStep(detector_of(work.model, "cuda"), work.precision)
+    return bursts_of({"step": lambda: step(batch)}, scale, per_burst)["step"]
+
+
+def _by_graphs(scale: Scale, work: Work) -> JsonValue:
+    batch = batch_of(work).to("cuda")
+    per_burst = max(2, min(10, 48 // work.images))
+    eager = _eager(scale, work, batch, per_burst)
+    step = WorkerStep(detector_of(work.model, "cuda"), work.precision, by_graphs=True)
+    with own_stream(step.loop, step.world.device):
+        for _ in range(4):  # two eager ones, the capture, a replay
+            step(batch)
+        graphs = bursts_of({"graphs": lambda: step(batch)}, scale, per_burst)["graphs"]
+        memory = torch.cuda.max_memory_reserved() / 2**30
+        captured = isinstance(step.accumulate, GraphedGradients) and step.accumulate.num_graphs > 0
+        step.accumulate.forget()
+    return {
+        "captured": captured,
+        "eager": eager.told(),
+        "graphs": graphs.told(),
+        "images_per_s": round(1e3 * work.images / graphs.ms, 1),
+        "ratio": round(eager.ms / graphs.ms, 3),
+        "reserved_gib": round(memory, 2),
+    }
 
 
 def compiled(scale: Scale) -> Iterator[Probe]:

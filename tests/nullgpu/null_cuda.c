@@ -21,7 +21,8 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 #define FIGURES(X)                                                                                \
   X(launches) X(triton) X(products) X(collectives) X(device_copies) X(fills) X(pageable_copies)   \
   X(pinned_copies) X(copies_to_host) X(pageable_to_host) X(bytes_to_device) X(bytes_to_host)      \
-  X(stream_waits) X(event_waits) X(device_waits) X(blocking_copies) X(mallocs) X(host_allocs)     \
+  X(stream_waits) X(event_waits) X(earlier_event_waits) X(device_waits) X(blocking_copies)        \
+  X(mallocs) X(host_allocs)                                                                       \
   X(captured) X(beside_capture) X(graph_launches) X(graph_nodes)
 #define DECLARE(name) unsigned long null_##name;
 FIGURES(DECLARE)
@@ -29,12 +30,13 @@ FIGURES(DECLARE)
 int null_keep; /* what came from the host goes back; else the host reads zeros */
 
 /* Called with what happened and its bytes, in the thread in which it did. */
-void (*null_hook)(const char *what, unsigned long bytes);
+enum { OPERATION, WAIT, HOST_COPY, PAGEABLE_COPY, MEMORY, REFUSAL };
+void (*null_hook)(int kind, const char *what, unsigned long bytes);
 static __thread int inside;
-static void tell(const char *what, unsigned long bytes) {
+static void tell(int kind, const char *what, unsigned long bytes) {
   if (!null_hook || inside) return;
   inside = 1;
-  null_hook(what, bytes);
+  null_hook(kind, what, bytes);
   inside = 0;
 }
 
@@ -53,8 +55,10 @@ static void name_kernel(const void *key, const char *name) {
   kernel_of(key)->name = name;
   pthread_mutex_unlock(&lock);
 }
+static unsigned long resets;
 void null_reset(void) {
   FIGURES(ZERO)
+  resets++;
   for (int i = 0; i < KERNELS; i++) kernels[i].launches = 0;
 }
 int null_dump(const char *path) {
@@ -77,7 +81,7 @@ typedef struct {
   unsigned long nodes;
 } capture;
 typedef struct stream { capture *capturing; unsigned long work; int unjoined; int blocking; } stream;
-typedef struct { capture *capturing; stream *recorded_in; unsigned long work; } event;
+typedef struct { capture *capturing; stream *recorded_in; unsigned long work, reset; } event;
 typedef struct { unsigned long nodes; } graph;
 
 static stream legacy = {.blocking = 1};
@@ -97,7 +101,7 @@ static capture *capture_of(const void *handle) {
 static cudaError_t failed(cudaError_t error) { return last_error = error; }
 static cudaError_t refused(capture *of, cudaError_t error) {
   of->broken = 1;
-  tell("refused while capturing", error);
+  tell(REFUSAL, "refused while capturing", error);
   return failed(error);
 }
 /* What CUDA calls potentially unsafe: refused while this thread captures, or another does so in
@@ -152,7 +156,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t s) {
   cudaError_t error = unsafe();
   if (error) return error;
   null_stream_waits++;
-  tell("wait for a stream", 0);
+  tell(WAIT, "wait for a stream", 0);
   return 0;
 }
 cudaError_t cudaStreamQuery(cudaStream_t s) {
@@ -163,7 +167,7 @@ cudaError_t cudaDeviceSynchronize(void) {
   cudaError_t error = unsafe();
   if (error) return error;
   null_device_waits++;
-  tell("wait for the device", 0);
+  tell(WAIT, "wait for the device", 0);
   return 0;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus *status) {
@@ -253,7 +257,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t g, cudaStream_t s) {
   if (enqueued(s, &error)) return error;
   null_graph_launches++;
   null_graph_nodes += ((graph *)g)->nodes;
-  tell("graph", 0);
+  tell(OPERATION, "graph", 0);
   return 0;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t g) { free(g); return 0; }
@@ -266,7 +270,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags) {
 cudaError_t cudaEventCreate(cudaEvent_t *e) { return cudaEventCreateWithFlags(e, 0); }
 cudaError_t cudaEventDestroy(cudaEvent_t e) { free(e); return 0; }
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
-  *(event *)e = (event){capture_of(s), stream_of(s), stream_of(s)->work};
+  *(event *)e = (event){capture_of(s), stream_of(s), stream_of(s)->work, resets};
   return 0;
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned flags) {
@@ -280,8 +284,8 @@ cudaError_t cudaEventQuery(cudaEvent_t e) { return asked(e); }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) {
   cudaError_t error = asked(e);
   if (error) return error;
-  null_event_waits++;
-  tell("wait for an event", 0);
+  if (((event *)e)->reset != resets) null_earlier_event_waits++;
+  else null_event_waits++, tell(WAIT, "wait for an event", 0);
   return 0;
 }
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t a, cudaEvent_t b) { *ms = 0.001f; return 0; }
@@ -348,7 +352,7 @@ cudaError_t cudaMalloc(void **p, size_t bytes) {
   cudaError_t error = unsafe();
   if (error) return error;
   null_mallocs++;
-  tell("cudaMalloc", bytes);
+  tell(MEMORY, "cudaMalloc", bytes);
   *p = mapped(bytes, DEVICE);
   return 0;
 }
@@ -424,16 +428,16 @@ cudaError_t cudaMemcpyAsync(
   if (enqueued(s, &error)) return error;
   if (to_device && from_device) { /* not done: it would cost the host time and pages */
     null_device_copies++;
-    tell("copy on the device", bytes);
+    tell(OPERATION, "copy on the device", bytes);
   } else if (to_device) {
     null_bytes_to_device += bytes;
-    if (host == PAGEABLE) null_pageable_copies++, tell("pageable copy to the device", bytes);
-    else null_pinned_copies++, tell("pinned copy to the device", bytes);
+    if (host == PAGEABLE) null_pageable_copies++, tell(PAGEABLE_COPY, "pageable copy to the device", bytes);
+    else null_pinned_copies++, tell(HOST_COPY, "pinned copy to the device", bytes);
     memcpy(to, from, bytes);
   } else {
     null_copies_to_host++, null_bytes_to_host += bytes;
-    if (host == PAGEABLE) null_pageable_to_host++, tell("pageable copy to the host", bytes);
-    else tell("pinned copy to the host", bytes);
+    if (host == PAGEABLE) null_pageable_to_host++, tell(PAGEABLE_COPY, "pageable copy to the host", bytes);
+    else tell(HOST_COPY, "pinned copy to the host", bytes);
     read_back(to, from, bytes);
   }
   return 0;
@@ -442,7 +446,7 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpy
   cudaError_t error = unsafe();
   if (error) return error;
   null_blocking_copies++;
-  tell("blocking copy", bytes);
+  tell(WAIT, "blocking copy", bytes);
   if (kind_of(to) == DEVICE && kind_of(from) == DEVICE) return 0;
   if (kind_of(to) == DEVICE) memcpy(to, from, bytes);
   else read_back(to, from, bytes);
@@ -452,7 +456,7 @@ cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t s) {
   cudaError_t error;
   if (enqueued(s, &error)) return error;
   null_fills++;
-  tell("fill", bytes);
+  tell(OPERATION, "fill", bytes);
   return 0;
 }
 cudaError_t cudaMemset(void *p, int value, size_t bytes) { return cudaMemsetAsync(p, value, bytes, 0); }
@@ -468,7 +472,7 @@ static cudaError_t launched(const void *key, const void *handle) {
   if (!node) null_launches++, found->launches++;
   const char *name = found->name;
   pthread_mutex_unlock(&lock);
-  if (!node) tell(name ? name : "kernel", 0);
+  if (!node) tell(OPERATION, name ? name : "kernel", 0);
   return 0;
 }
 /* A launch whose kernel is known by name alone: cuBLAS, NCCL, and the convolutions of Python. */

@@ -131,6 +131,11 @@ class GraphedGradients:
         self._refused = False
         self.forget()
 
+    @property
+    def num_graphs(self) -> int:
+        """How many canvases have a graph by now."""
+        return len(self._graphs)
+
     def forget(self) -> None:
         """Drops the graphs; they are captured again.
 
