@@ -170,12 +170,12 @@ class GraphedGradients:
         )
 
     def _capture(self, shapes: _Shapes, batches: Sequence[Batch]) -> None:
-        static = [
-            replace(batch, **{f.name: getattr(batch, f.name).clone() for f in fields(batch)})
-            for batch in batches
-        ]
         graph = torch.cuda.CUDAGraph()
         try:
+            static = [
+                replace(batch, **{f.name: getattr(batch, f.name).clone() for f in fields(batch)})
+                for batch in batches
+            ]
             with torch.cuda.graph(
                 graph,
                 pool=self._pool,
@@ -186,6 +186,8 @@ class GraphedGradients:
                 gradients = self._accumulate(static, self._flags)
         except RuntimeError as error:
             if self._ranks > 1:  # DDP is in the middle of a step that the other ranks take
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise  # its class says more
                 raise RuntimeError(
                     f"no CUDA graph of this step ({error}); set loop.cuda_graphs=false"
                 ) from error
