@@ -15,7 +15,7 @@ from orchestrator.study.code_package import CodePackage
 CODE = CodePackage(sha256="c" * 64, data=b"", source_hash="5" * 64, origin="tests")
 SHAPES = ("circle", "square", "triangle", "star")
 COCO_80 = ("person", *(f"category-{i}" for i in range(2, 81)))
-PERSON_KEYPOINTS = [f"point-{i}" for i in range(17)]
+PERSON_KEYPOINTS = ["nose", *(f"{side}_{i}" for i in range(8) for side in ("left", "right"))]
 
 
 def write_manifest(
