@@ -56,8 +56,8 @@ def plan(
 ) -> None:
     """Show what a study would run: trials, ranks, identities, what is cached. Starts nothing."""
     from orchestrator.local.connect import running_client
-    from orchestrator.results.foresight import measured_spread
-    from orchestrator.results.plan import gangs_at_once, make_plan, measured_speeds
+    from orchestrator.results.planning.foresight import measured_spread
+    from orchestrator.results.planning.plan import gangs_at_once, make_plan, measured_speeds
 
     submission, _ = _prepare(study, data, code)
     client = running_client()  # a plan starts no service: without one nothing is cached either

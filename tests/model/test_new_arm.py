@@ -52,7 +52,7 @@ class BrierMasks:
 STUDY_SIDE = """
 from contract.metrics import KINDS, check_metric, result_kinds
 from contract.presets import preset
-from orchestrator.results.checkpoint_size import parameters
+from orchestrator.results.planning.checkpoint_size import parameters
 sigmoid = preset("r50-fpn")
 toy = sigmoid.model_validate({**dict(sigmoid), "mask": {"kind": "mask", "loss": {"kind": "brier"}}})
 assert {"segm-soft", "segm-sharp"} == set(result_kinds(toy)) - set(result_kinds(sigmoid))

@@ -10,8 +10,8 @@ from typing import Any
 from contract.answers import NodeView, StudyView
 from contract.recipe import RunConfig
 from contract.study import Study, Submission, TrialPlan
-from orchestrator.results.checkpoint_size import checkpoint_bytes
-from orchestrator.results.foresight import Foresight, Spread, assumed_spreads, foresee
+from orchestrator.results.planning.checkpoint_size import checkpoint_bytes
+from orchestrator.results.planning.foresight import Foresight, Spread, assumed_spreads, foresee
 from orchestrator.results.table import aligned
 from orchestrator.results.trial_files import SeenRun, seen
 from orchestrator.schedule.gang import fit, take

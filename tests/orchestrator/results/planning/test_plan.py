@@ -10,9 +10,14 @@ import pytest
 from contract.answers import NodeView, StudyView
 from contract.presets import preset
 from contract.study import Submission
-from orchestrator.results.checkpoint_size import parameters
-from orchestrator.results.foresight import Spread, measured_spread
-from orchestrator.results.plan import gangs_at_once, make_plan, measured_speeds, whole_hours
+from orchestrator.results.planning.checkpoint_size import parameters
+from orchestrator.results.planning.foresight import Spread, measured_spread
+from orchestrator.results.planning.plan import (
+    gangs_at_once,
+    make_plan,
+    measured_speeds,
+    whole_hours,
+)
 from orchestrator.study.expand import expand
 from orchestrator.study.read import read_study
 from tests.orchestrator.studies import (
@@ -24,7 +29,7 @@ from tests.orchestrator.studies import (
     write_dataset,
 )
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 ROI = {"roi": {"pool": {"model.roi.kind": "pool"}, "align": {"model.roi.kind": "align"}}}
 
