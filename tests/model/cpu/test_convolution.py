@@ -6,7 +6,6 @@ import copy
 import math
 import pickle
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -356,7 +355,8 @@ def test_evaluation_takes_the_library_for_all_that_chooses_boxes(monkeypatch):
     taken: list[torch.Size] = []
     convolve = winograd.convolve
     monkeypatch.setattr(winograd, "convolve", lambda *a: taken.append(a[1].shape) or convolve(*a))
-    detector.box.selection = replace(detector.box.selection, score_threshold=0.0, max_iou=0.9)
+    monkeypatch.setattr(detector.box.selection, "score_threshold", 0.0)
+    monkeypatch.setattr(detector.box.selection, "max_iou", 0.9)
     detector.predict(batch)
     assert len(taken) == len(detector.mask.head.convs)
     detector.losses(batch)
