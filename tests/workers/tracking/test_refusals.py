@@ -139,6 +139,20 @@ def test_a_store_that_comes_back_during_the_run_gets_its_artifacts_by_its_end(pl
     assert "maskray sync" not in capsys.readouterr().out
 
 
+def test_a_trial_on_an_object_store_keeps_there_which_artifacts_its_tracker_lacks(
+    place, s3_uri, tmp_path
+):
+    place.artifacts.write_text("not yet")
+    journal = place.journal(storage=s3_uri, cache=str(tmp_path / "cache"))
+    journal.finish(Outcome(state="done", step=1))
+    with pytest.raises(RuntimeError, match="1 artifacts stay in"):
+        sync(s3_uri)
+    place.artifacts.unlink()
+    assert sync(s3_uri) == 1
+    assert place.paths() == {"config.yaml"}
+    assert sync(s3_uri) == 0
+
+
 @pytest.mark.parametrize("trial", ["it's", 'runs/"x"', 'it\'s "x"'])
 def test_a_quote_in_a_path_finds_its_run_again(tmp_path, empty_store, trial):
     place = Place(tmp_path, empty_store, trial)
