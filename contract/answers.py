@@ -96,7 +96,7 @@ class TrialView(Message):
     metrics: dict[str, float] = {}
     error: str = ""
     error_class: str = ""
-    why: str = ""  # why the trial waits, in words
+    why: str = ""  # why the trial waits, or what MLflow lacks of one that is over, in words
     cached_from: str = ""  # the trial that has the result
     identity: str = ""
     storage: str = ""

@@ -54,6 +54,7 @@ ATTEMPT_STOP_FILE, PREEMPT_FILE = "attempts/{attempt}/stop", "attempts/{attempt}
 PROGRESS_FILE = "progress.json"
 SPOOL_RECORDS = "spool/records.jsonl"  # what the tracker is told, in order
 SPOOL_CURSOR = "spool/cursor.json"  # {"bytes": how much of it the tracker has}
+SPOOL_LATER = "spool/later-"  # begins the name of a file for each artifact that its store refused
 RESULT_FILE = "result.json"
 CHECKPOINT_FOLDER = "checkpoints"
 ARTIFACT_FOLDER = "artifacts"  # config, detections, pictures, weights, metric series

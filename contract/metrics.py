@@ -1,11 +1,16 @@
 """The metrics that an evaluation computes, by kind of result: the one list of their names.
 
 A metric is `KIND/STATISTIC`. Evaluation computes it, a study asks for it, a report shows it.
+Below the list: how any name becomes a key of MLflow, and any value a part of its search.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Collection
 from typing import get_args
 
 from contract.model import MaskBranch, MaskLoss, ModelConfig, NoKeypoints
@@ -58,3 +63,70 @@ def check_metric(metric: str, where: str = "metrics") -> None:
         raise ValueError(
             f"{where}: no metric {metric!r}; did you mean {near[0] if near else 'segm/AP'!r}?"
         )
+
+
+# --- as MLflow takes them ---
+
+_REFUSED = re.compile(r"[^\w\-. :/]")  # in the key of a metric, a parameter or a tag
+_LONGEST_KEY, _LONGEST_PART = 250, 200  # characters; a part leaves room for "keypoints/AP50/"
+
+
+def tracker_keys(names: Collection[str]) -> dict[str, str]:
+    """By name the key that MLflow takes. It is the name itself wherever that is possible.
+
+    Two names never share a key: where they would, the changed ones end with a mark of their own.
+    """
+    return _apart({name: _key(name) for name in names})
+
+
+def category_keys(categories: Collection[str]) -> dict[str, str]:
+    """By category the part of a key: `tracker_keys` without a slash or a colon.
+
+    Stores that keep a key as a file could not hold the category "a" beside "a/b".
+    """
+    parts = {name: re.sub("[:/]", "_", _key(name))[:_LONGEST_PART] for name in categories}
+    return _apart(parts)
+
+
+def _key(name: str) -> str:
+    # MLflow reads a key as a path: it refuses one with empty parts, "." or "..", or one that begins
+    # with two dots
+    parts = [part for part in _REFUSED.sub("_", name[:_LONGEST_KEY]).split("/") if part]
+    key = "/".join("_" * len(part) if part in (".", "..") else part for part in parts) or "_"
+    return f"__{key[2:]}" if key.startswith("..") else key
+
+
+def _apart(keys: dict[str, str]) -> dict[str, str]:
+    shared = Counter(keys.values())
+    return {
+        name: key
+        if key == name or shared[key] == 1
+        else f"{key[: _LONGEST_PART - 9]}-{_mark(name)}"
+        for name, key in keys.items()
+    }
+
+
+def _mark(name: str) -> str:
+    """Of the name alone: it stays the same whatever other names come or go."""
+    return hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+
+
+def renamed(keys: dict[str, str]) -> str:
+    """The changed names in words, the first few of many; empty if there is none."""
+    changed = [f"{name!r} as {key!r}" for name, key in keys.items() if name != key]
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return ", ".join(changed[:5]) + more
+
+
+def tag_condition(tag: str, value: str) -> str:
+    """MLflow's search condition for the runs with this tag.
+
+    Its language has no escape for quotes. Of a value with both kinds it may find other runs too,
+    so the caller compares the value.
+    """
+    if "'" not in value:
+        return f"tags.`{tag}` = '{value}'"
+    if '"' not in value:
+        return f'tags.`{tag}` = "{value}"'
+    pattern = re.sub("['\"]", "_", value)
+    return f"tags.`{tag}` LIKE '{pattern}'"

@@ -12,9 +12,10 @@ from pathlib import Path
 from contract.attempt import MLflowTracking
 from contract.command import run_command
 from contract.files import Files, uri_join
+from contract.words import one_line
 from workers.tracking.mlflow_tracker import MLflowTracker
-from workers.tracking.shipper import ship_once
-from workers.tracking.spool import DESTINATION_FILE, SPOOL_FOLDER, Destination, Spool
+from workers.tracking.shipper import ship_once, ship_postponed
+from workers.tracking.spool import DESTINATION_FILE, LATER, SPOOL_FOLDER, Destination, Spool
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,7 +45,7 @@ def sync(where: str) -> int:
     """Ships all unsent records of a spool; returns how many.
 
     Raises ValueError if there is no spool or no tracker, RuntimeError if the tracker cannot be
-    reached.
+    reached or some artifact cannot be stored.
     """
     remote = _spool_at(where)
     with tempfile.TemporaryDirectory() as scratch:
@@ -60,23 +61,40 @@ def sync(where: str) -> int:
                 "resume it with one (--mlflow), which sends all of it"
             )
         storage = Files(destination.storage)
-        tracker = MLflowTracker(tracking, destination.trial, destination.name, storage)
+        tracker = MLflowTracker(tracking, destination.trial, destination.name, storage, _warn)
         spool = Spool(folder, take=False, warn=_warn)  # the run may be alive: it keeps its spool
         total = 0
         try:
             while sent := ship_once(spool, tracker, _warn):
                 total += sent
+            total += ship_postponed(spool, tracker, _warn)
         except Exception as error:
             left = f"{total} records sent, the others stay in {where}"
             raise RuntimeError(
-                f"{tracking.kind} cannot be reached: {str(error).splitlines()[0]}; {left}"
+                f"{tracking.kind} cannot be reached: {one_line(error)}; {left}"
             ) from error
         finally:
             spool.close()
             if remote.local is None:
                 # also after an error: the next call then goes on where this one stopped
                 remote.write("cursor.json", json.dumps({"bytes": spool.cursor}).encode())
+                _copy_postponed(folder, remote)
+        if later := spool.postponed():
+            raise RuntimeError(
+                f"{total} records sent, {len(later)} artifacts stay in {where}: "
+                f"{later[0].record.path}: {later[0].reason}"
+            )
     return total
+
+
+def _copy_postponed(folder: Path, remote: Files) -> None:
+    """The remote spool then has the artifacts that wait in `folder`, and no other."""
+    here = {path.name: path for path in folder.glob(f"{LATER}*")}
+    there = {name for name in remote.names("") if name.startswith(LATER)}
+    for name in there - here.keys():
+        remote.delete(name)
+    for name in here.keys() - there:
+        remote.write(name, here[name].read_bytes())
 
 
 def _spool_at(where: str) -> Files:

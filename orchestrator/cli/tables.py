@@ -101,6 +101,8 @@ def study_table(view: StudyView) -> RenderableType:
             notes.append(Text(f"{trial.key}: {trial.error}", "red"))
         elif trial.state == "queued" and trial.why:
             notes.append(Text(f"{trial.key} waits: {trial.why.removeprefix('waits ')}", "dim"))
+        if trial.state in FINAL_STATES and trial.why:
+            notes.append(Text(f"{trial.key}: {trial.why}", "yellow"))
         notes.extend(Text(f"{trial.key}: {event.text}", "yellow") for event in trial.events)
     notes.extend(Text(f"warning: {warning}", "yellow") for warning in view.warnings)
     title = Text(f"{view.name} ({view.study}): {view.state}", "bold")

@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple, TypeAlias
 
 import httpx
 
 from contract.answers import TrialView
-from contract.attempt import SPOOL_CURSOR, SPOOL_RECORDS
+from contract.attempt import SPOOL_CURSOR, SPOOL_LATER, SPOOL_RECORDS
+from contract.metrics import tag_condition, tracker_keys
 from contract.study import StudyState, TrialState
 from orchestrator.ledger import changes, queries
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.rows import StudyBrief, StudyRow, TrialBrief
 from orchestrator.results.comparison import compare_arms
+from orchestrator.schedule.decide import Wait
 from orchestrator.server.mlflow import MLflow, Run, TrackingRefusedError
 from orchestrator.server.views import study_views
 from orchestrator.settings import service_files
 
 LOG = logging.getLogger("maskray")
-_NAME = re.compile(r"[^\w\-. :/]")  # characters that MLflow refuses in a metric's name
-_LONGEST_NAME = 250  # characters that MLflow takes
 _SHIP_S = 300.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 60.0, 3600.0  # before what a trial left is sent again
 _STATUS: Mapping[TrialState | StudyState, str] = {
     "done": "FINISHED",
     "failed": "FAILED",
@@ -70,40 +71,79 @@ def _make_parent(ledger: Ledger, mlflow: MLflow, study: StudyRow) -> None:
     else:
         tags["maskray.parent"] = study.id
         run_id = mlflow.create_run(experiment, study.name, tags, study.created_at)
-        mlflow.put_artifact(run_id, "study.yaml", study.study_yaml.encode())
+    # before the artifact, whose store may refuse it: the trials need the run
     changes.set_parent_run(ledger, study.id, study.id, run_id)
+    mlflow.put_artifact(run_id, "study.yaml", study.study_yaml.encode())
+
+
+class Lack(NamedTuple):
+    """What MLflow has not got of a trial that is over. wait: says so to a person."""
+
+    wait: Wait
+    pause_s: float
+    again_at: float
+
+
+Ship: TypeAlias = Callable[[str], str | None]
 
 
 def close_runs(
-    ledger: Ledger, mlflow: MLflow, now: float, ship: Callable[[str], None] | None = None
+    ledger: Ledger,
+    mlflow: MLflow,
+    now: float,
+    ship: Ship | None = None,
+    lacks: dict[str, Lack] | None = None,
 ) -> int:
     """Ends the MLflow runs of trials and studies that are over; how many it ended.
 
     A trial that was killed leaves its run RUNNING. ship: sends what a trial could not send while it
-    ran, given its folder; by default as `maskray sync` does.
+    ran, given its folder, and returns why that failed; by default as `maskray sync` does. lacks: by
+    trial what it still could not send, kept from turn to turn; it is tried again, ever more rarely.
     """
     with ledger.reading() as transaction:
         trials = queries.unclosed_trials(transaction)
+    lacks = {} if lacks is None else lacks
+    for over in lacks.keys() - {trial.id for trial, _ in trials}:
+        del lacks[over]
     ended = 0
     for trial, study in trials:
+        if trial.id in lacks and now < lacks[trial.id].again_at:
+            continue
         with _apart(f"trial {trial.id}"):
-            runs = _runs_of(mlflow, trial, study, ship or _ship)
+            why = _send_rest(trial, study, ship or _ship)
+            runs = _runs_of(mlflow, trial, study)
             ended += sum(_close(mlflow, run, trial, study, now) for run in runs)
-            changes.close_trial(ledger, trial.id, runs[-1].info.run_id if runs else "")
+            if why:
+                lacks[trial.id] = _lack(trial, why, lacks.get(trial.id), now)
+            else:
+                changes.close_trial(ledger, trial.id, runs[-1].info.run_id if runs else "")
+                lacks.pop(trial.id, None)
     return ended + _close_parents(ledger, mlflow, now)
 
 
-def _runs_of(
-    mlflow: MLflow, trial: TrialBrief, study: StudyBrief, ship: Callable[[str], None]
-) -> list[Run]:
-    """The trial's runs, after what it could not send while it ran was sent to them."""
+def _lack(trial: TrialBrief, why: str, before: Lack | None, now: float) -> Lack:
+    pause_s = min(2 * before.pause_s, _LONGEST_PAUSE_S) if before else _FIRST_PAUSE_S
+    words = f"MLflow has not got all of it ({why}); tried again, or maskray sync {trial.folder}"
+    return Lack(Wait(trial.id, 0, words), pause_s, now + pause_s)
+
+
+def _tracked(trial: TrialBrief, study: StudyBrief) -> bool:
     # The run of a trial that took another one's result is that one's.
-    if not study.mlflow_experiment or trial.cached_from:
+    return bool(study.mlflow_experiment) and not trial.cached_from
+
+
+def _send_rest(trial: TrialBrief, study: StudyBrief, ship: Ship) -> str:
+    """Sends what the trial could not send while it ran. Returns why that failed, "" if not."""
+    if not _tracked(trial, study) or not _unsent(trial.folder):
+        return ""
+    return ship(trial.folder) or ""
+
+
+def _runs_of(mlflow: MLflow, trial: TrialBrief, study: StudyBrief) -> list[Run]:
+    if not _tracked(trial, study):
         return []
-    if _unsent(trial.folder):
-        ship(trial.folder)
     experiment = mlflow.experiment(study.mlflow_experiment, {})
-    return mlflow.runs(experiment, f"tags.`maskray.trial` = '{trial.id}'")
+    return mlflow.runs(experiment, tag_condition("maskray.trial", trial.id))
 
 
 def _unsent(folder: str) -> bool:
@@ -115,12 +155,15 @@ def _unsent(folder: str) -> bool:
     try:
         whole = files.size(SPOOL_RECORDS) or 0
         cursor = files.read_object(SPOOL_CURSOR) if whole else None
+        spool, later = SPOOL_LATER.split("/")
+        postponed = any(name.startswith(later) for name in files.names(spool)) if whole else False
     except OSError:
         return True
-    return whole > int((cursor or {}).get("bytes", 0))
+    return postponed or whole > int((cursor or {}).get("bytes", 0))
 
 
-def _ship(folder: str) -> None:
+def _ship(folder: str) -> str:
+    """Returns why not all of it was sent, empty if all was."""
     # The spool's format is the workers' own, and this room imports no other: so their command is
     # spawned.
     command = [sys.executable, "-m", "workers.sync", folder]
@@ -134,6 +177,7 @@ def _ship(folder: str) -> None:
         LOG.warning(
             "%s: what MLflow was not told stays there (%s); send it with maskray sync", folder, why
         )
+    return why
 
 
 def _close(mlflow: MLflow, run: Run, trial: TrialBrief, study: StudyBrief, now: float) -> bool:
@@ -163,6 +207,8 @@ def _close_parents(ledger: Ledger, mlflow: MLflow, now: float) -> int:
             )
             mlflow.end_run(study.mlflow_run_id, _STATUS[study.state], at)
             changes.close_study(ledger, study.id)
+            # its store may have refused it at the start
+            mlflow.put_artifact(study.mlflow_run_id, "study.yaml", study.study_yaml.encode())
     return len(studies)
 
 
@@ -183,11 +229,8 @@ def study_metrics(trials: Sequence[TrialView], metrics: Sequence[str]) -> dict[s
             values[name] = pair.mean
             values[f"{name}/low"], values[f"{name}/high"] = pair.low, pair.high
     # one seed has no interval: its ends are not finite, and MLflow refuses such a value
-    return {
-        _NAME.sub("_", name)[:_LONGEST_NAME]: value
-        for name, value in values.items()
-        if math.isfinite(value)
-    }
+    keys = tracker_keys(values)
+    return {keys[name]: value for name, value in values.items() if math.isfinite(value)}
 
 
 def send_webhooks(ledger: Ledger, url: str) -> None:

@@ -19,7 +19,7 @@ class Hub(Protocol):
     settings: ServiceSettings
 
     def waits(self) -> Mapping[str, Wait]:
-        """Why each queued trial waits, by its id, as the loop's last turn saw it."""
+        """Why each queued trial waits, by its id, and what MLflow lacks of those that are over."""
 
     def nodes(self) -> list[Node]:
         """The nodes that a study may count on; empty while they are not known."""

@@ -10,11 +10,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import httpx
 from pyarrow import fs
 
+from contract.metrics import tag_condition
 from contract.record import Message
 
 _LONGEST_TAG = 5000  # characters that MLflow takes
@@ -130,7 +131,12 @@ class MLflow:
 
     def run_by_tag(self, experiment: str, tag: str, value: str) -> Run | None:
         """A run with this tag, if there is one."""
-        return next(iter(self.runs(experiment, f"tags.`{tag}` = '{value}'")), None)
+        return next(iter(self.runs_by_tag(experiment, tag, value)), None)
+
+    def runs_by_tag(self, experiment: str, tag: str, value: str) -> list[Run]:
+        """The runs with this tag, at most a thousand."""
+        runs = self.runs(experiment, tag_condition(tag, value))
+        return [run for run in runs if Tag(key=tag, value=value) in run.data.tags]
 
     def create_run(self, experiment: str, name: str, tags: Mapping[str, str], at: float) -> str:
         """The id of a new run that started at `at`, Unix time."""
@@ -177,7 +183,8 @@ class MLflow:
             )
             return
         if root.scheme in ("", "file"):
-            target = Path(root.path) / name
+            # a plain path is no URI: "#" and "%" are part of it
+            target = Path(unquote(root.path) if root.scheme else uri) / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(data)
             return

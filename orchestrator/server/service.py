@@ -87,6 +87,7 @@ class Service:
         self._touched = time.monotonic()
         self._cluster: Cluster | None = None
         self._mlflow: MLflow | None = None
+        self._lacks: dict[str, bookkeeping.Lack] = {}  # by trial; the books' thread writes it
         self._tracking_uri = "" if settings.mlflow == "local" else settings.mlflow
         self._hang_timer = stack.HangTimer()
         self._examining = threading.Lock()
@@ -94,8 +95,9 @@ class Service:
     # --- what the routes use (api.Hub) ---
 
     def waits(self) -> Mapping[str, Wait]:
-        """Why each waiting trial waits, by the last decision."""
-        return self.loop.admission.waits
+        """Why each waiting trial waits, by the last decision; what MLflow lacks of others."""
+        lacks = {trial: lack.wait for trial, lack in list(self._lacks.items())}
+        return {**self.loop.admission.waits, **lacks}
 
     def nodes(self) -> list[Node]:
         """The cluster as it is; of a local one that starts, what it will have."""
@@ -278,7 +280,7 @@ class Service:
             self._mlflow, self.loop.tracking_uri = mlflow, uri
         if self._mlflow is not None:
             bookkeeping.make_parents(self.ledger, self._mlflow)
-            bookkeeping.close_runs(self.ledger, self._mlflow, time.time())
+            bookkeeping.close_runs(self.ledger, self._mlflow, time.time(), lacks=self._lacks)
 
     def _turn_webhooks(self) -> None:
         if self.settings.webhook:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from contract.answers import AttemptView, EventView, QueueEntry, QueueView, StudyView, TrialView
 from contract.attempt import Event, Wish
-from contract.study import LIVE_TRIALS, Study, Submission, TrialState
+from contract.study import FINAL_STATES, LIVE_TRIALS, Study, Submission, TrialState
 from orchestrator.ledger import queries
 from orchestrator.ledger.opening import Transaction
 from orchestrator.ledger.rows import AttemptRow, QueuedTrial, StudyRow, TrialBrief
@@ -97,7 +97,9 @@ def _attempt_view(attempt: AttemptRow) -> AttemptView:
 
 
 def _why(state: TrialState, wish: Wish, paused: bool, wait: Wait | None) -> str:
-    """Why a trial waits or stops, in words."""
+    """Why a trial waits or stops, or what MLflow lacks of one that is over, in words."""
+    if state in FINAL_STATES:
+        return wait.why if wait is not None else ""
     if state != "queued":
         return _STOPPING.get(wish, "")
     if paused:

@@ -249,10 +249,14 @@ class TrialJournal:
             self._spool.append(*_ending_records(outcome))
             if not self._shipper.close(_patience_s(outcome)):
                 print_warning(
-                    "some records could not be shipped; "
+                    f"some records could not be shipped ({self._shipper.lacks()}); "
                     f'send them later with "maskray sync {self._spool.folder}"'
                 )
                 self._keep_unshipped()
+            if refused := self._spool.num_refused:
+                print_warning(
+                    f"the tracker refused {refused} records for good, kept in {self._spool.folder}"
+                )
             self.close()
         except (OSError, RuntimeError) as error:
             # the outcome stands already: what tracking failed at must not change it
@@ -353,7 +357,8 @@ def track_failure(spec: RunSpec, storage: Files, outcome: Outcome) -> None:
     spool.append(*_ending_records(outcome))
     shipper = start_shipper(spec.tracking, spool, destination, storage, print_warning)
     if not shipper.close(_patience_s(outcome)):
-        print_warning(f'send the rest later with "maskray sync {spool.folder}"')
+        lacks = shipper.lacks()
+        print_warning(f'send the rest later with "maskray sync {spool.folder}": {lacks}')
     spool.close()
 
 

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import JsonValue
 
 from contract.attempt import MLflowTracking
 from contract.files import Files
+from contract.metrics import renamed, tag_condition, tracker_keys
+from contract.words import one_line
 from workers.tracking.records import (
     Artifact,
     Held,
     Metrics,
     Params,
+    PostponedError,
     RejectedError,
     Rewind,
     Status,
     Tags,
     TrackingRecord,
 )
+from workers.tracking.spool import print_warning
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, RunTag
@@ -39,7 +43,9 @@ _CLIENT_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-_PERMANENT = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+# What MLflow says of a value that it cannot take, and also of a run or an experiment that a person
+# has deleted and can restore.
+_REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 _LogBatch: TypeAlias = "tuple[list[Metric], list[Param], list[RunTag]]"
 
@@ -47,22 +53,43 @@ _LogBatch: TypeAlias = "tuple[list[Metric], list[Param], list[RunTag]]"
 class MLflowTracker:
     """Sends records to the trial's run, which it looks up by its tag and creates if needed."""
 
-    def __init__(self, cfg: MLflowTracking, trial: str, run_name: str, storage: Files) -> None:
+    def __init__(
+        self,
+        cfg: MLflowTracking,
+        trial: str,
+        run_name: str,
+        storage: Files,
+        warn: Callable[[str], None] = print_warning,
+    ) -> None:
         self._cfg, self._trial, self._run_name, self._storage = cfg, trial, run_name, storage
+        self._warn = warn
+        self._told: set[str] = set()  # names of which a warning has said that they change
         self._client: MlflowClient | None = None
         self._held = Held()
         self.run_id = ""
 
     def send(self, records: Sequence[TrackingRecord]) -> None:
-        """Raises RejectedError, or what MLflow raised if it may work another time."""
+        """Raises RejectedError for the records' form, PostponedError for artifacts alone.
+
+        Any other error may pass: the server is away, or does not allow it now.
+        """
         from mlflow.exceptions import MlflowException
 
+        client = self.connect()  # what it refuses is no matter of these records
         try:
-            self._send(records)
+            postponed = self._send(client, records)
         except MlflowException as error:
-            if error.error_code in _PERMANENT:
-                raise RejectedError(str(error).splitlines()[0]) from error
-            raise
+            if error.error_code not in _REFUSALS:
+                self._client = None  # the run itself may be gone: it is looked up again
+                raise
+            try:
+                check_active(client, self.run_id)
+            except Exception:
+                self._client = None
+                raise
+            raise RejectedError(str(error).splitlines()[0]) from error
+        if postponed:
+            raise PostponedError(postponed)
 
     def connect(self) -> MlflowClient:
         """The client, with `run_id` set. The first call asks which points the run already holds."""
@@ -74,9 +101,11 @@ class MLflowTracker:
             client = MlflowClient(tracking_uri=self._cfg.uri)
             experiment = experiment_id(client, self._cfg.experiment)
             # MLflow's client retries a POST: looking the run up first keeps a trial from two runs
-            runs = client.search_runs(
-                [experiment], f"tags.`{TRIAL_TAG}` = '{self._trial}'", max_results=1
-            )
+            runs = [
+                run
+                for run in client.search_runs([experiment], tag_condition(TRIAL_TAG, self._trial))
+                if run.data.tags[TRIAL_TAG] == self._trial
+            ]
             if runs:
                 self.run_id = runs[0].info.run_id
                 # another process may have sent the same points at other times, which MLflow keeps
@@ -97,13 +126,16 @@ class MLflowTracker:
             self._client = client
         return self._client
 
-    def _send(self, records: Sequence[TrackingRecord]) -> None:
+    def _send(
+        self, client: MlflowClient, records: Sequence[TrackingRecord]
+    ) -> list[tuple[Artifact, str]]:
+        """Returns the artifacts that their store did not take, each with the reason."""
         from mlflow.entities import Metric, Param, RunTag
 
-        client = self.connect()
         batch: _LogBatch = ([], [], [])
         metrics, params, tags = batch
-        for record in records:
+        postponed: list[tuple[Artifact, str]] = []
+        for record in map(self._with_keys, records):
             match self._held.new_part(record):
                 case Metrics(at=at, step=step, values=values):
                     metrics += [Metric(name, value, at, step) for name, value in values.items()]
@@ -112,7 +144,8 @@ class MLflowTracker:
                 case Tags(values=values):
                     tags += [RunTag(name, value[:_MAX_TAG_CHARS]) for name, value in values.items()]
                 case Artifact() as artifact:
-                    self._send_artifact(client, artifact)
+                    if reason := self._send_artifact(client, artifact):
+                        postponed.append((artifact, reason))
                 case Status() as status:
                     # first what came before it: a run that has ended takes no more
                     self._flush(client, batch)
@@ -123,6 +156,19 @@ class MLflowTracker:
                 case Rewind(step=step):
                     self._held.rewind(step)
         self._flush(client, batch)
+        return postponed
+
+    def _with_keys(self, record: TrackingRecord) -> TrackingRecord:
+        """The record with names that MLflow takes. Each change is told once."""
+        if not isinstance(record, Metrics | Params | Tags):
+            return record
+        keys = tracker_keys(record.values)
+        new = {name: key for name, key in keys.items() if name not in self._told}
+        if words := renamed(new):
+            self._warn(f"the tracker cannot take every name; it shows {words}")
+        self._told |= new.keys()
+        values = {keys[name]: value for name, value in record.values.items()}
+        return record.model_copy(update={"values": values})
 
     def _flush(self, client: MlflowClient, batch: _LogBatch) -> None:
         """Sends what the batch holds and empties it."""
@@ -136,17 +182,44 @@ class MLflowTracker:
         for part in batch:
             part.clear()
 
-    def _send_artifact(self, client: MlflowClient, artifact: Artifact) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
+    def _send_artifact(self, client: MlflowClient, artifact: Artifact) -> str:
+        """Why its store does not take it now; empty once it is there."""
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                if not self._storage.exists(artifact.path):
+                    gone = self._storage.describe(artifact.path)
+                    raise RejectedError(f"artifact is gone: {gone}")
                 path = self._storage.fetch(artifact.path, Path(folder))
                 client.log_artifact(self.run_id, str(path), artifact.folder or None)
-            except FileNotFoundError as error:
-                raise RejectedError(f"artifact is gone: {error}") from error
+        except RejectedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - each store has errors of its own
+            return one_line(error)
+        return ""
+
+
+def check_active(client: MlflowClient, run_id: str) -> None:
+    """Raises RuntimeError with the remedy if the run or its experiment is deleted."""
+    run = client.get_run(run_id).info
+    experiment = client.get_experiment(run.experiment_id)
+    if experiment.lifecycle_stage != "active":
+        raise RuntimeError(_deleted("experiment", experiment.experiment_id, experiment.name))
+    if run.lifecycle_stage != "active":
+        raise RuntimeError(_deleted("run", run_id, run.run_name or ""))
+
+
+def _deleted(kind: Literal["experiment", "run"], number: str, name: str) -> str:
+    return (
+        f"MLflow's {kind} {name!r} is deleted; "
+        f'"mlflow {kind}s restore --{kind}-id {number}" brings it back'
+    )
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:
-    """The experiment of this name, created if there is none."""
+    """The experiment of this name, created if there is none.
+
+    Raises RuntimeError if it is deleted: MLflow then takes no new one of this name either.
+    """
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
@@ -158,6 +231,8 @@ def experiment_id(client: MlflowClient, name: str) -> str:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
             experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage != "active":
+        raise RuntimeError(_deleted("experiment", experiment.experiment_id, name))
     return str(experiment.experiment_id)
 
 

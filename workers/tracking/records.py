@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, TypeAdapter
@@ -92,6 +92,33 @@ def parse_line(line: bytes) -> TrackingRecord | None:
 
 class RejectedError(Exception):
     """The tracker will never accept these records."""
+
+
+class PostponedError(Exception):
+    """The tracker has all records but these artifacts, whose store may take them another time."""
+
+    def __init__(self, reasons: Sequence[tuple[Artifact, str]]) -> None:
+        super().__init__("; ".join(f"{record.path}: {reason}" for record, reason in reasons))
+        self.reasons = reasons
+
+
+def halves(records: Sequence[TrackingRecord]) -> tuple[Sequence[TrackingRecord], ...]:
+    """Two smaller parts of `records`, in order; a single record splits into its values.
+
+    Empty if that cannot be split.
+    """
+    if len(records) > 1:
+        middle = len(records) // 2
+        return records[:middle], records[middle:]
+    match records[0]:
+        case (Metrics() | Params() | Tags()) as record if len(record.values) > 1:
+            items = list(record.values.items())
+            middle = len(items) // 2
+            return tuple(
+                [record.model_copy(update={"values": dict(part)})]
+                for part in (items[:middle], items[middle:])
+            )
+    return ()
 
 
 class Held:

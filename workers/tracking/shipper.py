@@ -12,8 +12,9 @@ from typing import Protocol, TypeAlias, assert_never
 
 from contract.attempt import MLflowTracking, NoTracking, Tracking
 from contract.files import Files
+from contract.words import one_line
 from workers.tracking.mlflow_tracker import MLflowTracker
-from workers.tracking.records import RejectedError, TrackingRecord
+from workers.tracking.records import PostponedError, RejectedError, TrackingRecord, halves
 from workers.tracking.spool import Destination, Spool, TakenError
 
 _LAST_TRIES = 3  # of a shipper that is closed
@@ -28,7 +29,8 @@ class Tracker(Protocol):
     def send(self, records: Sequence[TrackingRecord]) -> None:
         """Sends all of `records`, or raises.
 
-        RejectedError says that trying again is useless, any other error that it is not.
+        RejectedError says that trying again is useless, PostponedError that all is sent but some
+        artifacts, any other error that trying again is not useless.
         """
         ...
 
@@ -38,21 +40,47 @@ def ship_once(spool: Spool, tracker: Tracker, warn: Callable[[str], None]) -> in
     batch = spool.unsent()
     if not batch:
         return 0
-    records = [record for _, record in batch]
-    try:
-        tracker.send(records)
-    except RejectedError:
-        for record in records:  # one by one, so that one bad record does not take others with it
-            try:
-                tracker.send([record])
-            except RejectedError as error:
-                spool.reject(record, str(error))
-                warn(
-                    f"tracking refused a record of kind {record.kind}: {error}; "
-                    f"kept in {spool.folder}"
-                )
+    _deliver(spool, tracker, [record for _, record in batch], warn)
     spool.advance(batch[-1][0])
     return len(batch)
+
+
+def _deliver(
+    spool: Spool, tracker: Tracker, records: Sequence[TrackingRecord], warn: Callable[[str], None]
+) -> None:
+    try:
+        tracker.send(records)
+    except PostponedError as error:
+        for artifact, reason in error.reasons:
+            spool.postpone(artifact, reason)
+            warn(f"{artifact.path} is not in the tracker yet, it is tried again: {reason}")
+    except RejectedError as error:
+        # ever smaller parts, so that one bad value takes no other with it
+        parts = halves(records)
+        for part in parts:
+            _deliver(spool, tracker, part, warn)
+        if not parts and spool.reject(records[0], str(error)):
+            warn(
+                f"tracking refused a record of kind {records[0].kind}: {error}; "
+                f"kept in {spool.folder}"
+            )
+
+
+def ship_postponed(spool: Spool, tracker: Tracker, warn: Callable[[str], None]) -> int:
+    """Sends the artifacts that their store did not take before. Returns how many it takes now."""
+    arrived = 0
+    for record in [postponed.record for postponed in spool.postponed()]:
+        try:
+            tracker.send([record])
+        except PostponedError:
+            continue
+        except RejectedError as error:
+            spool.reject(record, str(error))
+            warn(f"{record.path}: {error}")
+        else:
+            arrived += 1
+        spool.settle(record)
+    return arrived
 
 
 class Shipper:
@@ -69,6 +97,7 @@ class Shipper:
         self._closing = threading.Event()
         self._nudged = threading.Event()  # to look at once, not after the wait
         self._failures = 0
+        self._why = ""  # the last failure; empty once records arrive again
         self._taken = False
         self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
         self._thread.start()
@@ -79,7 +108,8 @@ class Shipper:
 
     def unsent(self) -> list[TrackingRecord]:
         """What a lost disk would lose: a checkpoint carries it along. Raises TakenError."""
-        return [record for _, record in self._spool.unsent(100_000)]
+        unsent = [record for _, record in self._spool.unsent(100_000)]
+        return [*unsent, *(postponed.record for postponed in self._spool.postponed())]
 
     def flush(self, timeout_s: float) -> None:
         """Waits until the spool's records have arrived, for at most `timeout_s`.
@@ -101,20 +131,30 @@ class Shipper:
         self._closing.set()
         self._nudged.set()
         self._thread.join(timeout_s)
-        return self._taken or (not self._thread.is_alive() and not self._spool.unsent(1))
+        return self._taken or (not self._thread.is_alive() and not self.lacks())
+
+    def lacks(self) -> str:
+        """What has not arrived, and why, in words; empty if all of it has. Raises TakenError."""
+        lacks = self._spool.lacks()
+        return f"{lacks}: {self._why}" if lacks and self._why else lacks
 
     def _run(self) -> None:
         last_tries = _LAST_TRIES
+        look_again = time.monotonic()  # at artifacts that their store refused
         while True:
             closing = self._closing.is_set()
             try:
                 shipped = ship_once(self._spool, self._tracker, self._warn)
+                if not shipped and (closing or time.monotonic() >= look_again):
+                    ship_postponed(self._spool, self._tracker, self._warn)
+                    look_again = time.monotonic() + _LONGEST_WAIT_S
             except TakenError as error:
                 self._taken = True
                 self._warn(str(error))
                 return
             except Exception as error:  # noqa: BLE001 - the network or the server: keep, try again
                 self._failures += 1
+                self._why = one_line(error)
                 if self._failures == 1:
                     self._warn(
                         f"tracking is unreachable, records wait in {self._spool.folder}: {error}"
@@ -129,7 +169,7 @@ class Shipper:
             else:
                 if self._failures and shipped:
                     self._warn("tracking is reachable again")
-                    self._failures = 0
+                    self._failures, self._why = 0, ""
                 if not shipped:
                     if closing:
                         return
@@ -161,6 +201,9 @@ class NoShipper:
     def close(self, _timeout_s: float) -> bool:
         return not self._owed
 
+    def lacks(self) -> str:
+        return "this attempt has no tracker" if self._owed else ""
+
 
 AnyShipper: TypeAlias = Shipper | NoShipper
 
@@ -177,7 +220,7 @@ def start_shipper(
         case NoTracking():
             return NoShipper(owed=not isinstance(destination.tracking, NoTracking))
         case MLflowTracking():
-            tracker = MLflowTracker(tracking, destination.trial, destination.name, storage)
+            tracker = MLflowTracker(tracking, destination.trial, destination.name, storage, warn)
             return Shipper(spool, tracker, warn)
         case _:
             assert_never(tracking)

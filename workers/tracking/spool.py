@@ -1,12 +1,14 @@
 """The file in which a run keeps what its tracker has to learn, so that no dead server loses it.
 
 A spool is a folder with `records.jsonl` (one record a line, with its original time), `cursor.json`
-(how many bytes of it have been shipped), `rejected.jsonl` (damaged lines, and what the tracker
-refused for good) and `target.json` (whom the records are for).
+(how many bytes of it have been shipped), `later-*.json` (an artifact each, which its store did not
+take while the cursor passed it), `rejected.jsonl` (damaged lines, and what the tracker refused for
+good) and `target.json` (whom the records are for).
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -15,17 +17,25 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from contract.attempt import MLflowTracking, NoTracking, RunSpec, Tracking
+from contract.attempt import SPOOL_LATER, MLflowTracking, NoTracking, RunSpec, Tracking
 from contract.files import Files, explained
-from contract.record import Record
-from workers.tracking.records import TrackingRecord, parse_line
+from contract.record import Message, Record
+from workers.tracking.records import Artifact, TrackingRecord, parse_line
 
 SPOOL_FOLDER = "spool"
 DESTINATION_FILE = "target.json"
+LATER = SPOOL_LATER.removeprefix(f"{SPOOL_FOLDER}/")
 
 
 def print_warning(text: str) -> None:
     print(f"warning: {text}", flush=True)
+
+
+class Postponed(Message):
+    """An artifact that its store did not take, and why."""
+
+    record: Artifact
+    reason: str = ""
 
 
 class TakenError(RuntimeError):
@@ -49,6 +59,7 @@ class Spool:
         self.folder = folder
         self._path, self._cursor_path = folder / "records.jsonl", folder / "cursor.json"
         self._rejected_path = folder / "rejected.jsonl"
+        self._refused: set[str] = set()  # while this object has been open
         self._path.touch()
         with self._path.open("rb") as file:
             # a line without its end is still being written, or a crash tore it: no damage in it
@@ -135,9 +146,55 @@ class Spool:
             parsed = [parse_line(line) for line in file if line.endswith(b"\n")]
         return [record for record in parsed if record is not None]
 
-    def reject(self, record: TrackingRecord, reason: str) -> None:
-        """Keeps a record that the tracker refuses for good, with the reason."""
-        self._set_aside([record.to_json()], reason)
+    # --- what the tracker does not take ---
+
+    def reject(self, record: TrackingRecord, reason: str) -> bool:
+        """Keeps a record that the tracker refuses for good, with the reason.
+
+        Returns False if it is kept already: a shipment that fails later is repeated.
+        """
+        line = record.to_json()
+        if line in self._refused:
+            return False
+        self._refused.add(line)
+        self._set_aside([line], reason)
+        return True
+
+    def postpone(self, record: Artifact, reason: str) -> None:
+        """Keeps an artifact that its store may take another time, beside the cursor's order."""
+        value = Postponed(record=record, reason=reason)
+        Files(str(self.folder)).write(self._later(record).name, value.model_dump_json().encode())
+
+    def postponed(self) -> list[Postponed]:
+        paths = sorted(self.folder.glob(f"{LATER}*.json"))
+        return [Postponed.model_validate_json(path.read_bytes()) for path in paths]
+
+    def settle(self, record: Artifact) -> None:
+        """Forgets that the artifact was postponed."""
+        self._later(record).unlink(missing_ok=True)
+
+    def _later(self, record: Artifact) -> Path:
+        # a file each: the run and a `maskray sync` beside it never overwrite each other's list
+        digest = hashlib.sha256(record.to_json().encode()).hexdigest()[:16]
+        return self.folder / f"{LATER}{digest}.json"
+
+    @property
+    def num_refused(self) -> int:
+        """How many records the tracker has refused for good while this object has been open."""
+        return len(self._refused)
+
+    def lacks(self) -> str:
+        """What the tracker has not got yet, in words; empty if there is nothing.
+
+        Raises TakenError.
+        """
+        unsent, later = len(self.unsent(100_000)), self.postponed()
+        parts = [f"{unsent} records"] if unsent else []
+        if later:
+            names = ", ".join(one.record.path for one in later[:3])
+            more = ", ..." if len(later) > 3 else ""
+            parts.append(f"{len(later)} artifacts ({names}{more}: {later[0].reason})")
+        return ", ".join(parts)
 
     def _set_aside(self, values: Iterable[str], reason: str) -> None:
         """values: as JSON."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch import nn
 
 from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
 from contract.files import Files
+from contract.metrics import category_keys, renamed
 from contract.model import KeypointBranch, MaskBranch
 from contract.recipe import RunConfig
 from contract.words import one_line
@@ -307,6 +307,7 @@ class _Reporter:
         self._journal, self._dataset = attempt.journal, dataset
         self._loop = attempt.spec.run.loop
         self._best_metric = best_metric(attempt.spec.run)
+        self._told_names = False
         self.digest = ""  # of the last weights, once they are written
 
     def trained(self, state: TrainState) -> None:
@@ -317,10 +318,11 @@ class _Reporter:
     def evaluated(self, state: TrainState, scores: Scores) -> None:
         self._store.check_claim()  # a newer attempt writes to the same artifacts
         self._journal.metrics(state.step, scores.metrics)
+        keys = self._category_keys(scores)
         for kind in _PER_CLASS:
             per_class = scores.per_class.get(kind, {})
             self._journal.metrics(
-                state.step, {f"{kind}/{_metric_name(c)}": v for c, v in per_class.items()}
+                state.step, {f"{kind}/{keys[c]}": value for c, value in per_class.items()}
             )
         picture = f"{_PICTURES}/step-{state.step:08d}.png"
         self._storage.write(picture, comparison(self._dataset, scores.results))
@@ -336,6 +338,14 @@ class _Reporter:
                 path = _detections(kind)
                 self._storage.write(path, json.dumps(results).encode())
                 self._journal.artifact(path, "detections")
+
+    def _category_keys(self, scores: Scores) -> dict[str, str]:
+        keys = category_keys({c for kind in _PER_CLASS for c in scores.per_class.get(kind, ())})
+        words = renamed(keys)
+        if words and not self._told_names:
+            print_warning(f"the tracker cannot take every category's name; it shows {words}")
+        self._told_names = True
+        return keys
 
 
 # --- how it ends ---
@@ -398,10 +408,6 @@ def _write_weights(storage: Files, path: str, detector: nn.Module) -> str:
     data = safetensors_bytes(weights_of(detector))
     storage.write(path, data)
     return hashlib.sha256(data).hexdigest()
-
-
-def _metric_name(category: str) -> str:
-    return re.sub(r"[^\w\-. ]", "_", category)  # MLflow refuses a metric with other characters
 
 
 def _failed(attempt: _Attempt, error: Exception) -> Outcome:

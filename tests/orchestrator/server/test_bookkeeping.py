@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
 from sqlalchemy import update
 
 from contract.attempt import SPOOL_CURSOR, SPOOL_RECORDS
+from orchestrator.cli.tables import study_table
 from orchestrator.ledger import queries
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.server import accept
-from orchestrator.server.bookkeeping import close_runs, send_webhooks, study_metrics
+from orchestrator.server.bookkeeping import Lack, close_runs, send_webhooks, study_metrics
 from orchestrator.server.mlflow import Run, RunInfo, TrackingRefusedError
+from orchestrator.server.views import study_views
 from orchestrator.settings import ServiceSettings
 from tests.orchestrator.studies import finished
 from tests.orchestrator.submissions import plan, submission
-from workers.tracking.records import Tags
+from workers.tracking.records import Artifact, Tags
 from workers.tracking.spool import Spool
 
 
@@ -89,6 +93,53 @@ def test_what_a_trial_could_not_send_is_sent_before_its_run_is_closed(tmp_path: 
         close_runs(ledger, mlflow, 2.0, shipped.append)  # type: ignore[arg-type]
     assert shipped == [str(left)]
     assert mlflow.ended == ["FINISHED", "FINISHED"]
+    ledger.close()
+
+
+def test_what_cannot_be_sent_is_told_by_the_status_and_tried_again_until_it_can(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    settings = ServiceSettings(home=str(tmp_path))
+    study, _ = accept.accept(ledger, settings, submission(plan("a")), "ann", 1.0)
+    with ledger.writing() as transaction:
+        transaction.execute(update(TRIALS).values(state="done"))
+        transaction.execute(update(STUDIES).values(mlflow_experiment=study))
+    folder = tmp_path / "studies" / study / f"{study}-000"
+    spool = Spool(folder / "spool")
+    spool.append(Tags(values={}))
+    [(end, _)] = spool.unsent()
+    spool.advance(end)
+    spool.postpone(Artifact(path="artifacts/config.yaml", folder=""), "read-only")
+    spool.close()
+    tried, why = list[str](), "1 artifacts: read-only"
+
+    def ship(where: str) -> str:
+        tried.append(where)
+        return why
+
+    lacks = dict[str, Lack]()
+
+    def turn(now: float) -> str:
+        close_runs(ledger, FakeMLflow(), now, ship, lacks)  # type: ignore[arg-type]
+        waits = {trial: lack.wait for trial, lack in lacks.items()}
+        with ledger.reading() as transaction:
+            (view,) = study_views(transaction, waits, study)
+        screen = StringIO()
+        Console(file=screen, width=500).print(study_table(view))
+        assert (view.trials[0].why in screen.getvalue()) or not view.trials[0].why
+        return view.trials[0].why
+
+    assert f"({why}); tried again, or maskray sync {folder}" in turn(0.0)
+    turn(59.0)
+    assert tried == [str(folder)]
+    turn(60.0)
+    turn(179.0)  # twice as long
+    assert len(tried) == 2
+    spool.settle(Artifact(path="artifacts/config.yaml", folder=""))  # by hand, with maskray sync
+    assert turn(180.0) == ""
+    assert turn(1e6) == ""
+    assert len(tried) == 2
     ledger.close()
 
 

@@ -21,6 +21,8 @@ from contract.metrics import result_kinds
 from contract.recipe import RunConfig
 from model.accelerate import kernels
 from pipelines.load.proposals import write_proposals
+from pipelines.pack.pack import PackOptions, pack
+from pipelines.pack.synth import synthesise
 from pipelines.shards.dataset import open_dataset
 from tests.builders import tiny_run
 from tests.workers.fakes import alone, die
@@ -149,6 +151,31 @@ def test_a_trial_leaves_its_files_and_tells_mlflow_everything(tmp_path, packed, 
         "pictures",
         "detections",
     }
+
+
+def test_each_category_has_a_metric_of_its_own_whatever_it_is_called(tmp_path, store, capsys):
+    synthesise(tmp_path, num_images=6, size=64, seed=0)
+    names = ["..", "a/b", "a:b", "it's (x2)"]
+    folders = []
+    for part in ("train", "val"):
+        path = tmp_path / "annotations" / f"instances_{part}.json"
+        coco = json.loads(path.read_text())
+        for category, name in zip(coco["categories"], names, strict=True):
+            category["name"] = name
+        path.write_text(json.dumps(coco))
+        folders.append(str(tmp_path / part))
+        pack([path], str(tmp_path / "images" / part), folders[-1], PackOptions())
+    run = run_of((folders[0], folders[1]), loop__steps=2, loop__eval_every_steps=1)
+    outcome = go(
+        spec_of(tmp_path / "t", run, tracking=MLflowTracking(uri=store, experiment="odd names"))
+    )
+    assert (outcome.state, outcome.error) == ("done", "")
+    _, tracked = mlflow_run(store, "odd names")
+    found = [name for name in tracked.data.metrics if name.startswith("bbox/AP/")]
+    assert len(found) == len(names)
+    assert {"bbox/AP/__", "bbox/AP/it_s _x2_"} <= set(found)
+    assert not (tmp_path / "t/spool/rejected.jsonl").exists()
+    assert capsys.readouterr().out.count("'a/b' as 'a_b-") == 1
 
 
 def test_a_diverging_trial_fails_with_its_reason_in_outcome_and_mlflow(tmp_path, packed, store):
