@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -12,6 +11,8 @@ from pydantic import JsonValue
 
 from contract.attempt import MLflowTracking
 from contract.files import Files
+from contract.machine.folders import scratch
+from contract.machine.proxies import ask_this_machine_directly
 from workers.tracking.records import (
     Artifact,
     Held,
@@ -69,6 +70,7 @@ class MLflowTracker:
         if self._client is None:
             for name, value in _CLIENT_SETTINGS.items():
                 os.environ.setdefault(name, value)
+            ask_this_machine_directly()  # MLflow's client reads the proxies by itself
             from mlflow.tracking import MlflowClient
 
             client = MlflowClient(tracking_uri=self._cfg.uri)
@@ -137,7 +139,7 @@ class MLflowTracker:
             part.clear()
 
     def _send_artifact(self, client: MlflowClient, artifact: Artifact) -> None:
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch("artifact") as folder:
             try:
                 path = self._storage.fetch(artifact.path, Path(folder))
                 client.log_artifact(self.run_id, str(path), artifact.folder or None)
