@@ -41,11 +41,13 @@ from contract.answers import (
     UserRemoved,
     UserView,
 )
+from contract.machine.proxies import proxy_for, way_to
 from contract.study import Submission
 
 _TRIES = 4  # a service that restarts listens again within 0.3 + 0.6 + 1.2 s
 _IDENTITIES_A_REQUEST = 100  # of 64 characters each: the URL stays below 8 KiB
 _LONG_S = 300.0  # for an upload
+_PROXY_WANTS_PASSWORD = 407  # of the statuses, the one that no service of ours gives
 
 AnyAnswer = TypeVar("AnyAnswer", bound=BaseModel)
 _Fields: TypeAlias = Mapping[str, str | float | Sequence[str]]
@@ -79,9 +81,15 @@ class Client:
     def __init__(self, connection: Connection, timeout_s: float = 60.0) -> None:
         self.connection = connection
         headers = {"Authorization": f"Bearer {connection.token}"}
-        # trust_env=False: no proxy and no .netrc of the environment comes in between.
+        # The service of a folder runs on this machine, by whatever address it listens.
+        own = connection.root is not None
+        self._way = "" if own else way_to(connection.url)
         self._http = httpx.Client(
-            base_url=connection.url, headers=headers, timeout=timeout_s, trust_env=False
+            base_url=connection.url,
+            headers=headers,
+            timeout=timeout_s,
+            proxy=None if own else proxy_for(connection.url),
+            trust_env=False,  # no .netrc comes in between, and the proxy is our choice
         )
 
     def close(self) -> None:
@@ -222,9 +230,9 @@ class Client:
             detail = Refusal.model_validate_json(response.content).detail
         except ValueError:  # a proxy in between answers in words of its own
             detail = f"status {response.status_code}"
-        if response.status_code < 500:
+        if response.status_code < 500 and response.status_code != _PROXY_WANTS_PASSWORD:
             raise ValueError(detail)
-        raise RuntimeError(f"service {self.connection.url}: {detail}")
+        raise RuntimeError(f"service {self.connection.url}{self._way}: {detail}")
 
     def _send(self, method: str, path: str, **options: Unpack[_Options]) -> httpx.Response:
         for attempt in range(_TRIES):
@@ -235,11 +243,12 @@ class Client:
                 # have done what was asked, and only the caller knows whether twice is once.
                 if attempt == _TRIES - 1:
                     raise RuntimeError(
-                        f"service {self.connection.url} does not answer ({error}); is it running?"
+                        f"service {self.connection.url}{self._way} does not answer ({error}); "
+                        "is it running?"
                     ) from error
                 time.sleep(0.3 * 2**attempt)
             except httpx.HTTPError as error:
                 raise RuntimeError(
-                    f"service {self.connection.url}: {error or type(error).__name__}"
+                    f"service {self.connection.url}{self._way}: {error or type(error).__name__}"
                 ) from error
         raise AssertionError

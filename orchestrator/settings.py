@@ -93,7 +93,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Raises ValueError, one line, if the file is not plain YAML that holds settings by name.
     """
-    text = path.read_text()
+    text = path.read_text("utf-8")
     lines = (line.strip() for line in text.splitlines())
     # `parse_yaml` refuses an empty document, but a file with every setting commented out is sound.
     if all(not line or line.startswith("#") for line in lines):

@@ -16,11 +16,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
 from contract.command import INPUT_WRONG, run_command
+from contract.machine.folders import scratch
 from contract.record import Message, Record, parse_record
 from contract.study import Study, TrialPlan
 from orchestrator.study.code_package import CodePackage, installed_source_hash
@@ -65,7 +65,7 @@ def expand_with_its_code(
         sha256=code.sha256, source_hash=code.source_hash, origin=code.origin, commit=code.commit
     )
     request = Request(study=study, data=data, root=str(root.resolve()), code=name)
-    with tempfile.TemporaryDirectory(prefix="maskray-code-") as folder:
+    with scratch("code") as folder:
         zipfile.ZipFile(io.BytesIO(code.data)).extractall(folder)
         return _ask(Path(folder), request)
 
@@ -87,7 +87,8 @@ def _ask(folder: Path, request: Request) -> Expansion:
         env={**os.environ, "PYTHONPATH": str(folder)},
         input=json.dumps(question),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # its words, by a terminal's encoding
         check=False,
     )
     complaint = done.stderr.strip().splitlines() or ["no reason given"]

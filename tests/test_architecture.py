@@ -13,7 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 OURS = ("contract", "model", "pipelines", "workers", "orchestrator")
-CONTRACT = tuple(f"contract.{path.stem}" for path in sorted((ROOT / "contract").glob("[a-z]*.py")))
+CONTRACT = tuple(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "contract").rglob("[a-z]*.py"))
+)
 CONTRACT_MAY = {
     "__future__",
     "pydantic",

@@ -24,6 +24,7 @@ from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import torch
@@ -41,6 +42,7 @@ from contract.attempt import (
 )
 from contract.command import run_command
 from contract.files import Files
+from contract.machine.proxies import proxy_for
 from model.cpu import native
 
 PACKAGES = ("ray", "torch", "torchvision", "numpy", "pyarrow", "mlflow", "pycocotools", "pydantic")
@@ -219,9 +221,12 @@ def _mlflow_error(uri: str) -> str:
     if not uri.startswith(("http://", "https://")):
         return ""
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
+        proxy = proxy_for(uri)
+        through = urllib.request.ProxyHandler({urlsplit(uri).scheme: proxy} if proxy else {})
+        opener = urllib.request.build_opener(through)
+        with opener.open(f"{uri.rstrip('/')}/health", timeout=10) as answer:
             return "" if answer.status == 200 else f"status {answer.status}"
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return _one_line(error)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from contract.attempt import ARTIFACT_FOLDER
 from contract.command import run_command
 from contract.files import Files
+from contract.machine.folders import scratch
 from contract.model import FixedProposals
 from contract.recipe import RunConfig, parse_run
 from contract.yaml import parse_yaml
@@ -48,8 +48,7 @@ def main(argv: Sequence[str]) -> int:
         "--json", action="store_true", help="print one JSON object and nothing else on stdout"
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    arguments = parser.parse_args(argv)
-    return run_command(lambda: _propose(arguments), argv)
+    return run_command(lambda: _propose(parser.parse_args(argv)), argv)
 
 
 def _propose(arguments: argparse.Namespace) -> int:
@@ -96,7 +95,7 @@ def trained_detector(
     detector = build_detector(run.model, run.seed).to(device)
     accelerate(detector)
     # safetensors reads local files alone; behind a URI this is a copy
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch("weights") as folder:
         detector.load_state_dict(load_file(storage.fetch(WEIGHTS, Path(folder))))
     return detector.eval()
 

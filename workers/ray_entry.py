@@ -29,6 +29,8 @@ from contract.attempt import (
 )
 from contract.command import run_command
 from contract.files import Files, split
+from contract.machine.folders import own_name
+from contract.machine.proxies import ask_this_machine_directly
 from workers.trial.causes import (
     causes_in_logs,
     exit_status,
@@ -58,8 +60,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--spec", required=True, metavar="FILE_OR_URI", help="a RunSpec as JSON")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    arguments = parser.parse_args(argv)
-    return run_command(lambda: run_spec(read_spec(arguments.spec)), argv)
+    return run_command(lambda: run_spec(read_spec(parser.parse_args(argv).spec)), argv)
 
 
 def read_spec(where: str) -> RunSpec:
@@ -182,6 +183,7 @@ def train_rank(config: dict[str, str]) -> None:
 
     Raises if the attempt failed, so that Ray ends the other ranks.
     """
+    ask_this_machine_directly()  # no `run_command` started this process
     spec = RunSpec.model_validate_json(config["spec"])
     storage = Files(spec.storage)
     rank = int(os.environ["RANK"])
@@ -246,7 +248,7 @@ def logged_to(storage: Files, path: str) -> Iterator[None]:
         file = storage.local / path
         file.parent.mkdir(parents=True, exist_ok=True)
     else:
-        file = Path(tempfile.mkdtemp(prefix="maskray-log-")) / "rank.log"
+        file = Path(tempfile.mkdtemp(prefix=f"{own_name('log')}-")) / "rank.log"
     # the descriptors themselves: libraries in C write to them, past `sys.stdout`
     kept = [os.dup(1), os.dup(2)]
     handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from contract.attempt import MLflowTracking
 from contract.command import run_command
 from contract.files import Files, uri_join
+from contract.machine.folders import scratch
 from contract.words import one_line
 from workers.tracking.mlflow_tracker import MLflowTracker
 from workers.tracking.shipper import ship_once, ship_postponed
@@ -27,13 +27,12 @@ def main(argv: Sequence[str]) -> int:
         "--json", action="store_true", help="print one JSON object and nothing else on stdout"
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    arguments = parser.parse_args(argv)
-    return run_command(lambda: _sync(arguments.folder, arguments.json), argv)
+    return run_command(lambda: _sync(parser.parse_args(argv)), argv)
 
 
-def _sync(where: str, as_json: bool) -> int:
-    sent = sync(where)
-    print(json.dumps({"sent": sent}) if as_json else f"{sent} records sent")
+def _sync(arguments: argparse.Namespace) -> int:
+    sent = sync(arguments.folder)
+    print(json.dumps({"sent": sent}) if arguments.json else f"{sent} records sent")
     return 0
 
 
@@ -48,8 +47,8 @@ def sync(where: str) -> int:
     reached or some artifact cannot be stored.
     """
     remote = _spool_at(where)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = remote.local or Path(scratch)
+    with scratch("sync") as fetched:
+        folder = remote.local or Path(fetched)
         if remote.local is None:
             for name in remote.names(""):
                 remote.fetch(name, folder)

@@ -32,8 +32,7 @@ _SHOWN = ("bbox/AP", "segm/AP", "keypoints/AP")  # of the metrics, to a person
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = _parser().parse_args(argv)
-    return run_command(lambda: _train(arguments), argv)
+    return run_command(lambda: _train(_parser().parse_args(argv)), argv)
 
 
 def _parser() -> argparse.ArgumentParser:

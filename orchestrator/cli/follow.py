@@ -14,7 +14,7 @@ from contract.answers import StudyView, TrialView
 from contract.attempt import Progress
 from contract.study import FINAL_STATES
 from orchestrator.cli.options import print_json
-from orchestrator.cli.tables import in_two_units, study_table
+from orchestrator.cli.tables import LEAST_COLUMNS, in_two_units, study_table
 from orchestrator.client import Client
 
 _POLL_S = 1.0
@@ -24,8 +24,10 @@ _SHOWN = ("bbox/AP", "segm/AP", "segm/AP75", "keypoints/AP")
 
 def follow(client: Client, study: str, mode: Literal["live", "json", "silent"]) -> StudyView:
     """Shows `study` until its state is final or paused. Returns its last view."""
-    if mode == "live" and sys.stderr.isatty():
-        with Live(console=Console(stderr=True), auto_refresh=False) as live:
+    console = Console(stderr=True)
+    # Lines on a narrow terminal: a table that the terminal wraps cannot be drawn over.
+    if mode == "live" and sys.stderr.isatty() and console.width >= LEAST_COLUMNS:
+        with Live(console=console, auto_refresh=False) as live:
             return _poll(client, study, lambda view: live.update(study_table(view), refresh=True))
     if mode == "live":
         return _poll(

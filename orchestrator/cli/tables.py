@@ -13,6 +13,8 @@ from contract.answers import QueueEntry, StudyView, TrialView
 from contract.attempt import Progress
 from contract.study import FINAL_STATES
 
+LEAST_COLUMNS = 80  # that a table takes
+
 _STYLES = {
     "done": "green",
     "failed": "red",
@@ -26,9 +28,7 @@ def print_studies(views: Sequence[StudyView]) -> None:
     if not views:
         print('no studies yet; "maskray run STUDY.yaml" starts one')
         return
-    table = Table(
-        "study", "name", "owner", "state", "priority", "ended", "age", box=None, pad_edge=False
-    )
+    table = _table("study", "name", "owner", "state", "priority", "ended", "age")
     for view in views:
         done = sum(count for state, count in view.counts.items() if state in FINAL_STATES)
         state = Text(view.state, _STYLES.get(view.state, ""))
@@ -53,9 +53,7 @@ def print_queue(running: Sequence[QueueEntry], waiting: Sequence[QueueEntry]) ->
     if not running and not waiting:
         print("nothing runs and nothing waits")
         return
-    table = Table(
-        "", "trial", "study", "owner", "priority", "needs", "state", "why", box=None, pad_edge=False
-    )
+    table = _table("", "trial", "study", "owner", "priority", "needs", "state", "why")
     for entry in [*running, *waiting]:
         place = str(entry.position) if entry.position else "-"
         state = Text(entry.state, _STYLES.get(entry.state, ""))
@@ -74,18 +72,7 @@ def print_queue(running: Sequence[QueueEntry], waiting: Sequence[QueueEntry]) ->
 
 def study_table(view: StudyView) -> RenderableType:
     """One line a trial, and below them what went wrong or gives pause."""
-    table = Table(
-        "trial",
-        "state",
-        "step",
-        "loss",
-        "img/s",
-        "left",
-        "AP box",
-        "AP mask",
-        box=None,
-        pad_edge=False,
-    )
+    table = _table("trial", "state", "step", "loss", "img/s", "left", "AP box", "AP mask")
     notes: list[Text] = []  # below the table, where a sentence has the whole width
     for trial in view.trials:
         # A trial that is over keeps its last progress; its metrics say more.
@@ -150,7 +137,16 @@ def in_two_units(seconds: float | None) -> str:
     return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
 
 
+def _table(*headers: str) -> Table:
+    table = Table(*headers, box=None, pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"  # a cut name is no name
+    return table
+
+
 def _print(renderable: RenderableType) -> None:
     console = Console()
-    # A pipe has no width: do not fold what another program will read.
-    (console if console.is_terminal else Console(width=240)).print(renderable)
+    # A pipe has no width: do not fold what another program will read. A narrow terminal wraps
+    # whole lines, which reads better than columns of one letter.
+    width = max(console.width, LEAST_COLUMNS) if console.is_terminal else 240
+    Console(width=width).print(renderable)

@@ -16,6 +16,7 @@ from typing import TypedDict, TypeVar, Unpack
 import httpx
 from pydantic import BaseModel, JsonValue, ValidationError
 
+from contract.machine.proxies import proxy_for, way_to
 from orchestrator.cluster.nodes import Machine, Node
 from orchestrator.cluster.ray_answers import (
     Actor,
@@ -72,9 +73,13 @@ class Cluster:
     def __init__(self, url: str, token: str, timeout_s: float = 20.0) -> None:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.url = url.rstrip("/")
-        # trust_env=False: no proxy and no .netrc of the environment comes in between.
+        self._way = way_to(self.url)
         self._http = httpx.Client(
-            base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False
+            base_url=self.url,
+            headers=headers,
+            timeout=timeout_s,
+            proxy=proxy_for(self.url),
+            trust_env=False,  # no .netrc comes in between, and the proxy is our choice
         )
 
     def close(self) -> None:
@@ -233,7 +238,7 @@ class Cluster:
             response = self._http.request(method, path, **options)
         except httpx.HTTPError as error:
             raise UnreachableError(
-                f"Ray at {self.url}{path}: {error or type(error).__name__}"
+                f"Ray at {self.url}{path}{self._way}: {error or type(error).__name__}"
             ) from error
         if response.status_code in (401, 403):
             raise UnreachableError(

@@ -157,11 +157,12 @@ def _find(home: Path) -> Connection | None:
     child = find_child(_LISTENING, home)
     if child is None or not child.url or not _healthy(child.url):
         return None
-    return Connection(child.url, (home / "token").read_text().strip(), home.parent)
+    return Connection(child.url, (home / "token").read_text("utf-8").strip(), home.parent)
 
 
 def _healthy(url: str) -> bool:
     try:
+        # trust_env=False: the service runs on this machine, so no proxy comes in between.
         return httpx.get(f"{url}/v1/health", timeout=10.0, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False

@@ -94,7 +94,7 @@ def recorded_child(name: str, home: Path) -> ChildRecord | None:
     """The recorded process, alive or dead. Raises RuntimeError if its file is no record."""
     path = _record_file(name, home)
     try:
-        return parse_record(ChildRecord, json.loads(path.read_text()), "its process")
+        return parse_record(ChildRecord, json.loads(path.read_text("utf-8")), "its process")
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -175,11 +175,13 @@ def write_private(path: Path, text: str) -> None:
 def own_token(path: Path) -> str:
     """The token in `path`, made if there is none yet."""
     try:
-        return path.read_text().strip()
+        return path.read_text("utf-8").strip()
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_private(path, secrets.token_urlsafe(32))
-        return path.read_text().strip()  # another process may have written its own in between
+        return path.read_text(
+            "utf-8"
+        ).strip()  # another process may have written its own in between
 
 
 def wait_until_gone(child: ChildRecord, wait_s: float) -> bool:

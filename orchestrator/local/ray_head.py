@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from contract.machine.folders import short_folder, user_name
 from orchestrator.local.processes import ChildRecord, free_ports, marked, start_child
 
-# A socket's path has at most 107 bytes, and Ray adds a session and a name to the folder.
-_SHORT_FOLDER = 24
+# A socket's path has at most 107 bytes, and Ray adds a session and a name to the folder:
+# /session_2026-01-01_00-00-00_123456_1234567/sockets/plasma_store_1
+_FOLDER_BYTES = 40
+_USER_CHARS = 12
 
 
 @dataclass(frozen=True)
@@ -98,5 +101,13 @@ def _ray_command() -> str:
 
 def _short_folder() -> str:
     """A private folder for Ray's sockets, whose paths must stay short."""
-    base = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="mr", dir=base if len(base) <= _SHORT_FOLDER else "/tmp")  # noqa: S108
+    return tempfile.mkdtemp(prefix=_prefix(), dir=folder_for_sockets())
+
+
+def folder_for_sockets() -> str:
+    """Where a head's own folder goes. Raises ValueError, which says what to set."""
+    return short_folder(_FOLDER_BYTES - len(f"/{_prefix()}xxxxxxxx"))
+
+
+def _prefix() -> str:
+    return f"mr-{user_name()[:_USER_CHARS]}-"

@@ -18,6 +18,7 @@ import httpx
 
 from contract.answers import TrialView
 from contract.attempt import SPOOL_CURSOR, SPOOL_LATER, SPOOL_RECORDS
+from contract.machine.proxies import proxy_for
 from contract.metrics import tag_condition, tracker_keys
 from contract.study import StudyState, TrialState
 from orchestrator.ledger import changes, queries
@@ -247,7 +248,9 @@ def send_webhooks(ledger: Ledger, url: str) -> None:
             "study": study.id,
         }
         try:
-            response = httpx.post(url, json=body, timeout=10.0, trust_env=False)
+            response = httpx.post(
+                url, json=body, timeout=10.0, proxy=proxy_for(url), trust_env=False
+            )
             response.raise_for_status()
         except httpx.HTTPStatusError as error:
             status = error.response.status_code

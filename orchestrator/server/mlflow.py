@@ -15,6 +15,7 @@ from urllib.parse import quote, unquote, urlsplit
 import httpx
 from pyarrow import fs
 
+from contract.machine.proxies import proxy_for, way_to
 from contract.metrics import tag_condition
 from contract.record import Message
 
@@ -102,8 +103,14 @@ class MLflow:
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
         port = f":{parts.port}" if parts.port else ""
         self.url = f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
+        self._way = way_to(self.url)
         self._http = httpx.Client(
-            base_url=self.url, auth=auth, headers=headers, timeout=timeout_s, trust_env=False
+            base_url=self.url,
+            auth=auth,
+            headers=headers,
+            timeout=timeout_s,
+            proxy=proxy_for(self.url),
+            trust_env=False,  # no .netrc comes in between, and the proxy is our choice
         )
 
     def close(self) -> None:
@@ -204,7 +211,7 @@ class MLflow:
             response = self._http.request(method, path, **options)
         except httpx.HTTPError as error:
             raise TrackingDownError(
-                f"MLflow at {self.url}: {error or type(error).__name__}"
+                f"MLflow at {self.url}{self._way}: {error or type(error).__name__}"
             ) from error
         if missing and response.status_code == 404:
             return None

@@ -26,6 +26,7 @@ import uvicorn
 
 from contract.answers import Check, ClusterView, NodeView, Staging
 from contract.command import run_command
+from contract.machine.proxies import proxy_for
 from orchestrator.cluster import staging
 from orchestrator.cluster.doctor import examine
 from orchestrator.cluster.jobs import Cluster, UnreachableError
@@ -36,6 +37,7 @@ from orchestrator.ledger.opening import Ledger, LedgerError, reason
 from orchestrator.local import stack
 from orchestrator.local.connect import write_service_record
 from orchestrator.local.processes import own_token
+from orchestrator.local.ray_head import folder_for_sockets
 from orchestrator.schedule.decide import Wait
 from orchestrator.schedule.reconcile import Reconciler
 from orchestrator.server import bookkeeping
@@ -317,6 +319,10 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
     home = Path(settings.home).absolute()
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     settings = settings.model_copy(update={"home": str(home)})
+    for uri in (settings.ray, settings.mlflow, settings.webhook):
+        proxy_for(uri)  # refuses a proxy of no use now, and not in a thread later
+    if settings.ray == "local":
+        folder_for_sockets()  # likewise
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
@@ -331,7 +337,9 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
         # bound before the service starts anything: a port that is taken must not cost a Ray head
         listener = _listen(settings, bool(first_token or settings.token_file))
         path = settings.ray_token_file
-        ray_token = Path(path).read_text().strip() if path else os.environ.get("RAY_AUTH_TOKEN", "")
+        ray_token = (
+            Path(path).read_text("utf-8").strip() if path else os.environ.get("RAY_AUTH_TOKEN", "")
+        )
         service = Service(settings, ledger, holder, ray_token)
         server = uvicorn.Server(
             uvicorn.Config(
@@ -402,7 +410,7 @@ def _version() -> str:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    text = Path(arguments[0]).read_text()
+    text = Path(arguments[0]).read_text("utf-8")
     sys.exit(run_command(lambda: serve(ServiceSettings.model_validate_json(text)), arguments))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from contract.data import MANIFEST_NAME
 from contract.files import Files, retried
+from contract.machine.folders import scratch
 from pipelines.progress import Progress, silent
 from pipelines.shards.index import Index
 from pipelines.shards.manifest import FileEntry, Manifest, read_manifest
@@ -45,7 +45,7 @@ def verify(uri: str, progress: Progress = silent) -> Verification:
     except RuntimeError as error:
         return Verification(0, 0, (Damage(MANIFEST_NAME, None, str(error)),))
     # One file at a time is copied, so that a remote dataset may be larger than the disk here.
-    with tempfile.TemporaryDirectory(prefix="maskray-verify-") as folder:
+    with scratch("verify") as folder:
         errors = list(_damages(store, manifest, Path(folder), progress))
     return Verification(manifest.num_shards, manifest.num_images, tuple(errors))
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from contract.data import DataConfig
+from contract.machine.folders import fork_server
 from contract.model import ImageInput
 from model.structures import Batch
 from pipelines.load.blocks import (
@@ -436,8 +437,7 @@ def _worker_loader(
     """torch's loader over worker processes."""
     # The fork server has imported this module and done nothing else, so a fork of it is safe beside
     # this process's threads, S3 clients and CUDA context.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context = fork_server([__name__])
     return DataLoader(
         _Numbered(source),
         batch_size=None,

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 from contract.data import MANIFEST_NAME, SCHEMA_VERSION
 from contract.files import LASTING_ERRORS, Files, file_sha256
+from contract.machine.folders import own_name
 from contract.words import shortened
 from pipelines.coco.checks import Problem, UnusableError, is_path_below, read_annotation
 from pipelines.coco.decoding import Exif, Stored, TooLargeError, decode_with_remark, read_header
@@ -145,7 +146,7 @@ def pack(
         )
     if out.local is not None and out.local.exists() and not out.local.is_dir():
         raise ValueError(f"{out.name}: is a file; give --out a folder")
-    with scratch_folder("maskray-pack-") as folder:
+    with scratch_folder(f"{own_name('pack')}-") as folder:
         sorted_file = folder / "sorted.sqlite"
         problems: list[Problem] = []
         report = _reporter(problems, options.on_error)
@@ -546,7 +547,7 @@ def _finish(
     num_rows = sum(note.shard.rows for note in notes)
     if num_rows == 0:
         raise ValueError(f"no image could be packed; the first: {notes[0].problems[0]}")
-    with scratch_folder("maskray-pack-") as temporary:
+    with scratch_folder(f"{own_name('pack')}-") as temporary:
         path = temporary / INDEX_NAME
         with pa.ipc.new_file(str(path), schema.INDEX) as writer:
             for note in notes:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from contract.files import Files, file_sha256, retried
+from contract.machine.folders import own_folder, own_path
 from pipelines.shards.manifest import FileEntry
 
 QUARANTINED = 4  # damaged copies that are kept, to be looked at
@@ -29,7 +29,8 @@ class Cache:
     """One folder of at most `cap_gib`. An empty name means the user's in the temporary folder."""
 
     def __init__(self, folder: str, cap_gib: float):
-        self.folder = Path(folder or Path(tempfile.gettempdir()) / f"maskray-cache-{os.getuid()}")
+        self.folder = Path(folder) if folder else own_path("cache")
+        self._own = not folder  # else users may share it
         self.cap_bytes = int(cap_gib * 2**30)
         self.evicted = 0  # files that this process removed for want of room
 
@@ -83,6 +84,8 @@ class Cache:
 
     def _kept(self, how: int = fcntl.LOCK_SH) -> AbstractContextManager[None]:
         """Nothing is evicted while a process holds this lock, shared by default."""
+        if self._own:
+            own_folder("cache")
         self.folder.mkdir(parents=True, exist_ok=True)
         return _locked(self.folder / "eviction.lock", how)
 

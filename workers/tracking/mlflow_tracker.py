@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -12,6 +11,8 @@ from pydantic import JsonValue
 
 from contract.attempt import MLflowTracking
 from contract.files import Files
+from contract.machine.folders import scratch
+from contract.machine.proxies import ask_this_machine_directly
 from contract.metrics import renamed, tag_condition, tracker_keys
 from contract.words import one_line
 from workers.tracking.records import (
@@ -96,6 +97,7 @@ class MLflowTracker:
         if self._client is None:
             for name, value in _CLIENT_SETTINGS.items():
                 os.environ.setdefault(name, value)
+            ask_this_machine_directly()  # MLflow's client reads the proxies by itself
             from mlflow.tracking import MlflowClient
 
             client = MlflowClient(tracking_uri=self._cfg.uri)
@@ -185,7 +187,7 @@ class MLflowTracker:
     def _send_artifact(self, client: MlflowClient, artifact: Artifact) -> str:
         """Why its store does not take it now; empty once it is there."""
         try:
-            with tempfile.TemporaryDirectory() as folder:
+            with scratch("artifact") as folder:
                 if not self._storage.exists(artifact.path):
                     gone = self._storage.describe(artifact.path)
                     raise RejectedError(f"artifact is gone: {gone}")

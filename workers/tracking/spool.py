@@ -12,13 +12,13 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from contract.attempt import SPOOL_LATER, MLflowTracking, NoTracking, RunSpec, Tracking
 from contract.files import Files, explained
+from contract.machine.folders import own_folder
 from contract.record import Message, Record
 from workers.tracking.records import Artifact, TrackingRecord, parse_line
 
@@ -110,7 +110,7 @@ class Spool:
         0 ships everything again, and a record that arrives twice changes nothing.
         """
         try:
-            return int(json.loads(self._cursor_path.read_text())["bytes"])
+            return int(json.loads(self._cursor_path.read_text("utf-8"))["bytes"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return 0
 
@@ -240,7 +240,8 @@ def _spool_folder(spec: RunSpec, storage: Files) -> Path:
     """In the trial's own folder, or in this node's cache where that folder is remote."""
     if storage.local is not None:
         return storage.local / SPOOL_FOLDER
-    return Path(spec.cache or tempfile.gettempdir()) / "maskray-spool" / spec.trial
+    folder = Path(spec.cache) / "maskray-spool" if spec.cache else own_folder("spool")
+    return folder / spec.trial
 
 
 def _tracking_before(files: Files) -> Tracking:

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from contract.machine.folders import fork_server
 from contract.metrics import result_kinds
 from contract.model import ModelConfig
 from model.branches.paste import paste_mask
@@ -242,8 +243,7 @@ class EncodingProcesses:
 
     def __init__(self, num_processes: int) -> None:
         # as the loader's workers: forked from a server that has imported this and done nothing else
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pipelines.load.loader", __name__])
+        context = fork_server(["pipelines.load.loader", __name__])
         self._pool = ProcessPoolExecutor(num_processes, context, initializer=_begin)
 
     def __enter__(self) -> Executor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 import traceback
@@ -85,6 +86,16 @@ _LOG_TAIL_BYTES = 256 << 10  # the watchdog's line comes before a stack of every
 _MOST_ERROR_CHARS = 2000
 
 
+_LET_WRITE = "let this user write there, or name another folder"
+_REMEDIES = {
+    errno.EACCES: _LET_WRITE,
+    errno.EPERM: _LET_WRITE,
+    errno.EROFS: _LET_WRITE,
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
 class DivergedError(RuntimeError):
     """The loss left its range more often than the guard may roll back."""
 
@@ -107,7 +118,7 @@ def cause_of(error: BaseException, rank: int) -> Cause:
     return Cause(
         rank=rank,
         error_class=classify(error),
-        error=_in_words(one_line(error)),
+        error=_in_words("; ".join(filter(None, (one_line(error), environment_remedy(error))))),
         details="".join(traceback.format_exception(error)),
     )
 
@@ -148,13 +159,25 @@ def classify(error: BaseException) -> ErrorClass:
             return "collective"
         # a full disk and a store that does not answer among them
         case OSError():
-            return "node"
+            return "person" if environment_remedy(error) else "node"
         case RuntimeError():
             known = _class_of_words(str(error))
             lost = isinstance(error, dist.DistBackendError | dist.DistNetworkError)
             return "collective" if lost and known == "unknown" else known
         case _:
             return "unknown"
+
+
+def environment_remedy(error: BaseException) -> str:
+    """What a person can set against an error of their environment, which no retry changes.
+
+    Empty for any other error.
+    """
+    if not isinstance(error, OSError):
+        return ""
+    if "AF_UNIX path too long" in str(error):  # Python's own words, without an errno
+        return "set TMPDIR to a short path"
+    return _REMEDIES.get(error.errno or 0, "")
 
 
 def _class_of_words(text: str) -> ErrorClass:
