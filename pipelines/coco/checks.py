@@ -56,6 +56,7 @@ class Problem:
     id: int | float | str | None  # as the file has it, or words where it has none
     what: str
     remedy: str
+    annotations: int = 0  # of an image that is left out: they go with it
 
     def __str__(self) -> str:
         what = self.what if len(self.what) < 300 else f"{self.what[:300]}..."

@@ -452,7 +452,8 @@ def _rows(task: _Task, report: Report, seen: _Seen) -> Iterator[schema.ShardRow]
                 row = _read_image_file(task, image, seen)
             except UnusableError as error:
                 file = task.images.describe(image.file_name)
-                report(Problem(file, "image", image.id, error.what, error.remedy))
+                going = len(sorter.annotations_of(connection, image.id))
+                report(Problem(file, "image", image.id, error.what, error.remedy, going))
                 continue
             for source, key, fields in sorter.annotations_of(connection, image.id):
                 try:
