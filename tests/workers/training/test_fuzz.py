@@ -80,13 +80,11 @@ def test_every_object_reaches_the_loss_or_is_counted(place: Path, coco: dict[str
     run = fitting_run(folder, dataset)
     outcome = go(spec_of(place / "case/run", run))
     if outcome.state != "done":
-        print("TOLD", outcome.error[:200])
         check_told(outcome)
         return
-    trained = dataset.for_training(run.data.filter.model_copy(update={"drop_empty": False}))
+    trained = dataset.for_training(run.data.filter)
     census = trained.index.census(trained.selection)
     assert census.objects == packed.manifest.num_annotations
     assert census.objects == census.training + census.crowds + census.without_box
     assert objects_of_an_epoch(run, dataset) == census.training
-    print("DONE")
     json.loads((place / "case/run/result.json").read_text())
