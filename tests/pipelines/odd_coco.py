@@ -230,7 +230,8 @@ def _annotation(
         "iscrowd": draw(st.sampled_from([0, 0, 0, 0, 1, 1.0, True, False])),
         "segmentation": _segmentation(draw, width, height, (x, y, w, h)),
     }
-    if count := len(category.get("keypoints") or ()):
+    names = category.get("keypoints")
+    if count := len(names) if isinstance(names, list) else 0:
         made["keypoints"] = _keypoints(draw, count, width, height)
         made["num_keypoints"] = sum(v > 0 for v in made["keypoints"][2::3])
     return made
