@@ -144,6 +144,30 @@ odd_ids = st.one_of(
 )  # fmt: skip
 
 
+odd_masks = st.sampled_from(
+    [
+        [[1, 1, 5, 5]], [[1, 1, 5, 5, 9, 9, 2]], [1, 1, 5, 1, 5, 5], [[1, 1, 5, 1, "5", 5]],
+        [[-50, -50, -40, -50, -40, -40]], [[1, 1, 1e9, 1, 5, 9]], [[1, 1, 400, 1, 5, 9]],
+        [[float("nan"), 1, 5, 1, 5, 5]], [[1, 1, 5, 1, 5, 5], []], [[True] * 6], [[[1, 1], [5, 1]]],
+        {"size": [32, 48], "counts": ""}, {"size": [32, 48], "counts": []},
+        {"size": [32, 48], "counts": [1536]}, {"size": [32, 48], "counts": [0, 1536]},
+        {"size": [32, 48], "counts": [10, -5, 1531]}, {"size": [32.0, 48.0], "counts": [0, 1536]},
+        {"size": [48, 32], "counts": [0, 1536]}, {"size": [32, 48], "counts": [0, 1 << 40]},
+        {"size": [32, 48], "counts": "0" * 50}, {"size": [32, 48], "counts": "\ud800"},
+        {"size": [32, 48], "counts": [0.0, 1536.0]}, {"size": None, "counts": [1]}, {"counts": "x"},
+        {"size": [1, 1], "counts": [0, 1]}, {"size": [32, 48], "counts": "PP1"},
+    ]
+)  # fmt: skip
+odd_boxes = st.sampled_from(
+    [
+        [5, 5, -1, 5], [-9, 3, 2, 2], [99, 99, 5, 5], [0, 0, 48, 32], [0, 0, 1e15, 1],
+        [0.5, 0.5, 5e-324, 5e-324], [float("nan")] * 4, [1, 2, 3], [1, 2, 3, 4, 5], [True, 1, 2, 3],
+        ["1", 1, 2, 3], [47.999999, 31.999999, 1e-6, 1e-6], [-1e-300, 0, 2e-300, 5], [0, 0, 1, 1],
+        [0, 0, 1e16, 1],
+    ]
+)  # fmt: skip
+
+
 def rarely(draw: Callable[..., Any], one_in: int) -> bool:
     return bool(draw(st.integers(1, one_in)) == one_in)
 
@@ -231,8 +255,13 @@ def _annotation(
         "segmentation": _segmentation(draw, width, height, (x, y, w, h)),
     }
     names = category.get("keypoints")
+    if rarely(draw, 6):
+        made["segmentation"] = draw(odd_masks)
+    if rarely(draw, 10):
+        made["bbox"] = draw(odd_boxes)
     if count := len(names) if isinstance(names, list) else 0:
-        made["keypoints"] = _keypoints(draw, count, width, height)
+        more = draw(st.sampled_from([0, 0, 0, 0, 0, 0, -1, 1]))
+        made["keypoints"] = _keypoints(draw, count + more, width, height)
         made["num_keypoints"] = sum(v > 0 for v in made["keypoints"][2::3])
     return made
 
@@ -286,11 +315,14 @@ def _categories(draw: Callable[..., Any], one_in: int) -> list[dict[str, Json]]:
 
 
 @st.composite
-def odd_coco(draw: Callable[..., Any], one_in: int = 6) -> dict[str, Json]:
-    """A COCO file over the files of `write_images`; one record in `one_in` is odd in its form."""
+def odd_coco(draw: Callable[..., Any], one_in: int = 6, fewest: int = 0) -> dict[str, Json]:
+    """A COCO file over the files of `write_images`; one record in `one_in` is odd in its form.
+
+    fewest: annotations.
+    """
     images, categories = _images(draw, 2 * one_in), _categories(draw, 8 * one_in)
     annotations = []
-    for number in range(draw(st.integers(0, 12))):
+    for number in range(draw(st.integers(fewest, 12))):
         image, category = draw(st.sampled_from(images)), draw(st.sampled_from(categories))
         id = number if not rarely(draw, one_in) else draw(odd_ids)
         annotations.append(_oddly(draw, _annotation(draw, id, image, category), one_in))

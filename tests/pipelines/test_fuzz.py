@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 
+from pipelines.coco.checks import whole
 from pipelines.inspect.verify import verify
 from pipelines.pack.pack import SKIPPED_NAME, Packed, PackOptions, pack
 from pipelines.shards.dataset import open_dataset
@@ -36,6 +37,10 @@ def packed_or_told(place: Path, path: Path, **options: Any) -> Packed | None:
     return None
 
 
+def identity(annotation: dict[str, Any]) -> list[Any]:
+    return [whole(annotation.get(name)) for name in ("id", "image_id", "category_id", "bbox")]
+
+
 @given(coco=odd_coco())
 @fuzzed(few=60)
 def test_what_goes_in_comes_out_or_is_named(place: Path, coco: dict[str, Any]) -> None:
@@ -57,4 +62,6 @@ def test_what_goes_in_comes_out_or_is_named(place: Path, coco: dict[str, Any]) -
     assert manifest.num_annotations + lost == len(coco["annotations"])
     back = open_dataset(str(folder)).coco()
     assert len(back["annotations"]) == manifest.num_annotations
+    written = [identity(a) for a in coco["annotations"] if isinstance(a, dict)]
+    assert all(identity(annotation) in written for annotation in back["annotations"])
     json.dumps(back, allow_nan=False)
