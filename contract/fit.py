@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 
@@ -47,10 +48,11 @@ def check_fit(run: RunConfig, train: ManifestHeader, val: ManifestHeader) -> Non
     kept = [category for category in ours if not wanted or category.name in wanted]
     if run.model.num_classes != len(kept):
         after = " after data.filter.categories" if wanted else ""
+        choice = _without_headings(train, run.model.num_classes) if not wanted else ""
         raise ValueError(
             f"model.num_classes is {run.model.num_classes}, {run.data.train} has {len(kept)} "
             f"categories{after} ({_listed([c.name for c in kept])}); set model.num_classes="
-            f"{len(kept)}, or choose categories with data.filter.categories"
+            f"{len(kept)}, or choose categories with data.filter.categories{choice}"
         )
     for field, uri, header in _both(run, train, val):
         if isinstance(run.model.mask, MaskBranch) and not header.has_masks:
@@ -67,6 +69,20 @@ def _both(
     run: RunConfig, train: ManifestHeader, val: ManifestHeader
 ) -> list[tuple[str, str, ManifestHeader]]:
     return [("data.train", run.data.train, train), ("data.val", run.data.val, val)]
+
+
+def _without_headings(header: ManifestHeader, num_classes: int) -> str:
+    """The value of the filter that leaves out categories that only head others.
+
+    Some tools write the name of the project as one. Empty where that gives another number.
+    """
+    heads = [
+        record.get("supercategory")
+        for record in header.categories
+        if record.get("supercategory") != record["name"]
+    ]
+    names = [record["name"] for record in header.categories if record["name"] not in heads]
+    return f"={json.dumps(names, ensure_ascii=False)}" if len(names) == num_classes else ""
 
 
 def _check_same_names(run: RunConfig, names: Sequence[str], val_names: Sequence[str]) -> None:

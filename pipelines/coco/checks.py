@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import isnan
@@ -18,6 +20,7 @@ from pipelines.coco.records import (
     Polygons,
     Rle,
 )
+from pipelines.coco.remarks import RemarkKind
 from pipelines.coco.rle import run_lengths
 
 _LARGEST = 1e15  # pixels and areas; far beyond any image, and exact in doubles
@@ -56,6 +59,7 @@ class Problem:
     id: int | float | str | None  # as the file has it, or words where it has none
     what: str
     remedy: str
+    annotations: int = 0  # of an image that is left out: they go with it
 
     def __str__(self) -> str:
         what = self.what if len(self.what) < 300 else f"{self.what[:300]}..."
@@ -87,18 +91,22 @@ def is_int(value: JsonValue, bits: int = 64) -> TypeGuard[int]:
 
 
 def whole(value: JsonValue) -> JsonValue:
-    """The value, with a whole number that is written as a float (7.0) as an int."""
+    """The value, with a whole number that is written as a float (7.0) or as text as an int."""
     # 2 ** 53: beyond it a float stands for several whole numbers.
     if type(value) is float and value.is_integer() and abs(value) <= 1 << 53:
+        return int(value)
+    # "007" and "7" may be two things. 15 digits need no check of their size.
+    if isinstance(value, str) and re.fullmatch(r"0|[1-9][0-9]{0,14}", value):
         return int(value)
     return value
 
 
-def has_whole_floats(raw: JsonValue, names: Collection[str]) -> bool:
-    """Whether one of these fields is a whole number that is written as a float."""
-    return isinstance(raw, dict) and any(
-        type(raw.get(name)) is float and type(whole(raw[name])) is int for name in names
-    )
+def oddly_written(raw: JsonValue, names: Collection[str]) -> set[RemarkKind]:
+    """How these fields write whole numbers, where not as such."""
+    fields = raw if isinstance(raw, dict) else {}
+    types = {type(fields.get(name)) for name in names if type(whole(fields.get(name))) is int}
+    kinds: dict[type, RemarkKind] = {float: "whole_float", str: "text_number"}
+    return {kind for written, kind in kinds.items() if written in types}
 
 
 def _are_numbers(values: JsonValue) -> TypeGuard[list[float]]:
@@ -141,17 +149,19 @@ def id_of(raw: JsonValue) -> int | float | str | None:
     return value if value is None or isinstance(value, int | float | str) else repr(value)
 
 
-def read_image(raw: JsonValue) -> CocoImage:
-    """An element of `images`. Raises UnusableError."""
+def read_image(raw: JsonValue, folders: Collection[str] = ()) -> CocoImage:
+    """An element of `images`. folders: absolute names of --images. Raises UnusableError."""
     fields, image_id = _identified(raw, "give every image a whole number as id")
     name = fields.get("file_name")
     if not isinstance(name, str) or not name:
         raise UnusableError("has no file_name", "name the image's file relative to --images")
     if name.startswith("/"):
-        folder = name.rpartition("/")[0]
+        # Without one of them the images lie elsewhere, and only their own folder can be named.
+        above = [folder for folder in folders if name.startswith(f"{folder}/")]
+        folder = above[0] if above else name.rpartition("/")[0]
         raise UnusableError(
             f"file_name {shortened(name)} is an absolute path",
-            f"write it relative to --images (sed -i 's#\"{folder}/#\"#' FILE)",
+            f"write it relative to --images ({_without(folder)})",
         )
     if not is_path_below(name):
         raise UnusableError(
@@ -160,6 +170,13 @@ def read_image(raw: JsonValue) -> CocoImage:
         )
     width, height = (_side(side, whole(fields.get(side))) for side in ("width", "height"))
     return CocoImage(image_id, name, width, height, _others(fields, _IMAGE_FIELDS))
+
+
+def _without(folder: str) -> str:
+    """The command that takes the folder from all names of a file, which may be one line."""
+    pattern = re.sub(r"[][.*^$\\#]", r"\\\g<0>", folder)
+    script = shlex.quote(f's#"{pattern}/#"#g')
+    return f"sed -i {script} FILE"
 
 
 def _side(name: str, value: JsonValue) -> int:
@@ -314,6 +331,8 @@ def _crowd(value: JsonValue) -> int:
 def _segmentation(value: JsonValue, width: int, height: int) -> Polygons | Rle | None:
     if value is None:
         return None
+    if is_bare_polygon(value):
+        return [_polygon(value, width, height)]
     if isinstance(value, list):
         return [_polygon(polygon, width, height) for polygon in value]
     if not isinstance(value, dict) or "counts" not in value or "size" not in value:
@@ -322,6 +341,11 @@ def _segmentation(value: JsonValue, width: int, height: int) -> Polygons | Rle |
             "write [[x, y, ...], ...] or {'size', 'counts'}",
         )
     return _rle(value["size"], value["counts"], width, height)
+
+
+def is_bare_polygon(value: JsonValue) -> TypeGuard[list[float]]:
+    """A polygon in the place of a list of polygons, as VIA writes it."""
+    return bool(value) and _are_numbers(value)
 
 
 def _rle(size: JsonValue, counts: JsonValue, width: int, height: int) -> Rle:
@@ -404,9 +428,11 @@ def _keypoints(values: JsonValue, num_points: int) -> list[float]:
     if values is None:
         return []
     if num_points == 0 and values:
+        named = len(values) // 3 if isinstance(values, list) else 0
         raise UnusableError(
             f"has {shortened(values)} as keypoints, its category names none",
-            'write their names into the category ("keypoints": [...]), or drop them',
+            f'write {named} names into the category ("keypoints": ["nose", ...]), or delete '
+            '"keypoints" from its annotations',
         )
     if not isinstance(values, list) or len(values) != 3 * num_points:
         count = len(values) if isinstance(values, list) else values

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 RemarkKind = Literal[
     "rounded",
     "whole_float",
+    "text_number",
     "id_zero",
     "renamed_file",
     "stray_bytes",
@@ -21,6 +22,9 @@ RemarkKind = Literal[
     "flat_mask",
     "box_over_edge",
     "no_mask",
+    "bare_polygon",
+    "all_crowds",
+    "heading",
 ]
 EXAMPLES = 3  # of each kind; the rest is counted
 
@@ -28,6 +32,7 @@ EXAMPLES = 3  # of each kind; the rest is counted
 _WORDS: dict[RemarkKind, str] = {
     "rounded": "number{s} differ in their last digits between the files; the first file's is kept",
     "whole_float": "record{s} with a whole number written as a float (7.0), read as 7",
+    "text_number": "record{s} with a whole number written as text, read as the number",
     "id_zero": "annotation{s} of id 0, which evaluation renumbers",
     "renamed_file": "image{s} found under the name that their file_name means",
     "stray_bytes": "JPEG{s} that libjpeg reads with a warning",
@@ -39,6 +44,10 @@ _WORDS: dict[RemarkKind, str] = {
     "flat_mask": "mask{s} without area, as of a flat polygon: a box and no mask trains",
     "box_over_edge": "box{es} that reach over the edge of their image, clipped in training",
     "no_mask": "object{s} without a mask in a dataset with masks: a box and no mask trains",
+    "bare_polygon": "mask{s} written as one list of numbers, read as one polygon",
+    "all_crowds": "annotation{s}, all with iscrowd 1: nothing trains; write 0 for single objects",
+    "heading": "categor{y} without objects that only head others: name those in "
+    "data.filter.categories, or each counts in model.num_classes",
 }
 
 
@@ -54,6 +63,7 @@ class Remark(BaseModel):
     def __str__(self) -> str:
         words = _WORDS[self.kind].replace("{s}", "s" * (self.count > 1))
         words = words.replace("{es}", "es" * (self.count > 1))
+        words = words.replace("{y}", "ies" if self.count > 1 else "y")
         shown = f" ({'; '.join(self.examples)}{'; ...' if self._more else ''})"
         return f"{self.count} {words}{shown if self.examples else ''}"
 

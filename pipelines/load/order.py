@@ -47,7 +47,11 @@ class Order:
         self._counts = index.counts(selection)
         self.num_images = int(self._counts.sum())
         if self.num_images == 0:
-            raise ValueError("no image of the training data has a usable object; widen data.filter")
+            census = index.census(selection)
+            line = census.line(masks=False, keypoints=False)
+            raise ValueError(
+                f"no image of the training data has a usable object ({line}); {census.remedy}"
+            )
         self.steps_per_epoch = -(-self.num_images // global_batch)
         # Neighbouring steps share epoch, windows and block. The caches are the object's own: one on
         # the class would keep every Order alive.

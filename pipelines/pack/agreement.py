@@ -1,4 +1,4 @@
-"""Whether the fields of an annotation agree with each other: its box with its mask and its image.
+"""Whether the fields of a file agree with each other: a box with its mask and its image.
 
 Each field may be sound by itself and the object still be nonsense: corners in the place of a width
 and a height, a polygon of another object.
@@ -6,13 +6,15 @@ and a height, a polygon of another object.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from pycocotools import mask as rle_tools
 
-from pipelines.coco.records import CocoAnnotation, CocoImage, Polygons, Rle
+from contract.words import shortened
+from pipelines.coco.records import CocoAnnotation, CocoImage, JsonObject, Polygons, Rle
 from pipelines.coco.remarks import Remarks
 from pipelines.coco.rle import compressed
 
@@ -95,6 +97,28 @@ def compare(annotation: CocoAnnotation, image: CocoImage, form: BoxForm, remarks
             "box_off_mask",
             f"annotation {annotation.id}: bbox [{numbers}], its mask spans {shown}",
         )
+
+
+def remark_whole(
+    remarks: Remarks,
+    categories: Sequence[JsonObject],
+    used: Collection[int],
+    objects: int,
+    crowds: int,
+) -> None:
+    """Counts what only shows in the whole dataset.
+
+    categories: in the order of their labels. used: labels that some annotation has.
+    """
+    if crowds == objects > 0:
+        remarks.add("all_crowds", count=crowds)
+    for label, category in enumerate(categories):
+        heads = any(
+            other is not category and other.get("supercategory") == category["name"]
+            for other in categories
+        )
+        if heads and label not in used:
+            remarks.add("heading", f"category {category['id']}: {shortened(category['name'])}")
 
 
 def _far(box: Extent, mask: Extent) -> bool:

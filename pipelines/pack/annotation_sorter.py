@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from math import isclose
@@ -22,11 +22,12 @@ from pipelines.coco.checks import (
     WHOLE_OF_IMAGE,
     Problem,
     UnusableError,
-    has_whole_floats,
     id_of,
+    oddly_written,
     read_annotation_keys,
     read_category,
     read_image,
+    whole,
 )
 from pipelines.coco.reading import read_coco
 from pipelines.coco.records import CocoCategory, CocoImage, JsonObject, JsonValue
@@ -71,18 +72,24 @@ class Contents:
 _SAME_NUMBER = 1e-6
 
 
-def fill(path: Path, sources: Sequence[Path], report: Report, remarks: Remarks) -> Contents:
+def fill(
+    path: Path,
+    sources: Sequence[Path],
+    report: Report,
+    remarks: Remarks,
+    folders: Collection[str] = (),
+) -> Contents:
     """Reads COCO files into the SQLite file `path`.
 
     Records that are wrong in themselves go to `report` and are left out. A later file may repeat
     images and annotations of an earlier one and add fields to them (keypoints to instances). What
-    is odd and read all the same is counted in `remarks`.
+    is odd and read all the same is counted in `remarks`. folders: absolute names of --images.
     """
     path.unlink(missing_ok=True)
     with closing(sqlite3.connect(path)) as connection:
         # A crash loses the file anyway, so nothing is gained by a journal or by syncing.
         connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
-        reader = _Reader(connection, report, remarks)
+        reader = _Reader(connection, report, remarks, folders)
         for number, source in enumerate(sources):
             reader.read(source, number)
         # One sort at the end, instead of an index that every insert keeps in order.
@@ -157,8 +164,15 @@ def _merged(connection: sqlite3.Connection, key: int, fields: JsonObject) -> Jso
 class _Reader:
     """Reads files one after the other into one SQLite file."""
 
-    def __init__(self, connection: sqlite3.Connection, report: Report, remarks: Remarks):
+    def __init__(
+        self,
+        connection: sqlite3.Connection,
+        report: Report,
+        remarks: Remarks,
+        folders: Collection[str],
+    ):
         self.connection, self.report, self.remarks = connection, report, remarks
+        self.folders = folders
         self.categories: dict[int, JsonObject] = {}
         self.info: JsonObject = {}
         self.licenses: list[JsonObject] = []
@@ -186,12 +200,12 @@ class _Reader:
 
     def _image(self, path: Path, source: int, raw: JsonValue, text: str) -> None:
         try:
-            image = read_image(raw)
+            image = read_image(raw, self.folders)
         except UnusableError as error:
             self.report(Problem(str(path), "image", id_of(raw), error.what, error.remedy))
             return
-        if has_whole_floats(raw, WHOLE_OF_IMAGE):
-            self.remarks.add("whole_float", f"image {image.id}")
+        for kind in oddly_written(raw, WHOLE_OF_IMAGE):
+            self.remarks.add(kind, f"image {image.id}")
         other = self._insert("images", image.id, (image.id, self.sequence, source, text))
         self.sequence += 1
         if other is None:
@@ -219,8 +233,8 @@ class _Reader:
         except UnusableError as error:
             self.report(Problem(str(path), "annotation", id_of(raw), error.what, error.remedy))
             return
-        if has_whole_floats(raw, WHOLE_OF_ANNOTATION):
-            self.remarks.add("whole_float", f"annotation {keys.id}")
+        for kind in oddly_written(raw, WHOLE_OF_ANNOTATION):
+            self.remarks.add(kind, f"annotation {keys.id}")
         row = (keys.id, self.sequence, keys.image_id, source, text)
         other = self._insert("annotations", keys.id, row)
         self.sequence += 1
@@ -236,7 +250,7 @@ class _Reader:
         first: JsonObject = json.loads(other_text)
         assert isinstance(raw, dict)
         for name in _SAME_ANNOTATION_FIELDS:
-            if name not in first or name not in raw or first[name] == raw[name]:
+            if name not in first or name not in raw or whole(first[name]) == whole(raw[name]):
                 continue
             if _are_close(first[name], raw[name]):
                 shown = f"{shortened(first[name])} and {shortened(raw[name])}"
@@ -260,7 +274,9 @@ class _Reader:
                 f"{path}: category {category.id} is both {read_category(known).name!r} and "
                 f"{category.name!r}; give each category an id of its own"
             )
-        known.update(raw)
+        for kind in oddly_written(raw, ("id",)):
+            self.remarks.add(kind, f"category {category.id}")
+        known.update(raw | {"id": category.id})
         if category.id in seen:
             raise ValueError(
                 f"{path}: category {category.id}: its id is there twice; keep one of them"

@@ -24,12 +24,18 @@ from contract.data import MANIFEST_NAME, SCHEMA_VERSION
 from contract.files import LASTING_ERRORS, Files, file_sha256
 from contract.machine.folders import own_name
 from contract.words import shortened
-from pipelines.coco.checks import Problem, UnusableError, is_path_below, read_annotation
+from pipelines.coco.checks import (
+    Problem,
+    UnusableError,
+    is_bare_polygon,
+    is_path_below,
+    read_annotation,
+)
 from pipelines.coco.decoding import Exif, Stored, TooLargeError, decode_with_remark, read_header
 from pipelines.coco.records import CocoCategory, CocoImage
 from pipelines.coco.remarks import Remark, Remarks
 from pipelines.pack import annotation_sorter as sorter
-from pipelines.pack.agreement import BoxForm, compare
+from pipelines.pack.agreement import BoxForm, compare, remark_whole
 from pipelines.pack.annotation_sorter import Report
 from pipelines.pack.scratch import scratch_folder
 from pipelines.progress import Progress, silent
@@ -119,6 +125,8 @@ class ShardNote(BaseModel):
     shard: FileEntry
     index: FileEntry  # the shard's part of the index
     annotations: int
+    crowds: int = 0
+    labels: frozenset[int] = frozenset()  # that some annotation has
     masks: bool
     keypoints: bool
     problems: tuple[Problem, ...]
@@ -151,7 +159,9 @@ def pack(
         problems: list[Problem] = []
         report = _reporter(problems, options.on_error)
         remarks = Remarks()
-        contents = sorter.fill(sorted_file, annotation_files, report, remarks)
+        local = images.local
+        folders = [str(local.absolute()), str(local.resolve())] if local is not None else []
+        contents = sorter.fill(sorted_file, annotation_files, report, remarks, folders)
         if contents.num_images == 0:
             files = ", ".join(str(path) for path in annotation_files)
             raise ValueError(f"{files}: lists no image that can be packed; give files with images")
@@ -187,6 +197,13 @@ def pack(
         notes = _with_one_rule(tasks, notes, options.num_workers)
         sum((note.boxes for note in notes), BoxForm()).check()
         remarks.join(remark for note in notes for remark in note.remarks)
+        remark_whole(
+            remarks,
+            contents.category_fields,
+            frozenset().union(*(note.labels for note in notes)),
+            sum(note.annotations for note in notes),
+            sum(note.crowds for note in notes),
+        )
         found = _write_remarks(out, remarks, any(note.masks for note in notes))
         manifest = _finish(tasks, contents, notes, problems, source)
     return Packed(manifest, manifest.num_skipped, found, unchanged=False, resumed_shards=resumed)
@@ -416,6 +433,8 @@ def pack_shard(task: _Task) -> ShardNote:
         shard=shard,
         index=index_entry,
         annotations=len(flags),
+        crowds=int((flags & schema.CROWD).sum()),
+        labels=frozenset(view(index["ann_label"].flatten()).tolist()),
         masks=bool((flags & schema.HAS_MASK).any()),
         keypoints=bool((flags & schema.HAS_KEYPOINTS).any()),
         problems=tuple(problems),
@@ -453,11 +472,14 @@ def _rows(task: _Task, report: Report, seen: _Seen) -> Iterator[schema.ShardRow]
                 row = _read_image_file(task, image, seen)
             except UnusableError as error:
                 file = task.images.describe(image.file_name)
-                report(Problem(file, "image", image.id, error.what, error.remedy))
+                going = len(sorter.annotations_of(connection, image.id))
+                report(Problem(file, "image", image.id, error.what, error.remedy, going))
                 continue
             for source, key, fields in sorter.annotations_of(connection, image.id):
                 try:
                     annotation = read_annotation(fields, image, keypoint_counts)
+                    if is_bare_polygon(fields.get("segmentation")):
+                        seen.remarks.add("bare_polygon", f"annotation {key}")
                     compare(annotation, image, seen.boxes, seen.remarks)
                     row.annotations.append(annotation)
                 except UnusableError as error:

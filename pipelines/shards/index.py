@@ -99,10 +99,12 @@ def select(
 
 @dataclass(frozen=True)
 class Census:
-    """Objects of the images that a run draws, by what becomes of them.
+    """Objects of a part of the dataset, by what becomes of them.
 
-    too_small: below `data.filter.min_area_px`. without_mask, without_keypoints: of those that
-    train, the ones that train less than the others.
+    too_small: below `data.filter.min_area_px`. beside_keypoints: of images that
+    `data.filter.require_keypoints` leaves out. without_mask, without_keypoints: of those that
+    train, the ones that train less than the others. The first four besides `training` add up with
+    it to `objects`.
     """
 
     objects: int = 0
@@ -110,6 +112,7 @@ class Census:
     crowds: int = 0
     without_box: int = 0
     too_small: int = 0
+    beside_keypoints: int = 0
     without_mask: int = 0
     without_keypoints: int = 0
 
@@ -122,6 +125,7 @@ class Census:
             (self.crowds, "crowds"),
             (self.without_box, "without a box"),
             (self.too_small, "below min_area_px"),
+            (self.beside_keypoints, "in images without keypoints"),
         ]
         less = [
             (self.without_mask * masks, "without mask: boxes only"),
@@ -130,6 +134,20 @@ class Census:
         parts = [f"{count:,} {what}" for count, what in [*out, *less] if count]
         why = f": {', '.join(parts)}" if parts else ""
         return f"{self.training:,} of {self.objects:,} objects train{why}"
+
+    @property
+    def remedy(self) -> str:
+        """What to do where nothing trains."""
+        if self.objects == 0:
+            return "pack annotations of these categories, or widen data.filter"
+        if self.objects == self.crowds:
+            return (
+                "iscrowd 1 marks a region to ignore; where each is one object, write 0 "
+                """(sed -i 's/"iscrowd": *1/"iscrowd": 0/g' FILE) and pack again"""
+            )
+        if self.too_small or self.beside_keypoints:
+            return "widen data.filter"
+        return "give the objects boxes with a width and a height, and pack again"
 
 
 class Index:
@@ -169,7 +187,7 @@ class Index:
         return _flat(self._shards[shard], "ann_label"), _flat(self._shards[shard], "ann_flags")
 
     def census(self, selection: Selection) -> Census:
-        """What becomes of the objects of the images that are drawn."""
+        """What becomes of the objects of the selection's categories and part."""
         counts = Census()
         chosen = np.array(selection.labels)
         for number, batch in enumerate(self._shards):
@@ -177,17 +195,22 @@ class Index:
             rows = self.selected(number, selection) - self.starts[number]
             drawn = np.zeros(batch.num_rows, np.bool_)
             drawn[rows] = True
-            here = np.repeat(drawn, np.diff(offsets))
+            part = selection.drawn(view(batch["image_id"]))
+            per_image = np.diff(offsets)
+            here, trained = np.repeat(part, per_image), np.repeat(drawn, per_image)
             label, area, flags = (_flat(batch, name) for name in _PER_ANNOTATION)
             here &= np.isin(label, chosen)
             crowd = (flags & schema.CROWD) != 0
-            usable = _usable_of(batch, selection) & here
+            boxed = (flags & schema.HAS_BOX) != 0
+            fit = _usable_of(batch, selection) & here
+            usable = fit & trained
             counts += Census(
                 objects=int(here.sum()),
                 training=int(usable.sum()),
                 crowds=int((here & crowd).sum()),
-                without_box=int((here & ~crowd & ((flags & schema.HAS_BOX) == 0)).sum()),
-                too_small=int((here & ~crowd & (area < selection.min_area_px)).sum()),
+                without_box=int((here & ~crowd & ~boxed).sum()),
+                too_small=int((here & ~crowd & boxed & (area < selection.min_area_px)).sum()),
+                beside_keypoints=int((fit & ~trained).sum()),
                 without_mask=int((usable & ((flags & schema.HAS_MASK) == 0)).sum()),
                 without_keypoints=int((usable & ((flags & schema.HAS_KEYPOINTS) == 0)).sum()),
             )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from contract.fit import mirrored
+import pytest
+import yaml
+
+from contract.data import ManifestHeader
+from contract.fit import check_fit, mirrored
+from tests.builders import tiny_run
 
 
 @pytest.mark.parametrize(
@@ -61,3 +66,30 @@ def test_stated_pairs_hold():
         mirrored(names, [("oko", "nos")])
     with pytest.raises(ValueError, match="a keypoint stands in two pairs"):
         mirrored(names, [("lewe_oko", "nos"), ("nos", "prawe_oko")])
+
+
+def header_of(*categories: dict[str, Any]) -> ManifestHeader:
+    return ManifestHeader(
+        schema_version=1,
+        num_images=1,
+        num_annotations=1,
+        num_shards=1,
+        categories=categories,
+        has_masks=True,
+        has_keypoints=False,
+    )
+
+
+def test_a_category_that_heads_the_others_gets_a_remedy_that_works():
+    header = header_of(
+        {"id": 0, "name": "fish", "supercategory": "none"},
+        {"id": 1, "name": "cod", "supercategory": "fish"},
+        {"id": 2, "name": "bass, black", "supercategory": "fish"},
+        {"id": 3, "name": "eel", "supercategory": ["odd"]},
+    )
+    run = tiny_run({"model.num_classes": 3})
+    with pytest.raises(ValueError, match=r"set model\.num_classes=4, or") as caught:
+        check_fit(run, header, header)
+    field, _, value = str(caught.value).rpartition("with ")[2].partition("=")
+    check_fit(tiny_run({"model.num_classes": 3, field: yaml.safe_load(value)}), header, header)
+    check_fit(tiny_run({"model.num_classes": 4}), header, header)

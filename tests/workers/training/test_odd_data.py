@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from contract.attempt import Outcome, Result
 from pipelines.pack.pack import PackOptions, pack
@@ -138,3 +139,37 @@ def test_a_mended_val_goes_on_from_the_trained_weights(tmp_path, drawn, monkeypa
     outcome = go(spec_of(tmp_path / "run", mended, attempt=2))
     assert (outcome.state, outcome.step) == ("done", 2), outcome.error
     assert weights.read_bytes() == before
+
+
+def headed(coco: Coco) -> None:
+    """Roboflow's root: a category without objects that heads all others."""
+    for category in coco["categories"]:
+        category["supercategory"] = "project"
+    root = {"id": 0, "name": "project", "supercategory": "none"}
+    coco["categories"].insert(0, root)
+
+
+@pytest.mark.parametrize("way", ["count it", "leave it out"])
+def test_both_ways_out_of_a_category_without_objects_train(tmp_path, drawn, way):
+    train, val = (split(drawn, tmp_path, name, headed) for name in ("train", "val"))
+    outcome = outcome_of(tmp_path / "first", train, val)
+    assert outcome.error_class == "person"
+    assert "set model.num_classes=5, or choose" in outcome.error
+    names = yaml.safe_load(outcome.error.partition("data.filter.categories=")[2])
+    ways = {
+        "count it": {"model__num_classes": 5},
+        "leave it out": {"data__filter": {"categories": names}},
+    }
+    outcome = outcome_of(tmp_path / "second", train, val, **ways[way])
+    assert outcome.state == "done", outcome.error
+
+
+def test_a_run_on_crowds_alone_says_why_and_what_to_do(tmp_path, drawn):
+    def crowds(coco: Coco) -> None:
+        for annotation in coco["annotations"]:
+            annotation["iscrowd"] = 1
+
+    train, val = split(drawn, tmp_path, "train", crowds), split(drawn, tmp_path, "val")
+    outcome = outcome_of(tmp_path / "run", train, val)
+    assert (outcome.error_class, outcome.step) == ("person", 0)
+    assert "crowds); iscrowd 1 marks a region to ignore" in outcome.error
