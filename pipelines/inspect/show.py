@@ -13,7 +13,6 @@ from contract.words import shortened
 from pipelines.coco.checks import check_file_to_write, is_int
 from pipelines.coco.records import CocoAnnotation
 from pipelines.coco.rle import decoded
-from pipelines.load.sample import read_image
 from pipelines.shards import schema
 from pipelines.shards.dataset import Dataset
 from pipelines.shards.keyed_random import shuffled
@@ -85,6 +84,8 @@ def draw_samples(dataset: Dataset, out: Path, *, count: int, seed: int, masks: b
 
     Raises ValueError if nothing can be drawn there.
     """
+    from pipelines.load.sample import read_image  # imports torch, and counting needs none
+
     check_file_to_write(out)
     if not is_int(seed):
         raise ValueError(f"--seed is {shortened(seed)}; give a whole number of 64 bits")

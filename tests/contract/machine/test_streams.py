@@ -44,7 +44,6 @@ def command(name: str, folder: Path) -> list[str]:
     }[name]
 
 
-# `data show` imports torch: only where its words matter
 COMMANDS = ("help", "train help", "plan")
 ASCII = (
     {"LANG": "C", "PYTHONIOENCODING": "ascii"},
