@@ -92,10 +92,13 @@ def _add_csv(measured: Measured, path: Path) -> None:
             if not row["metric"] and "state" in row:
                 continue  # a trial without numbers
             seed, value = _number(row, "seed", where), _number(row, "value", where)
-            if seed != int(seed):
+            if not math.isfinite(seed) or seed != int(seed):
                 raise ValueError(f"{where}: seed {row['seed']!r} is no whole number")
             if not row["arm"] or not row["metric"]:
                 raise ValueError(f"{where}: the arm or the metric is empty")
+            if not math.isfinite(value):  # it diverged: the arm looks better without it
+                seen = f"{row['metric']} {row['value']}"
+                measured.lost[row["arm"]] = f"{row['arm']}, seed {int(seed)} has {seen}"
             measured.add(where, row["arm"], int(seed), row["metric"], value)
             if row.get("baseline") == "True":
                 measured.reference = row["arm"]

@@ -112,11 +112,11 @@ def close_runs(
             continue
         with _apart(f"trial {trial.id}"):
             why = _send_rest(trial, study, ship or _ship)
+            if why:  # before MLflow refuses the next question too
+                lacks[trial.id] = _lack(trial, why, lacks.get(trial.id), now)
             runs = _runs_of(mlflow, trial, study)
             ended += sum(_close(mlflow, run, trial, study, now) for run in runs)
-            if why:
-                lacks[trial.id] = _lack(trial, why, lacks.get(trial.id), now)
-            else:
+            if not why:
                 changes.close_trial(ledger, trial.id, runs[-1].info.run_id if runs else "")
                 lacks.pop(trial.id, None)
     return ended + _close_parents(ledger, mlflow, now)

@@ -166,7 +166,11 @@ def _with_mask(
     mask = fields.get("segmentation")
     if mask in (None, []):
         x, y, w, h = annotation.bbox
-        box: JsonValue = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        height, width = _mask_size(image)
+        # On the image: far over its edge a polygon would be refused.
+        x0, x1 = (min(max(side, 0), width) for side in (x, x + w))
+        y0, y1 = (min(max(side, 0), height) for side in (y, y + h))
+        box: JsonValue = [[x0, y0, x1, y0, x1, y1, x0, y1]]
         ignored = _mask(f"annotation {annotation.id}", box, image)
         return replace(annotation, segmentation=ignored, iscrowd=1)
     return replace(annotation, segmentation=_mask(f"annotation {annotation.id}", mask, image))

@@ -61,9 +61,10 @@ class Truth:
 
     @property
     def num_keypoints(self) -> int:
-        """Of each object; COCO's number where no object has any."""
-        counts = (len(annotation.keypoints) // 3 for annotation in self.annotations)
-        return next(counts, 0) or len(COCO_SIGMAS)
+        """Of each object, else of its category; COCO's number where neither has any."""
+        of_objects = (len(annotation.keypoints) // 3 for annotation in self.annotations)
+        named = (len(category.keypoints) for category in self.categories if category.keypoints)
+        return next(of_objects, 0) or next(named, len(COCO_SIGMAS))
 
 
 @dataclass(frozen=True)

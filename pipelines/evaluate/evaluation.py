@@ -126,7 +126,8 @@ def evaluate(
     known = truth_of(_ground_truth(truth), iou_type)
     ordered = sorted(checked_results(known, results, iou_type), key=_canonical)
     own = truth.oks_sigmas if isinstance(truth, Dataset) and not sigmas else sigmas
-    scale = sigmas_for(known.num_keypoints, own)
+    # The sigmas are of OKS alone: boxes and masks have none, whatever the data says.
+    scale = sigmas_for(known.num_keypoints, own) if iou_type == "keypoints" else COCO_SIGMAS
     engine = engine or default_engine([annotation.id for annotation in known.annotations])
     # hotcoco knows COCO's sigmas alone.
     engine = engine if scale == COCO_SIGMAS else "pycocotools"

@@ -37,8 +37,8 @@ class Extent(NamedTuple):
 class BoxForm:
     """What the boxes of some annotations look like. Counts, so that shards can be added up.
 
-    boxes: annotations in all. ordered: boxes whose third and fourth numbers are larger than their
-    first and second, as corners are. over: boxes that reach over their image. masked: boxes with a
+    boxes: annotations in all. ordered: boxes that lie on their image as corners, the second one
+    beyond the first. over: boxes that reach over their image. masked: boxes with a
     mask to compare with; off: those far from it; corners: those that fit it as corners.
     """
 
@@ -57,6 +57,8 @@ class BoxForm:
         by_masks = self.masked >= _FEW and self.off and 2 * self.corners > self.masked
         # Without masks: in a file of widths and heights, some box is left or above of its own size.
         by_edges = self.boxes >= _FEW and self.ordered == self.boxes and 4 * self.over > self.boxes
+        if self.masked >= _FEW and 2 * self.off <= self.masked:
+            by_edges = False  # their masks say that the boxes are what they should be
         if by_masks or by_edges:
             seen = (
                 f"{self.corners} of {self.masked} fit their masks as corners"
@@ -74,7 +76,8 @@ def compare(annotation: CocoAnnotation, image: CocoImage, form: BoxForm, remarks
     x, y, w, h = annotation.bbox
     beyond = max(-x, -y, x + w - image.width, y + h - image.height)
     form.boxes += 1
-    form.ordered += w > x and h > y
+    outside = max(-x, -y, w - image.width, h - image.height)  # of corners
+    form.ordered += w > x and h > y and outside <= _ROUNDING_PX
     form.over += beyond > _ROUNDING_PX
     if beyond > _ROUNDING_PX:
         remarks.add("box_over_edge", f"annotation {annotation.id} by {beyond:.0f} px")

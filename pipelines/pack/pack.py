@@ -268,6 +268,8 @@ def _plan(sorted_file: Path, images: Files, shard_mib: float) -> tuple[list[tupl
     for chunk in _chunks(sorter.images(sorted_file), IMAGES_PER_LISTING):
         file_sizes = images.sizes([image.file_name for _, image in chunk])
         for (seq, image), file_size in zip(chunk, file_sizes, strict=True):
+            if file_size is None and (other := _other_name(images, image.file_name)):
+                file_size = images.size(other)
             digest.update(f"{image.file_name}\0{file_size}\0".encode())
             size, last = size + (file_size or 0), seq + 1
             if size >= shard_mib * 2**20:
@@ -542,13 +544,18 @@ def _content(images: Files, image: CocoImage, remarks: Remarks) -> bytes:
     try:
         return images.read(image.file_name)
     except FileNotFoundError:
-        name = image.file_name
-        others = {name.replace("\\", "/"), unquote(name), unquote(name.replace("\\", "/"))}
-        there = sorted(n for n in others - {name} if is_path_below(n) and images.exists(n))
-        if len(there) != 1:
+        other = _other_name(images, image.file_name)
+        if other is None:
             raise UnusableError("there is no such file", "restore it or check --images") from None
-        remarks.add("renamed_file", f"{shortened(name)} is {shortened(there[0])}")
-        return images.read(there[0])
+        remarks.add("renamed_file", f"{shortened(image.file_name)} is {shortened(other)}")
+        return images.read(other)
+
+
+def _other_name(images: Files, name: str) -> str | None:
+    """The one file that a name means which no file has; None if there is none, or several."""
+    others = {name.replace("\\", "/"), unquote(name), unquote(name.replace("\\", "/"))}
+    there = [n for n in others - {name} if is_path_below(n) and images.exists(n)]
+    return there[0] if len(there) == 1 else None
 
 
 # --- the end --------------------------------------------------------------------------------------

@@ -289,13 +289,12 @@ def _quantiles(parts: Sequence[_Part | None], level: float) -> list[float]:
             bonferroni_quantile(len(known), part.df, level) if part.df > 0 else math.nan
             for part in known
         ]
-    if not known[0].df:
-        return [math.nan] * len(known)
     arms = list(dict.fromkeys(arm for part in known for arm in part.weights))
     rows = [[part.weights.get(arm, 0.0) for arm in arms] for part in known]
     per_arm = {arm: share for part in known for arm, share in part.per_arm.items()}
     covariance = correlated(rows, [per_arm[arm] for arm in arms])
-    return [max_t_quantile(covariance, known[0].df, level)] * len(known)
+    # Arms of one training: a contrast that brings an arm of its own has more degrees of freedom.
+    return [max_t_quantile(covariance, part.df, level) if part.df else math.nan for part in known]
 
 
 def _estimate(contrast: Contrast, part: _Part | None, quantile: float) -> Estimate:

@@ -121,11 +121,11 @@ def test_results_that_do_not_fit_are_named(tmp_path, kind, fields, message):
         ("bbox", {"area": None}, "annotation 1: area is None"),
         ("bbox", {"iscrowd": "0"}, "annotation 1: iscrowd is '0'"),
         ("bbox", {"image_id": "1"}, r"annotations\[0\]: image_id is '1'"),
-        ("segm", {"segmentation": []}, "annotation 1: segmentation is"),
+        ("segm", {"segmentation": "x"}, "annotation 1: segmentation is"),
         (
             "keypoints",
-            {"keypoints": [1, 2, 2]},
-            "annotation 1: keypoints has not x, y, v for 17 points",
+            {"keypoints": [1, 2, 2, 3]},
+            "annotation 1: keypoints is .* write x, y, v for each point",
         ),
     ],
 )
