@@ -21,6 +21,7 @@ TESTS = [
 ]
 
 
+@pytest.mark.slow
 def test_what_needs_a_device_passes_on_the_null_cuda():
     # in one process, since its start takes the longest
     options = ["-q", "-p", "tests.nullgpu.plugin", "-p", "no:cacheprovider"]

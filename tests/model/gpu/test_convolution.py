@@ -59,6 +59,7 @@ def test_the_kernels_interpreted(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_kernels_compile(tmp_path):
     done = run(tmp_path, COMPILED, "0")
     assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ compile_all({})
     ("program", "interpret"),
     [
         (INTERPRETED, "1"),
-        (COMPILED.format(90), "0"),
+        pytest.param(COMPILED.format(90), "0", marks=pytest.mark.slow),
         pytest.param(COMPILED.format(80), "0", marks=pytest.mark.slow),
     ],
     ids=["interpreted", "compiled for 9.0", "compiled for 8.0"],

@@ -60,7 +60,10 @@ for kernel, (signature, constants) in kernels.items():
 """
 
 
-@pytest.mark.parametrize(("program", "interpret"), [(INTERPRETED, "1"), (COMPILED, "0")])
+@pytest.mark.parametrize(
+    ("program", "interpret"),
+    [(INTERPRETED, "1"), pytest.param(COMPILED, "0", marks=pytest.mark.slow)],
+)
 def test_the_kernels_without_a_gpu(tmp_path, program, interpret):
     root = Path(__file__).parents[3]
     environment = {

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from contract.command import run_app
+from contract.data import DataConfig
 from pipelines.__main__ import app
 from pipelines.evaluate.engines import COCO_SIGMAS, sigmas_for
 from pipelines.evaluate.evaluation import evaluate
@@ -66,3 +67,15 @@ def test_sigmas_of_other_keypoints(tmp_path):
     )
     assert exact < loose == 1.0
     assert "COCO has no sigmas for 2 keypoints" in evaluate(path, found, "keypoints").notes[0]
+
+
+def test_sigmas_of_a_run_are_asked_of_keypoints_alone(tmp_path):
+    """A run with five keypoints is scored on boxes and masks too."""
+    category = {"id": 3, "name": "cat", "keypoints": ["nose", "tail"]}
+    annotation = box_annotation(1, keypoints=[8, 8, 2, 12, 12, 2], num_keypoints=2)
+    data = packed_coco(tmp_path, [annotation], categories=[category])
+    view = data.for_evaluation(DataConfig(train="t", val="v", oks_sigmas=(0.05, 0.05)))
+    box = {"image_id": 1, "category_id": 3, "score": 0.9, "bbox": annotation["bbox"]}
+    assert evaluate(view, [box], "bbox").stats["AP"] == pytest.approx(1)
+    points = {"image_id": 1, "category_id": 3, "score": 0.9, "keypoints": annotation["keypoints"]}
+    assert evaluate(view, [points], "keypoints").stats["AP"] == pytest.approx(1)

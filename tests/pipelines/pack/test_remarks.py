@@ -211,6 +211,33 @@ def test_boxes_that_are_corners_are_refused(tmp_path):
     assert remarks_of(pack_folder(tmp_path)) == {}
 
 
+def test_sound_boxes_over_the_edge_of_tiles_are_no_corners(tmp_path):
+    """One unclipped field a tile: as corners they would leave the image too."""
+    write_coco(
+        tmp_path,
+        [
+            box_annotation(n, image_id=n, bbox=[-10, -10, 60, 50], segmentation=None)
+            for n in range(1, 11)
+        ],
+        num_images=10,
+    )
+    assert remarks_of(pack_folder(tmp_path)) == {"box_over_edge": 10}
+
+
+def test_changed_images_are_noticed_under_another_name(tmp_path):
+    for seed, side in ((0, (40, 30)), (1, (40, 30))):
+        written(tmp_path, noise_image(*side, seed=seed), name="sub/1.jpg")
+        if seed:  # another size of the file, the same name
+            path = tmp_path / "images/sub/1.jpg"
+            path.write_bytes(path.read_bytes() + b"")
+            noise_image(*side, seed=seed).save(path, quality=60)
+            with pytest.raises(ValueError, match="packed from other inputs"):
+                pack_folder(tmp_path)
+        else:
+            write_coco(tmp_path, [box_annotation(1)], images=[image_record(file_name="sub\\1.jpg")])
+            pack_folder(tmp_path)
+
+
 def test_a_box_away_from_its_polygon_is_named_and_counted(tmp_path):
     annotations = scattered(12)
     for annotation in annotations[:5]:
