@@ -172,6 +172,9 @@ def mirrored(names: Sequence[str], pairs: Sequence[tuple[str, str]] | None) -> t
     where a side has no partner, or no name has a side: such an image would be mirrored wrongly.
     """
     place = {name: number for number, name in enumerate(names)}
+    if len(place) < len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise ValueError(f"two keypoints are called {twice!r}; give each a name of its own")
     if pairs is not None:
         return _of_pairs(place, pairs)
     partners = [_partner(name, place) for name in names]

@@ -132,7 +132,7 @@ class Study(Record):
     paper_table: str = ""  # key into paper_tables.json, shown beside one's own numbers
     paper_rows: dict[str, str] = {}  # "factor=level,..." -> row of that table
     metrics: tuple[str, ...] = Field(
-        ("bbox/AP", "segm/AP", "segm/AP50", "segm/AP75"), min_length=1
+        ("bbox/AP", "segm/AP", "segm/AP50", "segm/AP75")
     )  # columns of the report
     primary: str = (
         ""  # the metric of contrasts that name none; empty: the first of `metrics` that there is

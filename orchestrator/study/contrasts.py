@@ -42,7 +42,8 @@ def arm_name(arm: Mapping[str, str]) -> str:
 def primary_of(study: Study, computed: Collection[str]) -> str:
     """The metric that arms are compared by where a contrast names none."""
     columns = (metric for metric in study.metrics if metric in computed)
-    return study.primary or next(columns, study.metrics[0])
+    # A study that an older version accepted may list no metric.
+    return study.primary or next(columns, next(iter(study.metrics), "bbox/AP"))
 
 
 def family_of(
@@ -78,9 +79,13 @@ def family_of(
 
 def check_forms(study: Study) -> None:
     """Raises ValueError of one line for a contrast that no arms of this study could fit."""
+    if not study.metrics:
+        raise ValueError("metrics: is empty; name at least one, such as segm/AP")
     if study.primary:
         check_metric(study.primary, "primary")
     for name, text in study.arms.items():
+        if name == BASELINE:
+            raise ValueError(f"arms.{name}: means the baseline's arm already; choose another name")
         if not parse_arm(text, study.factors, f"arms.{name}"):
             raise ValueError(f"arms.{name}: is empty; write factor=level")
     for name, contrast in study.contrasts.items():
