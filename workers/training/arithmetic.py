@@ -34,7 +34,8 @@ def doubts(loop: LoopConfig, device: torch.device) -> list[str]:
         return []
     slow = slow_precision(loop, device)
     idle = "loop.gpu: has no effect on a CPU" if loop.gpu != GpuArithmetic() else ""
-    return [text for text in (slow, idle) if text]
+    eager = "loop.cuda_graphs: has no effect on a CPU" if loop.cuda_graphs else ""
+    return [text for text in (slow, idle, eager) if text]
 
 
 def slow_precision(loop: LoopConfig, device: torch.device) -> str:

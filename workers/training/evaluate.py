@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import BrokenExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,6 +64,8 @@ def evaluate_detector(
     detector.eval()
     autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
     processes = EncodingProcesses(num_processes) if num_processes else nullcontext()
+    mine: Results = {}
+    broken = False
     try:
         with processes as pool:
             encoder = Encoder(model, batches.dataset.category_ids, pool)
@@ -77,9 +80,17 @@ def evaluate_detector(
                         detections = detector.predict(batch)  # type: ignore[operator]
                     encoder.add(detections)
             mine = encoder.finish()
+    except BrokenExecutor:
+        # a signal to the whole process group ended the encoding processes, too
+        if not stopping():
+            raise
+        broken = True
     finally:
         stream.close()
         detector.train(was_training)
+    # this vote may meet that of a rank which is still in the loop: then both leave
+    if world.sum_on_host(torch.tensor(float(broken))).item():
+        return None
     gathered = world.gather(mine)
     if not gathered:
         return Scores({}, {}, {})

@@ -129,6 +129,7 @@ class GraphedGradients:
         self._flags: list[Tensor] = []
         self._steps = 0
         self._refused = False
+        self._told = False  # that there are more canvases than graphs
         self.forget()
 
     @property
@@ -157,6 +158,12 @@ class GraphedGradients:
             self._capture(shapes, batches)
         if shapes in self._graphs:
             return self._graphs[shapes].replay(batches)
+        if len(self._graphs) == MOST_GRAPHS and not self._told:
+            self._told = True
+            print_warning(
+                f"loop.cuda_graphs: {MOST_GRAPHS} canvases have a graph, steps of others stay "
+                f"eager; a new run with data.num_canvases of at most {MOST_GRAPHS} has no others"
+            )
         self._eager_steps[shapes] += 1
         self._steps += 1
         return self._accumulate(batches, self._flags)

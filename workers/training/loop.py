@@ -333,6 +333,9 @@ def _accumulation(run: RunConfig, world: World, parts: Parts) -> EagerGradients 
 
 def _compiled(sums: LossSums, loop: LoopConfig) -> LossSums:
     if loop.compile:
+        # torch stops compiling after 8 shapes, and a run may have more canvases
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(64, dynamo.recompile_limit)
         sums.compile(dynamic=False)  # shapes are fixed: a few canvases, padded to their size
     return sums
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import fields
+from functools import cache
 from typing import Protocol, TypeAlias
 
 import torch
@@ -173,8 +174,14 @@ def on_device(items: Iterable[Batches], device: torch.device) -> DeviceBatches:
     """The items with their batches on `device`, which the loader's process does not wait for."""
     if device.type != "cuda":
         return OnHost(items)
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = _side_stream(device)
     return Prefetcher(items, lambda batches: _CudaTransfer(batches, device, stream))
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One in a process: the allocator keeps the free memory of each stream apart."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 # --- blocks that CUDA reads directly ---

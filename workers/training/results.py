@@ -242,7 +242,7 @@ class EncodingProcesses:
     """A pool for `Encoder`. At the end of its block nothing of it runs any more."""
 
     def __init__(self, num_processes: int) -> None:
-        # as the loader's workers: forked from a server that has imported this and done nothing else
+        # as the loader's workers, from a fork server that has done nothing but import
         context = fork_server(["pipelines.load.loader", __name__])
         self._pool = ProcessPoolExecutor(num_processes, context, initializer=_begin)
 
