@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.gpu import roi_align
 from model.gpu.roi_align import LevelAlign, of_levels
+from model.gpu.roi_align_kernels import SIZES, of_level, span, taps
 from model.roi.operations import Align, RoIOperation, assign_levels
 
 STRIDES = (4, 8, 16, 32)
@@ -137,29 +138,14 @@ class _Added(torch.autograd.Function):
         return None, None, None, *(s.to(gradient.dtype).permute(0, 3, 1, 2) for s in sums)
 
 
-@triton.jit(do_not_specialize=roi_align._SIZES)  # type: ignore[untyped-decorator]
+# fmt: off
+@triton.jit(do_not_specialize=SIZES)  # type: ignore[untyped-decorator]
 def _add(  # type: ignore[no-untyped-def]
     gradient,
-    map_0,
-    map_1,
-    map_2,
-    map_3,
-    map_4,
-    height_0,
-    height_1,
-    height_2,
-    height_3,
-    height_4,
-    width_0,
-    width_1,
-    width_2,
-    width_3,
-    width_4,
-    scale_0,
-    scale_1,
-    scale_2,
-    scale_3,
-    scale_4,
+    map_0, map_1, map_2, map_3, map_4,
+    height_0, height_1, height_2, height_3, height_4,
+    width_0, width_1, width_2, width_3, width_4,
+    scale_0, scale_1, scale_2, scale_3, scale_4,
     rois,
     levels,
     CHANNELS: tl.constexpr,
@@ -169,20 +155,21 @@ def _add(  # type: ignore[no-untyped-def]
     BINS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    # fmt: on
     """A program adds the gradients of BINS bins of WIDE channels of a RoI to its cells."""
     bin_blocks = tl.cdiv(SIDE * SIDE, BINS)
     blocks = bin_blocks * tl.cdiv(CHANNELS, WIDE)
     roi, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     level = tl.load(levels + roi)
-    height = roi_align._of(level, height_0, height_1, height_2, height_3, height_4)
-    width = roi_align._of(level, width_0, width_1, width_2, width_3, width_4)
-    scale = roi_align._of(level, scale_0, scale_1, scale_2, scale_3, scale_4)
+    height = of_level(level, height_0, height_1, height_2, height_3, height_4)
+    width = of_level(level, width_0, width_1, width_2, width_3, width_4)
+    scale = of_level(level, scale_0, scale_1, scale_2, scale_3, scale_4)
     corner = rois + roi * 5 + 1
-    x0, bin_width = roi_align._span(corner, scale, SIDE, ALIGNED)
-    y0, bin_height = roi_align._span(corner + 1, scale, SIDE, ALIGNED)
+    x0, bin_width = span(corner, scale, SIDE, ALIGNED)
+    y0, bin_height = span(corner + 1, scale, SIDE, ALIGNED)
     image = tl.load(rois + roi * 5).to(tl.int64)
     channel = block // bin_blocks * WIDE + tl.arange(0, WIDE)
-    cells = roi_align._of(level, map_0, map_1, map_2, map_3, map_4)
+    cells = of_level(level, map_0, map_1, map_2, map_3, map_4)
     cells += image * (height * width * CHANNELS)
     cells += channel[None, :]
     place = block % bin_blocks * BINS + tl.arange(0, BINS)
@@ -195,10 +182,10 @@ def _add(  # type: ignore[no-untyped-def]
     if tl.max(tl.max(tl.abs(numbers), axis=1), axis=0) > 0:
         for i in tl.static_range(SAMPLES):
             y = y0 + row * bin_height + (i + 0.5) * bin_height / SAMPLES
-            top, bottom, down, in_rows = roi_align._taps(y, height)
+            top, bottom, down, in_rows = taps(y, height)
             for j in tl.static_range(SAMPLES):
                 x = x0 + column * bin_width + (j + 0.5) * bin_width / SAMPLES
-                left, right, across, in_columns = roi_align._taps(x, width)
+                left, right, across, in_columns = taps(x, width)
                 adds = there & (in_rows & in_columns)[:, None]
                 a = cells + ((top * width + left) * CHANNELS)[:, None]
                 b = cells + ((top * width + right) * CHANNELS)[:, None]

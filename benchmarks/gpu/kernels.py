@@ -22,7 +22,7 @@ from model.rpn.nms import Suppression, nms_listwise
 # the first of these words in a kernel's name says what it does
 _KINDS = {
     "RoIAlign backward": ("roi_align_backward", "RoIAlignBackward"),
-    "RoIAlign": ("roi_align",),
+    "RoIAlign": ("roi_align", "crop_kernel", "touch_kernel", "gather_kernel"),
     "suppression": ("_overlaps", "_stay"),
     "copies of memory": ("Memcpy", "Memset"),
     "optimiser": ("multi_tensor", "FusedSgd", "FusedAdam"),

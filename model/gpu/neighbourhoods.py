@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from model.gpu.roi_align import MOST_LEVELS, align_levels, of_levels
+from model.gpu.roi_align import align_levels, of_levels
+from model.gpu.roi_align_kernels import MOST_LEVELS
 from model.rpn.network import neighbourhoods
 
 _BLOCK = 128
@@ -100,19 +101,12 @@ def _fake_placed(
     )
 
 
+# fmt: off
 @triton.jit(do_not_specialize=[*_SIZES, "num_rois", "num_cells"])  # type: ignore[untyped-decorator]
 def _place(  # type: ignore[no-untyped-def]
     cells,
-    height_0,
-    height_1,
-    height_2,
-    height_3,
-    height_4,
-    width_0,
-    width_1,
-    width_2,
-    width_3,
-    width_4,
+    height_0, height_1, height_2, height_3, height_4,
+    width_0, width_1, width_2, width_3, width_4,
     rois,
     levels,
     inside,
@@ -121,6 +115,7 @@ def _place(  # type: ignore[no-untyped-def]
     LEVELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # fmt: on
     """The RoI, the level and the cells on the map of BLOCK cells."""
     roi = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = roi < num_rois

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model.gpu import neighbourhoods as cells_kernels
-from model.gpu import roi_align
+from model.gpu import roi_align, roi_align_kernels
 from model.gpu.neighbourhoods import of_rois
 from model.gpu.roi_align import LevelAlign
 from model.roi.operations import Align, RoIOperation, assign_levels
@@ -144,10 +144,10 @@ def compile_all(capability: int) -> None:
     block = {"LEVELS": 5, "BLOCK": 128}
     first, last = {"CHANNEL_STEP": 49, "BIN_STEP": 1}, {"CHANNEL_STEP": 1, "BIN_STEP": 256}
     kernels = {
-        roi_align._assign: {"LEVELS": 4, "ROIS": 128},
-        roi_align._crop: {**crop, "BINS": 8, "WIDE": 256, **last},
-        roi_align._touch: {**crop, "PACK": True, "BINS": 16, "WIDE": 256, **first},
-        roi_align._gather: {**crop, "TILE": 8, "WIDE": 256, "ROWS": 8, "COLUMNS": 8},
+        roi_align_kernels.assign_kernel: {"LEVELS": 4, "ROIS": 128},
+        roi_align_kernels.crop_kernel: {**crop, "BINS": 8, "WIDE": 256, **last},
+        roi_align_kernels.touch_kernel: {**crop, "PACK": True, "BINS": 16, "WIDE": 256, **first},
+        roi_align_kernels.gather_kernel: {**crop, "TILE": 8, "WIDE": 256, "ROWS": 8, "COLUMNS": 8},
         cells_kernels._place: block,
     }
     for kernel, constants in kernels.items():

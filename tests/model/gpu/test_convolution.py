@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.model.gpu.without_a_gpu import check
 
 triton = pytest.importorskip("triton", reason="torch came without Triton")
 
@@ -55,30 +52,9 @@ for kernel, signature, constants in kernels:
 
 
 def test_the_kernels_interpreted(tmp_path):
-    done = run(tmp_path, INTERPRETED, "1")
-    assert done.returncode == 0, done.stderr
+    check(INTERPRETED, tmp_path, interpret=True)
 
 
 @pytest.mark.slow
 def test_the_kernels_compile(tmp_path):
-    done = run(tmp_path, COMPILED, "0")
-    assert done.returncode == 0, done.stderr
-
-
-def run(tmp_path, program, interpret):
-    root = Path(__file__).parents[3]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": interpret,
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(root),
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    check(COMPILED, tmp_path, interpret=False)

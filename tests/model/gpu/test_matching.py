@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.model.gpu.without_a_gpu import check
 
 triton = pytest.importorskip("triton", reason="torch came without Triton")
 
@@ -92,23 +89,7 @@ for kernel, (signature, constants) in kernels.items():
 
 @pytest.mark.parametrize(
     ("program", "interpret"),
-    [(INTERPRETED, "1"), pytest.param(COMPILED, "0", marks=pytest.mark.slow)],
+    [(INTERPRETED, True), pytest.param(COMPILED, False, marks=pytest.mark.slow)],
 )
 def test_the_kernels_without_a_gpu(tmp_path, program, interpret):
-    root = Path(__file__).parents[3]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": interpret,
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(root),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    check(program, tmp_path, interpret)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -16,6 +11,7 @@ from model.build import build_detector
 from model.gpu import usable
 from model.gpu.accelerate import accelerate
 from model.roi.operations import Align, Pool, RoIOperation
+from tests.model.gpu.without_a_gpu import check
 
 triton = pytest.importorskip("triton", reason="torch came without Triton")
 
@@ -41,30 +37,14 @@ compile_all({})
 @pytest.mark.parametrize(
     ("program", "interpret"),
     [
-        (INTERPRETED, "1"),
-        pytest.param(COMPILED.format(90), "0", marks=pytest.mark.slow),
-        pytest.param(COMPILED.format(80), "0", marks=pytest.mark.slow),
+        (INTERPRETED, True),
+        pytest.param(COMPILED.format(90), False, marks=pytest.mark.slow),
+        pytest.param(COMPILED.format(80), False, marks=pytest.mark.slow),
     ],
     ids=["interpreted", "compiled for 9.0", "compiled for 8.0"],
 )
 def test_the_kernels_without_a_gpu(tmp_path, program, interpret):
-    root = Path(__file__).parents[3]
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": interpret,
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": str(root),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    check(program, tmp_path, interpret)
 
 
 def test_the_means_of_few_levels_are_swapped_and_laid_out_for_what_reads_them(monkeypatch):
