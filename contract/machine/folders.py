@@ -7,6 +7,7 @@ import multiprocessing.util
 import os
 import pwd
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext
@@ -85,6 +86,22 @@ def fork_server(preload: Sequence[str]) -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     return context
+
+
+def end_with_starter() -> None:
+    """Ends this process when the one that started it ends, however that ends.
+
+    For processes of `fork_server`: their parent is the server, which outlives a killed starter as
+    long as they do. It waits in a thread.
+    """
+
+    def wait() -> None:
+        starter = multiprocessing.parent_process()
+        if starter is not None:
+            starter.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

@@ -110,7 +110,8 @@ def compare(
     if not 0 <= margin <= 100:
         raise ValueError(f"--margin: {margin:g} is not in 0 to 100 points of AP")
     base = chosen(reference or measured.reference, measured.arms, "reference")
-    metric = chosen(primary, list(measured.values), "primary")
+    known = measured.primary if measured.primary in measured.values else ""
+    metric = chosen(primary or known, list(measured.values), "primary")
     if base not in measured.values[metric]:
         raise ValueError(f"--reference: {base} has no {metric}")
     arms = [arm for arm in measured.values[metric] if arm != base]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from contract.answers import TrialView
@@ -120,12 +120,18 @@ def compare_arms(trials: Sequence[TrialView], metrics: Sequence[str]) -> Compari
     # A name without "/" is a speed, not an evaluation: no arm is better by it.
     names = [*metrics, *sorted({m for t in trials for m in t.metrics if "/" in m} - set(metrics))]
     comparison = Comparison(tuple(_arm(group, names) for group in groups.values()))
+    return _with_differences(comparison, Design())
+
+
+def _with_differences(comparison: Comparison, design: Design) -> Comparison:
     baseline = comparison.baseline
     if baseline is None:
         return comparison
     values = values_of(comparison.arms)
     compared = [
-        arm if arm.baseline else replace(arm, differences=_differences(arm, baseline, values))
+        arm
+        if arm.baseline
+        else replace(arm, differences=_differences(arm, baseline, values, design))
         for arm in comparison.arms
     ]
     return replace(comparison, arms=tuple(compared))
@@ -148,7 +154,11 @@ def answer_study(
     primary = primary_of(study, values_of(arms))
     family = family_of(study, [arm.arm for arm in arms], base.arm if base else None, primary)
     unsound = _unsound(arms, trials, folders, primary, study.learned_ap / 100)
-    answers, notes = _answers(study, family, arms, unsound, shared_trainings(arms, folders.weights))
+    sound = [arm_name(arm.arm) for arm in arms if arm_name(arm.arm) not in unsound]
+    design = Design(study.variance, shared_trainings(arms, folders.weights), sound)
+    answers, notes = _answers(study, family, arms, unsound, design)
+    # What is outside of the family rests on the same assumptions as the family.
+    comparison = _with_differences(comparison, design)
     return replace(comparison, answers=answers, notes=(*_divergence(arms), *notes))
 
 
@@ -208,13 +218,15 @@ def _mark(trial: TrialView) -> str:
     return f"{trial.key}: {'; '.join(parts)}" if parts else ""
 
 
-def _differences(arm: Arm, baseline: Arm, values: Mapping[str, Values]) -> dict[str, Difference]:
+def _differences(
+    arm: Arm, baseline: Arm, values: Mapping[str, Values], design: Design
+) -> dict[str, Difference]:
     differences = {}
     names = arm_name(arm.arm), arm_name(baseline.arm)
     for metric, summary in arm.metrics.items():
         if metric in baseline.metrics:
             contrast = Contrast("", metric, {names[0]: 1.0, names[1]: -1.0})
-            estimate = plain(contrast, values)
+            estimate = plain(contrast, values, design)
             reference = baseline.metrics[metric].by_seed
             by_seed = {s: v - reference[s] for s, v in summary.by_seed.items() if s in reference}
             differences[metric] = Difference(
@@ -249,7 +261,7 @@ def _answers(
     family: Sequence[Asked],
     arms: Sequence[Arm],
     unsound: Mapping[str, str],
-    trainings: Mapping[str, str],
+    design: Design,
 ) -> tuple[tuple[Answer, ...], tuple[str, ...]]:
     values = values_of(arms)
     if not study.contrasts:  # by default, what an arm does not compute is not asked of it
@@ -258,8 +270,6 @@ def _answers(
         Contrast(asked.name, asked.metric, asked.weights, asked.expected, asked.margin / 100)
         for asked in family
     ]
-    sound = [arm_name(arm.arm) for arm in arms if arm_name(arm.arm) not in unsound]
-    design = Design(study.variance, trainings, sound)
     # An arm that went wrong must not widen the intervals of the others, nor borrow their variance.
     trusted = simultaneous(contrasts, values, design)
     whole = simultaneous(contrasts, values, replace(design, pool=None))
@@ -274,7 +284,7 @@ def _answers(
         answers.append(
             Answer(asked, any_, "", "; ".join(why)) if why else Answer(asked, good, verdict)
         )
-    return tuple(answers), _unequal_spread(study, family, values, sound)
+    return tuple(answers), _unequal_spread(study, family, values, design.pool or ())
 
 
 def _is_computed(asked: Asked, values: Mapping[str, Values]) -> bool:
@@ -282,7 +292,7 @@ def _is_computed(asked: Asked, values: Mapping[str, Values]) -> bool:
 
 
 def _unequal_spread(
-    study: Study, family: Sequence[Asked], values: Mapping[str, Values], sound: Sequence[str]
+    study: Study, family: Sequence[Asked], values: Mapping[str, Values], sound: Collection[str]
 ) -> tuple[str, ...]:
     if study.variance == "own":
         return ()

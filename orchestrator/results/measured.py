@@ -20,19 +20,19 @@ from orchestrator.study.contrasts import arm_name
 
 _COLUMNS = ("arm", "seed", "metric", "value")
 _REPORT = "report.json"
-_SEED = re.compile(r"[-_.]?(?:seed)?[-_.]?\d+$")  # the end of a run folder's name: pool-seed-1
 
 
 @dataclass
 class Measured:
     """values: metric -> arm -> seed -> value. reference: the baseline arm, if a file names one.
 
-    lost: arm -> what is missing of it, in words.
+    lost: arm -> what is missing of it, in words. primary: the metric of a report's verdicts.
     """
 
     values: dict[str, dict[str, dict[int, float]]] = field(default_factory=dict)
     reference: str = ""
     lost: dict[str, str] = field(default_factory=dict)
+    primary: str = ""
 
     @property
     def arms(self) -> list[str]:
@@ -123,6 +123,7 @@ def _add_json(measured: Measured, file: Path, path: Path) -> None:
         match data:
             case {"arms": arms}:
                 _add_report(measured, file, arms)
+                _add_withheld(measured, data)
             case {"trials": trials}:
                 _add_trials(measured, file, trials)
             case {"metrics": dict(metrics)}:
@@ -146,6 +147,18 @@ def _add_report(measured: Measured, file: Path, arms: Iterable[Mapping[str, Any]
         _note_lost(measured, name, arm["trials"])
 
 
+def _add_withheld(measured: Measured, report: Mapping[str, Any]) -> None:
+    """What the report gives no verdict on, it gives none on here either."""
+    # Reports of before these fields have neither.
+    measured.primary = measured.primary or report.get("primary", "")
+    for answer in report.get("contrasts", ()):
+        for arm in answer["weights"] if answer["withheld"] else ():
+            measured.lost.setdefault(arm, answer["withheld"])
+    if report.get("machinery_only"):
+        for arm in measured.arms:
+            measured.lost.setdefault(arm, report["machinery_only"])
+
+
 def _add_trials(measured: Measured, file: Path, trials: Sequence[Mapping[str, Any]]) -> None:
     for trial in trials:
         name = arm_name(trial["arm"])
@@ -167,10 +180,12 @@ def _note_lost(measured: Measured, arm: str, trials: Iterable[Mapping[str, Any]]
 def _add_run(measured: Measured, path: Path, metrics: Mapping[str, float]) -> None:
     """A run's arm is its folder's name without the seed at its end."""
     folder = path if path.is_dir() else path.parent
-    name = folder.resolve().name
+    name, seed = folder.resolve().name, _seed_of(folder)
+    # The run's own seed and nothing else: r50 and r101 are two arms.
+    arm = re.sub(rf"[-_.]?(?:seed)?[-_.]?(?<!\d)0*{seed}$", "", name) or name
     for metric, value in metrics.items():
         if "/" in metric:
-            measured.add(str(path), _SEED.sub("", name) or name, _seed_of(folder), metric, value)
+            measured.add(str(path), arm, seed, metric, value)
 
 
 def _seed_of(folder: Path) -> int:

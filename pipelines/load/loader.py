@@ -6,9 +6,7 @@ They are the same at any world size and number of workers.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
@@ -20,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from contract.data import DataConfig
-from contract.machine.folders import fork_server
+from contract.machine.folders import end_with_starter, fork_server
 from contract.model import ImageInput
 from model.structures import Batch
 from pipelines.load.blocks import (
@@ -454,17 +452,8 @@ def _start_worker(environment: dict[str, str], _: int) -> None:
     # The fork server has the environment of its own start. S3 credentials may have come later.
     os.environ.update(environment)
     torch.set_num_threads(1)  # else each worker starts as many threads as there are cores
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends this worker when the trainer ends, however it ends."""
-    # torch's own watchdog looks at the worker's parent, the fork server, which outlives a killed
-    # trainer as long as its workers do.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    # torch's own watchdog looks at the fork server, which outlives a killed trainer
+    end_with_starter()
 
 
 __all__: Sequence[str] = ("EvalLoader", "TrainLoader", "TrainStep")

@@ -8,10 +8,7 @@ Axes: N detections of one image, M side of a mask, P keypoint types.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -25,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from contract.machine.folders import fork_server
+from contract.machine.folders import end_with_starter, fork_server
 from contract.metrics import result_kinds
 from contract.model import ModelConfig
 from model.branches.paste import paste_mask
@@ -263,12 +260,4 @@ def _begin() -> None:
     """Runs first in each process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides when an evaluation ends
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Ends this process when the trainer is killed. An executor's process would wait for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_starter()  # an executor's process would wait for ever for a killed trainer

@@ -147,6 +147,24 @@ def test_a_studys_report_is_compared_with_its_baseline(tmp_path: Path) -> None:
     assert of(tmp_path).contrasts[0].why == "roi=align, seed 2 is failed"
 
 
+def test_what_a_report_withholds_stays_withheld(tmp_path: Path) -> None:
+    weights = {"roi=align": 1.0, "roi=pool": -1.0}
+    withheld = {"weights": weights, "withheld": "roi=align: has not learned"}
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report() | {"contrasts": [withheld], "primary": "segm/AP"}))
+    assert of(path).contrasts[0].why == "roi=align: has not learned"
+    path.write_text(json.dumps(report() | {"contrasts": [], "machinery_only": "one seed"}))
+    assert of(path).contrasts[0].why == "one seed"
+
+
+def test_a_value_that_is_not_finite_withholds_its_arm(tmp_path: Path) -> None:
+    """A seed that diverged: without it the arm looks better."""
+    path = table(tmp_path / "t.csv", 0, arms=2, metrics=1)
+    path.write_text(path.read_text() + "arm-1,9,segm/AP,nan\n")
+    (judged,) = of(path).contrasts
+    assert (judged.verdict, judged.why) == ("withheld", "arm-1, seed 9 has segm/AP nan")
+
+
 def test_trials_as_status_prints_them_are_read(tmp_path: Path) -> None:
     trials = [
         {
@@ -167,7 +185,8 @@ def test_trials_as_status_prints_them_are_read(tmp_path: Path) -> None:
 
 def test_folders_of_runs_are_arms_by_their_names(tmp_path: Path) -> None:
     folders = []
-    for name, base in (("pool", 0.30), ("align", 0.33)):
+    # The depth of a network is no seed.
+    for name, base in (("pool", 0.30), ("align", 0.33), ("r50", 0.31), ("r101", 0.32)):
         for seed in range(3):
             folder = tmp_path / f"{name}-{seed}"
             (folder / "attempts" / "1").mkdir(parents=True)
@@ -176,8 +195,20 @@ def test_folders_of_runs_are_arms_by_their_names(tmp_path: Path) -> None:
             (folder / "result.json").write_text(json.dumps({"metrics": metrics}))
             folders.append(folder)
     result = of(*folders)
-    assert (result.reference, [c.arm for c in result.contrasts]) == ("pool", ["align"])
+    assert (result.reference, [c.arm for c in result.contrasts]) == (
+        "pool",
+        ["align", "r50", "r101"],
+    )
     assert result.contrasts[0].estimate.seeds == 3
+
+
+def test_a_folder_without_a_seed_in_its_name_is_an_arm_of_its_own(tmp_path: Path) -> None:
+    for name in ("r50", "r101"):
+        folder = tmp_path / name
+        (folder / "attempts" / "1").mkdir(parents=True)
+        (folder / "attempts/1/spec.json").write_text(json.dumps({"run": {"seed": 0}}))
+        (folder / "result.json").write_text(json.dumps({"metrics": {"segm/AP": 0.3}}))
+    assert read_measured([tmp_path / "r50", tmp_path / "r101"]).arms == ["r50", "r101"]
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,18 @@ def test_other_metrics_are_explored_without_a_verdict() -> None:
     assert list(difference.by_seed) == [0, 1, 2]
 
 
+def test_what_is_explored_assumes_what_the_verdicts_assume() -> None:
+    trials = two_arms([0.270, 0.271, 0.269], [0.35, 0.30, 0.40])
+    pooled, own = (answered(trials, **changes) for changes in ({}, {"variance": "own"}))
+    for comparison in (pooled, own):
+        difference, estimate = (
+            comparison.arms[1].differences["segm/AP"],
+            comparison.answers[0].estimate,
+        )
+        assert (difference.low, difference.high) == (estimate.low, estimate.high)
+    assert pooled.arms[1].differences != own.arms[1].differences
+
+
 def test_a_rollback_marks_a_trial_that_counts() -> None:
     trials = two_arms([0.1], [0.3])
     trials[1].events.append(Event(at=0.0, kind="rollback", step=70, text=""))

@@ -203,3 +203,17 @@ def test_pooling_sees_at_three_seeds_what_pairs_do_not() -> None:
 def test_the_ratio_of_deviations() -> None:
     assert deviation_ratio(["a", "b"], BASE) == 2.0
     assert math.isnan(deviation_ratio(["a"], BASE))
+
+
+def test_contrasts_of_one_training_do_not_depend_on_their_order() -> None:
+    """One arm has not learned: only its own contrast counts its seeds."""
+    rng = np.random.default_rng(0)
+    values = {"m": {arm: dict(enumerate(0.3 + 0.01 * rng.normal(size=3))) for arm in "abu"}}
+    design = Design(trainings=dict.fromkeys("abu", "a"), pool=("a", "b"))
+    family = [Contrast(arm, "m", {arm: 1.0, "a": -1.0}) for arm in "bu"]
+    forward, backward = (
+        {one.contrast.name: one for one in simultaneous(order, values, design)}
+        for order in (family, family[::-1])
+    )
+    for name, one in forward.items():
+        assert (one.low, one.high) == pytest.approx((backward[name].low, backward[name].high))
