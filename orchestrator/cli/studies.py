@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -119,13 +120,42 @@ def run(
     return SUCCESS if view.state == "done" else WORK_FAILED
 
 
-def report(study: StudyId, out: Out = None, json: AsJson = False, debug: Debug = False) -> None:
+def report(
+    study: StudyId,
+    form: Annotated[
+        str, typer.Option("--format", help="Print this alone: html, md, latex, csv, json or png.")
+    ] = "",
+    out: Out = None,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """Write a study's report (HTML, CSV, JSON) and print its table; works while the study runs."""
+    from contract.record import nearest
+    from orchestrator.results.report import FILES, Contents
+
+    if form and form not in FILES:
+        raise ValueError(f"--format {form}: there is no such form; {nearest(form, FILES)}")
     client = open_client()
     view = client.study(study_id(client, study))
+    for known in FILES:
+        if form == known:
+            _print_form(Contents.of(view).rendered(known), FILES[known], out, json)
+            return
     page, table = _report(client, view, out)
     text = f"{table}\n\nreport: {page}"
     print_result({**_outcome(view), "report": str(page)}, text, json)
+
+
+def _print_form(data: bytes, name: str, out: Path | None, json: bool) -> None:
+    """To the folder `out` if there is one, else to stdout. A terminal gets no picture."""
+    if out is None and not json and not (name.endswith(".png") and sys.stdout.isatty()):
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    folder = out or Path.cwd()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(data)
+    print_result({"file": str(folder / name)}, str(folder / name), json)
 
 
 def schema(

@@ -14,7 +14,7 @@ from orchestrator.results.soundness import Course
 from orchestrator.results.trial_files import (
     SeenResult,
     SeenRun,
-    read_history,
+    read_histories,
     read_result,
     read_spec,
     seen,
@@ -34,11 +34,15 @@ ArmKey = tuple[tuple[str, str], ...]  # (factor, level) in the study's order
 
 @dataclass(frozen=True)
 class TrialFacts:
-    """One trial's folder as far as it can be read; defaults where it cannot."""
+    """One trial's folder as far as it can be read; defaults where it cannot.
+
+    histories: metric -> (step, value) of each evaluation.
+    """
 
     run: SeenRun
     tags: Mapping[str, str]
     result: SeenResult
+    histories: Mapping[str, tuple[tuple[int, float], ...]]
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,11 @@ class Facts:
 def gather(view: StudyView) -> Facts:
     """Reads the trials' folders; a folder that is gone or still empty leaves gaps, not errors."""
     study = Study.model_validate(view.spec)
-    facts = {trial.trial: _trial_facts(trial, study) for trial in view.trials}
     machinery = _machinery_only(study)
     primary = primary_of(study, {metric for trial in view.trials for metric in trial.metrics})
+    facts = {trial.trial: _trial_facts(trial, study, primary) for trial in view.trials}
     folders = Folders(
-        {trial.trial: _course(trial, facts[trial.trial], primary) for trial in view.trials},
+        {trial.trial: _course(facts[trial.trial], primary) for trial in view.trials},
         {name: known.result.weights_sha256 for name, known in facts.items()},
     )
     return Facts(
@@ -89,10 +93,14 @@ def arm_key(arm: Mapping[str, str]) -> ArmKey:
     return tuple(arm.items())
 
 
-def _trial_facts(trial: TrialView, study: Study) -> TrialFacts:
+def _trial_facts(trial: TrialView, study: Study, primary: str) -> TrialFacts:
     result = read_result(trial)
     spec = read_spec(trial, result)
-    return TrialFacts(spec.run or _run_of(study, trial), spec.tags, result)
+    run = spec.run or _run_of(study, trial)
+    metrics = list(dict.fromkeys([primary, *study.metrics]))
+    # A run that is evaluated at its end alone has no history to read.
+    histories = read_histories(trial, metrics) if run.eval_every_steps else {}
+    return TrialFacts(run, spec.tags, result, histories)
 
 
 def _run_of(study: Study, trial: TrialView) -> SeenRun:
@@ -147,10 +155,9 @@ def _range(numbers: Sequence[int]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _course(trial: TrialView, known: TrialFacts, primary: str) -> Course:
+def _course(known: TrialFacts, primary: str) -> Course:
     run = known.run
-    # A run that is evaluated at its end alone has no history to read.
-    history = read_history(trial, primary) if run.eval_every_steps else ()
+    history = known.histories.get(primary, ())
     return Course(run.steps, known.result.step, run.eval_every_steps, history)
 
 

@@ -5,16 +5,30 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, assert_never
 
 from contract.answers import StudyView
 from contract.files import finite
 from orchestrator.results.cells import arm_label
 from orchestrator.results.comparison import Answer, Arm, Comparison, answer_study
+from orchestrator.results.details.headlines import headlines
 from orchestrator.results.facts import Facts, arm_key, gather
+from orchestrator.results.formats import latex, markdown
 from orchestrator.results.table import notes_of, text_report
+
+Format: TypeAlias = Literal["html", "md", "latex", "csv", "json", "png"]
+FILES: Mapping[Format, str] = {
+    "html": "report.html",
+    "md": "table.md",
+    "latex": "table.tex",
+    "csv": "table.csv",
+    "json": "report.json",
+    "png": "differences.png",
+}
+_WRITTEN: tuple[Format, ...] = ("html", "csv", "json")  # of every report, beside table.txt
 
 
 @dataclass(frozen=True)
@@ -26,27 +40,60 @@ class Report:
     table: str
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What the trials left so far, read once; each form of the report is made of it."""
+
+    view: StudyView
+    facts: Facts
+    comparison: Comparison
+
+    @classmethod
+    def of(cls, view: StudyView) -> Contents:
+        facts = gather(view)
+        comparison = answer_study(facts.study, view.trials, facts.folders, facts.machinery_only)
+        return cls(view, facts, comparison)
+
+    def text(self) -> str:
+        return text_report(self.view, self.facts, self.comparison)
+
+    def rendered(self, form: Format) -> bytes:
+        """The file of this form."""
+        view, facts, comparison = self.view, self.facts, self.comparison
+        match form:
+            case "html":
+                from orchestrator.results.page import html_page  # loads matplotlib
+
+                return html_page(view, facts, comparison).encode()
+            case "png":
+                from orchestrator.results.page import differences_png
+
+                return differences_png(facts, comparison)
+            case "md":
+                return f"{markdown(view, facts, comparison)}\n".encode()
+            case "latex":
+                return f"{latex(view, facts, comparison)}\n".encode()
+            case "csv":
+                return csv_text(comparison).encode()
+            case "json":
+                data = as_json(view, facts, comparison)
+                return f"{json.dumps(data, indent=2, allow_nan=False)}\n".encode()
+            case _:
+                assert_never(form)
+
+
 def build_report(study: StudyView, folder: Path) -> Report:
     """Writes the report of what the trials left so far.
 
     `folder` gets report.html, table.txt, table.csv and report.json.
     """
-    from orchestrator.results.page import html_page  # loads matplotlib
-
-    facts = gather(study)
-    comparison = answer_study(facts.study, study.trials, facts.folders, facts.machinery_only)
-    table = text_report(study, facts, comparison)
-    files = {
-        "report.html": html_page(study, facts, comparison),
-        "table.txt": table + "\n",
-        "table.csv": csv_text(comparison),
-        "report.json": json.dumps(as_json(study, facts, comparison), indent=2, allow_nan=False)
-        + "\n",
-    }
+    contents = Contents.of(study)
+    table = contents.text()
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return Report(folder, folder / "report.html", table)
+    (folder / "table.txt").write_text(f"{table}\n", encoding="utf-8")
+    for form in _WRITTEN:
+        (folder / FILES[form]).write_bytes(contents.rendered(form))
+    return Report(folder, folder / FILES["html"], table)
 
 
 # --- table.csv --------------------------------------------------------------------------------
@@ -54,7 +101,7 @@ def build_report(study: StudyView, folder: Path) -> Report:
 
 @dataclass(frozen=True)
 class CsvRow:
-    """One trial and metric; the names of the fields are the head of the file."""
+    """One trial and metric. The names of the fields begin the head; a column a factor follows."""
 
     arm: str
     baseline: bool
@@ -70,26 +117,30 @@ def csv_text(comparison: Comparison) -> str:
     """One line for each trial and metric: the raw numbers for one's own statistics."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(field.name for field in fields(CsvRow))
-    for row in _csv_rows(comparison):
-        writer.writerow(astuple(row))
+    own = [field.name for field in fields(CsvRow)]
+    factors = list(comparison.arms[0].arm) if comparison.arms else []
+    # A factor may have the name of a column: two of one name would be read as one.
+    writer.writerow([*own, *(_cell(f"factor.{f}" if f in own else f) for f in factors)])
+    for arm in comparison.arms:
+        levels = [_cell(level) for level in arm.arm.values()]
+        for row in _csv_rows(arm):
+            writer.writerow([*astuple(row), *levels])
     return buffer.getvalue()
 
 
-def _csv_rows(comparison: Comparison) -> list[CsvRow]:
+def _csv_rows(arm: Arm) -> list[CsvRow]:
     rows: list[CsvRow] = []
-    for arm in comparison.arms:
-        for trial in arm.trials:
-            bare = CsvRow(
-                _cell(arm_label(arm)), arm.baseline, trial.seed, _cell(trial.trial), trial.state
-            )
-            rows += [] if trial.metrics else [bare]
-            for metric, value in trial.metrics.items():
-                paired = arm.differences.get(metric)
-                # Differences pair finished trials; one that failed may still have metrics.
-                pairs = paired.by_seed if paired and trial.state == "done" else {}
-                difference = pairs.get(trial.seed, "")
-                rows.append(replace(bare, metric=_cell(metric), value=value, difference=difference))
+    for trial in arm.trials:
+        bare = CsvRow(
+            _cell(arm_label(arm)), arm.baseline, trial.seed, _cell(trial.trial), trial.state
+        )
+        rows += [] if trial.metrics else [bare]
+        for metric, value in trial.metrics.items():
+            paired = arm.differences.get(metric)
+            # Differences pair finished trials; one that failed may still have metrics.
+            pairs = paired.by_seed if paired and trial.state == "done" else {}
+            difference = pairs.get(trial.seed, "")
+            rows.append(replace(bare, metric=_cell(metric), value=value, difference=difference))
     return rows
 
 
@@ -113,6 +164,7 @@ def as_json(study: StudyView, facts: Facts, comparison: Comparison) -> dict[str,
         "precision": facts.precision,
         "early": comparison.early,
         "scope": facts.scope,
+        "headlines": [line.text for line in headlines(facts, comparison)],
         "primary": facts.primary,
         "contrasts": [finite(_answer_json(answer)) for answer in comparison.answers],
         "notes": notes_of(study, comparison),

@@ -14,6 +14,7 @@ from orchestrator.results.cells import (
     softmax_table,
 )
 from orchestrator.results.comparison import Comparison
+from orchestrator.results.details.headlines import headlines
 from orchestrator.results.facts import Facts
 
 EXPLORATORY = "Exploratory: plain 95% intervals, each on its own; no verdicts"
@@ -22,7 +23,9 @@ EXPLORATORY = "Exploratory: plain 95% intervals, each on its own; no verdicts"
 def text_report(view: StudyView, facts: Facts, comparison: Comparison) -> str:
     """All that the study says, block by block; each line stands on its own."""
     study = facts.study
-    blocks = [_head(view, facts), _text(arms_table(comparison, study.metrics))]
+    lines = [line.text for line in headlines(facts, comparison)]
+    blocks = [_head(view, facts), *(["\n".join(lines)] if lines else [])]
+    blocks.append(_text(arms_table(comparison, study.metrics)))
     exploratory = exploratory_table(comparison, study.metrics)
     if comparison.machinery_only:
         blocks.append(f"Machinery only: {comparison.machinery_only}.")

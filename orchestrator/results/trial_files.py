@@ -7,7 +7,7 @@ fields are ignored, missing ones have their defaults, and a file of another form
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import AliasPath, Field, ValidationError
@@ -25,6 +25,7 @@ class SeenRun(Message):
     global_batch: int = Field(0, validation_alias=AliasPath("loop", "global_batch"))
     precision: str = Field("", validation_alias=AliasPath("loop", "precision"))
     eval_every_steps: int = Field(0, validation_alias=AliasPath("loop", "eval_every_steps"))
+    train: str = Field("", validation_alias=AliasPath("data", "train"))
     val: str = Field("", validation_alias=AliasPath("data", "val"))
     short_side_px: int = Field(0, validation_alias=AliasPath("model", "image", "short_side_px"))
 
@@ -46,6 +47,7 @@ class SeenResult(Message):
 
     attempt: int = 0
     step: int = 0
+    per_class: dict[str, dict[str, float]] = {}  # "segm/AP" -> category -> value
     artifacts: dict[str, str] = {}  # name -> path relative to the trial's folder
     weights_sha256: str = ""
     precision: str = ""  # empty in a result of an older version
@@ -86,25 +88,26 @@ def read_spec(trial: TrialView, result: SeenResult) -> SeenSpec:
     return seen(SeenSpec, _read(trial.storage, SPEC_FILE.format(attempt=attempt)))
 
 
-def read_history(trial: TrialView, metric: str) -> tuple[tuple[int, float], ...]:
+def read_histories(
+    trial: TrialView, metrics: Sequence[str]
+) -> dict[str, tuple[tuple[int, float], ...]]:
     """(step, value) of each evaluation of the run, as far as its spool is there and readable."""
-    if not trial.storage:
-        return ()
-    files = service_files(trial.storage)
-    size = files.size(SPOOL_RECORDS)
-    if size is None or size > _MAX_SPOOL_BYTES:
-        return ()
-    values: dict[int, float] = {}
+    values: dict[str, dict[int, float]] = {metric: {} for metric in metrics}
+    files = service_files(trial.storage) if trial.storage else None
+    size = files.size(SPOOL_RECORDS) if files else None
+    if files is None or size is None or size > _MAX_SPOOL_BYTES:
+        return dict.fromkeys(metrics, ())
     for line in files.read(SPOOL_RECORDS).splitlines():
         try:
             record = seen(_SeenRecord, json.loads(line))
         except ValueError:
             continue  # the last line of a run that was killed
-        if record.kind == "rewind":
-            values = {step: value for step, value in values.items() if step <= record.step}
-        elif metric in record.values:
-            values[record.step] = record.values[metric]
-    return tuple(sorted(values.items()))
+        for metric, points in values.items():
+            if record.kind == "rewind":
+                values[metric] = {s: v for s, v in points.items() if s <= record.step}
+            elif metric in record.values:
+                points[record.step] = record.values[metric]
+    return {metric: tuple(sorted(points.items())) for metric, points in values.items()}
 
 
 def _read(folder: str, name: str) -> Mapping[str, Any]:

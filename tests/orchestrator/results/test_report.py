@@ -14,11 +14,14 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from contract.answers import StudyView, TrialView
+from contract.answers import AttemptView, StudyView, TrialView
 from orchestrator.results.cells import metric_label, points
+from orchestrator.results.details.origin import cost_table, provenance
+from orchestrator.results.details.slices import classes
 from orchestrator.results.facts import MIN_IMAGES_FOR_PAPER
-from orchestrator.results.plots import smooth
-from orchestrator.results.report import Report, build_report
+from orchestrator.results.plots.curves import smooth
+from orchestrator.results.plots.style import colours
+from orchestrator.results.report import Contents, Report, build_report
 from orchestrator.study.baseline import BaselineRun
 from orchestrator.study.paper import paper_tables
 from tests.orchestrator.studies import finished, tiny_study
@@ -70,12 +73,12 @@ def paper_study(tmp_path: Path, **options: Any) -> list[TrialView]:
     ]
 
 
-def table(tmp_path: Path, study: StudyView) -> str:
-    return build_report(study, tmp_path / "report").table
+def table(study: StudyView) -> str:
+    return Contents.of(study).text()
 
 
 def test_means_differences_verdict_and_the_papers_row_stand_in_the_table(tmp_path: Path) -> None:
-    text = table(tmp_path, view(paper_study(tmp_path), **PAPER))
+    text = table(view(paper_study(tmp_path), **PAPER))
     rows = [line.split() for line in text.splitlines()]
     assert ["RoIPool", "3", "27.0", "±0.2", "27.0", "±0.2"] in rows
     assert ["RoIAlign", "3", "30.4", "±0.3", "+3.4", "30.4", "±0.3", "+3.4"] in rows
@@ -89,9 +92,101 @@ def test_means_differences_verdict_and_the_papers_row_stand_in_the_table(tmp_pat
     assert "Machinery only" not in text
 
 
+def test_each_contrast_has_a_headline_with_the_papers_difference(tmp_path: Path) -> None:
+    """The paper's table 2c: RoIAlign 30.2 or 30.3, RoIPool 26.9, so +3.4; ours is +3.37."""
+    contents = Contents.of(view(paper_study(tmp_path), **PAPER))
+    line = "RoIAlign +3.4 mask AP [3.1, 3.6], better; paper +3.4: consistent"
+    assert line in contents.text().splitlines()
+    assert json.loads(contents.rendered("json"))["headlines"] == [line]
+    page = contents.rendered("html").decode()
+    assert f'<li class="better">{line}</li>' in page
+    assert page.index(line) < page.index("the paper&#x27;s difference".replace("&#x27;", "'"))
+    assert page.index("the paper's difference") < page.index("<h2>Arms")
+    # without the paper's recipe nothing is said of the paper
+    plain = Contents.of(view(paper_study(tmp_path / "b", images=79), **PAPER)).text()
+    assert "RoIAlign +3.4 mask AP [3.1, 3.6], better\n" in plain
+
+
+def test_a_difference_that_the_interval_leaves_out_is_not_consistent(tmp_path: Path) -> None:
+    fields = {"paper_table": "text-fpn-align", "paper_rows": {"roi=RoIAlign": "difference"}}
+    text = table(view(paper_study(tmp_path), **fields))
+    assert "RoIAlign +3.4 mask AP [3.1, 3.6], better; paper +1.5: not consistent" in text
+
+
+def test_markdown_and_latex_escape_what_a_person_wrote(tmp_path: Path) -> None:
+    question = "50% | <b>_x_</b> & #1?"
+    contents = Contents.of(view(paper_study(tmp_path), question=question, **PAPER))
+    marked, tex = (contents.rendered(form).decode() for form in ("md", "latex"))
+    assert marked.startswith("50% \\| &lt;b&gt;\\_x\\_&lt;/b&gt; &amp; \\#1?\n\n- **RoIAlign +3.4")
+    assert "| RoIAlign | 3 | 30.4 ±0.3 | +3.4 | 30.4 ±0.3 | +3.4 |" in marked
+    assert r"RoIAlign & 3 & 30.4 $\pm$0.3 & +3.4 & 30.4 $\pm$0.3 & +3.4 \\" in tex
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 2
+    assert contents.rendered("png").startswith(b"\x89PNG")
+
+
+def test_a_narrow_screen_names_the_column_of_every_cell(tmp_path: Path) -> None:
+    page = Contents.of(view(paper_study(tmp_path), **PAPER)).rendered("html").decode()
+    assert '<td role="cell" class="better" data-head="verdict">better</td>' in page
+    assert '<td role="cell" data-head="95% interval">+3.1 to +3.6</td>' in page
+    assert '<th role="rowheader" scope="row" class="name" data-head="roi">RoIAlign</th>' in page
+
+
+def test_an_arm_has_one_colour_in_every_plot(tmp_path: Path) -> None:
+    trials = paper_study(tmp_path, **{"loop.eval_every_steps": 80_000})
+    for trial in trials:
+        spool = Path(trial.storage) / "spool"
+        spool.mkdir()
+        lines = [
+            json.dumps({"kind": "metrics", "step": step, "values": {"segm/AP": 0.2}})
+            for step in (80_000, 160_000)
+        ]
+        (spool / "records.jsonl").write_text("\n".join(lines))
+    contents = Contents.of(view(trials, **PAPER))
+    assert colours(contents.comparison.arms) == {
+        "roi=RoIPool": "#e0813a",
+        "roi=RoIAlign": "#3b82c4",
+    }
+    page = contents.rendered("html").decode()
+    for title in ("Differences", "mask AP of every arm", "mask AP, points, by step"):
+        drawing = page.partition(f'aria-label="{title}">')[2].partition("</svg>")[0]
+        assert "#3b82c4" in drawing, title
+    assert "000<" not in drawing  # ticks of a long run stay short: 120k
+
+
+def test_what_a_study_cost_and_where_it_comes_from_stand_on_the_page(tmp_path: Path) -> None:
+    trials = paper_study(tmp_path)
+    attempt = AttemptView(
+        number=1, state="done", submission_id="s", started_at=3600.0, ended_at=5400.0
+    )
+    trials[3] = trials[3].model_copy(update={"attempts": 2, "attempt_list": [attempt, attempt]})
+    contents = Contents.of(view(trials, resources={"ranks": 2, "gpus_per_rank": 1}, **PAPER))
+    rows = [
+        [cell.text for cell in row.cells]
+        for row in cost_table(contents.facts, contents.comparison).rows
+    ]
+    assert rows == [["roi RoIPool", "0.00", "-", "0", "0"], ["roi RoIAlign", "2.00", "-", "1", "0"]]
+    known = dict(provenance(contents.view, contents.facts))
+    assert known["last trial ended"] == "1970-01-01 01:30 UTC"
+    assert known["one trial again, compared"] == "maskray reproduce s-1:KEY"
+
+
+def test_only_classes_beyond_their_seeds_are_shown(tmp_path: Path) -> None:
+    trials = paper_study(tmp_path)
+    for trial, cat in zip(trials, (0.1, 0.11, 0.09, 0.3, 0.31, 0.29), strict=True):
+        result = {"attempt": 1, "per_class": {"segm/AP": {"cat": cat, "dog": 0.2, "void": -1}}}
+        (Path(trial.storage) / "result.json").write_text(json.dumps(result))
+    contents = Contents.of(view(trials))
+    found = classes(contents.facts, contents.comparison)
+    assert found.table is not None
+    assert [[cell.text for cell in row.cells] for row in found.table.rows] == [
+        ["roi RoIAlign", "cat", "+20.0", "+20.0 to +20.0"]
+    ]
+    assert found.note.startswith("1 of 2 differences by class")
+
+
 def test_one_seed_is_machinery_only(tmp_path: Path) -> None:
     trials = [trial for trial in paper_study(tmp_path) if trial.seed == 0]
-    text = table(tmp_path, view(trials, seeds=[0], **PAPER))
+    text = table(view(trials, seeds=[0], **PAPER))
     assert (
         "Machinery only: one seed: this shows that the machinery works, "
         "it is no evidence about the arms." in text
@@ -104,7 +199,7 @@ def test_one_seed_is_machinery_only(tmp_path: Path) -> None:
 def test_a_short_schedule_has_verdicts_that_name_their_scope(tmp_path: Path) -> None:
     trials = [trial.model_copy(update={"storage": ""}) for trial in paper_study(tmp_path)]
     baseline = {"preset": "r50-c4", "set": {"loop.steps": 100}}
-    text = table(tmp_path, view(trials, baseline=baseline, **PAPER))
+    text = table(view(trials, baseline=baseline, **PAPER))
     assert "Scope: on 100 steps, r50-c4. Nothing else was measured." in text
     assert "better" in text
     assert "No paper column: roi=RoIPool/seed-0 trained on 1,600 images" in text
@@ -134,7 +229,7 @@ def test_a_run_that_still_learns_is_read_from_its_spool(tmp_path: Path) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (spool / "records.jsonl").write_text(text + '{"kind": "met')
     said = "roi=RoIPool/seed-0 is still learning: up 26% over the last quarter of its steps"
-    assert f"no verdict on roi=RoIAlign: {said}" in table(tmp_path, view(trials))
+    assert f"no verdict on roi=RoIAlign: {said}" in table(view(trials))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +249,7 @@ def test_a_run_that_still_learns_is_read_from_its_spool(tmp_path: Path) -> None:
 def test_numbers_that_cannot_be_compared_with_the_papers_are_not(
     tmp_path: Path, options: dict[str, Any], said: str
 ) -> None:
-    text = table(tmp_path, view(paper_study(tmp_path, **options), **PAPER))
+    text = table(view(paper_study(tmp_path, **options), **PAPER))
     assert said in text
     assert "Beside the paper" not in text
     assert "better" in text  # against each other the arms still can be
@@ -165,14 +260,9 @@ def test_trials_that_failed_stay_in_the_table(tmp_path: Path) -> None:
     trials[5] = finished(
         ALIGN, 2, state="failed", error="loss is nan at step 9", error_class="diverged"
     )
-    text = table(tmp_path, view(trials))
+    text = table(view(trials))
     assert "5 of 6 trials finished (1 failed)" in text
-    assert next(line.split()[:4] for line in text.splitlines() if "RoIAlign" in line) == [
-        "RoIAlign",
-        "2",
-        "of",
-        "3*",
-    ]
+    assert ["RoIAlign", "2", "of", "3*"] in [line.split()[:4] for line in text.splitlines()]
     assert "- roi=RoIAlign/seed-2: diverged: loss is nan at step 9" in text
     assert (
         "no verdict on roi=RoIAlign: roi=RoIAlign/seed-2 diverged; "
@@ -186,13 +276,13 @@ def test_a_baseline_without_results_leaves_no_differences(tmp_path: Path) -> Non
     trials[:3] = [
         finished(POOL, seed, True, state="failed", error="out of memory") for seed in range(3)
     ]
-    text = table(tmp_path, view(trials))
+    text = table(view(trials))
     assert "the baseline arm has no finished trial" in text
 
 
 def test_a_study_that_just_began_has_a_report(tmp_path: Path) -> None:
     trials = [finished(POOL, 0, True, state="queued"), finished(ALIGN, 0, state="running")]
-    text = table(tmp_path, view(trials, seeds=[0]))
+    text = table(view(trials, seeds=[0]))
     assert "0 of 2 trials finished (1 queued, 1 running)" in text
 
 
@@ -203,7 +293,7 @@ def test_every_softmax_inference_is_named(tmp_path: Path) -> None:
         "segm-probability/AP": 0.004,
         "segm-versus_background/AP": 0.15,
     }
-    text = table(tmp_path, view([finished(POOL, 0, True, metrics=metrics)], seeds=[0]))
+    text = table(view([finished(POOL, 0, True, metrics=metrics)], seeds=[0]))
     assert ["roi", "RoIPool", "15.6", "0.4", "15.6", "15.0"] in [
         line.split() for line in text.splitlines()
     ]
@@ -211,7 +301,7 @@ def test_every_softmax_inference_is_named(tmp_path: Path) -> None:
 
 def test_the_papers_gain_alone_is_a_gain(tmp_path: Path) -> None:
     fields = {"paper_table": "text-fpn-align", "paper_rows": {"roi=RoIAlign": "difference"}}
-    text = table(tmp_path, view(paper_study(tmp_path), **fields))
+    text = table(view(paper_study(tmp_path), **fields))
     assert ["roi", "RoIAlign", "mask", "AP", "30.4", "±0.3", "-", "+3.4", "+1.5"] in [
         x.split() for x in text.splitlines()
     ]
@@ -298,6 +388,10 @@ def test_json_and_csv_hold_the_numbers(tmp_path: Path) -> None:
     assert contrast["difference"] == pytest.approx(align["differences"]["segm/AP"]["mean"])
     rows = list(csv.DictReader(io.StringIO((report.folder / "table.csv").read_text())))
     assert len(rows) == 5 * 2 + 1
+    assert {(row["arm"], row["roi"]) for row in rows} == {
+        ("roi RoIPool", "RoIPool"),
+        ("roi RoIAlign", "RoIAlign"),
+    }
     assert {row["state"] for row in rows} == {"done", "failed"}
     assert (report.folder / "table.txt").read_text() == report.table + "\n"
 
@@ -305,7 +399,7 @@ def test_json_and_csv_hold_the_numbers(tmp_path: Path) -> None:
 def test_the_report_names_the_precision_and_a_mixture_of_two(tmp_path: Path) -> None:
     trials = paper_study(tmp_path)
     # results of an older version do not say it: the run does
-    assert "Precision: fp32\n" in table(tmp_path, view(trials))
+    assert "Precision: fp32\n" in table(view(trials))
     for trial in trials:
         result = {"attempt": 1, "precision": "fp32 (convolutions in TF32)"}
         (Path(trial.storage) / "result.json").write_text(json.dumps(result))
@@ -316,7 +410,7 @@ def test_the_report_names_the_precision_and_a_mixture_of_two(tmp_path: Path) -> 
     assert data["precision"] == "fp32 (convolutions in TF32)"
     (Path(trials[0].storage) / "result.json").write_text('{"attempt": 1, "precision": "bf16"}')
     mixed = "5 trials in fp32 (convolutions in TF32), 1 trials in bf16: a difference between arms"
-    assert f"Precision: {mixed}" in table(tmp_path, view(trials))
+    assert f"Precision: {mixed}" in table(view(trials))
 
 
 def test_a_result_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
@@ -334,12 +428,12 @@ def test_files_of_another_version_cost_no_report(tmp_path: Path) -> None:
     spec = json.loads((first / "attempts" / "1" / "spec.json").read_text())
     spec["run"]["model"]["dilation"] = spec["novelty"] = 2
     (first / "attempts" / "1" / "spec.json").write_text(json.dumps(spec))
-    assert "Beside the paper, table 2c" in table(tmp_path, view(trials, **PAPER))
+    assert "Beside the paper, table 2c" in table(view(trials, **PAPER))
     (second / "result.json").write_text(json.dumps({"attempt": 1, "artifacts": ["series"]}))
     (second / "attempts" / "1" / "spec.json").write_text(json.dumps({"run": 3, "tags": None}))
     said = "the validation set of roi=RoIPool/seed-1 is not known"
-    assert said in table(tmp_path, view(trials, **PAPER))
+    assert said in table(view(trials, **PAPER))
 
 
 def test_curves_are_thinned_to_means() -> None:
-    assert smooth([0, 1, 2, 3], [1.0, 3.0, float("nan"), 5.0], points=2) == ([0.5, 3.0], [2.0, 5.0])
+    assert smooth([0, 1, 2, 3], [1.0, 3.0, float("nan"), 5.0], points=2) == ([0.5, 2.5], [2.0, 5.0])
