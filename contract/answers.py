@@ -206,8 +206,13 @@ class LogPage(Message):
 
 
 class Health(Message):
-    ok: bool = True
+    """Without a token, so it says no more than whether the service works."""
+
+    ok: bool = True  # False comes with the status 503
     version: str
+    loop_s: float = 0.0  # since the loop ended a turn
+    ledger_s: float = 0.0  # since the ledger took a write
+    problems: list[str] = []  # why it is not `ok`
 
 
 class NodeView(Message):

@@ -22,6 +22,8 @@ AttemptState: TypeAlias = Literal[
 ]
 LiveAttemptState: TypeAlias = Literal["submitting", "submitted", "running"]
 LIVE_ATTEMPTS: tuple[LiveAttemptState, ...] = get_args(LiveAttemptState)  # Ray may work on these
+# Of a trial. The ledger keeps such numbers in an SQL integer of 32 bits.
+Step: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
 # Why a trial is asked to stop. A person wishes the first two, the service the others.
 Wish: TypeAlias = Literal["", "cancel", "pause", "stall", "budget"]
 
@@ -124,8 +126,8 @@ class Progress(Message):
     """`progress.json`, replaced by rank 0 at every logging interval."""
 
     attempt: int
-    step: int
-    steps: int
+    step: Step
+    steps: Step
     phase: Phase
     loss: float | None = None
     images_per_s: float | None = None
@@ -138,7 +140,7 @@ class Event(Message):
 
     at: float
     kind: str
-    step: int
+    step: Step
     text: str
 
 
@@ -150,7 +152,7 @@ class Outcome(Message):
     error: str = ""  # one line with the remedy
     rank: int = -1  # whose error it is; -1 where that is unknown
     avoid_node: bool = False  # its GPU broke: the next attempt keeps off the node of `rank`
-    step: int = 0
+    step: Step = 0
     events: list[Event] = []
 
 
@@ -160,9 +162,10 @@ class Result(Message):
     Metrics are named as in `contract.metrics` (`bbox/AP`, `segm-argmax/AP75`), and `images_per_s`.
     """
 
-    metrics: dict[str, float]  # AP as fractions, -1 where nothing was there to evaluate
+    # AP as fractions, -1 where nothing was there to evaluate. The ledger keeps them all.
+    metrics: dict[Annotated[str, Field(max_length=200)], float] = Field(max_length=5000)
     per_class: dict[str, dict[str, float]] = {}  # "segm/AP" -> category -> value
-    step: int
+    step: Step
     attempt: int
     world_size: int
     weights_sha256: str  # of the last weights
@@ -172,7 +175,7 @@ class Result(Message):
     platform: str = ""
     # "detections/bbox", "picture/last", ... -> path relative to the trial's folder
     artifacts: dict[str, str] = {}
-    mlflow_run_id: str = ""
+    mlflow_run_id: str = Field("", max_length=64)
     events: list[Event] = []
 
 

@@ -40,7 +40,7 @@ SHELVES = {
         *("train", "ray_entry", "propose", "probe", "sync"),
     ),
     "orchestrator": (
-        *("settings", "client", "study", "travel", "ledger", "cluster", "schedule", "results"),
+        *("settings", "trial_folder", "client", "study", "travel", "ledger", "cluster", "schedule", "results"),
         *("local", "server", "cli", "__main__"),
     ),
 }

@@ -40,6 +40,7 @@ _NODE_ID = re.compile(r"^[0-9a-f]{56}$")
 # Resources of Ray's own: one for each node and placement group, and memory, which nobody asks for.
 _HIDDEN = re.compile(r"^(node:|memory$|object_?store_?memory$|bundle_|.*_group_)", re.IGNORECASE)
 _MAX_MESSAGE = 1000  # characters of a job's message, which becomes the cause of an attempt's end
+_MAX_LOG = 64 << 20  # bytes of a driver's output, which the service holds as a whole
 _ROWS = 10_000  # the most that Ray's state API returns; its default is 100
 
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -57,6 +58,10 @@ class Job:
 
 class UnreachableError(RuntimeError):
     """The cluster does not answer now; what it was doing may still be going on."""
+
+
+class JobRefusedError(UnreachableError):
+    """The cluster answers and does not take this one job. Others may still start."""
 
 
 class _Options(TypedDict, total=False):
@@ -182,7 +187,7 @@ class Cluster:
         response = self._send("POST", "/api/jobs/", json=body, timeout=60.0)
         # "already exists": an earlier request arrived, and its answer was lost.
         if response.status_code != 200 and "already exists" not in response.text:
-            raise UnreachableError(
+            raise JobRefusedError(
                 f"Ray at {self.url} refused job {submission_id}: {_last_line(response.text)}"
             )
 
@@ -195,12 +200,26 @@ class Cluster:
         self._send("DELETE", f"/api/jobs/{submission_id}")
 
     def log(self, submission_id: str) -> str:
-        """What the driver printed so far; empty for a job that Ray does not know."""
+        """What the driver printed so far; empty for a job that Ray does not know.
+
+        A log that is too large to hold is a line that says so.
+        """
         path = f"/api/jobs/{submission_id}/logs"
-        response = self._send("GET", path)
+        data = bytearray()
+        try:
+            with self._http.stream("GET", path) as response:
+                for part in response.iter_bytes():
+                    data += part
+                    if len(data) > _MAX_LOG:
+                        return f"the driver printed more than {_MAX_LOG >> 20} MiB, not kept\n"
+        except httpx.ReadTimeout:
+            # Ray reads the whole file before its first byte; one trial must not stop the loop
+            return "Ray did not give the driver's log in time, not kept\n"
+        except httpx.HTTPError as error:
+            raise self._silent(path, error) from error
         if response.status_code != 200:
             return ""
-        return self._parsed(JobLogs, response, "a log").logs or ""
+        return self._parsed(JobLogs, bytes(data), "a log").logs or ""
 
     def upload(self, package: str, read: Callable[[], bytes]) -> None:
         """Puts a zip of sources where every node can fetch it; calls `read` unless it is there."""
@@ -220,12 +239,12 @@ class Cluster:
                 f"Ray at {self.url}{path}: status {response.status_code}, "
                 f"{_last_line(response.text)}"
             )
-        return self._parsed(answer, response, what)
+        return self._parsed(answer, response.content, what)
 
-    def _parsed(self, answer: type[Answer], response: httpx.Response, what: str) -> Answer:
+    def _parsed(self, answer: type[Answer], data: bytes, what: str) -> Answer:
         """The answer as a record. A head that is only coming up answers with something else."""
         try:
-            return answer.model_validate_json(response.content)
+            return answer.model_validate_json(data)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -237,14 +256,16 @@ class Cluster:
         try:
             response = self._http.request(method, path, **options)
         except httpx.HTTPError as error:
-            raise UnreachableError(
-                f"Ray at {self.url}{path}{self._way}: {error or type(error).__name__}"
-            ) from error
+            raise self._silent(path, error) from error
         if response.status_code in (401, 403):
             raise UnreachableError(
                 f"Ray at {self.url} refuses the token: give the cluster's own in ray_token_file"
             )
         return response
+
+    def _silent(self, path: str, error: httpx.HTTPError) -> UnreachableError:
+        words = f"{error or type(error).__name__}"
+        return UnreachableError(f"Ray at {self.url}{path}{self._way}: {words}")
 
 
 def _node(name: str, amounts: Mapping[str, Sequence[float]]) -> Node:

@@ -47,6 +47,13 @@ def renew_lease(ledger: Ledger, holder: str, now: float) -> bool:
         return transaction.execute(query).rowcount == 1
 
 
+def holder_of(ledger: Ledger) -> str:
+    """Which service has the ledger, in words."""
+    with ledger.reading() as transaction:
+        row = transaction.execute(select(LEASE)).first()
+    return f"service {row.process} on {row.host}" if row is not None else "a service that has ended"
+
+
 def drop_lease(ledger: Ledger, holder: str) -> None:
     """Lets the next service start at once."""
     with ledger.writing() as transaction:

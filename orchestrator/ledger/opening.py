@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy import Connection, Engine, create_engine, event, insert, select
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError
 
 from orchestrator.ledger.tables import ABOUT
 
@@ -72,6 +72,11 @@ class Ledger:
             with self.writing() as transaction:
                 transaction.execute(insert(ABOUT).values(id=1, ledger=known))
         return str(known)
+
+
+def is_down(error: LedgerError) -> bool:
+    """Whether the database itself has trouble: any other error is about one row's values."""
+    return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
 
 
 def reason(error: LedgerError) -> str:

@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import select
 
 from contract.attempt import CHECKPOINT_FOLDER
-from contract.files import uri_join
+from contract.files import split, uri_join
 from contract.study import FINAL_STATES
+from contract.words import one_line
 from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.tables import STUDIES, TRIALS
-from orchestrator.settings import service_files
+from orchestrator.trial_folder import TrialFolder
 
+LOG = logging.getLogger("maskray")
 _DAY_S = 86400
 
 
@@ -56,9 +59,13 @@ def plan_retention(
         query = query.where(TRIALS.c.id == trial)
     removals = []
     for row in transaction.execute(query):
-        folder = uri_join(row.folder, CHECKPOINT_FOLDER)
-        size = service_files(folder).folder_bytes()
+        try:
+            size = TrialFolder(row.folder).bytes_below(CHECKPOINT_FOLDER)
+        except OSError as error:  # of one trial's folder: the others must not wait for it
+            LOG.warning("trial %s: %s; its checkpoints stay", row.id, one_line(error))
+            continue
         if size:
+            folder = uri_join(row.folder, CHECKPOINT_FOLDER)
             removals.append(Removal(row.study, row.id, folder, size))
     return sorted(removals, key=lambda removal: (-removal.bytes, removal.trial))
 
@@ -73,6 +80,6 @@ def apply_retention(
         with ledger.reading() as transaction:
             still = plan_retention(transaction, now, checkpoints_days, removal.trial)
         if still:
-            service_files(removal.folder).delete()
+            TrialFolder(split(removal.folder)[0]).delete(CHECKPOINT_FOLDER)
             freed += removal.bytes
     return freed

@@ -163,7 +163,9 @@ def _find(home: Path) -> Connection | None:
 def _healthy(url: str) -> bool:
     try:
         # trust_env=False: the service runs on this machine, so no proxy comes in between.
-        return httpx.get(f"{url}/v1/health", timeout=10.0, trust_env=False).status_code == 200
+        answer = httpx.get(f"{url}/v1/health", timeout=10.0, trust_env=False)
+        # 503: it lives, but its loop or its ledger stands still; a second one could not help
+        return answer.status_code in (200, 503)
     except httpx.HTTPError:
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -138,11 +139,12 @@ def _machinery_only(study: Study) -> str:
 def _scope(study: Study, facts: Sequence[TrialFacts]) -> str:
     """On what the numbers are: images, schedule, preset. What is not known is left out."""
     parts = []
-    images = sorted({known.tags.get(VAL_IMAGES_TAG, "") for known in facts} - {""}, key=int)
+    tags = {known.tags.get(VAL_IMAGES_TAG, "") for known in facts}
+    images = sorted(int(tag) for tag in tags if re.fullmatch("[0-9]{1,9}", tag))
     if images:
         names = {Path(known.run.val).parent.name for known in facts if known.run.val}
         of = f" of {names.pop()}" if len(names) == 1 and "" not in names else ""
-        parts.append(f"these {_range(list(map(int, images)))} validation images{of}")
+        parts.append(f"these {_range(images)} validation images{of}")
     steps = sorted({known.run.steps for known in facts} - {0})
     if steps:
         parts.append(f"{_range(steps)} steps")

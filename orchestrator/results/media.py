@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from contract.answers import TrialView
+from contract.words import one_line
 from orchestrator.results.cells import arm_label
 from orchestrator.results.comparison import Arm, Comparison
 from orchestrator.results.facts import Facts
 from orchestrator.results.plots.curves import Curve
-from orchestrator.settings import service_files
 from orchestrator.study.contrasts import arm_name
+from orchestrator.trial_folder import TrialFileError, TrialFolder
 
+LOG = logging.getLogger("maskray")
 # The page holds everything in one file that people mail to each other.
+MAX_ARTIFACT_BYTES = 64 * 2**20  # a series of a million steps has 20 MB
 MAX_PICTURE_BYTES = 4 * 2**20
 MAX_PICTURES = 12
 MAX_CURVES = 60
+MAX_CURVE_ROWS = 5_000_000
 _PNG, _JPEG = b"\x89PNG", b"\xff\xd8"  # how files of these kinds begin
 
 
@@ -38,7 +44,7 @@ class Picture:
 
 def loss_curves(facts: Facts, comparison: Comparison) -> dict[str, list[Curve]]:
     """Loss -> its curves, of every finished trial whose series is there; the total comes first."""
-    from pyarrow import parquet  # heavy: a text table does without it
+    from pyarrow import ArrowException  # heavy: a text table does without it
 
     curves: dict[str, list[Curve]] = {}
     trials = [(arm, trial) for arm in comparison.arms for trial in arm.trials]
@@ -47,16 +53,36 @@ def loss_curves(facts: Facts, comparison: Comparison) -> dict[str, list[Curve]]:
         raw = _artifact(facts, trial, "series") if count < MAX_CURVES else None
         if raw is None:
             continue  # a trial that has not ended has no series
-        table = parquet.read_table(io.BytesIO(raw))
-        names = sorted(n for n in table.column_names if n == "loss" or n.startswith("loss/"))
-        if "step" not in table.column_names:
+        try:
+            steps, losses = _series(raw)
+        except (ArrowException, ValueError) as error:
+            LOG.warning("trial %s: its series cannot be read (%s)", trial.key, one_line(error))
             continue
-        count += 1
-        steps = table.column("step").to_pylist()
-        for name in names:
-            values = table.column(name).to_pylist()
+        count += bool(losses)
+        for name, values in losses.items():
             curves.setdefault(name, []).append(_curve(arm, steps, values))
     return curves
+
+
+def _series(raw: bytes) -> tuple[list[float], dict[str, list[float]]]:
+    """The steps of a Parquet file, and the values of each loss in it."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(io.BytesIO(raw))
+    if file.metadata.num_rows > MAX_CURVE_ROWS:  # a small file can unpack to any number
+        raise ValueError(f"{file.metadata.num_rows} rows, more than {MAX_CURVE_ROWS}")
+    there = file.schema_arrow.names
+    names = sorted(name for name in there if name == "loss" or name.startswith("loss/"))
+    if "step" not in there or not names:
+        return [], {}
+    table = file.read(columns=["step", *names])
+    # a loss that began later is null in the parts before it
+    columns = {
+        name: table.column(name).cast(pa.float64()).fill_null(math.nan).to_pylist()
+        for name in ("step", *names)
+    }
+    return columns.pop("step"), columns
 
 
 def validation_curves(
@@ -98,7 +124,10 @@ def _first_picture(facts: Facts, trials: Sequence[TrialView]) -> Picture | None:
 
 def _artifact(facts: Facts, trial: TrialView, name: str) -> bytes | None:
     path = facts.trials[trial.trial].result.artifacts.get(name, "")
-    # A result is a stranger's input: it names files below its own folder only.
-    if not path or ".." in path.split("/") or path.startswith("/"):
+    if not path:
         return None
-    return service_files(trial.storage).read_part(path)
+    try:
+        return TrialFolder(trial.storage).read(path, MAX_ARTIFACT_BYTES)
+    except TrialFileError as error:  # one odd file must not cost a whole study its report
+        LOG.warning("%s", error)
+        return None

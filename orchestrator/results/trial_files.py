@@ -7,15 +7,18 @@ fields are ignored, missing ones have their defaults, and a file of another form
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import AliasPath, Field, ValidationError
+from pydantic import AliasPath, Field, JsonValue, ValidationError
 
 from contract.answers import TrialView
 from contract.attempt import RESULT_FILE, SPEC_FILE, SPOOL_RECORDS
 from contract.record import Message
-from orchestrator.settings import service_files
+from orchestrator.trial_folder import ANSWER_BYTES, TrialFileError, TrialFolder, sound
+
+LOG = logging.getLogger("maskray")
 
 
 class SeenRun(Message):
@@ -93,14 +96,16 @@ def read_histories(
 ) -> dict[str, tuple[tuple[int, float], ...]]:
     """(step, value) of each evaluation of the run, as far as its spool is there and readable."""
     values: dict[str, dict[int, float]] = {metric: {} for metric in metrics}
-    files = service_files(trial.storage) if trial.storage else None
-    size = files.size(SPOOL_RECORDS) if files else None
-    if files is None or size is None or size > _MAX_SPOOL_BYTES:
-        return dict.fromkeys(metrics, ())
-    for line in files.read(SPOOL_RECORDS).splitlines():
+    try:
+        folder = TrialFolder(trial.storage) if trial.storage else None
+        data = folder.read(SPOOL_RECORDS, _MAX_SPOOL_BYTES) if folder is not None else None
+    except TrialFileError as error:
+        LOG.warning("%s; its curve is left out", error)
+        data = None
+    for line in (data or b"").splitlines():
         try:
-            record = seen(_SeenRecord, json.loads(line))
-        except ValueError:
+            record = seen(_SeenRecord, sound(json.loads(line)))
+        except (ValueError, RecursionError):
             continue  # the last line of a run that was killed
         for metric, points in values.items():
             if record.kind == "rewind":
@@ -110,6 +115,13 @@ def read_histories(
     return {metric: tuple(sorted(points.items())) for metric, points in values.items()}
 
 
-def _read(folder: str, name: str) -> Mapping[str, Any]:
-    """Empty if the trial has no folder, or the file is not there, or half-written."""
-    return (service_files(folder).read_object(name) or {}) if folder else {}
+def _read(folder: str, name: str) -> Mapping[str, JsonValue]:
+    """Empty if the trial has no folder, or the file is not there, or none of ours."""
+    if not folder:
+        return {}
+    try:
+        value = TrialFolder(folder).json(name, ANSWER_BYTES)
+    except TrialFileError as error:
+        LOG.warning("%s; counts as missing", error)
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -6,6 +6,7 @@ again.
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 from collections.abc import Sequence
@@ -33,7 +34,9 @@ from orchestrator.schedule.decide import (
 )
 from orchestrator.schedule.gang import Gang, fit, needs, take
 from orchestrator.schedule.run_spec import gang_of, run_spec, study_limits
-from orchestrator.settings import ServiceSettings, code_files, code_name, service_files
+from orchestrator.schedule.trouble import Troubles
+from orchestrator.settings import ServiceSettings, code_files, code_name
+from orchestrator.trial_folder import TrialFolder
 
 LOG = logging.getLogger("maskray")
 _FREE = Wait("", 0, "")
@@ -45,8 +48,9 @@ _STOP_MARGIN_S = 15  # beyond the grace: Ray must not end by force what still wr
 class Admission:
     """waits: why each trial waits, by the last decision. mark: tells our jobs from others."""
 
-    def __init__(self, ledger: Ledger, settings: ServiceSettings) -> None:
+    def __init__(self, ledger: Ledger, settings: ServiceSettings, troubles: Troubles) -> None:
         self.ledger = ledger
+        self._troubles = troubles
         self.settings = settings
         self.waits: dict[str, Wait] = {}
         self.mark = ledger.name()
@@ -77,24 +81,31 @@ class Admission:
         decisions = decide(situation, self.settings.limits)
         waits = {wait.trial: wait for wait in held}
         for decision in decisions:
-            match decision:
-                case Start():
-                    number = attempts.start_attempt(
-                        self.ledger, decision.trial, now, decision.why, decision.avoid
-                    )
-                    if number:
-                        self.submit(cluster, decision.trial, number, tracking_uri)
-                case Stop():
-                    ask_to_stop(self.ledger, decision.trial, "budget", decision.why, now)
-                case GiveUp():
-                    give_up(self.ledger, decision.trial, "budget", decision.why, now)
-                case Wait():
-                    waits[decision.trial] = decision
+            if isinstance(decision, Wait):
+                waits[decision.trial] = decision
+                continue
+            with self._troubles.apart(decision.trial):
+                self._act(cluster, decision, tracking_uri, now)
         self.waits = waits
         if self.settings.autoscale:
             lacking = [trial for trial in free if waits.get(trial.id, _FREE).lacks]
             head = min(lacking, key=lambda trial: waits[trial.id].position or 1, default=None)
             self._ask_for_capacity(cluster, live_attempts, head, now)
+
+    def _act(
+        self, cluster: Cluster, decision: Start | Stop | GiveUp, tracking_uri: str, now: float
+    ) -> None:
+        match decision:
+            case Start():
+                number = attempts.start_attempt(
+                    self.ledger, decision.trial, now, decision.why, decision.avoid
+                )
+                if number:
+                    self.submit(cluster, decision.trial, number, tracking_uri)
+            case Stop():
+                ask_to_stop(self.ledger, decision.trial, "budget", decision.why, now)
+            case GiveUp():
+                give_up(self.ledger, decision.trial, "budget", decision.why, now)
 
     def _ask_for_capacity(
         self,
@@ -129,7 +140,7 @@ class Admission:
         avoid, grace_s = attempt.avoid.split(), self.settings.grace_s
         spec = run_spec(row, study, number, avoid, tracking_uri, grace_s)
         path = SPEC_FILE.format(attempt=number)
-        service_files(row.folder).write_json(path, spec)
+        TrialFolder(row.folder).write(path, json.dumps(spec, indent=1).encode())
         code, package = study.code, ""
         if code:
             package = f"_ray_pkg_{code[:32]}.zip"

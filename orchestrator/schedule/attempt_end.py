@@ -39,6 +39,7 @@ class EndedAttempt:
     lost: int  # earlier nodes lost in a row without a step gained
     last_error: str  # of the attempt before
     max_attempts: int
+    unsound: str = ""  # what in its folder cannot be believed, in words; empty if nothing
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class NextState:
 
 def after_attempt(ended: EndedAttempt, limits: Limits) -> NextState:
     """Finish, retry or give up: a result comes first, then a wish, then the class of the error."""
+    if ended.unsound and ended.wish not in ("cancel", "budget"):
+        error = f"{ended.unsound}; correct the code that wrote it, remove the file and retry"
+        return NextState(
+            "failed", "failed", "its files are unsound", error, "person", ended.failures + 1
+        )
     # The result is written before the outcome, which a lost node may take with it.
     finished = ended.outcome is None or ended.outcome.state == "done"
     if ended.has_result and finished:

@@ -7,13 +7,12 @@ and the next tick replaces them.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Annotated
 
-from pydantic import BaseModel
+from pydantic import Field, RootModel
 
 from contract.attempt import (
     DRIVER_LOG,
@@ -22,26 +21,50 @@ from contract.attempt import (
     OUTCOME_FILE,
     PROGRESS_FILE,
     RESULT_FILE,
+    Event,
     Outcome,
     Progress,
     Result,
 )
 from contract.words import duration
-from orchestrator.cluster.jobs import ENDED, Cluster, Job
+from orchestrator.cluster.jobs import ENDED, Cluster, Job, UnreachableError
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import attempts, queries
 from orchestrator.ledger.changes import TrialChange, ask_to_stop, take_finished
 from orchestrator.ledger.events import record
-from orchestrator.ledger.opening import Ledger
-from orchestrator.ledger.rows import Json, LiveAttempt
+from orchestrator.ledger.opening import Ledger, LedgerError, is_down
+from orchestrator.ledger.rows import LiveAttempt
 from orchestrator.schedule.admission import Admission
 from orchestrator.schedule.attempt_end import EndedAttempt, NextState, after_attempt, suspects
-from orchestrator.settings import ServiceSettings, service_files
+from orchestrator.schedule.trouble import Troubles
+from orchestrator.settings import ServiceSettings
+from orchestrator.trial_folder import (
+    ANSWER_BYTES,
+    SMALL_BYTES,
+    OtherFormError,
+    TrialFileError,
+    TrialFolder,
+    printable,
+)
 
 LOG = logging.getLogger("maskray")
 _FORCE_AFTER_S = 30.0  # beyond the grace: then Ray is asked again to end a job
+_MAX_MARKS = 1000  # events that the ledger keeps of a trial
+_MAX_ERROR = 2000  # characters
 
-AnyFile = TypeVar("AnyFile", bound=BaseModel)
+
+class _Nodes(RootModel[list[Annotated[str, Field(pattern=r"^[\w.:-]{1,200}$")]]]):
+    """`nodes.json`: the ledger keeps the names in one text, separated by blanks."""
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What an attempt left in its folder. unsound: what of it cannot be believed, in words."""
+
+    outcome: Outcome | None = None
+    result: Result | None = None
+    nodes: Sequence[str] = ()
+    unsound: str = ""
 
 
 class Reconciler:
@@ -54,7 +77,8 @@ class Reconciler:
         self.cluster_words = "the cluster is starting"
         self.tracking_uri = ""
         self.session = ""  # of the head that the last tick saw
-        self.admission = Admission(ledger, settings)
+        self.troubles = Troubles()
+        self.admission = Admission(ledger, settings, self.troubles)
 
     # --- one tick ---
 
@@ -65,13 +89,10 @@ class Reconciler:
         nodes = cluster.nodes()
         with self.ledger.reading() as transaction:
             live_attempts = queries.live_attempts(transaction)
+        self.troubles.keep({live.trial.id for live in live_attempts})
         for live in live_attempts:
-            try:
+            with self.troubles.apart(live.trial.id):
                 self._follow(cluster, live, jobs.get(live.attempt.submission_id), now)
-            except (OSError, ValueError) as error:
-                # of one trial's storage or files: the other trials must not wait for it
-                words = " ".join(str(error).split())
-                LOG.warning("trial %s: %s; looked at again", live.trial.id, words)
         self._end_orphans(cluster, jobs, {live.attempt.submission_id for live in live_attempts})
         self.nodes = nodes
         self.cluster_words = "ready"
@@ -85,9 +106,12 @@ class Reconciler:
         if job is None and submitting:
             # the service died between the start in the ledger and the job in Ray
             number = live.attempt.number
-            self.admission.submit(cluster, live.trial.id, number, self.tracking_uri)
+            try:
+                self.admission.submit(cluster, live.trial.id, number, self.tracking_uri)
+            except TrialFileError as error:
+                self._conclude(cluster, live, None, now, str(error))
         elif job is None or job.state in ENDED:
-            self._conclude(cluster, live, job, now)
+            self._end(cluster, live, job, now)
         else:
             if job.state == "RUNNING":
                 self._note_progress(live, now)
@@ -96,13 +120,21 @@ class Reconciler:
                 ask_to_stop(self.ledger, live.trial.id, "pause", "its study is paused", now)
             self._stop_if_wished(cluster, live, now)
 
-    def _note_progress(self, live: LiveAttempt, now: float) -> None:
-        data = service_files(live.trial.folder).read_object(PROGRESS_FILE)
-        seen = _parsed(Progress, data)
+    def _note_progress(self, live: LiveAttempt, now: float) -> str:
+        """What in `progress.json` cannot be believed, in words; empty if nothing."""
+        seen, unsound = None, ""
+        try:
+            seen = TrialFolder(live.trial.folder).record(Progress, PROGRESS_FILE, SMALL_BYTES)
+        except OtherFormError as error:  # of another version, or half of it: the next one counts
+            self.troubles.note(live.trial.id, str(error))
+        except TrialFileError as error:
+            unsound = str(error)
+            self.troubles.note(live.trial.id, unsound)
         if seen is not None and seen.attempt != live.attempt.number:
             seen = None  # the file of an earlier attempt stays until the new ranks write theirs
         if not attempts.note_progress(self.ledger, live, seen, now):
             self._stop_if_stalled(live, now)
+        return unsound
 
     def _stop_if_stalled(self, live: LiveAttempt, now: float) -> None:
         still = now - live.trial.moved_at
@@ -146,15 +178,28 @@ class Reconciler:
 
     # --- the end of an attempt ---
 
-    def _conclude(self, cluster: Cluster, live: LiveAttempt, job: Job | None, now: float) -> None:
+    def _end(self, cluster: Cluster, live: LiveAttempt, job: Job | None, now: float) -> None:
+        try:
+            self._conclude(cluster, live, job, now)
+        except (UnreachableError, OSError):
+            raise
+        except Exception as error:
+            if isinstance(error, LedgerError) and is_down(error):
+                raise
+            # What it left breaks something that nobody foresaw. The next turn would meet it again.
+            LOG.exception("trial %s: the end of attempt %d", live.trial.id, live.attempt.number)
+            words = f"the service cannot take what it left ({type(error).__name__}: {error})"
+            self._conclude(cluster, live, job, now, printable(" ".join(words.split()))[:_MAX_ERROR])
+
+    def _conclude(
+        self, cluster: Cluster, live: LiveAttempt, job: Job | None, now: float, unsound: str = ""
+    ) -> None:
         """Reads what the attempt left, and writes down what becomes of its trial."""
-        files, number = service_files(live.trial.folder), live.attempt.number
-        outcome = _parsed(Outcome, files.read_object(OUTCOME_FILE.format(attempt=number)))
-        result = _parsed(Result, files.read_object(RESULT_FILE))
-        if result is not None and result.attempt != number:
-            result = None  # lost ranks of an earlier attempt may still write theirs
+        number = live.attempt.number
+        left = _Left(unsound=unsound) if unsound else self._left(cluster, live, job)
         # Its last progress counts, also where it ended before a tick saw it run.
-        self._note_progress(replace(live, attempt=replace(live.attempt, state="running")), now)
+        running = replace(live, attempt=replace(live.attempt, state="running"))
+        unsound = left.unsound or self._note_progress(running, now)
         with self.ledger.reading() as transaction:
             trial = queries.trial_row(transaction, live.trial.id)
         if trial is None:
@@ -162,28 +207,49 @@ class Reconciler:
         progress = trial.progress
         step = progress.step if progress is not None and progress.attempt == number else 0
         ended = EndedAttempt(
-            outcome=outcome,
-            has_result=result is not None,
+            outcome=left.outcome,
+            has_result=left.result is not None,
             exit_code=job.exit_code if job else None,
             message=job.message if job else "Ray no longer knows its job",
             wish=trial.wish,
-            step=max(outcome.step if outcome else 0, step),
+            step=max(left.outcome.step if left.outcome else 0, step),
             best_step=live.trial.best_step,
             failures=live.trial.failures,
             lost=live.trial.lost,
             last_error=live.trial.error,
             max_attempts=live.study.spec.max_attempts,
+            unsound=unsound,
         )
-        if job is not None:
-            # before the ledger ends the attempt: a service that dies in between comes back here
-            self._keep_log(cluster, live)
         # If another wish came meanwhile, nothing is written, and the next tick decides anew.
-        if self._write_end(live, ended, result, now) and job is not None:
+        if self._write_end(live, ended, left, now) and job is not None:
             cluster.forget(live.attempt.submission_id)
 
-    def _write_end(
-        self, live: LiveAttempt, ended: EndedAttempt, result: Result | None, now: float
-    ) -> bool:
+    def _left(self, cluster: Cluster, live: LiveAttempt, job: Job | None) -> _Left:
+        folder, number = TrialFolder(live.trial.folder), live.attempt.number
+        outcome, result, nodes = None, None, _Nodes([])
+        try:
+            if job is not None:
+                # Ray's copy goes when the job is forgotten. Before the ledger ends the attempt: a
+                # service that dies in between comes back here.
+                log = cluster.log(live.attempt.submission_id)
+                folder.write(DRIVER_LOG.format(attempt=number), log.encode(errors="replace"))
+            path = OUTCOME_FILE.format(attempt=number)
+            outcome = folder.record(Outcome, path, ANSWER_BYTES)
+            result = folder.record(Result, RESULT_FILE, ANSWER_BYTES)
+            path = NODES_FILE.format(attempt=number)
+            nodes = folder.record(_Nodes, path, ANSWER_BYTES) or nodes
+        except TrialFileError as error:
+            return _Left(unsound=str(error))
+        if outcome is not None and len(outcome.error) > _MAX_ERROR:
+            more = len(outcome.error) - _MAX_ERROR
+            text = f"{outcome.error[:_MAX_ERROR]}... ({more} more characters)"
+            outcome = outcome.model_copy(update={"error": text})
+        if result is not None and result.attempt != number:
+            result = None  # lost ranks of an earlier attempt may still write theirs
+        return _Left(outcome, result, nodes.root[: live.study.spec.resources.ranks])
+
+    def _write_end(self, live: LiveAttempt, ended: EndedAttempt, left: _Left, now: float) -> bool:
+        result = left.result if not ended.unsound else None
         after = after_attempt(ended, self.settings.limits)
         change: TrialChange = {
             "state": after.state,
@@ -194,14 +260,14 @@ class Reconciler:
             "best_step": max(ended.step, ended.best_step),
             "not_before": now + after.delay_s,
             "wish": "",
-            "suspects": " ".join(suspects(after, self._nodes_of(live), ended.outcome)),
+            "suspects": " ".join(suspects(after, left.nodes, ended.outcome)),
         }
         if result is not None:
             change["metrics"] = dict(result.metrics)
             change["mlflow_run_id"] = result.mlflow_run_id
         source = result if result is not None else ended.outcome
         if source is not None and source.events:
-            change["marks"] = [event.model_dump() for event in source.events]
+            change["marks"] = [event.model_dump() for event in _newest(source.events)]
         written = attempts.end_attempt(
             self.ledger,
             live,
@@ -219,37 +285,17 @@ class Reconciler:
             LOG.info("trial %s attempt %d: %s, %s", *words)
         return written
 
-    def _nodes_of(self, live: LiveAttempt) -> list[str]:
-        """The nodes of the attempt's ranks, in order; none if its rank 0 wrote none."""
-        path = NODES_FILE.format(attempt=live.attempt.number)
-        data = service_files(live.trial.folder).read_part(path)
-        try:
-            nodes = json.loads(data or b"[]")
-        except ValueError:
-            return []
-        return [str(node) for node in nodes] if isinstance(nodes, list) else []
-
-    def _keep_log(self, cluster: Cluster, live: LiveAttempt) -> None:
-        """Ray's copy goes when the job is forgotten."""
-        text = cluster.log(live.attempt.submission_id)
-        path = DRIVER_LOG.format(attempt=live.attempt.number)
-        service_files(live.trial.folder).write(path, text.encode())
-
 
 def _kind(after: NextState) -> str:
     """Of the event. A trial that waits again after a person's pause is no retry."""
     return "retry" if after.state == "queued" and after.attempt != "stopped" else after.state
 
 
-def _parsed(record: type[AnyFile], data: Json | None) -> AnyFile | None:
-    """A file of the trial's folder as a record; None if it is absent or no such record.
-
-    The study's own code wrote it, which may be of another version.
-    """
-    if data is None:
-        return None
-    try:
-        return record.model_validate(data)
-    except ValueError as error:
-        LOG.warning("%s: %s", record.__name__, " ".join(str(error).split())[:300])
-        return None
+def _newest(events: Sequence[Event]) -> list[Event]:
+    """As many as the ledger keeps, and one that counts those before them."""
+    left_out = len(events) - _MAX_MARKS
+    if left_out <= 0:
+        return list(events)
+    text = f"{left_out} earlier events are left out here; the trial's folder has them"
+    first = events[left_out]
+    return [Event(at=first.at, kind="left-out", step=first.step, text=text), *events[left_out:]]

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastapi import FastAPI
 
+from contract.answers import Health
 from orchestrator.server.errors import add_errors
 from orchestrator.server.hub import Hub
 from orchestrator.server.routes import code, nodes, queue, service, studies, trials, users
 
 
-def build_app(hub: Hub, version: str) -> FastAPI:
-    """The application that a server runs for `hub`. version: of the installed maskray."""
+def build_app(hub: Hub, version: str, health: Callable[[], Health] | None = None) -> FastAPI:
+    """The application that a server runs for `hub`. version: of the installed maskray.
+
+    health: whether the loop and the ledger work; without it only the server speaks.
+    """
     app = FastAPI(
         title="maskray", version=version, description="Studies of Mask R-CNN on a Ray cluster."
     )
     app.state.hub = hub
+    app.state.health = health or (lambda: Health(version=version))
     add_errors(app)
     for resource in (service, studies, trials, queue, code, users, nodes):
         app.include_router(resource.router)

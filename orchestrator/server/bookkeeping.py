@@ -20,15 +20,16 @@ from contract.answers import TrialView
 from contract.attempt import SPOOL_CURSOR, SPOOL_LATER, SPOOL_RECORDS
 from contract.machine.proxies import proxy_for
 from contract.metrics import tag_condition, tracker_keys
+from contract.record import Message
 from contract.study import StudyState, TrialState
 from orchestrator.ledger import changes, queries
-from orchestrator.ledger.opening import Ledger
+from orchestrator.ledger.opening import Ledger, LedgerError
 from orchestrator.ledger.rows import StudyBrief, StudyRow, TrialBrief
 from orchestrator.results.comparison import compare_arms
 from orchestrator.schedule.decide import Wait
-from orchestrator.server.mlflow import MLflow, Run, TrackingRefusedError
+from orchestrator.server.mlflow import MLflow, Run, TrackingDownError, TrackingRefusedError
 from orchestrator.server.views import study_views
-from orchestrator.settings import service_files
+from orchestrator.trial_folder import SMALL_BYTES, TrialFileError, TrialFolder
 
 LOG = logging.getLogger("maskray")
 _SHIP_S = 300.0
@@ -57,8 +58,12 @@ def _apart(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (TrackingRefusedError, OSError) as error:
+    except (TrackingRefusedError, OSError, ValueError) as error:
         LOG.warning("%s: %s", what, " ".join(str(error).split())[:500])
+    except (TrackingDownError, LedgerError):
+        raise  # everybody's trouble
+    except Exception:
+        LOG.exception("%s: its books; tried again", what)
 
 
 def _make_parent(ledger: Ledger, mlflow: MLflow, study: StudyRow) -> None:
@@ -135,9 +140,13 @@ def _tracked(trial: TrialBrief, study: StudyBrief) -> bool:
 
 def _send_rest(trial: TrialBrief, study: StudyBrief, ship: Ship) -> str:
     """Sends what the trial could not send while it ran. Returns why that failed, "" if not."""
-    if not _tracked(trial, study) or not _unsent(trial.folder):
+    if not _tracked(trial, study):
         return ""
-    return ship(trial.folder) or ""
+    try:
+        unsent = _unsent(trial.folder)
+    except TrialFileError as error:
+        return str(error)
+    return (ship(trial.folder) or "") if unsent else ""
 
 
 def _runs_of(mlflow: MLflow, trial: TrialBrief, study: StudyBrief) -> list[Run]:
@@ -147,20 +156,32 @@ def _runs_of(mlflow: MLflow, trial: TrialBrief, study: StudyBrief) -> list[Run]:
     return mlflow.runs(experiment, tag_condition("maskray.trial", trial.id))
 
 
+class _Cursor(Message):
+    """`spool/cursor.json`: how much of the spool the tracker has."""
+
+    bytes: int = 0
+
+
 def _unsent(folder: str) -> bool:
     """Whether a trial that is over left records that its tracker has not got.
 
-    Also where that cannot be read: shipping then says why, and what to do.
+    Also where that cannot be read: shipping then says why, and what to do. Raises TrialFileError
+    for what no shipping can read.
     """
-    files = service_files(folder)
+    files = TrialFolder(folder)
     try:
         whole = files.size(SPOOL_RECORDS) or 0
-        cursor = files.read_object(SPOOL_CURSOR) if whole else None
+        cursor = files.record(_Cursor, SPOOL_CURSOR, SMALL_BYTES) if whole else None
         spool, later = SPOOL_LATER.split("/")
-        postponed = any(name.startswith(later) for name in files.names(spool)) if whole else False
+        names = files.names(spool) if whole else []
+        postponed = [name for name in names if name.startswith(later)]
+        for name in postponed:  # shipping would wait for a pipe, and keep all others waiting
+            files.size(f"{spool}/{name}")
+    except TrialFileError:
+        raise
     except OSError:
         return True
-    return postponed or whole > int((cursor or {}).get("bytes", 0))
+    return bool(postponed) or whole > (cursor.bytes if cursor is not None else 0)
 
 
 def _ship(folder: str) -> str:

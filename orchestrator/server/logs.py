@@ -10,7 +10,7 @@ from contract.answers import LogPage
 from contract.attempt import DRIVER_LOG, LOG_FILE
 from orchestrator.ledger import queries
 from orchestrator.ledger.opening import Ledger
-from orchestrator.settings import service_files
+from orchestrator.trial_folder import TrialFolder
 
 _PAGE_BYTES = 256 << 10
 
@@ -50,7 +50,7 @@ def read_log(
         )
     driver, ended = rank < 0, tried.ended_at > 0
     name = (DRIVER_LOG if driver else LOG_FILE).format(attempt=number, rank=rank)
-    data = service_files(row.folder).read_part(name, offset, _PAGE_BYTES)
+    data = TrialFolder(row.folder).read_part(name, offset, _PAGE_BYTES)
     if data is None and driver and not ended:
         # the loop writes the driver's log to the trial's folder when the attempt ends
         data = driver_log(tried.submission_id).encode()[offset : offset + _PAGE_BYTES]

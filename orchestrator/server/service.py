@@ -43,11 +43,11 @@ from orchestrator.schedule.reconcile import Reconciler
 from orchestrator.server import bookkeeping
 from orchestrator.server.api import build_app
 from orchestrator.server.mlflow import MLflow, TrackingDownError
+from orchestrator.server.pulse import Pulse
 from orchestrator.settings import ServiceSettings
 
 LOG = logging.getLogger("maskray")
 _BOOK_S = 2.0  # between two looks at MLflow
-_LEASE_EVERY_S = 5.0
 _SAME_WARNING_S = 60.0  # between two log entries of one text
 _READY_S = 90.0  # for a head that is starting
 
@@ -93,13 +93,16 @@ class Service:
         self._tracking_uri = "" if settings.mlflow == "local" else settings.mlflow
         self._hang_timer = stack.HangTimer()
         self._examining = threading.Lock()
+        self.pulse = Pulse(ledger, holder)
 
     # --- what the routes use (api.Hub) ---
 
     def waits(self) -> Mapping[str, Wait]:
-        """Why each waiting trial waits, by the last decision; what MLflow lacks of others."""
+        """Why each waiting trial waits, by the last decision; what the service lacks of others."""
         lacks = {trial: lack.wait for trial, lack in list(self._lacks.items())}
-        return {**self.loop.admission.waits, **lacks}
+        troubles = self.loop.troubles.words.items()
+        odd = {trial: Wait(trial, 0, words) for trial, words in troubles}
+        return {**self.loop.admission.waits, **odd, **lacks}
 
     def nodes(self) -> list[Node]:
         """The cluster as it is; of a local one that starts, what it will have."""
@@ -187,7 +190,9 @@ class Service:
             target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True
         )
         books = threading.Thread(target=self._keep_books, name="books", daemon=True)
-        renewals = threading.Thread(target=self._keep_lease, name="lease", daemon=True)
+        renewals = threading.Thread(
+            target=self.pulse.keep, args=(self._ending,), name="lease", daemon=True
+        )
         for thread in (http, books, renewals):
             thread.start()
         try:
@@ -219,6 +224,7 @@ class Service:
         except Exception:
             # Nobody foresaw it, but trials run and people ask for them: the service must go on.
             LOG.exception("a turn of the loop failed; tried again")
+        self.pulse.turned()
         if self.settings.idle_minutes and self._idle():
             LOG.info("idle for %g minutes: ends itself", self.settings.idle_minutes)
             self.end()
@@ -288,21 +294,6 @@ class Service:
         if self.settings.webhook:
             bookkeeping.send_webhooks(self.ledger, self.settings.webhook)
 
-    def _keep_lease(self) -> None:
-        renewed = time.monotonic()
-        while not self._ending.wait(_LEASE_EVERY_S):
-            try:
-                held = lease.renew_lease(self.ledger, self.holder, time.time())
-                renewed = time.monotonic()
-            except LedgerError as error:
-                LOG.warning("lease: %s", reason(error))
-                # the database may be back before the lease runs out; no other service took it until
-                # then
-                held = time.monotonic() - renewed < lease.LEASE_S
-            if not held:
-                LOG.error("another service took the ledger: ending without touching anything")
-                os._exit(1)  # an orderly end would stop the Ray head, which is the other one's now
-
     def _idle(self) -> bool:
         if time.monotonic() - self._touched < 60 * self.settings.idle_minutes:
             return False
@@ -343,7 +334,7 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
         service = Service(settings, ledger, holder, ray_token)
         server = uvicorn.Server(
             uvicorn.Config(
-                build_app(service, _version()),
+                build_app(service, _version(), lambda: service.pulse.health(_version())),
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=3,

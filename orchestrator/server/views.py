@@ -101,7 +101,7 @@ def _why(state: TrialState, wish: Wish, paused: bool, wait: Wait | None) -> str:
     if state in FINAL_STATES:
         return wait.why if wait is not None else ""
     if state != "queued":
-        return _STOPPING.get(wish, "")
+        return _STOPPING.get(wish, wait.why if wait is not None else "")
     if paused:
         return _PAUSED
     return wait.why if wait is not None else "waits for the cluster"
@@ -143,7 +143,7 @@ def queue(transaction: Transaction, waits: Mapping[str, Wait]) -> QueueView:
 def _entry(trial: QueuedTrial, wants: str, waits: Mapping[str, Wait]) -> QueueEntry:
     study = trial.study
     paused = study.state == "paused"
-    wait = waits.get(trial.id) if trial.state == "queued" and not paused else None
+    wait = waits.get(trial.id) if trial.state != "queued" or not paused else None
     return QueueEntry(
         trial=trial.id,
         key=trial.key,
@@ -152,7 +152,7 @@ def _entry(trial: QueuedTrial, wants: str, waits: Mapping[str, Wait]) -> QueueEn
         owner=study.owner,
         state=trial.state,
         priority=study.priority,
-        position=wait.position if wait is not None else 0,
+        position=wait.position if wait is not None and trial.state == "queued" else 0,
         needs=wants,
         why=_why(trial.state, trial.wish, paused, wait),
     )

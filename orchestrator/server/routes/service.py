@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from contract.answers import Collected, Ending, Health, Info, RemovalView, Retention
 from orchestrator.ledger.retention import apply_retention, plan_retention
@@ -15,9 +15,13 @@ router = APIRouter(prefix="/v1")
 
 
 @router.get("/health")
-def health(request: Request) -> Health:
-    """The one route without a token: it says no more than that the service answers."""
-    return Health(version=request.app.version)
+async def health(request: Request, response: Response) -> Health:
+    """The one route without a token: whether the loop and the ledger work. 503 if not."""
+    # Asynchronous: it must answer while every worker thread waits for the database.
+    answer: Health = request.app.state.health()
+    if not answer.ok:
+        response.status_code = 503
+    return answer
 
 
 @router.get("/info")

@@ -20,6 +20,7 @@ from contract.answers import (
     StudyView,
     Submitted,
 )
+from contract.files import uri_join
 from contract.study import Submission
 from orchestrator.ledger import commands
 from orchestrator.ledger.opening import Transaction
@@ -35,7 +36,7 @@ from orchestrator.server.uploads import (
     check_report_names,
     report_files,
 )
-from orchestrator.settings import service_files
+from orchestrator.trial_folder import TrialFolder
 
 router = APIRouter(prefix="/v1/studies")
 
@@ -161,8 +162,9 @@ def _keep_report(hub: Hub, study: str, files: Mapping[str, bytes], user: User) -
     with hub.ledger.reading() as transaction:
         row = own_study(transaction, study, user)
     check_report_names(files)
-    storage = service_files(row.storage)
+    # The study's trials can write there: no link of theirs may lead the service elsewhere.
+    folder = TrialFolder(uri_join(row.storage, study))
     for name, data in files.items():
-        storage.write(f"{study}/report/{name}", data)
+        folder.write(f"report/{name}", data)
     hub.put_report(study, files)
     return ReportKept(study=study, files=len(files))

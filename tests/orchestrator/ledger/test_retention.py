@@ -50,3 +50,31 @@ def test_only_checkpoints_of_studies_long_over_go(tmp_path):
         transaction.execute(update(STUDIES).where(STUDIES.c.id == live).values(state="paused"))
         assert [removal.study for removal in plan_retention(transaction, 100 * DAY, 7)] == [recent]
     ledger.close()
+
+
+def test_what_a_link_in_a_trials_folder_leads_to_is_neither_counted_nor_deleted(tmp_path):
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    home = tmp_path / "home"
+    plans = submission(plan("a"), plan("b", identity("b")))
+    study = accept.accept(ledger, ServiceSettings(home=str(home)), plans, "ann", 1.0)[0]
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "data").write_bytes(b"x" * 1000)
+    with ledger.writing() as transaction:
+        first, second = (
+            Path(row) for row in transaction.execute(select(TRIALS.c.folder)).scalars()
+        )
+        (first / "checkpoints").mkdir(parents=True)
+        (first / "checkpoints/own").write_bytes(b"x" * 7)
+        (first / "checkpoints/link").symlink_to(precious)
+        (first / "checkpoints/loop").symlink_to(".")
+        second.mkdir()
+        (second / "checkpoints").symlink_to(precious)
+        commands.cancel_study(transaction, study, "ann", DAY)
+    with ledger.reading() as transaction:
+        removals = plan_retention(transaction, 10 * DAY, 7)
+    assert [(removal.trial, removal.bytes) for removal in removals] == [(f"{study}-000", 7)]
+    assert apply_retention(ledger, removals, 10 * DAY, 7) == 7
+    assert not (first / "checkpoints").exists()
+    assert (precious / "data").exists()
+    ledger.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -433,6 +434,33 @@ def test_files_of_another_version_cost_no_report(tmp_path: Path) -> None:
     (second / "attempts" / "1" / "spec.json").write_text(json.dumps({"run": 3, "tags": None}))
     said = "the validation set of roi=RoIPool/seed-1 is not known"
     assert said in table(view(trials, **PAPER))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result.json", None),
+        ("result.json", b"[" * 5000),
+        ("artifacts/series.parquet", None),
+        ("artifacts/series.parquet", b"PAR1 and no more"),
+        ("attempts/1/spec.json", b'{"tags": {"maskray.val_images": "many"}}'),
+    ],
+)
+def test_one_poisoned_folder_costs_no_report(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    """Without content there is a pipe."""
+    trials = paper_study(tmp_path)
+    folder = Path(trials[0].storage)
+    (folder / "artifacts").mkdir(exist_ok=True)
+    artifacts = {"series": "artifacts/series.parquet"}
+    (folder / "result.json").write_text(json.dumps({"attempt": 1, "artifacts": artifacts}))
+    (folder / name).unlink(missing_ok=True)
+    if content is None:
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).write_bytes(content)
+    assert "RoIAlign" in build_report(view(trials), tmp_path / "report").page.read_text()
 
 
 def test_curves_are_thinned_to_means() -> None:

@@ -32,8 +32,8 @@ from orchestrator.settings import Limits, ServiceSettings
 from tests.orchestrator.submissions import identity, plan, submission
 
 
-class DiedError(Exception):
-    """The service was killed here."""
+class DiedError(BaseException):
+    """The service was killed here. No code of ours may catch it."""
 
 
 class FakeCluster:

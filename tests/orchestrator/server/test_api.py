@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from contract.answers import Check, ClusterView, Role, StagedNode, Staging
 from orchestrator.cluster.nodes import Node
+from orchestrator.ledger import attempts
 from orchestrator.ledger import users as auth
 from orchestrator.ledger.opening import Ledger
 from orchestrator.server.api import build_app
@@ -471,6 +472,25 @@ def test_ids_cannot_walk_through_the_storage(http):
     for trial in ("..%2f..%2fetc", "../../etc/passwd", f"{study}-000%2f..%2f..", "%2e%2e"):
         assert http.get(f"/v1/trials/{trial}/logs", headers=by("ann")).status_code == 404
     assert http.get(f"/v1/trials/{study}-000/logs?rank=-2", headers=by("ann")).status_code == 400
+
+
+def test_links_of_a_trial_lead_neither_logs_nor_reports_out_of_its_folder(http, hub, tmp_path):
+    study = post(http, "ann").json()["study"]
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "rank-0.log").write_text("the token")
+    attempts.start_attempt(hub.ledger, f"{study}-000", 1.0, "free")
+    folder = Path(hub.settings.home) / "studies" / study
+    (folder / f"{study}-000/attempts").mkdir(parents=True)
+    (folder / f"{study}-000/attempts/1").symlink_to(secret)
+    logs = http.get(f"/v1/trials/{study}-000/logs", headers=by("ann"))
+    refused(logs, 400, "lies below a file or a link")
+    (folder / "report").symlink_to(secret)
+    report = http.put(
+        f"/v1/studies/{study}/report", content=packed("a.html", "hi"), headers=by("ann")
+    )
+    refused(report, 400, "report/a.html: lies below a file or a link")
+    assert [path.name for path in secret.iterdir()] == ["rank-0.log"]
 
 
 def test_a_report_is_kept_beside_its_trials(http, hub):

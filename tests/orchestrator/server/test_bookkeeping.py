@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,27 @@ def test_what_a_trial_could_not_send_is_sent_before_its_run_is_closed(tmp_path: 
         close_runs(ledger, mlflow, 2.0, shipped.append)  # type: ignore[arg-type]
     assert shipped == [str(left)]
     assert mlflow.ended == ["FINISHED", "FINISHED"]
+    ledger.close()
+
+
+@pytest.mark.parametrize("poison", [SPOOL_CURSOR, "spool/later-1"])
+def test_a_pipe_in_one_trials_spool_holds_up_no_other(tmp_path: Path, poison: str) -> None:
+    """Shipping would wait for the pipe, and the books' thread for shipping."""
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    sent = submission(plan("a"), plan("b", "b" * 64))
+    study, _ = accept.accept(ledger, ServiceSettings(home=str(tmp_path)), sent, "ann", 1.0)
+    with ledger.writing() as transaction:
+        transaction.execute(update(TRIALS).values(state="done"))
+        transaction.execute(update(STUDIES).values(mlflow_experiment=study))
+    bad, good = (tmp_path / "studies" / study / f"{study}-00{i}" for i in range(2))
+    for folder in (bad, good):
+        (folder / "spool").mkdir(parents=True)
+        (folder / SPOOL_RECORDS).write_text("{}\n")
+    os.mkfifo(bad / poison)
+    shipped, lacks = list[str](), dict[str, Lack]()
+    close_runs(ledger, FakeMLflow(), 2.0, shipped.append, lacks)  # type: ignore[arg-type]
+    assert shipped == [str(good)]
+    assert "is a pipe" in lacks[f"{study}-000"].wait.why
     ledger.close()
 
 

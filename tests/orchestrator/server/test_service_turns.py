@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
 
+from orchestrator.ledger import lease
 from orchestrator.ledger.opening import Ledger
 from orchestrator.server.service import SeldomTwice, Service
 from orchestrator.settings import ServiceSettings
@@ -64,3 +66,46 @@ def test_a_warning_is_let_through_once_a_minute():
         True,
     ]
     assert said("a", 1062.0, logging.INFO)
+
+
+def test_health_tells_a_loop_or_a_ledger_that_stands_still(service, monkeypatch):
+
+    pulse = service.pulse
+    assert (pulse.health("1").ok, pulse.health("1").problems) == (True, [])
+    pulse._turned = time.monotonic() - 500
+    assert "the loop stands still for 500 s" in pulse.health("1").problems[0]
+    service._turn()
+    assert pulse.health("1").ok
+    pulse._renewed = time.monotonic() - 20
+    (problem,) = pulse.health("1").problems
+    assert "the ledger takes no write for 20 s" in problem
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("database or disk is full", "for 31 s (database or disk is full: free space"),
+        ("database is locked", "for 31 s (database is locked: another program"),
+    ],
+)
+def test_a_lost_lease_says_whether_the_disk_or_another_service_did_it(
+    service, monkeypatch, words, told
+):
+    import sqlite3
+
+    from sqlalchemy.exc import OperationalError
+
+    lease.take_lease(service.ledger, "me", time.time())
+    pulse = service.pulse
+    assert pulse.renew() == ""
+
+    def broken(*_: object) -> bool:
+        raise OperationalError("UPDATE", {}, sqlite3.OperationalError(words))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lease, "renew_lease", broken)
+        assert pulse.renew() == "", "the database may be back before the lease runs out"
+        pulse._renewed = time.monotonic() - 31
+        assert told in pulse.renew()
+    lease.take_lease(service.ledger, "another", time.time() + 60)
+    assert "took the ledger, after 31 s without a renewal" in pulse.renew()
