@@ -42,7 +42,7 @@ def start_attempt(
     """
     with ledger.writing() as transaction:
         row = queries.trial_row(transaction, trial)
-        study = queries.study_row(transaction, row.study) if row is not None else None
+        study = queries.lock_study(transaction, row.study) if row is not None else None
         if row is None or study is None or study.state != "active":
             return 0
         # an attempt's number never comes twice, so its submission id is one that Ray does not know
@@ -146,6 +146,7 @@ def end_attempt(
     paid = TRIALS.c.rank_seconds + live.study.spec.resources.ranks * seconds
     change: TrialChange = {**of_trial, "rank_seconds": paid}
     with ledger.writing() as transaction:
+        queries.lock_study(transaction, live.study.id)
         if not move_trial(
             transaction,
             live.trial.id,

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict, Unpack
 
-from sqlalchemy import ColumnElement, func, insert, select, update
+from sqlalchemy import ColumnElement, func, insert, literal, select, update
 
 from contract.attempt import Wish
 from contract.files import uri_join
@@ -19,7 +19,7 @@ from orchestrator.ledger import queries
 from orchestrator.ledger.events import record
 from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.rows import OPEN_STUDY, Json, TrialRow
-from orchestrator.ledger.tables import STUDIES, TRIALS
+from orchestrator.ledger.tables import EVENTS, STUDIES, TRIALS
 
 
 class TrialChange(TypedDict, total=False):
@@ -67,6 +67,26 @@ def move_trial(
     if with_wish is not None:
         query = query.where(TRIALS.c.wish == with_wish)
     return transaction.execute(query.values(**change)).rowcount == 1
+
+
+def move_trials(
+    transaction: Transaction,
+    which: ColumnElement[bool],
+    event: tuple[str, str],
+    now: float,
+    **change: Unpack[TrialChange],
+) -> int:
+    """Changes all trials that meet a condition, with an event for each; how many there were.
+
+    Two statements for any number of trials: 10,000 single ones hold SQLite's one lock for so long
+    that the lease runs out. The caller has locked the trials' study. event: its kind and cause.
+    """
+    kind, cause = (literal(text) for text in event)
+    names = ("at", "study", "trial", "attempt", "kind", "cause")
+    rows = select(literal(now), TRIALS.c.study, TRIALS.c.id, literal(0), kind, cause)
+    told = rows.where(which).order_by(TRIALS.c.study, TRIALS.c.position)
+    transaction.execute(insert(EVENTS).from_select(names, told))
+    return transaction.execute(update(TRIALS).where(which).values(**change)).rowcount
 
 
 # --- submitting ----------------------------------------------------------------------------------
@@ -119,6 +139,7 @@ def _add_trials(
         identities = [trial.identity for trial in submission.trials]
         finished = queries.finished_by_identity(transaction, identities)
     rows: list[Json] = []
+    taken: list[Json] = []
     for position, plan in enumerate(submission.trials):
         trial = f"{study}-{position:03d}"
         # one statement inserts them all, so each row names the same columns
@@ -134,13 +155,15 @@ def _add_trials(
         source = finished.get(plan.identity)
         if source is not None:
             change = _taken_from(source)
-            text = f"taken from trial {source.id}"
-            record(transaction, "cached", text, study=study, trial=trial, at=now)
+            cause = f"taken from trial {source.id}"
+            taken.append({"study": study, "trial": trial, "at": now, "cause": cause})
         own = {"id": trial, "study": study, "position": position, "queued_at": now, "progress": {}}
         rows.append({**own, **plan.model_dump(), **change})
     # in parts: a statement holds the JSON of all its runs at once
     for start in range(0, len(rows), 500):
         transaction.execute(insert(TRIALS), rows[start : start + 500])
+    if taken:
+        transaction.execute(insert(EVENTS).values(kind="cached", attempt=0), taken)
 
 
 # --- results of other trials ---------------------------------------------------------------------
@@ -169,6 +192,7 @@ def take_finished(ledger: Ledger, now: float) -> None:
         source = finished[identity]
         # one transaction for each, so that a long list keeps no other writer waiting
         with ledger.writing() as transaction:
+            queries.lock_study(transaction, study)
             if move_trial(transaction, trial, ["queued"], **_taken_from(source)):
                 text = f"taken from trial {source.id}"
                 record(transaction, "cached", text, study=study, trial=trial, at=now)
@@ -217,6 +241,8 @@ def give_up(
     state: TrialState = "cancelled" if error_class == "budget" else "failed"
     with ledger.writing() as transaction:
         row = queries.trial_row(transaction, trial)
+        if row is not None:
+            queries.lock_study(transaction, row.study)
         if row is not None and move_trial(
             transaction, trial, ["queued"], state=state, error=why, error_class=error_class
         ):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import ColumnElement, delete, select, update
 
 from contract.study import FINAL_STATES, LIVE_TRIALS, StudyState, TrialState
 from orchestrator.ledger import queries
-from orchestrator.ledger.changes import end_study_if_over, move_trial
+from orchestrator.ledger.changes import end_study_if_over, move_trials
 from orchestrator.ledger.events import record
 from orchestrator.ledger.opening import Transaction
 from orchestrator.ledger.tables import ATTEMPTS, EVENTS, STUDIES, TRIALS
@@ -22,43 +22,45 @@ _STARTED: Sequence[TrialState] = ("starting", "running")  # and nobody has asked
 
 def cancel_study(transaction: Transaction, study: str, by: str, now: float) -> bool:
     """Waiting trials never start, running ones write a checkpoint and stop."""
-    trials = _trials(transaction, study, ("queued", *LIVE_TRIALS))
-    # a list and not a generator: `any` would end at the first trial that changed
-    changed = [cancel_trial(transaction, trial, by, now) for trial in trials]
+    queries.lock_study(transaction, study)
+    changed = _cancel(transaction, TRIALS.c.study == study, by, now)
     end_study_if_over(transaction, study, now)
-    return any(changed)
+    return changed > 0
 
 
 def cancel_trial(transaction: Transaction, trial: str, by: str, now: float) -> bool:
-    study = _study_of(transaction, trial)
-    if move_trial(transaction, trial, ["queued"], state="cancelled"):
-        why = f"by {by}, before it ran"
-        record(transaction, "cancelled", why, study=study, trial=trial, at=now)
-        end_study_if_over(transaction, study, now)
-        return True
+    study = _lock_study_of(transaction, trial)
+    changed = _cancel(transaction, TRIALS.c.id == trial, by, now)
+    end_study_if_over(transaction, study, now)
+    return changed > 0
+
+
+def _cancel(transaction: Transaction, which: ColumnElement[bool], by: str, now: float) -> int:
+    waits = which & (TRIALS.c.state == "queued")
+    why = ("cancelled", f"by {by}, before it ran")
+    changed = move_trials(transaction, waits, why, now, state="cancelled")
     # also one that stops for another reason: a paused or hanging trial would start again
-    if move_trial(transaction, trial, LIVE_TRIALS, state="stopping", wish="cancel"):
-        why = f"cancelled by {by}"
-        record(transaction, "stopping", why, study=study, trial=trial, at=now)
-        return True
-    return False
+    lives = which & TRIALS.c.state.in_(LIVE_TRIALS) & (TRIALS.c.wish != "cancel")
+    why = ("stopping", f"cancelled by {by}")
+    return changed + move_trials(transaction, lives, why, now, state="stopping", wish="cancel")
 
 
 def pause_study(transaction: Transaction, study: str, by: str, now: float) -> bool:
     """Running trials write a checkpoint and wait in their old place."""
+    queries.lock_study(transaction, study)
     if not _move_study(transaction, study, ["active"], "paused"):
         return False
     record(transaction, "study-paused", f"by {by}", study=study, at=now)
     # trials that stop already keep their wish: a cancelled one must not come back with the study
-    for trial in _trials(transaction, study, _STARTED):
-        if move_trial(transaction, trial, _STARTED, state="stopping", wish="pause"):
-            why = f"paused by {by}"
-            record(transaction, "stopping", why, study=study, trial=trial, at=now)
+    started = (TRIALS.c.study == study) & TRIALS.c.state.in_(_STARTED)
+    why = ("stopping", f"paused by {by}")
+    move_trials(transaction, started, why, now, state="stopping", wish="pause")
     return True
 
 
 def resume_study(transaction: Transaction, study: str, by: str, now: float) -> bool:
     """A paused study goes on."""
+    queries.lock_study(transaction, study)
     if not _move_study(transaction, study, ["paused"], "active"):
         return False
     record(transaction, "study-resumed", f"by {by}", study=study, at=now)
@@ -68,18 +70,24 @@ def resume_study(transaction: Transaction, study: str, by: str, now: float) -> b
 
 def retry_study(transaction: Transaction, study: str, by: str, now: float) -> bool:
     """Failed and cancelled trials go on from their last checkpoint, their failures forgotten."""
-    trials = _trials(transaction, study, ("failed", "cancelled"))
-    changed = [retry_trial(transaction, trial, by, now) for trial in trials]
-    return any(changed)
+    queries.lock_study(transaction, study)
+    return _retry(transaction, TRIALS.c.study == study, study, by, now)
 
 
 def retry_trial(transaction: Transaction, trial: str, by: str, now: float) -> bool:
     """As `retry_study`, for one trial. Its study becomes active again if it was over."""
-    study = _study_of(transaction, trial)
-    if not move_trial(
+    study = _lock_study_of(transaction, trial)
+    return _retry(transaction, TRIALS.c.id == trial, study, by, now)
+
+
+def _retry(
+    transaction: Transaction, which: ColumnElement[bool], study: str, by: str, now: float
+) -> bool:
+    changed = move_trials(
         transaction,
-        trial,
-        ["failed", "cancelled"],
+        which & TRIALS.c.state.in_(("failed", "cancelled")),
+        ("queued", f"retried by {by}"),
+        now,
         state="queued",
         failures=0,
         lost=0,
@@ -89,9 +97,9 @@ def retry_trial(transaction: Transaction, trial: str, by: str, now: float) -> bo
         not_before=0.0,
         queued_at=now,
         mlflow_closed=False,  # the run of the next attempt has to be ended too
-    ):
+    )
+    if not changed:
         return False
-    record(transaction, "queued", f"retried by {by}", study=study, trial=trial, at=now)
     query = update(STUDIES).where(STUDIES.c.id == study, STUDIES.c.state.in_(FINAL_STATES))
     # MLflow and the webhook hear of the next end too
     again = query.values(state="active", ended_at=0.0, mlflow_closed=False, webhook_sent=False)
@@ -110,7 +118,7 @@ def forget_study(transaction: Transaction, study: str, by: str, now: float) -> N
 
     Raises ValueError if the study is not over.
     """
-    row = queries.study_row(transaction, study)
+    row = queries.lock_study(transaction, study)
     assert row is not None
     if row.state not in FINAL_STATES:
         raise ValueError(f"study {study} is {row.state}: cancel it before you forget it")
@@ -123,15 +131,11 @@ def forget_study(transaction: Transaction, study: str, by: str, now: float) -> N
     record(transaction, "study-forgotten", why, study=study, at=now)
 
 
-def _study_of(transaction: Transaction, trial: str) -> str:
+def _lock_study_of(transaction: Transaction, trial: str) -> str:
     row = queries.trial_row(transaction, trial)
     assert row is not None
+    queries.lock_study(transaction, row.study)
     return row.study
-
-
-def _trials(transaction: Transaction, study: str, states: Sequence[TrialState]) -> list[str]:
-    rows = queries.trials(transaction, study)
-    return [trial.id for trial in rows if trial.state in states]
 
 
 def _move_study(

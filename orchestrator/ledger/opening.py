@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, Engine, create_engine, event, insert, select
-from sqlalchemy.exc import DatabaseError, InterfaceError, OperationalError
+from sqlalchemy.exc import DatabaseError, IntegrityError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from orchestrator.ledger.tables import ABOUT
 
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry
 
 Transaction: TypeAlias = Connection  # what the queries and the changes take
+LedgerBusyError = PoolTimeoutError  # no connection became free in time
+_RACES = 5  # tries
+T = TypeVar("T")
 LedgerError = DatabaseError  # the database is down, locked or refuses; `reason` gives its words
 
 
@@ -44,6 +50,19 @@ class Ledger:
     def writing(self) -> AbstractContextManager[Transaction]:
         """Commits at the end of the block, or undoes all of it if the block raises."""
         return self.engine.begin()
+
+    def retried(self, action: Callable[[Transaction], T]) -> T:
+        """What `action` returns in a transaction; one that lost a race is undone and run again."""
+        for attempt in range(_RACES):
+            try:
+                with self.writing() as transaction:
+                    return action(transaction)
+            except (IntegrityError, OperationalError) as error:
+                if attempt == _RACES - 1 or not _lost_a_race(error):
+                    raise
+            # chance keeps the same two from meeting again
+            time.sleep(random.random() * 0.05 * (attempt + 1))
+        raise AssertionError("unreachable")
 
     def close(self) -> None:
         self.engine.dispose()
@@ -74,6 +93,12 @@ class Ledger:
         return str(known)
 
 
+def _lost_a_race(error: LedgerError) -> bool:
+    """Whether another transaction was first: two equal rows, or PostgreSQL's 40001 and 40P01."""
+    state = getattr(error.orig, "sqlstate", "")  # psycopg's alone; SQLite has one writer
+    return isinstance(error, IntegrityError) or state in ("40001", "40P01")
+
+
 def is_down(error: LedgerError) -> bool:
     """Whether the database itself has trouble: any other error is about one row's values."""
     return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
@@ -91,9 +116,10 @@ def _reading(engine: Engine) -> Iterator[Transaction]:
 
 
 def _server(url: str) -> Engine:
-    # The HTTP threads, the loop, the books and the lease each hold a connection at times.
-    # `pre_ping` replaces connections that a restart of the database broke.
-    return create_engine(url, pool_pre_ping=True, pool_size=10)
+    # The loop, the books, the lease and each of the 40 HTTP threads hold a connection at times: a
+    # pool that is smaller than that makes requests wait for each other. `pre_ping` replaces
+    # connections that a restart of the database broke.
+    return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=40)
 
 
 def _sqlite(url: str) -> Engine:

@@ -49,6 +49,15 @@ def study_row(transaction: Transaction, study: str) -> StudyRow | None:
     return next(iter(studies(transaction, study)), None)
 
 
+def lock_study(transaction: Transaction, study: str) -> StudyRow | None:
+    """The study; nobody else changes it or the states of its trials until the transaction ends.
+
+    SQLite has one writer anyway. Whoever locks a study locks it before any of its trials.
+    """
+    query = select(*_columns(STUDIES, StudyRow)).where(STUDIES.c.id == study)
+    return next(iter(_rows(transaction, StudyRow, query.with_for_update())), None)
+
+
 def studies(transaction: Transaction, study: str = "") -> list[StudyRow]:
     """All studies, oldest first, or the one that is named."""
     return _studies(transaction, *([STUDIES.c.id == study] if study else []))

@@ -34,6 +34,7 @@ from orchestrator.ledger.changes import TrialChange, ask_to_stop, take_finished
 from orchestrator.ledger.events import record
 from orchestrator.ledger.opening import Ledger, LedgerError, is_down
 from orchestrator.ledger.rows import LiveAttempt
+from orchestrator.ledger.sweep import mend
 from orchestrator.schedule.admission import Admission
 from orchestrator.schedule.attempt_end import EndedAttempt, NextState, after_attempt, suspects
 from orchestrator.schedule.trouble import Troubles
@@ -49,6 +50,7 @@ from orchestrator.trial_folder import (
 
 LOG = logging.getLogger("maskray")
 _FORCE_AFTER_S = 30.0  # beyond the grace: then Ray is asked again to end a job
+_SWEEP_S = 60.0  # between two looks for rows that contradict each other
 _MAX_MARKS = 1000  # events that the ledger keeps of a trial
 _MAX_ERROR = 2000  # characters
 
@@ -78,6 +80,7 @@ class Reconciler:
         self.tracking_uri = ""
         self.session = ""  # of the head that the last tick saw
         self.troubles = Troubles()
+        self._swept = -_SWEEP_S
         self.admission = Admission(ledger, settings, self.troubles)
 
     # --- one tick ---
@@ -85,6 +88,10 @@ class Reconciler:
     def tick(self, cluster: Cluster, now: float) -> None:
         """Raises UnreachableError if Ray does not answer; the next tick does the rest."""
         self.session = cluster.session()
+        if now - self._swept >= _SWEEP_S:
+            self._swept = now
+            if mended := mend(self.ledger, now):
+                LOG.warning("mended %d studies; the events named mended say what", mended)
         jobs = cluster.jobs()
         nodes = cluster.nodes()
         with self.ledger.reading() as transaction:

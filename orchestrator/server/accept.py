@@ -143,17 +143,19 @@ def accept(
 
     Raises ValueError if the key was used for another study.
     """
-    with ledger.writing() as transaction:
+    folder = submission.storage or storage_root(settings)
+    if "://" not in folder:
+        # the ranks start in other folders, and the service may be started in another one next time
+        folder = str(Path(folder).absolute())
+
+    def add(transaction: Transaction) -> tuple[str, bool]:
         known = queries.study_of_key(transaction, owner, submission.idempotency_key)
         if known is not None:
             _check_same(transaction, known, submission)
             return known.id, False
-        folder = submission.storage or storage_root(settings)
-        if "://" not in folder:
-            # the ranks start in other folders, and the service may be started in another one next
-            # time
-            folder = str(Path(folder).absolute())
         return changes.add_study(transaction, submission, folder, owner, now), True
+
+    return ledger.retried(add)  # of equal posts at once the first one makes the study
 
 
 def _check_same(transaction: Transaction, known: StudyRow, submission: Submission) -> None:

@@ -13,6 +13,7 @@ from starlette.middleware.base import RequestResponseEndpoint
 
 from contract.answers import Refusal
 from orchestrator.cluster.jobs import UnreachableError
+from orchestrator.ledger.opening import LedgerBusyError, LedgerError, reason
 
 
 def absent(what: str, name: str) -> HTTPException:
@@ -47,6 +48,15 @@ def add_errors(app: FastAPI) -> None:
     @app.exception_handler(OSError)
     async def unreachable(_: Request, error: UnreachableError | OSError) -> JSONResponse:
         return _refusal(503, str(error))
+
+    # The database is down, slow or refuses: in its words, and the next request may go well.
+    @app.exception_handler(LedgerError)
+    async def ledger(_: Request, error: LedgerError) -> JSONResponse:
+        return _refusal(503, f"ledger: {reason(error)}; try again")
+
+    @app.exception_handler(LedgerBusyError)
+    async def busy(_: Request, __: LedgerBusyError) -> JSONResponse:
+        return _refusal(503, "ledger: no connection became free in time; try again")
 
     @app.middleware("http")
     async def no_nul(request: Request, call_next: RequestResponseEndpoint) -> Response:

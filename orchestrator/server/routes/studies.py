@@ -83,9 +83,11 @@ def submission(study: Id, hub: HubOfApp) -> Submission:
 # Before the route of `{action}`, which would otherwise take the word for an action.
 @router.post("/{study}/priority")
 def priority(study: Id, body: Priority, hub: HubOfApp, user: Submitter) -> StudyView:
-    with hub.ledger.writing() as transaction:
+    def act(transaction: Transaction) -> None:
         own_study(transaction, study, user)
         commands.set_priority(transaction, study, body.priority, user.name, time.time())
+
+    hub.ledger.retried(act)
     hub.wake()
     return _view(hub, study)
 
@@ -93,9 +95,12 @@ def priority(study: Id, body: Priority, hub: HubOfApp, user: Submitter) -> Study
 @router.post("/{study}/{action}")
 def act_on_study(study: Id, action: StudyAction, hub: HubOfApp, user: Submitter) -> ChangedStudy:
     """The study after the action, and whether there was anything to change."""
-    with hub.ledger.writing() as transaction:
+
+    def act(transaction: Transaction) -> bool:
         own_study(transaction, study, user)
-        changed = _ACTIONS[action](transaction, study, user.name, time.time())
+        return _ACTIONS[action](transaction, study, user.name, time.time())
+
+    changed = hub.ledger.retried(act)
     hub.wake()
     return ChangedStudy(**_view(hub, study).model_dump(), changed=changed)
 
@@ -103,9 +108,12 @@ def act_on_study(study: Id, action: StudyAction, hub: HubOfApp, user: Submitter)
 @router.delete("/{study}")
 def forget(study: Id, hub: HubOfApp, user: Submitter) -> Forgotten:
     """Removes a study that is over from the ledger; its files stay."""
-    with hub.ledger.writing() as transaction:
+
+    def act(transaction: Transaction) -> None:
         own_study(transaction, study, user)
         commands.forget_study(transaction, study, user.name, time.time())
+
+    hub.ledger.retried(act)
     return Forgotten(study=study)
 
 

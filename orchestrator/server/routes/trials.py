@@ -26,12 +26,15 @@ _ACTIONS: Mapping[TrialAction, Callable[[Transaction, str, str, float], bool]] =
 @router.post("/trials/{trial}/{action}")
 def act_on_trial(trial: Id, action: TrialAction, hub: HubOfApp, user: Submitter) -> ChangedTrial:
     """Cancels or retries one trial of a study."""
-    with hub.ledger.writing() as transaction:
+
+    def act(transaction: Transaction) -> bool:
         row = queries.trial_row(transaction, trial)
         if row is None:
             raise absent("trial", trial)
         own_study(transaction, row.study, user)
-        changed = _ACTIONS[action](transaction, trial, user.name, time.time())
+        return _ACTIONS[action](transaction, trial, user.name, time.time())
+
+    changed = hub.ledger.retried(act)
     hub.wake()  # a cancelled trial stops now, and not a turn later
     return ChangedTrial(trial=trial, action=action, changed=changed)
 
