@@ -22,6 +22,7 @@ from orchestrator.study.identity import (
     canonical,
     identity,
     proposals_identity,
+    training_identity,
     trains_batch_norm,
     weights_identity,
     weights_recipe,
@@ -60,9 +61,9 @@ def expand(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Ex
     _refuse_inert(base.run, study.baseline.set, "baseline.set")
     references = {factor: _reference(study, factor, base) for factor in study.factors}
     arms = _arms(study, references)
-    if len(arms) * len(study.seeds) > MAX_TRIALS:
+    if len(arms) * len(study.every_seed) > MAX_TRIALS:
         raise ValueError(
-            f"{len(arms)} arms x {len(study.seeds)} seeds are more than {MAX_TRIALS:,} trials"
+            f"{len(arms)} arms x {len(study.every_seed)} seeds are more than {MAX_TRIALS:,} trials"
         )
     runs = [_run_of(study, arm, base) for arm in arms]
     _refuse_twins(arms, runs)
@@ -214,7 +215,7 @@ def _trials(
         "maskray.proposals": proposals,
     }
     plans = []
-    for seed in study.seeds:
+    for seed in study.every_seed:
         seeded = run.model_copy(update={"seed": seed})
         plans.append(
             TrialPlan(
@@ -225,6 +226,14 @@ def _trials(
                 identity=identity(
                     seeded,
                     manifests=(train.hash, val.hash),
+                    weights=weights,
+                    proposals=proposals,
+                    source_hash=code.source_hash,
+                    ranks=study.resources.ranks,
+                ),
+                training=training_identity(
+                    seeded,
+                    manifest=train.hash,
                     weights=weights,
                     proposals=proposals,
                     source_hash=code.source_hash,
