@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
@@ -15,9 +16,12 @@ from contract.files import finite
 from orchestrator.results.cells import arm_label
 from orchestrator.results.comparison import Answer, Arm, Comparison, answer_study
 from orchestrator.results.details.headlines import headlines
-from orchestrator.results.facts import Facts, arm_key, gather
+from orchestrator.results.facts import Facts, gather
 from orchestrator.results.formats import latex, markdown
+from orchestrator.results.published.beside import besides
+from orchestrator.results.published.calibration import calibrated
 from orchestrator.results.table import notes_of, text_report
+from orchestrator.study.contrasts import arm_name
 
 Format: TypeAlias = Literal["html", "md", "latex", "csv", "json", "png"]
 FILES: Mapping[Format, str] = {
@@ -161,14 +165,52 @@ def as_json(study: StudyView, facts: Facts, comparison: Comparison) -> dict[str,
         "state": study.state,
         "machinery_only": comparison.machinery_only,
         "no_paper": facts.no_paper,
+        "paper": _paper_json(facts, comparison),
         "precision": facts.precision,
+        "calibration": [
+            {
+                "arm": arm_name(one.arm.arm),
+                "metric": one.metric,
+                "ours": one.ours,
+                "public": one.public,
+                "band": one.band,
+                "inside": one.inside,
+            }
+            for one in calibrated(facts.study, comparison)
+        ],
         "early": comparison.early,
         "scope": facts.scope,
         "headlines": [line.text for line in headlines(facts, comparison)],
         "primary": facts.primary,
         "contrasts": [finite(_answer_json(answer)) for answer in comparison.answers],
-        "notes": notes_of(study, comparison),
+        "notes": notes_of(study, facts, comparison),
         "arms": [finite(_arm_json(facts, arm)) for arm in comparison.arms],
+    }
+
+
+def _paper_json(facts: Facts, comparison: Comparison) -> dict[str, Any]:
+    """What stands beside the paper. Without a column, contrasts have a direction alone."""
+    column = not facts.no_paper
+    return {
+        "table": facts.study.paper_table,
+        "barred": facts.earned.barred,
+        "noted": facts.earned.noted,
+        "unstated": facts.earned.unstated,
+        "contrasts": [
+            finite(
+                {
+                    "name": one.asked.name,
+                    "metric": one.asked.metric,
+                    "difference": one.difference,
+                    "published": one.published,
+                    "low": one.low if column else math.nan,
+                    "high": one.high if column else math.nan,
+                    "judgement": one.judgement if column else "",
+                    "direction": "" if column else one.direction,
+                }
+            )
+            for one in besides(comparison, facts.papers)
+        ],
     }
 
 
@@ -193,13 +235,16 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
 
 
 def _arm_json(facts: Facts, arm: Arm) -> dict[str, Any]:
-    row = None if facts.no_paper else facts.papers.get(arm_key(arm.arm))
+    row = None if facts.no_paper else facts.papers.get(arm_name(arm.arm))
     return {
         "arm": arm.arm,
         "baseline": arm.baseline,
         "metrics": {name: asdict(summary) for name, summary in arm.metrics.items()},
         "differences": {name: asdict(paired) for name, paired in arm.differences.items()},
-        "paper": {"metrics": row.metrics, "gains": row.gains} if row else {},
+        # Beside deviations that move all arms alike, the paper's AP itself says nothing.
+        "paper": {"metrics": {} if facts.earned.noted else row.metrics, "gains": row.gains}
+        if row
+        else {},
         "trials": [
             {
                 "trial": trial.trial,
