@@ -26,6 +26,7 @@ from pipelines.coco.records import (
     JsonObject,
     JsonValue,
 )
+from pipelines.evaluate.boundary import BoundaryEval
 
 Engine = Literal["pycocotools", "hotcoco"]
 IouType = Literal["bbox", "segm", "keypoints"]
@@ -113,11 +114,17 @@ def curves(
     results: Sequence[CocoResult],
     iou_type: IouType,
     sigmas: Sequence[float] = COCO_SIGMAS,
+    boundary: bool = False,
 ) -> Curves:
-    """Compares checked records. The order of `results` breaks ties of scores."""
+    """Compares checked records. The order of `results` breaks ties of scores.
+
+    boundary: by the boundaries of masks, which pycocotools alone does.
+    """
     with contextlib.redirect_stdout(io.StringIO()):  # both libraries print as they go
-        make = _hotcoco if engine == "hotcoco" else _pycocotools
+        make = _hotcoco if engine == "hotcoco" and not boundary else _pycocotools
         run = make(truth, results, iou_type)
+        if boundary:
+            run = BoundaryEval(run.cocoGt, run.cocoDt, iou_type)
         if iou_type == "keypoints" and tuple(sigmas) != COCO_SIGMAS:
             run.params.kpt_oks_sigmas = np.asarray(sigmas)
         run.evaluate()

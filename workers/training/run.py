@@ -217,6 +217,7 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
                     stopping,
                     run.loop.eval_precision,
                     num_processes(run, world),
+                    run.loop.eval_boundary,
                 )
                 # its workers hold memory that the training needs until the next evaluation
                 batches.close()

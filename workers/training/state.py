@@ -32,6 +32,7 @@ _FREE_FIELDS = {
     "loop.keep_checkpoints",
     "loop.eval_every_steps",
     "loop.eval_batch",
+    "loop.eval_boundary",
     "loop.best_metric",
 }
 
