@@ -76,6 +76,22 @@ def answers_table(comparison: Comparison) -> Table:
     return Table(head, tuple(_answer_row(answer) for answer in comparison.answers), left=4)
 
 
+def images_table(comparison: Comparison) -> Table:
+    """The intervals of contrasts beside those over seeds and images together."""
+    rows = [
+        Row.of(
+            answer.asked.name,
+            metric_label(answer.asked.metric),
+            points(answer.estimate.difference, True),
+            interval_text(answer.estimate.low, answer.estimate.high),
+            interval_text(*comparison.with_images[answer.asked.name]),
+        )
+        for answer in comparison.answers
+        if answer.asked.name in comparison.with_images
+    ]
+    return Table(("contrast", "metric", "diff", "over seeds", "and images"), tuple(rows), left=2)
+
+
 def exploratory_table(comparison: Comparison, metrics: Sequence[str]) -> Table:
     """Each arm minus the baseline by each column that no contrast of the family asks for."""
     rows = []

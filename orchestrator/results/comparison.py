@@ -74,6 +74,7 @@ class Comparison:
 
     machinery_only: why no number is evidence; empty if some are. early: why there is no interval
     yet; empty once all trials have ended. notes: what a reader of the answers must know.
+    with_images: contrast's name -> its interval over seeds and validation images.
     """
 
     arms: tuple[Arm, ...]
@@ -81,6 +82,7 @@ class Comparison:
     early: str = ""
     answers: tuple[Answer, ...] = ()
     notes: tuple[str, ...] = ()
+    with_images: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def baseline(self) -> Arm | None:

@@ -56,6 +56,10 @@ class Contents:
     def of(cls, view: StudyView) -> Contents:
         facts = gather(view)
         comparison = answer_study(facts.study, view.trials, facts.folders, facts.machinery_only)
+        if comparison.answers:
+            from orchestrator.results.noise.images import with_images  # loads numpy
+
+            comparison = replace(comparison, with_images=with_images(facts, comparison))
         return cls(view, facts, comparison)
 
     def text(self) -> str:
@@ -182,7 +186,10 @@ def as_json(study: StudyView, facts: Facts, comparison: Comparison) -> dict[str,
         "scope": facts.scope,
         "headlines": [line.text for line in headlines(facts, comparison)],
         "primary": facts.primary,
-        "contrasts": [finite(_answer_json(answer)) for answer in comparison.answers],
+        "contrasts": [
+            finite(_answer_json(answer) | _images_json(answer, comparison))
+            for answer in comparison.answers
+        ],
         "notes": notes_of(study, facts, comparison),
         "arms": [finite(_arm_json(facts, arm)) for arm in comparison.arms],
     }
@@ -232,6 +239,12 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
         "withheld": answer.withheld,
         "resolvable": estimate.resolvable,
     }
+
+
+def _images_json(answer: Answer, comparison: Comparison) -> dict[str, Any]:
+    """The interval over seeds and validation images, which small validation sets have."""
+    low, high = comparison.with_images.get(answer.asked.name, (math.nan, math.nan))
+    return {"low_with_images": low, "high_with_images": high}
 
 
 def _arm_json(facts: Facts, arm: Arm) -> dict[str, Any]:

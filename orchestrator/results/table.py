@@ -11,6 +11,7 @@ from orchestrator.results.cells import (
     arms_table,
     calibration_table,
     exploratory_table,
+    images_table,
     metric_label,
     paper_table,
     points,
@@ -24,6 +25,9 @@ from orchestrator.results.published.calibration import calibrated, discredited
 
 BESIDE = (
     "The paper has one seed an arm. Outside of the range for one seed our result contradicts it."
+)
+IMAGES = (
+    "Evaluation noise: 95% over seeds, and over seeds and validation images (two-way bootstrap)"
 )
 EXPLORATORY = "Exploratory: plain 95% intervals, each on its own; no verdicts"
 
@@ -42,6 +46,8 @@ def text_report(view: StudyView, facts: Facts, comparison: Comparison) -> str:
     elif comparison.answers:
         blocks.append(f"{family_title(comparison)}\n{_text(answers_table(comparison))}")
         blocks.append(f"Scope: on {facts.scope}. Nothing else was measured.")
+        if comparison.with_images:
+            blocks.append(f"{IMAGES}\n{_text(images_table(comparison))}")
     if not comparison.machinery_only and not comparison.early and exploratory.rows:
         blocks.append(f"{EXPLORATORY}\n{_text(exploratory)}")
     calibration = calibration_table(study, comparison)

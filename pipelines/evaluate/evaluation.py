@@ -126,11 +126,7 @@ def evaluate(
     """
     if boundary and iou_type != "segm":
         raise ValueError(f"Boundary AP is of masks; {iou_type} results have no boundary")
-    known = truth_of(_ground_truth(truth), iou_type)
-    ordered = sorted(checked_results(known, results, iou_type), key=_canonical)
-    own = truth.oks_sigmas if isinstance(truth, Dataset) and not sigmas else sigmas
-    # The sigmas are of OKS alone: boxes and masks have none, whatever the data says.
-    scale = sigmas_for(known.num_keypoints, own) if iou_type == "keypoints" else COCO_SIGMAS
+    known, ordered, scale = compared(truth, results, iou_type, sigmas)
     engine = engine or default_engine([annotation.id for annotation in known.annotations])
     # hotcoco knows COCO's sigmas alone.
     engine = engine if scale == COCO_SIGMAS else "pycocotools"
@@ -139,6 +135,21 @@ def evaluate(
     stats = {name: float(value) for name, value in zip(names, measured.stats, strict=True)}
     per_class = _per_class(measured.precision, known.categories, iou_type)
     return Evaluation(stats, per_class, _notes(known, ordered, iou_type))
+
+
+def compared(
+    truth: Dataset | str | Path,
+    results: Sequence[Mapping[str, Any]],
+    iou_type: IouType,
+    sigmas: Sequence[float] = (),
+) -> tuple[Truth, list[CocoResult], Sequence[float]]:
+    """Checked truth, checked results in the order that every evaluation takes, and OKS sigmas."""
+    known = truth_of(_ground_truth(truth), iou_type)
+    ordered = sorted(checked_results(known, results, iou_type), key=_canonical)
+    own = truth.oks_sigmas if isinstance(truth, Dataset) and not sigmas else sigmas
+    # The sigmas are of OKS alone: boxes and masks have none, whatever the data says.
+    scale = sigmas_for(known.num_keypoints, own) if iou_type == "keypoints" else COCO_SIGMAS
+    return known, ordered, scale
 
 
 def _notes(truth: Truth, results: Sequence[CocoResult], iou_type: IouType) -> tuple[str, ...]:

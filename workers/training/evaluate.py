@@ -17,6 +17,7 @@ from contract.model import ModelConfig
 from contract.recipe import EvalPrecision, LoopConfig, RunConfig
 from model.structures import Batch
 from pipelines.evaluate.evaluation import evaluate
+from pipelines.evaluate.matches import Matches, matches_of
 from pipelines.shards.dataset import Dataset
 from workers.training.prefetch import on_device
 from workers.training.results import CocoResult, Encoder, EncodingProcesses, Results
@@ -145,3 +146,20 @@ def score(
         metrics |= {f"{kind}/{name}": value for name, value in evaluation.stats.items()}
         per_class |= {f"{kind}/{name}": values for name, values in evaluation.per_class.items()}
     return Scores(metrics, per_class, dict(results))
+
+
+def matches(
+    dataset: Dataset, results: Mapping[str, list[CocoResult]], boundary: bool = False
+) -> dict[str, Matches]:
+    """By kind of result, as `score` takes them, which detection matched what."""
+    found = {
+        kind: matches_of(
+            dataset,
+            of_kind,
+            "segm" if kind.startswith("segm") else kind,  # type: ignore[arg-type]
+        )
+        for kind, of_kind in results.items()
+    }
+    if boundary and "segm" in results:
+        found[BOUNDARY] = matches_of(dataset, results["segm"], "segm", boundary=True)
+    return found
