@@ -33,6 +33,7 @@ class _Resampled:
     values: Floats
 
 
+_MOST_BYTES = 2**28  # of one trial's arrays, unpacked
 _Known = dict[tuple[str, str], _Resampled | None]  # (trial id, metric) -> what was made of it
 
 
@@ -87,8 +88,31 @@ def _resampled(facts: Facts, trial: TrialView, metric: str) -> _Resampled | None
 def _read(raw: bytes) -> Matched | None:
     """None for a file of another form: it must not cost a study its report."""
     try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as file:
+            # A small file can unpack to any size.
+            if sum(member.file_size for member in file.infolist()) > _MOST_BYTES:
+                return None
         with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
             found = Matched(*(arrays[field.name] for field in fields(Matched)))
-    except (EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (EOFError, OSError, ValueError, KeyError, NotImplementedError, zipfile.BadZipFile):
         return None
-    return found if 0 < len(found.image_ids) <= MAX_IMAGES_OF_MATCHES else None
+    return found if _is_whole(found) else None
+
+
+def _is_whole(found: Matched) -> bool:
+    """Whether the arrays point at each other's places, and nowhere else."""
+    arrays = vars(found)
+    shapes = {arrays[name].shape for name in ("category", "image", "matched", "ignored")}
+    if any(array.dtype.kind not in "iu" for array in arrays.values()) or len(shapes) != 1:
+        return False
+    if found.objects.ndim != 2 or found.category.ndim != 1:
+        return False
+    num_categories, num_images = found.objects.shape
+    if found.image_ids.shape != (num_images,) or not 0 < num_images <= MAX_IMAGES_OF_MATCHES:
+        return False
+    sorted_ = bool((np.diff(found.category) >= 0).all())
+    inside = all(
+        not len(places) or (places.min() >= 0 and places.max() < most)
+        for places, most in ((found.category, num_categories), (found.image, num_images))
+    )
+    return sorted_ and inside

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,8 @@ def _fatal(trial: Trained, found: Sequence[Deviation]) -> list[str]:
         ("validation", trial.val_images, VAL_IMAGES),
     ):
         if images != str(wanted):
-            size = f"has {int(images):,} images" if images.isdecimal() else "is of unknown size"
+            known = re.fullmatch("[0-9]{1,9}", images)
+            size = f"has {int(images):,} images" if known else "is of unknown size"
             lines.append(f"the {what} set {size}, the paper's has {wanted:,}")
     return [f"{trial.key}: {line}" for line in lines]
 

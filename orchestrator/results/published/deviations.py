@@ -40,6 +40,9 @@ _NOTED = (
 )
 
 
+_LONGEST = 80  # characters of a value: a record may come from anybody
+
+
 @dataclass(frozen=True)
 class Deviation:
     """One field that differs. fatal: it costs the column; else it leaves the difference alone."""
@@ -97,5 +100,7 @@ def _is_in(path: str, fields: tuple[str, ...]) -> bool:
 def _words(value: JsonValue) -> str:
     if isinstance(value, dict):
         parts = (value.get(name) for name in ("kind", "name", "path", "uri"))
-        return " ".join(str(part) for part in parts if part)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+        text = " ".join(str(part) for part in parts if part)
+    else:
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

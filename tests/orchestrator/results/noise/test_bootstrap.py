@@ -79,6 +79,9 @@ def test_the_file_keeps_every_array_and_another_file_costs_no_report(tmp_path: P
     assert again is not None
     assert all((one == other).all() for one, other in zip(found, vars(again).values(), strict=True))
     assert _read(b"no file of arrays") is None
+    assert _read(found._replace(image=found.image + 99).file()) is None
+    assert _read(found._replace(objects=found.objects[0]).file()) is None
+    assert _read(found._replace(matched=found.matched[1:]).file()) is None
     assert _read(b"") is None
 
 
