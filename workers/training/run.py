@@ -12,14 +12,28 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
-from contract.files import Files
+from contract.attempt import (
+    ARTIFACT_FOLDER,
+    BEST_WEIGHTS,
+    CATEGORIES_FILE,
+    CONFIG_FILE,
+    LAST_WEIGHTS,
+    RESULT_FILE,
+    Outcome,
+    Progress,
+    Result,
+    RunSpec,
+)
+from contract.files import Files, FullDiskError, UnreachableStoreError
+from contract.fit import same_data
 from contract.metrics import category_keys, renamed
 from contract.model import KeypointBranch, MaskBranch
 from contract.recipe import RunConfig
 from contract.words import one_line
 from model.accelerate import complaints, kernels
+from model.weights import Loaded
 from pipelines.shards.dataset import Dataset
+from workers.pretrained.weights import weights_source
 from workers.tracking.journal import Journal, JournalState, SilentJournal, open_journal
 from workers.tracking.spool import print_warning
 from workers.training import arithmetic
@@ -40,11 +54,8 @@ from workers.trial.causes import (
 from workers.trial.checkpoints import WHEN_FULL, CheckpointStore, FencedError
 from workers.trial.stop import StopRequest
 
-_CONFIG = f"{ARTIFACT_FOLDER}/config.yaml"
 _SERIES = f"{ARTIFACT_FOLDER}/series.parquet"
 _PICTURES = f"{ARTIFACT_FOLDER}/pictures"
-_LAST_WEIGHTS = f"{ARTIFACT_FOLDER}/weights-last.safetensors"
-_BEST_WEIGHTS = f"{ARTIFACT_FOLDER}/weights-best.safetensors"
 _PER_CLASS = ("bbox/AP", "segm/AP", "keypoints/AP")  # what the tracker gets of each category
 
 
@@ -155,7 +166,14 @@ def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Inputs:
             f"loop.global_batch is {run.loop.global_batch} for {world.size} ranks; "
             "each needs an image"
         )
-    inputs = _Inputs(*open_datasets(run, spec.cache), initial_detector(run, world.device))
+
+    def tell(loaded: Loaded) -> None:
+        if world.is_first and loaded.heads_are_fresh:
+            print(f"{weights_source(run.model.weights)}: {loaded.line()}", flush=True)
+
+    inputs = _Inputs(*open_datasets(run, spec.cache), initial_detector(run, world.device, tell))
+    if world.is_first and (doubt := same_data(run, *inputs.manifests.values())):
+        print_warning(doubt)
     name = store.newest() if world.is_first else ""
     if name:
         check_same_training(store.plain(name), run, inputs.manifests)
@@ -199,9 +217,13 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
     if name:
         journal.restore(state.restore(store.load(name)), state.step)
         journal.event("resume", state.step, f"attempt {spec.attempt} on {world.size} rank(s)")
+        # until the next line of the log the step would be 0, as of a run that has lost its work
+        journal.progress("training", state.step, None)
     else:
         journal.restore(JournalState(), 0)
     with closing(eval_loader(run, inputs.val_data, world)) as batches:
+        if world.is_first:
+            _write_categories(attempt.storage, batches.dataset)
         reporter = _Reporter(attempt, batches.dataset)
 
         def evaluate(now: TrainState, stopping: Callable[[], bool]) -> Scores | None:
@@ -245,6 +267,13 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
     if world.is_first and ending.state == "done":
         _finish(attempt, state, ending, reporter.digest, computing)
     return Outcome(state=ending.state, step=state.step)
+
+
+def _write_categories(storage: Files, dataset: Dataset) -> None:
+    """What the labels mean, for predictions of these weights where the data are not."""
+    records = {record["id"]: record for record in dataset.manifest.categories}
+    kept = [records[number] for number in dataset.category_ids]
+    storage.write(CATEGORIES_FILE, json.dumps(kept).encode())
 
 
 def _objects(run: RunConfig, data: Dataset, world: World) -> str:
@@ -313,7 +342,7 @@ class _Reporter:
     def trained(self, state: TrainState) -> None:
         """After the last step, and before its evaluation."""
         self._store.check_claim()
-        self.digest = _write_weights(self._storage, _LAST_WEIGHTS, state.detector)
+        self.digest = _write_weights(self._storage, LAST_WEIGHTS, state.detector)
 
     def evaluated(self, state: TrainState, scores: Scores) -> None:
         self._store.check_claim()  # a newer attempt writes to the same artifacts
@@ -330,8 +359,8 @@ class _Reporter:
         best = scores.metrics[self._best_metric]
         if best > state.best:
             state.best = best
-            _write_weights(self._storage, _BEST_WEIGHTS, state.detector)
-            self._journal.artifact(_BEST_WEIGHTS, "")
+            _write_weights(self._storage, BEST_WEIGHTS, state.detector)
+            self._journal.artifact(BEST_WEIGHTS, "")
         # once, at the end: the detections of a whole validation set are a large file
         if state.step == self._loop.steps:
             for kind, results in scores.results.items():
@@ -360,7 +389,7 @@ def _finish(
     journal.progress("finishing", state.step, None)
     attempt.store.check_claim()
     journal.finish_series(_SERIES)
-    for path in (_LAST_WEIGHTS, _SERIES):
+    for path in (LAST_WEIGHTS, _SERIES):
         journal.artifact(path, "")
     total_s = max(state.train_seconds, 1e-9)
     rates = {
@@ -394,9 +423,9 @@ def _artifact_paths(scores: Scores, storage: Files) -> dict[str, str]:
     if pictures:
         paths["picture/last"] = f"{_PICTURES}/{pictures[-1]}"
     # a metric of -1, where there is nothing to evaluate, chooses no weights
-    if storage.exists(_BEST_WEIGHTS):
-        paths["weights/best"] = _BEST_WEIGHTS
-    return paths | {"weights/last": _LAST_WEIGHTS, "series": _SERIES, "config": _CONFIG}
+    if storage.exists(BEST_WEIGHTS):
+        paths["weights/best"] = BEST_WEIGHTS
+    return paths | {"weights/last": LAST_WEIGHTS, "series": _SERIES, "config": CONFIG_FILE}
 
 
 def _detections(kind: str) -> str:
@@ -414,7 +443,9 @@ def _failed(attempt: _Attempt, error: Exception) -> Outcome:
     """The outcome on which all ranks agree, written by each: rank 0 may be the one that is dead."""
     spec, world, storage = attempt.spec, attempt.world, attempt.storage
     own = cause_of(error, world.rank)
-    explained = own.error_class == "person" or isinstance(error, DivergedError | FencedError)
+    explained = own.error_class == "person" or isinstance(
+        error, DivergedError | FencedError | FullDiskError | UnreachableStoreError
+    )
     # a traceback helps nobody with an error that its line explains
     print(f"rank {world.rank} ends: {own.error}" if explained else own.details, flush=True)
     try:
