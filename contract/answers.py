@@ -84,6 +84,12 @@ LastProgress: TypeAlias = Annotated[
 ]
 
 
+class Accepted(Message):
+    """A study that the service would take."""
+
+    trials: int
+
+
 class TrialView(Message):
     trial: str  # id, also the name of its folder
     key: str
@@ -98,6 +104,7 @@ class TrialView(Message):
     error_class: str = ""
     why: str = ""  # why the trial waits, or what MLflow lacks of one that is over, in words
     cached_from: str = ""  # the trial that has the result
+    cached_name: str = ""  # the same as people know it, STUDY:KEY
     identity: str = ""
     storage: str = ""
     mlflow_run_id: str = ""

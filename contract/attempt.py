@@ -60,7 +60,10 @@ SPOOL_LATER = "spool/later-"  # begins the name of a file for each artifact that
 RESULT_FILE = "result.json"
 CHECKPOINT_FOLDER = "checkpoints"
 ARTIFACT_FOLDER = "artifacts"  # config, detections, pictures, weights, metric series
+CONFIG_FILE = f"{ARTIFACT_FOLDER}/config.yaml"
+CATEGORIES_FILE = f"{ARTIFACT_FOLDER}/categories.json"  # COCO's records, in the order of labels
 LAST_WEIGHTS = f"{ARTIFACT_FOLDER}/weights-last.safetensors"  # there once the last step is done
+BEST_WEIGHTS = f"{ARTIFACT_FOLDER}/weights-best.safetensors"
 STOP_FILE = "stop"  # its presence asks all ranks to write a checkpoint and end
 
 

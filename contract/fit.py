@@ -65,6 +65,19 @@ def check_fit(run: RunConfig, train: ManifestHeader, val: ManifestHeader) -> Non
             _check_keypoints(run, run.model.keypoints, field, uri, header)
 
 
+def same_data(run: RunConfig, train_hash: str, val_hash: str) -> str:
+    """What is doubtful about validating on the training data, or "" where the two differ.
+
+    hashes: of the manifests, which are equal for the same images wherever they lie.
+    """
+    if train_hash != val_hash or run.data.filter.holdout:
+        return ""
+    return (
+        f"data.val is data.train ({run.data.val}): AP then says how well the training images are "
+        "known by heart; pack a validation set, or hold out a part with data.filter.holdout"
+    )
+
+
 def _both(
     run: RunConfig, train: ManifestHeader, val: ManifestHeader
 ) -> list[tuple[str, str, ManifestHeader]]:

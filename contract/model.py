@@ -112,6 +112,18 @@ class FileWeights(Record):
     kind: Literal["file"] = "file"
     path: str = Field(min_length=1)
     layout: Literal["backbone", "maskray", "torchvision", "detectron2"] = "backbone"
+    # fresh: the layers that depend on the classes start anew, so a whole detector's weights go with
+    # classes of one's own
+    heads: Literal["loaded", "fresh"] = "loaded"
+
+    @model_validator(mode="after")
+    def _a_backbone_has_no_heads(self) -> FileWeights:
+        if self.layout == "backbone" and self.heads == "fresh":
+            raise ValueError(
+                "heads 'fresh' has no effect with layout 'backbone', which has no heads; leave it "
+                "out, or name a detector's layout: maskray, torchvision or detectron2"
+            )
+        return self
 
 
 Weights: TypeAlias = Annotated[

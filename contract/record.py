@@ -81,7 +81,11 @@ def parse_record(record: type[AnyRecord], data: Any, where: str) -> AnyRecord:
     try:
         return record.model_validate(data)
     except ValidationError as error:
-        problems = [_explain(record, data, problem) for problem in error.errors(include_url=False)]
+        # a field that does not exist first: where `basline` stands, `baseline` is missing, too
+        errors = sorted(
+            error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden"
+        )
+        problems = [_explain(record, data, problem) for problem in errors]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(f"{where}: {problems[0]}{more}") from None
 

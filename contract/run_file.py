@@ -11,6 +11,8 @@ from contract.presets import run_preset
 from contract.recipe import RunConfig, apply_overrides
 from contract.yaml import parse_value, read_yaml
 
+_ONLY_A_STUDY = {"baseline", "factors", "seeds", "design", "question"}
+
 
 def read_run_file(path: Path) -> dict[str, JsonValue]:
     """The file's run as nested data with every default. Datasets that it does not name are absent.
@@ -19,6 +21,11 @@ def read_run_file(path: Path) -> dict[str, JsonValue]:
     FileNotFoundError, in one line.
     """
     data, _ = read_yaml(path)
+    if "baseline" in data and (own := sorted(data.keys() & _ONLY_A_STUDY)):
+        raise ValueError(
+            f"{path}: is a study, not a run (it has {own[0]!r}); "
+            f'"maskray run {path}" runs it with all its trials'
+        )
     name = data.pop("preset", "")
     if not isinstance(name, str):
         raise ValueError(f"{path}: preset: {name!r} is no name; write e.g. `preset: tiny`")

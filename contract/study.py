@@ -29,6 +29,8 @@ FinalState = Literal["done", "failed", "cancelled", "spared"]
 FINAL_STATES: tuple[FinalState, ...] = get_args(FinalState)  # of trials and of studies
 LIVE_TRIALS: tuple[LiveTrialState, ...] = get_args(LiveTrialState)  # an attempt is under way
 
+_MOST_SEEDS = 1000
+
 _LEAST, _MOST = 1e-4, 1e6  # of a resource: Ray's unit, and far more than a rank can use
 
 
@@ -199,6 +201,12 @@ class Study(Record):
     @field_validator("seeds", mode="before")
     @classmethod
     def _numbers(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            if not 1 <= value <= _MOST_SEEDS:
+                raise ValueError(
+                    f"a number stands for so many seeds, from 0 on; give 1 to {_MOST_SEEDS:,}"
+                )
+            return tuple(range(value))
         if isinstance(value, list | tuple) and (
             not value or any(isinstance(seed, bool) for seed in value)
         ):

@@ -257,23 +257,28 @@ class Detector(nn.Module):
         float (N, H, W), a pixel belongs to the object where it reaches 0.5. keypoints: (N, P, 3) as
         x, y, 1, and keypoints_scores: (N, P). Raises ValueError for any other tensor.
         """
+        detections = self.detect_image(image)
+        height, width = image.shape[-2:]
+        with torch.no_grad():
+            return self._as_torchvision(detections, height, width)
+
+    def detect_image(self, image: Tensor, image_id: int = 0) -> Detections:
+        """As `predict_image`, in the form of `predict`: a batch of one."""
         check_image(image)
         if self.rpn is None:
             raise ValueError(
                 "proposals.kind is 'fixed': "
                 "this model predicts batches that carry proposals, not images"
             )
-        height, width = image.shape[-2:]
-        original = torch.tensor([[height, width]], device=image.device)
+        original = torch.tensor([list(image.shape[-2:])], device=image.device)
         with self._inference():
             pixels, size = self.image_size.enter(image, self.normalise)
             sizes = torch.tensor([size], device=image.device)
             maps, outputs = self._read(pixels)
             assert outputs is not None
             proposals = self.rpn.propose(outputs, sizes, training=False)
-            no_id = torch.zeros(1, dtype=torch.int64)
-            detections = self._detect(maps, proposals, sizes, original, no_id)
-            return self._as_torchvision(detections, height, width)
+            ids = torch.tensor([image_id], dtype=torch.int64)
+            return self._detect(maps, proposals, sizes, original, ids)
 
     def _as_torchvision(self, detections: Detections, height: int, width: int) -> dict[str, Tensor]:
         kept = detections.valid[0]

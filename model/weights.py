@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,9 +68,48 @@ _MARKS = {
 }
 
 
-def load_initial(detector: Detector, state: Mapping[str, Tensor], layout: str) -> None:
+# The layers whose outputs are counted by class: `heads: fresh` draws them anew.
+_PREDICTORS = ("box.class_logits.", "box.offsets.", "mask.head.logits.", "keypoints.logits.")
+# the tasks that a file may have and a model may not, or the other way round
+_BRANCHES = ("mask.", "keypoints.")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What became of the detector's tensors, by name: from the file, or as they were drawn.
+
+    left: the file's own names of what the model has no place for.
+    """
+
+    loaded: tuple[str, ...]
+    fresh: tuple[str, ...]
+    left: tuple[str, ...]
+
+    @property
+    def heads_are_fresh(self) -> bool:
+        """Whether a whole detector was asked for without its predictors."""
+        return any(name.startswith("box.class_logits.") for name in self.fresh) and any(
+            name.startswith("rpn.") for name in self.loaded
+        )
+
+    def line(self) -> str:
+        """The counts, with the names of the layers that are fresh."""
+        layers = sorted({name.rpartition(".")[0] for name in self.fresh})
+        left = f"; {len(self.left)} of the file's are left out" if self.left else ""
+        return (
+            f"{len(self.loaded)} tensors are loaded, {len(self.fresh)} are fresh "
+            f"({', '.join(layers)}){left}"
+        )
+
+
+def load_initial(
+    detector: Detector, state: Mapping[str, Tensor], layout: str, fresh_heads: bool = False
+) -> Loaded:
     """Loads `state` in place. Raises ValueError if a tensor is missing, left over or of another
     shape.
+
+    fresh_heads: the predictors keep what the detector has, and so does a branch of a task that the
+    file lacks; a branch that the detector lacks stays in the file.
 
     layout: "backbone" is a torchvision classifier's (its ImageNet classes are dropped, and so are
     stages that the model does not build), "maskray" a detector of ours, "torchvision" and
@@ -79,14 +119,34 @@ def load_initial(detector: Detector, state: Mapping[str, Tensor], layout: str) -
     if layout == "torchvision":
         state = _of_used_classes(state, detector.box.num_classes)
     match layout:
-        case "backbone":
-            _load_backbone(detector, state)
-        case "maskray":
-            _load_strictly(detector, state, {name: name for name in state}, layout)
         case "torchvision":
-            _load_strictly(detector, from_torchvision(state), _torchvision_names(state), layout)
+            ours, names = from_torchvision(state), _torchvision_names(state)
         case "detectron2":
-            _load_strictly(detector, from_detectron2(state), _detectron2_names(state), layout)
+            ours, names = from_detectron2(state), _detectron2_names(state)
+        case "maskray":
+            ours, names = dict(state), {name: name for name in state}
+        case _:
+            return _load_backbone(detector, state)
+    own = detector.state_dict()
+    fresh, left = _fresh_and_left(own, ours) if fresh_heads else (set[str](), set[str]())
+    ours = {name: value for name, value in ours.items() if name not in fresh | left}
+    _load_strictly(detector, ours | {name: own[name] for name in fresh}, names, layout)
+    return Loaded(tuple(ours), tuple(sorted(fresh)), tuple(sorted(names[n] for n in left)))
+
+
+def _fresh_and_left(
+    own: Mapping[str, Tensor], file: Mapping[str, Tensor]
+) -> tuple[set[str], set[str]]:
+    """With new heads: the detector's names that stay as drawn, the file's that nothing takes."""
+    lacks = tuple(branch for branch in _BRANCHES if not _has(file, branch))
+    fresh = {name for name in own if name.startswith((*_PREDICTORS, *lacks))}
+    left = {name for name in file if name.startswith(_BRANCHES) and not _has(own, name)}
+    return fresh, left
+
+
+def _has(state: Mapping[str, Tensor], name: str) -> bool:
+    branch = name.partition(".")[0] + "."
+    return any(other.startswith(branch) for other in state)
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> State:
@@ -225,6 +285,12 @@ def _detectron2_residual(name: str) -> str:
     return f"{where}.{block}.{conv}.{field}"
 
 
+def layout_of(state: Mapping[str, Tensor]) -> str:
+    """The layout whose names the state dict has; "" for none."""
+    layouts = (name for name, marks in _MARKS.items() if any(mark in state for mark in marks))
+    return next(layouts, "")
+
+
 def _check_layout(state: Mapping[str, Tensor], layout: str) -> None:
     """Raises ValueError if there is no such layout, or if the names in `state` are those of
     another.
@@ -238,7 +304,7 @@ def _check_layout(state: Mapping[str, Tensor], layout: str) -> None:
             )
 
 
-def _load_backbone(detector: Detector, state: Mapping[str, Tensor]) -> None:
+def _load_backbone(detector: Detector, state: Mapping[str, Tensor]) -> Loaded:
     # Whole layers of the file may have no place here, but a layer that has one must fit.
     own = detector.state_dict()
     names = {_backbone_name(name, own): name for name in state if _is_wanted(name, own)}
@@ -251,6 +317,8 @@ def _load_backbone(detector: Detector, state: Mapping[str, Tensor]) -> None:
     _load_strictly(
         detector, {**own, **{ours: state[name] for ours, name in names.items()}}, names, "backbone"
     )
+    left = set(state) - set(names.values())
+    return Loaded(tuple(names), tuple(sorted(own.keys() - names.keys())), tuple(sorted(left)))
 
 
 def _is_wanted(name: str, own: Mapping[str, Tensor]) -> bool:
@@ -307,10 +375,15 @@ def _load_strictly(
     _check_names(set(own), {name: names.get(name, name) for name in state}, layout)
     for name, value in state.items():
         if own[name].shape != value.shape:
+            remedy = (
+                "for other classes than the file's set model.weights.heads to 'fresh', which draws "
+                "the layers that depend on classes anew; else check num_classes"
+                if name.startswith(_PREDICTORS)
+                else "check num_classes and the widths in the config"
+            )
             raise ValueError(
                 f"weights: {names[name]!r} has shape {tuple(value.shape)}, "
-                f"the model {tuple(own[name].shape)}; "
-                "check num_classes and the widths in the config"
+                f"the model {tuple(own[name].shape)}; {remedy}"
             )
         if own[name].is_floating_point() and not value.is_floating_point():
             raise ValueError(

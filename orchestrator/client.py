@@ -14,6 +14,7 @@ import httpx
 from pydantic import BaseModel
 
 from contract.answers import (
+    Accepted,
     ChangedStudy,
     ChangedTrial,
     Check,
@@ -101,6 +102,11 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def where(self) -> str:
+        """Whose service this is: that of a folder, or the one at an address."""
+        root = self.connection.root
+        return f"at {self.connection.url}" if root is None else f"in {root}"
+
     def health(self) -> Health:
         return self._call(Health, "GET", "/v1/health")
 
@@ -113,6 +119,13 @@ class Client:
         body = submission.model_dump_json().encode()
         headers = {"Content-Type": "application/json"}
         return self._call(Submitted, "POST", "/v1/studies", content=body, headers=headers)
+
+    def check(self, submission: Submission) -> Accepted:
+        """Raises ValueError for what `submit` would be refused for; keeps nothing."""
+        body = submission.model_dump_json().encode()
+        headers = {"Content-Type": "application/json"}
+        path = "/v1/studies/check"
+        return self._call(Accepted, "POST", path, content=body, headers=headers)
 
     def studies(self, trials: bool = True) -> list[StudyView]:
         """All studies; without `trials` only with their counts by state."""

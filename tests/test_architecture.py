@@ -29,15 +29,15 @@ CONTRACT_MAY = {
 SHELVES = {
     "model": (
         *("boxes", "initial", "losses", "pixels", "sample_hash", "structures", "matching"),
-        *("backbone", "rpn", "roi", "branches", "detector", "build", "weights", "cpu"),
+        *("backbone", "rpn", "roi", "branches", "detector", "build", "weights", "export", "cpu"),
         *("gpu", "accelerate"),
     ),
     "pipelines": (
         *("progress", "coco", "shards", "pack", "load", "evaluate", "inspect", "__main__"),
     ),
     "workers": (
-        *("trial", "tracking", "pretrained", "training"),
-        *("train", "ray_entry", "propose", "probe", "rescore", "sync"),
+        *("trial", "tracking", "pretrained", "training", "inference"),
+        *("train", "ray_entry", "propose", "probe", "rescore", "sync", "predict", "export"),
     ),
     "orchestrator": (
         *("settings", "trial_folder", "client", "study", "travel", "ledger", "cluster"),

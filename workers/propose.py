@@ -9,24 +9,19 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
-from contract.attempt import ARTIFACT_FOLDER, LAST_WEIGHTS
+from contract.attempt import LAST_WEIGHTS
 from contract.command import run_command
 from contract.files import Files
-from contract.machine.folders import scratch
 from contract.model import FixedProposals
-from contract.recipe import RunConfig, parse_run
-from contract.yaml import parse_yaml
-from model.accelerate import accelerate
-from model.build import build_detector
+from contract.recipe import RunConfig
 from model.detector import Detector
 from pipelines.load.loader import EvalLoader
 from pipelines.load.proposals import Boxes, write_proposals
 from pipelines.shards.dataset import open_dataset
+from workers.inference.trained import run_config, trained_run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,9 +46,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _propose(arguments: argparse.Namespace) -> int:
     storage = Files(arguments.run)
-    run = trained_run(storage)
+    run = trained_with_rpn(storage)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    detector = trained_detector(run, storage, device)
+    detector = trained_run(storage, LAST_WEIGHTS, device).detector
     images = write_proposals(arguments.out, proposals(run, detector, device))
     if arguments.json:
         print(json.dumps({"out": arguments.out, "images": images}))
@@ -62,40 +57,18 @@ def _propose(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def trained_run(storage: Files) -> RunConfig:
+def trained_with_rpn(storage: Files) -> RunConfig:
     """The configuration of a finished run.
 
     Raises ValueError if there is none, or if it has no RPN.
     """
-    try:
-        text = storage.read(f"{ARTIFACT_FOLDER}/config.yaml").decode()
-    except FileNotFoundError:
-        raise ValueError(
-            f"{storage.uri}: no run there ({ARTIFACT_FOLDER}/config.yaml is missing)"
-        ) from None
-    run = parse_run(parse_yaml(text, storage.uri), storage.uri)
+    run = run_config(storage)
     if isinstance(run.model.proposals, FixedProposals):
         raise ValueError(
             f"{storage.uri}: model.proposals.kind is 'fixed', it has no RPN; "
             "take a run that trained one"
         )
     return run
-
-
-def trained_detector(
-    run: RunConfig, storage: Files, device: torch.device | str = "cpu"
-) -> Detector:
-    """The detector with the run's last weights, ready to predict."""
-    if not storage.exists(LAST_WEIGHTS):
-        raise ValueError(
-            f"{storage.uri}: has no {LAST_WEIGHTS}; the run is not finished, resume it first"
-        )
-    detector = build_detector(run.model, run.seed).to(device)
-    accelerate(detector)
-    # safetensors reads local files alone; behind a URI this is a copy
-    with scratch("weights") as folder:
-        detector.load_state_dict(load_file(storage.fetch(LAST_WEIGHTS, Path(folder))))
-    return detector.eval()
 
 
 def proposals(

@@ -5,9 +5,13 @@ For that reason a command imports what it needs inside its function, and not at 
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from orchestrator.cli import change, compare, doctor, reproduce, service, show, spawned, studies
+from orchestrator.cli.reference import presets
 
 app = typer.Typer(
     name="maskray",
@@ -19,6 +23,23 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"maskray {version('maskray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every_command(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Options before a command."""
+
+
 # The order here is the order in `maskray --help`.
-for group in (spawned, studies, compare, show, change, service, reproduce, doctor):
+for group in (spawned, studies, presets, compare, show, change, service, reproduce, doctor):
     group.register(app)

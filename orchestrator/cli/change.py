@@ -46,7 +46,7 @@ def _action_command(action: StudyAction) -> Callable[..., None]:
         client = open_client()
         if (action == "cancel" or action == "retry") and is_trial(client, target):
             trial = client.act_on_trial(trial_id(client, target), action)
-            words = _sentence(f"trial {trial.trial}", action, trial.changed, "")
+            words = _sentence(f"trial {target}", action, trial.changed, "")
             print_result(trial, words, json)
             return
         view = client.act_on_study(study_id(client, target), action)

@@ -14,7 +14,7 @@ from contract.answers import StudyView, TrialView
 from contract.attempt import Progress
 from contract.study import FINAL_STATES
 from contract.words import printable
-from orchestrator.cli.options import print_json
+from orchestrator.cli.options import print_json, say
 from orchestrator.cli.tables import LEAST_COLUMNS, in_two_units, study_table
 from orchestrator.client import Client
 
@@ -24,18 +24,16 @@ _SHOWN = ("bbox/AP", "segm/AP", "segm/AP75", "keypoints/AP")
 
 
 def follow(client: Client, study: str, mode: Literal["live", "json", "silent"]) -> StudyView:
-    """Shows `study` until its state is final or paused. Returns its last view."""
+    """Shows `study` until its state is final. Returns its last view."""
     console = Console(stderr=True)
     # Lines on a narrow terminal: a table that the terminal wraps cannot be drawn over.
     if mode == "live" and sys.stderr.isatty() and console.width >= LEAST_COLUMNS:
         with Live(console=console, auto_refresh=False) as live:
             return _poll(client, study, lambda view: live.update(study_table(view), refresh=True))
     if mode == "live":
-        return _poll(
-            client, study, _Lines(lambda line, _: print(line, file=sys.stderr, flush=True))
-        )
+        return _poll(client, study, _Lines(lambda line, _: say(line), say))
     if mode == "json":
-        return _poll(client, study, _Lines(lambda _, trial: print_json(trial.model_dump())))
+        return _poll(client, study, _Lines(lambda _, trial: print_json(trial.model_dump()), say))
     return _poll(client, study, lambda _: None)
 
 
@@ -43,19 +41,28 @@ def _poll(client: Client, study: str, show: Callable[[StudyView], None]) -> Stud
     while True:
         view = client.study(study)
         show(view)
-        if view.state != "active":  # a paused study may wait for days
+        # A paused study goes on some day, and whoever waits for its end waits for that.
+        if view.state in FINAL_STATES:
             return view
         time.sleep(_POLL_S)
 
 
 class _Lines:
-    """Calls `emit(line, trial)` for each trial whose state changed or whose last line is old."""
+    """Calls `emit(line, trial)` for each trial whose state changed or whose last line is old.
 
-    def __init__(self, emit: Callable[[str, TrialView], None]) -> None:
-        self._emit = emit
+    `tell` gets a line when the study is paused and when it goes on.
+    """
+
+    def __init__(self, emit: Callable[[str, TrialView], None], tell: Callable[[str], None]) -> None:
+        self._emit, self._tell = emit, tell
+        self._paused = False
         self._last: dict[str, tuple[str, float]] = {}
 
     def __call__(self, view: StudyView) -> None:
+        if self._paused != (view.state == "paused"):
+            self._paused = not self._paused
+            how = f'paused; "maskray resume {view.study}" goes on' if self._paused else view.state
+            self._tell(f"study {view.study}: {how}")
         for trial in view.trials:
             state, at = self._last.get(trial.trial, ("", 0.0))
             now = time.monotonic()
@@ -69,7 +76,7 @@ def _line(view: StudyView, trial: TrialView) -> str:
     done = sum(other.state in FINAL_STATES for other in view.trials)
     words = [f"[{done}/{len(view.trials)}]", trial.key, trial.state]
     if trial.cached_from:
-        words.append(f"(taken from trial {trial.cached_from})")
+        words.append(f"(taken from trial {trial.cached_name or trial.cached_from})")
     if trial.state in FINAL_STATES:
         words += [
             f"{name} {100 * value:.1f}"

@@ -21,7 +21,7 @@ def study_id(client: Client, name: str) -> str:
     """The id of the study that `name` means: an id, the newest study of that name, or `last`."""
     views = sorted(client.studies(trials=False), key=lambda view: view.created_at)
     if not views:
-        raise ValueError(f"study {name!r}: there are no studies yet")
+        raise ValueError(f"study {name!r}: there are no studies yet {client.where()}")
     if name == "last":
         return views[-1].study
     matches = [view.study for view in views if name in (view.study, view.name)]

@@ -40,7 +40,7 @@ def status(
     if json:
         print_json({"studies": [view.model_dump() for view in views]})
     else:
-        tables.print_studies(views)
+        tables.print_studies(views, client.where())
 
 
 def watch(study: StudyId, json: JsonLines = False, debug: Debug = False) -> int:
@@ -69,7 +69,7 @@ def logs(
 ) -> None:
     """Print the log of one rank of a trial."""
     client = open_client()
-    trial = trial_id(client, trial)
+    named, trial = trial, trial_id(client, trial)
     offset = 0
     hinted = False
     parts: list[str] = []
@@ -90,7 +90,7 @@ def logs(
         offset = page.next
         if not offset and not hinted:
             hinted = True  # once: with --follow the same page is asked for again and again
-            say(f"trial {trial}: {'nothing written' if page.attempt else 'not started'} yet")
+            say(f"trial {named}: {'nothing written' if page.attempt else 'not started'} yet")
         if at_end and (page.done or not follow):
             break
         if at_end:

@@ -56,18 +56,27 @@ def plan(
     study: StudyFile, data: Data = "", code: Code = "", json: AsJson = False, debug: Debug = False
 ) -> None:
     """Show what a study would run: trials, ranks, identities, what is cached. Starts nothing."""
-    from orchestrator.local.connect import running_client
+    from orchestrator.local.connect import local_settings, running_client
+    from orchestrator.local.stack import own_nodes
     from orchestrator.results.planning.foresight import measured_spread
     from orchestrator.results.planning.plan import gangs_at_once, make_plan, measured_speeds
+    from orchestrator.server import accept
 
     submission, _ = _prepare(study, data, code)
     client = running_client()  # a plan starts no service: without one nothing is cached either
+    if client:
+        client.check(submission)
+    else:
+        settings = local_settings(Path.cwd())
+        accept.check_plan(submission, settings, own_nodes(settings), runs=True)
     finished = client.finished([trial.identity for trial in submission.trials]) if client else {}
     views = client.studies() if client else []
     speeds = measured_speeds(submission.study.name, views)
     spread = measured_spread(submission.study.baseline.preset, views)
     gangs = gangs_at_once(submission.study, client.info().cluster.nodes) if client else 0
-    result = make_plan(submission, finished, speeds, gangs, spread)
+    # as the tables call them
+    names = {trial.trial: f"{view.study}:{trial.key}" for view in views for trial in view.trials}
+    result = make_plan(submission, finished, speeds, gangs, spread, names)
     print_result(result.as_json(), result.text(), json)
 
 
@@ -159,17 +168,25 @@ def _print_form(data: bytes, name: str, out: Path | None, json: bool) -> None:
 
 
 def schema(
-    what: Annotated[str, typer.Argument(metavar="study|run", help="Which record to describe.")],
+    what: Annotated[
+        str, typer.Argument(metavar="study|run|fields", help="A record, or the page of all fields.")
+    ],
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Print the JSON Schema of a study or a run file, for editors."""
+    """Print the JSON Schema of a study or a run file for editors, or all fields for people."""
     from contract.recipe import RunConfig
     from contract.study import Study
+    from orchestrator.cli.reference.fields import fields_page
+
+    if what == "fields":
+        page = fields_page()
+        print_result({"page": page}, page, json)
+        return
 
     records: dict[str, type[BaseModel]] = {"study": Study, "run": RunConfig}
     if what not in records:
-        raise ValueError(f"schema {what!r}: there are 'study' and 'run'")
+        raise ValueError(f"schema {what!r}: there are 'study', 'run' and 'fields'")
     described = records[what].model_json_schema()
     print_result(described, jsonlib.dumps(described, indent=2), json)
 

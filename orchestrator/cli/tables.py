@@ -27,9 +27,10 @@ _STYLES = {
 }
 
 
-def print_studies(views: Sequence[StudyView]) -> None:
+def print_studies(views: Sequence[StudyView], where: str) -> None:
+    """where: whose studies they are, in words that follow "no studies yet"."""
     if not views:
-        print('no studies yet; "maskray run STUDY.yaml" starts one')
+        print(f'no studies yet {where}; "maskray run STUDY.yaml" starts one')
         return
     table = _table("study", "name", "owner", "state", "priority", "ended", "age")
     for view in views:
@@ -98,7 +99,8 @@ def study_table(view: StudyView) -> RenderableType:
             notes.append(_note(f"{trial.key}: {trial.why}", "yellow"))
         notes.extend(_note(f"{trial.key}: {event.text}", "yellow") for event in trial.events)
     notes.extend(_note(f"warning: {warning}", "yellow") for warning in view.warnings)
-    title = Text(f"{view.name} ({view.study}): {view.state}", "bold")
+    goes_on = f"; maskray resume {view.study} goes on" if view.state == "paused" else ""
+    title = Text(f"{view.name} ({view.study}): {view.state}{goes_on}", "bold")
     return Group(title, table, *notes)
 
 

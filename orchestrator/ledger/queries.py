@@ -153,6 +153,16 @@ def trials(transaction: Transaction, study: str = "") -> list[TrialBrief]:
     return _rows(transaction, TrialBrief, query)
 
 
+def trial_names(transaction: Transaction, ids: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Study and key of the trials that there are, by id."""
+    names: dict[str, tuple[str, str]] = {}
+    for start in range(0, len(ids), 500):  # SQLite's limit of parameters
+        query = select(TRIALS.c.id, TRIALS.c.study, TRIALS.c.key)
+        rows = transaction.execute(query.where(TRIALS.c.id.in_(ids[start : start + 500])))
+        names |= {row.id: (row.study, row.key) for row in rows}
+    return names
+
+
 def trial_plans(transaction: Transaction, study: str) -> list[TrialPlan]:
     """The study's trials as they were submitted, in their order."""
     names = list(TrialPlan.model_fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -103,8 +104,7 @@ def _configured(environment: Mapping[str, str]) -> Connection | None:
 def ensure_local_service(root: Path) -> Connection:
     """The living service of `root`, started if there is none; Ray and MLflow come up behind it."""
     home = state_folder(root)
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _locked(home):
+    with _writable(home), _locked(home):
         running = _find(home)
         if running is not None:
             return running
@@ -184,6 +184,27 @@ def _await(child: ChildRecord, home: Path) -> Connection:
     raise RuntimeError(
         f"the local service did not start: {lines[-1] if lines else 'it said nothing'}; see {log}"
     )
+
+
+@contextmanager
+def _writable(home: Path) -> Iterator[None]:
+    """Makes `home`. Raises ValueError or RuntimeError of one line where it cannot be written."""
+    try:
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        yield
+    except OSError as error:
+        match error.errno:
+            case errno.EROFS | errno.EACCES | errno.EPERM:
+                raise ValueError(
+                    f"{home} cannot be written ({error.strerror}), and maskray keeps its service "
+                    "there; go to a folder of your own, or set MASKRAY_SERVER to a running service"
+                ) from error
+            case errno.ENOSPC | errno.EDQUOT:
+                raise RuntimeError(
+                    f"no space left for {home} ({error.strerror}); free some, or go to a folder on "
+                    "another disk"
+                ) from error
+        raise
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.cluster.nodes import Node
 from orchestrator.local.processes import (
     ChildRecord,
     end_child,
@@ -119,6 +120,23 @@ def local_cpus(settings: ServiceSettings) -> int:
     """CPUs of the local head."""
     # Not cpu_count: this process may be pinned to fewer CPUs than the machine has.
     return settings.ray_cpus or len(os.sched_getaffinity(0))
+
+
+def own_nodes(settings: ServiceSettings) -> list[Node]:
+    """What the local head would hold; nothing where the service drives another cluster."""
+    if settings.ray != "local":
+        return []
+    gpus = settings.ray_gpus if settings.ray_gpus >= 0 else _gpus_here()
+    total = {"CPU": float(local_cpus(settings)), "GPU": float(gpus), **settings.ray_resources}
+    return [Node("this machine", total, total)]
+
+
+def _gpus_here() -> int:
+    """How many GPUs Ray would find; the devices of NVIDIA's driver, less what is hidden."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is None:
+        return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return len([name for name in hidden.split(",") if name.strip() not in ("", "-1")])
 
 
 def ray_mark(home: Path) -> str:

@@ -82,7 +82,7 @@ def notes_of(view: StudyView, facts: Facts, comparison: Comparison) -> list[str]
     if comparison.baseline is None or not comparison.baseline.metrics:
         notes.append("the baseline arm has no finished trial, so there are no differences")
     notes += [
-        f"{trial.key}: taken from trial {trial.cached_from}"
+        f"{trial.key}: taken from trial {trial.cached_name or trial.cached_from}"
         for trial in view.trials
         if trial.cached_from
     ]

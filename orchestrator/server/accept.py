@@ -24,11 +24,25 @@ from orchestrator.settings import (
 )
 
 
-def check(submission: Submission, settings: ServiceSettings, nodes: Sequence[Node]) -> None:
+def check(
+    submission: Submission, settings: ServiceSettings, nodes: Sequence[Node], runs: bool = True
+) -> None:
     """Raises ValueError of one line for what this service will never run.
 
-    nodes: empty while the cluster is not known.
+    nodes: empty while the cluster is not known. runs: whether a trial has no result yet; without
+    one the study needs no cluster.
     """
+    if submission.code and not code_files(settings).exists(code_name(submission.code)):
+        raise ValueError(
+            f"code: package {submission.code[:12]} was not uploaded; PUT it to /v1/code first"
+        )
+    check_plan(submission, settings, nodes, runs)
+
+
+def check_plan(
+    submission: Submission, settings: ServiceSettings, nodes: Sequence[Node], runs: bool
+) -> None:
+    """As `check`, of a study whose code stays where it is."""
     study = submission.study
     keys = [trial.key for trial in submission.trials]
     if len(set(keys)) < len(keys):
@@ -40,11 +54,8 @@ def check(submission: Submission, settings: ServiceSettings, nodes: Sequence[Nod
             "resources.gpus_per_rank is 0; remove one"
         )
     check_gpus(study.resources)
-    if submission.code and not code_files(settings).exists(code_name(submission.code)):
-        raise ValueError(
-            f"code: package {submission.code[:12]} was not uploaded; PUT it to /v1/code first"
-        )
-    _check_size(gang_of(study), settings, nodes)
+    if runs:
+        _check_size(gang_of(study), settings, nodes)
     _check_paths(submission, settings)
 
 
@@ -139,6 +150,14 @@ def _within_uri(value: SplitResult, root: SplitResult) -> bool:
 
 def _below(path: str, base: str) -> bool:
     return path == base or path.startswith(base.rstrip("/") + "/")
+
+
+def has_trials_to_run(transaction: Transaction, submission: Submission) -> bool:
+    """Whether some trial of the submission has no result yet."""
+    if submission.fresh:
+        return True
+    identities = {trial.identity for trial in submission.trials}
+    return len(queries.finished_by_identity(transaction, list(identities))) < len(identities)
 
 
 def accept(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from contract.answers import (
@@ -23,6 +24,7 @@ from orchestrator.schedule.decide import Wait
 from orchestrator.schedule.gang import needs
 from orchestrator.schedule.run_spec import gang_of
 
+_TRIAL = re.compile(r"\btrial ([A-Za-z0-9._-]+-\d{3,})")  # an id, in words of the queue
 _PAUSED = "its study is paused"
 _STOPPING: Mapping[Wish, str] = {
     "cancel": "is being cancelled",
@@ -39,8 +41,12 @@ def study_views(
     attempts = queries.attempts_of(transaction, study) if study else {}
     counts = queries.trial_counts(transaction, study)
     trials: dict[str, list[TrialBrief]] = {}
-    for trial in queries.trials(transaction, study) if with_trials else ():
+    every = queries.trials(transaction, study) if with_trials else []
+    for trial in every:
         trials.setdefault(trial.study, []).append(trial)
+    waits = {trial.id: waits[trial.id] for trial in every if trial.id in waits}
+    waits = _with_names(transaction, waits)
+    sources = queries.trial_names(transaction, [t.cached_from for t in every if t.cached_from])
     return [
         StudyView(
             study=row.id,
@@ -57,7 +63,7 @@ def study_views(
             looks=[LookTaken.model_validate(look) for look in row.looks],
             verdicts=[Standing.model_validate(verdict) for verdict in row.verdicts],
             trials=[
-                _trial_view(row, trial, waits, attempts.get(trial.id, []))
+                _trial_view(row, trial, waits, attempts.get(trial.id, []), sources)
                 for trial in trials.get(row.id, [])
             ],
         )
@@ -65,8 +71,23 @@ def study_views(
     ]
 
 
+def _with_names(transaction: Transaction, waits: Mapping[str, Wait]) -> dict[str, Wait]:
+    """The same words with STUDY:KEY, which the tables show, in the place of trials' ids."""
+    ids = {found for wait in waits.values() for found in _TRIAL.findall(wait.why)}
+    names = queries.trial_names(transaction, sorted(ids))
+
+    def name(found: re.Match[str]) -> str:
+        return f"trial {':'.join(names.get(found[1], (found[1],)))}"
+
+    return {trial: wait._replace(why=_TRIAL.sub(name, wait.why)) for trial, wait in waits.items()}
+
+
 def _trial_view(
-    study: StudyRow, trial: TrialBrief, waits: Mapping[str, Wait], attempts: Sequence[AttemptRow]
+    study: StudyRow,
+    trial: TrialBrief,
+    waits: Mapping[str, Wait],
+    attempts: Sequence[AttemptRow],
+    sources: Mapping[str, tuple[str, str]],
 ) -> TrialView:
     progress = trial.progress
     # The ledger holds the progress of the attempt before until the ranks of a new one write theirs.
@@ -86,6 +107,7 @@ def _trial_view(
         error_class=trial.error_class,
         why=_why(trial.state, trial.wish, study.state == "paused", waits.get(trial.id)),
         cached_from=trial.cached_from,
+        cached_name=":".join(sources.get(trial.cached_from, (trial.cached_from,))),
         identity=trial.identity,
         storage=trial.folder,
         mlflow_run_id=trial.mlflow_run_id,
@@ -146,6 +168,7 @@ def queue(transaction: Transaction, waits: Mapping[str, Wait]) -> QueueView:
     # once for each study, not for each of its thousand trials
     studies = {trial.study.id: trial.study for trial in trials}
     wants = {study.id: needs(gang_of(study.spec)) for study in studies.values()}
+    waits = _with_names(transaction, waits)
     entries = [_entry(trial, wants[trial.study.id], waits) for trial in trials]
     waiting = [entry for entry in entries if entry.state == "queued"]
     # position 0 waits for something else than resources: such trials come last

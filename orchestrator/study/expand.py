@@ -10,7 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from contract.fit import check_fit
+from contract.fit import check_fit, same_data
 from contract.metrics import metric_names
 from contract.recipe import RunConfig
 from contract.study import Study, TrialPlan
@@ -73,16 +73,19 @@ def expand(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Ex
     )
     manifest = cache(read_manifest)  # most arms share their datasets, which may lie in a bucket
     trials: list[TrialPlan] = []
+    doubts: list[str] = []
     for arm, run in zip(arms, runs, strict=True):
         try:
             train, val = manifest(run.data.train, "data.train"), manifest(run.data.val, "data.val")
             check_fit(run, train.header, val.header)
+            doubts.append(same_data(run, train.hash, val.hash))
             _check_ranks(study, run)
             trials += _trials(study, arm, arm == references, run, train, val, code)
         except ValueError as error:
             raise ValueError(f"arm {arm_name(arm)}: {error}") from None
     _refuse_same_identity(trials)
-    return Expansion(tuple(trials), tuple(_warnings(arms, runs)))
+    told = list(dict.fromkeys(doubt for doubt in doubts if doubt))
+    return Expansion(tuple(trials), (*_warnings(arms, runs), *told))
 
 
 # --- arms -------------------------------------------------------------------------------------

@@ -60,8 +60,8 @@ def weights_recipe(model: ModelConfig) -> str:
     match model.weights:
         case NoWeights():
             return "none"
-        case FileWeights(path=path):
-            return f"file {Path(path).name}"
+        case FileWeights(path=path, heads=heads):
+            return f"file {Path(path).name}" + (", heads fresh" if heads == "fresh" else "")
         case TorchvisionWeights(name=name):
             return f"ImageNet, {_checkpoint(model, name)[1]} recipe"
 
@@ -74,11 +74,12 @@ def weights_identity(model: ModelConfig) -> str:
     match model.weights:
         case NoWeights():
             return "none"
-        case FileWeights(path=path, layout=layout):
+        case FileWeights(path=path, layout=layout, heads=heads):
             file = Path(path)
             if not file.is_file():
                 raise ValueError(f"model.weights.path: {path}: there is no such file")
-            return f"{layout}:{_sha256(_chunks(file))}"
+            fresh = ":fresh" if heads == "fresh" else ""
+            return f"{layout}{fresh}:{_sha256(_chunks(file))}"
         case TorchvisionWeights(name=name):
             return _checkpoint(model, name)[0]
 

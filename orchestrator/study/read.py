@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from contract.metrics import check_metric
+from contract.recipe import RunConfig
 from contract.record import nearest, parse_record
 from contract.study import Study, check_gpus
 from contract.yaml import read_yaml
@@ -13,18 +14,37 @@ from orchestrator.study.contrasts import check_forms, parse_arm
 from orchestrator.study.paper import paper_tables
 
 # A trial's key joins factors and levels as "factor=level,factor=level/seed-0".
+_ONLY_A_RUN = RunConfig.model_fields.keys() | {"preset"}  # no field of a study is called so
 _NAME = re.compile(r"[^=,/\x00-\x1f]{1,60}")
 
 
 def read_study(path: Path) -> tuple[Study, str]:
     """The study and the text of its file. Raises ValueError of one line for a mistake in it."""
     data, text = read_yaml(path)
+    if "baseline" not in data and (own := sorted(data.keys() & _ONLY_A_RUN)):
+        raise ValueError(
+            f"{path}: is a run, not a study (it has {own[0]!r} and no 'baseline'); "
+            f'"maskray train {path}" trains it, and a study names it as baseline: {{file: {path}}}'
+        )
+    if isinstance(name := data.get("name"), str):
+        _check_name(name, str(path))
     study = parse_record(Study, data, str(path))
     try:
         check_study(study)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return study, text
+
+
+def _check_name(name: str, where: str) -> None:
+    """Raises ValueError with a name that passes: the pattern alone says it to few."""
+    letters = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")
+    passing = letters[:80].rstrip("-._") or "my-study"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
+        raise ValueError(
+            f"{where}: name: {name!r} must be 1 to 80 letters, digits, dots, dashes and "
+            f"underscores, and begin with a letter or digit; {passing!r} would pass"
+        )
 
 
 def check_study(study: Study) -> None:

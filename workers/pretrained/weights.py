@@ -12,6 +12,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
+from contract.attempt import LAST_WEIGHTS
 from contract.files import file_sha256
 from contract.model import (
     VGG16,
@@ -43,6 +44,11 @@ def initial_weights(
             return _read(_local(weights.path)), weights.layout
         case _:
             assert_never(weights)
+
+
+def fresh_heads(weights: Weights) -> bool:
+    """Whether the layers that depend on classes start anew."""
+    return isinstance(weights, FileWeights) and weights.heads == "fresh"
 
 
 def weights_source(weights: Weights) -> str:
@@ -132,7 +138,9 @@ def _local(path: str) -> Path:
         )
     file = Path(path).expanduser()
     if file.is_dir():
-        raise ValueError(f"model.weights.path {path}: is a folder; give the file in it")
+        own = file / LAST_WEIGHTS
+        which = f", {own} with layout maskray" if own.is_file() else ""
+        raise ValueError(f"model.weights.path {path}: is a folder; give the file in it{which}")
     if not file.exists():
         raise ValueError(f"model.weights.path {path}: there is no such file")
     return file

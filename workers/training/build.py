@@ -12,11 +12,11 @@ from contract.model import FixedProposals, KeypointBranch, MaskBranch, ModelConf
 from contract.recipe import RunConfig
 from model.accelerate import accelerate
 from model.build import build_detector
-from model.weights import load_initial
+from model.weights import Loaded, load_initial
 from pipelines.load.loader import EvalLoader, TrainLoader
 from pipelines.load.proposals import ProposalTable
 from pipelines.shards.dataset import Dataset, open_dataset
-from workers.pretrained.weights import initial_weights, weights_source
+from workers.pretrained.weights import fresh_heads, initial_weights, weights_source
 from workers.training.prefetch import registration
 from workers.training.world import World
 
@@ -41,10 +41,15 @@ def open_datasets(run: RunConfig, cache: str) -> tuple[Dataset, Dataset]:
     return train, val
 
 
-def initial_detector(run: RunConfig, device: torch.device | str = "cpu") -> nn.Module:
+def initial_detector(
+    run: RunConfig,
+    device: torch.device | str = "cpu",
+    tell: Callable[[Loaded], None] = lambda _: None,
+) -> nn.Module:
     """The detector as training begins, on its device and with our kernels for it.
 
-    Raises ValueError if its initial weights do not fit, with the field that names them.
+    tell: is called with what came from a file. Raises ValueError if its initial weights do not fit,
+    with the field that names them.
     """
     # read first: a file that is not there is told before the seconds that a detector takes to build
     weights = initial_weights(run.model.weights, run.model.backbone)
@@ -53,7 +58,7 @@ def initial_detector(run: RunConfig, device: torch.device | str = "cpu") -> nn.M
     if weights is not None:
         # its error knows the names of parameters, not the file that they are from
         try:
-            load_initial(detector, *weights)
+            tell(load_initial(detector, *weights, fresh_heads=fresh_heads(run.model.weights)))
         except ValueError as error:
             raise ValueError(f"{weights_source(run.model.weights)}: {error}") from error
     return detector

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle_tools
 from pydantic import BaseModel
 
@@ -29,10 +29,13 @@ _COLOURS = (
     (254, 228, 64),
 )
 
+_BRIGHT = 140  # of 255: text on a brighter ground is black
+
 Pixels = NDArray[np.uint8]
+Colour: TypeAlias = tuple[int, int, int]
 
 
-class _Object(BaseModel):
+class Drawable(BaseModel):
     """A COCO annotation or result, as far as it is drawn.
 
     segmentation: any of COCO's forms, None without a mask. bbox: x, y, width, height.
@@ -72,15 +75,15 @@ def comparison(dataset: Dataset, results: Mapping[str, Sequence[Mapping[str, Any
         row = dataset.row(number)
         pixels = read_image(row, dataset).permute(1, 2, 0).numpy()
         predicted = [
-            (r["score"], _Object.model_validate(r))
+            (r["score"], Drawable.model_validate(r))
             for r in results[kind]
             if r["image_id"] == row.image_id and r["score"] >= _MIN_SCORE
         ]
         # the best last, on top of the others
         predicted.sort(key=lambda pair: pair[0])
-        annotations = [_Object.model_validate(a.json()) for a in dataset.annotations(row.image_id)]
-        left = _drawn(pixels, [a for a in annotations if not a.iscrowd], names)
-        right = _drawn(pixels, [thing for _, thing in predicted], names)
+        annotations = [Drawable.model_validate(a.json()) for a in dataset.annotations(row.image_id)]
+        left = drawn(pixels, [a for a in annotations if not a.iscrowd], names)
+        right = drawn(pixels, [thing for _, thing in predicted], names)
         rows.append(np.concatenate([left, _gap(left.shape[0], _GAP_PX), right], axis=1))
     if not rows:
         rows = [_gap(16, 16)]
@@ -94,10 +97,17 @@ def comparison(dataset: Dataset, results: Mapping[str, Sequence[Mapping[str, Any
     return sink.getvalue()
 
 
-def _drawn(pixels: Pixels, objects: Iterable[_Object], names: Mapping[int, str]) -> Pixels:
+def drawn(
+    pixels: Pixels,
+    objects: Iterable[Drawable],
+    names: Mapping[int, str],
+    max_side_px: int = _MAX_SIDE_PX,
+    font_px: int = 0,
+) -> Pixels:
     """`pixels` (H, W, 3) with the objects' masks, boxes and keypoints.
 
-    The long side of the picture is at most `_MAX_SIDE_PX`.
+    The long side of the picture is at most `max_side_px`. font_px: of names on a ground of their
+    own; 0 writes them small and bare.
     """
     height, width = pixels.shape[:2]
     canvas = pixels.astype(np.float32)
@@ -107,22 +117,41 @@ def _drawn(pixels: Pixels, objects: Iterable[_Object], names: Mapping[int, str])
             mask = _mask(thing.segmentation, height, width)
             canvas[mask] = 0.5 * canvas[mask] + 0.5 * np.asarray(colour, np.float32)
     # lines and text after the scaling, so that they stay sharp
-    scale = min(1.0, _MAX_SIDE_PX / max(height, width))
+    side = max(height, width)
+    # names that can be read do not fit on a small image
+    least = max(1.0, _MAX_SIDE_PX / side) if font_px else 1.0
+    scale = min(least, max_side_px / side)
     image = Image.fromarray(canvas.astype(np.uint8)).resize(
         (max(round(width * scale), 1), max(round(height * scale), 1))
     )
     draw = ImageDraw.Draw(image)
     for thing, colour in coloured:
         x, y, w, h = (value * scale for value in thing.box())
-        draw.rectangle((x, y, x + w, y + h), outline=colour)
+        draw.rectangle((x, y, x + w, y + h), outline=colour, width=max(font_px // 7, 1))
         score = "" if thing.score is None else f" {thing.score:.2f}"
-        draw.text((x + 2, y + 1), f"{names.get(thing.category_id, '?')}{score}", fill=colour)
+        text = f"{names.get(thing.category_id, '?')}{score}"
+        if font_px:
+            _label(draw, x, y, text, colour, font_px)
+        else:
+            draw.text((x + 2, y + 1), text, fill=colour)
         for px, py, seen in thing.points:
             if seen > 0:
                 draw.ellipse(
                     (px * scale - 2, py * scale - 2, px * scale + 2, py * scale + 2), fill=colour
                 )
     return np.asarray(image)
+
+
+def _label(
+    draw: ImageDraw.ImageDraw, x: float, y: float, text: str, colour: Colour, font_px: int
+) -> None:
+    """The text on a ground of the object's colour, above the box where the picture has room."""
+    font = ImageFont.load_default(font_px)
+    top = y - font_px - 3 if y > font_px + 3 else y
+    ground = draw.textbbox((x + 2, top), text, font=font)
+    draw.rectangle((x, top, ground[2] + 2, top + font_px + 3), fill=colour)
+    bright = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > _BRIGHT
+    draw.text((x + 2, top), text, fill=(0, 0, 0) if bright else (255, 255, 255), font=font)
 
 
 def _mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:

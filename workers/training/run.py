@@ -14,6 +14,9 @@ from torch import nn
 
 from contract.attempt import (
     ARTIFACT_FOLDER,
+    BEST_WEIGHTS,
+    CATEGORIES_FILE,
+    CONFIG_FILE,
     LAST_WEIGHTS,
     MATCHES,
     MAX_IMAGES_OF_MATCHES,
@@ -23,13 +26,16 @@ from contract.attempt import (
     Result,
     RunSpec,
 )
-from contract.files import Files
+from contract.files import Files, FullDiskError, UnreachableStoreError
+from contract.fit import same_data
 from contract.metrics import BOUNDARY, category_keys, renamed
 from contract.model import KeypointBranch, MaskBranch
 from contract.recipe import RunConfig
 from contract.words import one_line
 from model.accelerate import complaints, kernels
+from model.weights import Loaded
 from pipelines.shards.dataset import Dataset
+from workers.pretrained.weights import weights_source
 from workers.tracking.journal import Journal, JournalState, SilentJournal, open_journal
 from workers.tracking.spool import print_warning
 from workers.training import arithmetic
@@ -56,10 +62,8 @@ from workers.trial.causes import (
 from workers.trial.checkpoints import WHEN_FULL, CheckpointStore, FencedError, step_of
 from workers.trial.stop import StopRequest
 
-_CONFIG = f"{ARTIFACT_FOLDER}/config.yaml"
 _SERIES = f"{ARTIFACT_FOLDER}/series.parquet"
 _PICTURES = f"{ARTIFACT_FOLDER}/pictures"
-_BEST_WEIGHTS = f"{ARTIFACT_FOLDER}/weights-best.safetensors"
 _PER_CLASS = ("bbox/AP", "segm/AP", "keypoints/AP")  # what the tracker gets of each category
 
 
@@ -170,7 +174,14 @@ def _open(spec: RunSpec, world: World, store: CheckpointStore) -> _Inputs:
             f"loop.global_batch is {run.loop.global_batch} for {world.size} ranks; "
             "each needs an image"
         )
-    inputs = _Inputs(*open_datasets(run, spec.cache), initial_detector(run, world.device))
+
+    def tell(loaded: Loaded) -> None:
+        if world.is_first and loaded.heads_are_fresh:
+            print(f"{weights_source(run.model.weights)}: {loaded.line()}", flush=True)
+
+    inputs = _Inputs(*open_datasets(run, spec.cache), initial_detector(run, world.device, tell))
+    if world.is_first and (doubt := same_data(run, *inputs.manifests.values())):
+        print_warning(doubt)
     name = store.newest() if world.is_first else ""
     if name:
         check_same_training(store.plain(name), run, inputs.manifests)
@@ -211,6 +222,8 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
     state = TrainState(run, inputs.detector, inputs.manifests)
     _go_on(attempt, state)
     with closing(eval_loader(run, inputs.val_data, world)) as batches:
+        if world.is_first:
+            _write_categories(attempt.storage, batches.dataset)
         reporter = _Reporter(attempt, batches.dataset)
 
         def evaluate(now: TrainState, stopping: Callable[[], bool]) -> Scores | None:
@@ -265,6 +278,8 @@ def _go_on(attempt: _Attempt, state: TrainState) -> None:
     if name:
         journal.restore(state.restore(store.load(name)), state.step)
         journal.event("resume", state.step, f"attempt {spec.attempt} on {world.size} rank(s)")
+        # until the next line of the log the step would be 0, as of a run that has lost its work
+        journal.progress("training", state.step, None)
         return
     shared = world.from_first(_trained(spec) if world.is_first else "")
     if shared:
@@ -288,6 +303,13 @@ def _other_store(spec: RunSpec) -> CheckpointStore:
     """To read from: it is never claimed."""
     keep = spec.run.loop.keep_checkpoints
     return CheckpointStore(Files(spec.trained), spec.attempt, keep, print_warning)
+
+
+def _write_categories(storage: Files, dataset: Dataset) -> None:
+    """What the labels mean, for predictions of these weights where the data are not."""
+    records = {record["id"]: record for record in dataset.manifest.categories}
+    kept = [records[number] for number in dataset.category_ids]
+    storage.write(CATEGORIES_FILE, json.dumps(kept).encode())
 
 
 def _objects(run: RunConfig, data: Dataset, world: World) -> str:
@@ -373,8 +395,8 @@ class _Reporter:
         best = scores.metrics[self._best_metric]
         if best > state.best:
             state.best = best
-            _write_weights(self._storage, _BEST_WEIGHTS, state.detector)
-            self._journal.artifact(_BEST_WEIGHTS, "")
+            _write_weights(self._storage, BEST_WEIGHTS, state.detector)
+            self._journal.artifact(BEST_WEIGHTS, "")
         # once, at the end: the detections of a whole validation set are a large file
         if state.step == self._loop.steps:
             for kind, results in scores.results.items():
@@ -446,14 +468,14 @@ def _artifact_paths(scores: Scores, storage: Files) -> dict[str, str]:
     if pictures:
         paths["picture/last"] = f"{_PICTURES}/{pictures[-1]}"
     # a metric of -1, where there is nothing to evaluate, chooses no weights
-    if storage.exists(_BEST_WEIGHTS):
-        paths["weights/best"] = _BEST_WEIGHTS
+    if storage.exists(BEST_WEIGHTS):
+        paths["weights/best"] = BEST_WEIGHTS
     if storage.exists(_SERIES):
         paths["series"] = _SERIES
     for kind in (*scores.results, BOUNDARY):
         if storage.exists(_matches(kind)):
             paths[MATCHES.format(kind=kind)] = _matches(kind)
-    return paths | {"weights/last": LAST_WEIGHTS, "config": _CONFIG}
+    return paths | {"weights/last": LAST_WEIGHTS, "config": CONFIG_FILE}
 
 
 def _detections(kind: str) -> str:
@@ -475,7 +497,9 @@ def _failed(attempt: _Attempt, error: Exception) -> Outcome:
     """The outcome on which all ranks agree, written by each: rank 0 may be the one that is dead."""
     spec, world, storage = attempt.spec, attempt.world, attempt.storage
     own = cause_of(error, world.rank)
-    explained = own.error_class == "person" or isinstance(error, DivergedError | FencedError)
+    explained = own.error_class == "person" or isinstance(
+        error, DivergedError | FencedError | FullDiskError | UnreachableStoreError
+    )
     # a traceback helps nobody with an error that its line explains
     print(f"rank {world.rank} ends: {own.error}" if explained else own.details, flush=True)
     try:

@@ -22,13 +22,14 @@ from orchestrator.schedule.run_spec import gang_of
 class PlannedTrial:
     """hours: of training, 0 where no speed is known.
 
-    cached: the trial whose result is taken; empty if this one runs.
+    cached: the trial whose result is taken; empty if this one runs. cached_name: as people know it.
     """
 
     trial: TrialPlan
     ranks: int
     cached: str
     hours: float
+    cached_name: str
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Plan:
                 planned.trial.identity[:12],
                 str(planned.ranks),
                 f"{planned.hours:.1f}" if planned.hours else "-",
-                f"result of {planned.cached}" if planned.cached else "to run",
+                f"result of {planned.cached_name}" if planned.cached else "to run",
             ]
             for planned in self.trials
         ]
@@ -138,12 +139,13 @@ def make_plan(
     speeds: Mapping[str, float] | None = None,
     gangs: int = 0,
     spread: Spread | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> Plan:
     """What the submission costs.
 
     finished: identity -> trial with a result. speeds: arm of a trial's key -> images/s of its gang,
     if measured. gangs: how many trials of this study the cluster can hold at once; 0 if that is not
-    known. spread: between seeds, if measured.
+    known. spread: between seeds, if measured. names: of finished trials, by id.
     """
     resources, planned = submission.study.resources, []
     disk = gpu_hours = longest = 0.0
@@ -152,7 +154,8 @@ def make_plan(
         cached = "" if submission.fresh else finished.get(trial.identity, "")
         speed = (speeds or {}).get(_arm_of(trial.key), 0.0)
         hours = seen(SeenRun, trial.run).images / speed / 3600 if speed else 0.0
-        planned.append(PlannedTrial(trial, resources.ranks, cached, hours))
+        name = (names or {}).get(cached, cached)
+        planned.append(PlannedTrial(trial, resources.ranks, cached, hours, name))
         if cached:
             continue  # its result is there: no time, no GPU, no new checkpoints
         unknown += not hours

@@ -11,6 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from pydantic import JsonValue, ValidationError
 
 from contract.answers import (
+    Accepted,
     ChangedStudy,
     Forgotten,
     Priority,
@@ -55,6 +56,13 @@ async def submit(request: Request, hub: HubOfApp, user: Submitter) -> Submitted:
     # The body is parsed in a worker thread: a large submission must not hold up other requests.
     body = await body_of(request, MAX_SUBMISSION)
     return await run_in_threadpool(_submit, hub, body, user)
+
+
+@router.post("/check")
+async def check(request: Request, hub: HubOfApp, user: Submitter) -> Accepted:  # noqa: ARG001
+    """Refuses what a submission of this study would be refused for; keeps nothing."""
+    body = await body_of(request, MAX_SUBMISSION)
+    return await run_in_threadpool(_check, hub, body)
 
 
 @router.get("", dependencies=READ)
@@ -125,16 +133,32 @@ async def report(study: Id, request: Request, hub: HubOfApp, user: Submitter) ->
 
 
 def _submit(hub: Hub, body: bytes, user: User) -> Submitted:
+    sent = _parsed(body)
+    accept.check(sent, hub.settings, hub.nodes(), _runs(hub, sent))
+    name, created = accept.accept(hub.ledger, hub.settings, sent, user.name, time.time())
+    hub.wake()
+    return Submitted(study=name, created=created, trials=len(sent.trials))
+
+
+def _check(hub: Hub, body: bytes) -> Accepted:
+    sent = _parsed(body)
+    accept.check_plan(sent, hub.settings, hub.nodes(), _runs(hub, sent))
+    return Accepted(trials=len(sent.trials))
+
+
+def _parsed(body: bytes) -> Submission:
     try:
         sent = Submission.model_validate_json(body)
     except ValidationError as error:
         raise HTTPException(400, explain(error.errors(include_url=False))) from None
     # PostgreSQL would refuse these with an error in the middle of the transaction.
     _refuse_what_sql_cannot_hold(sent)
-    accept.check(sent, hub.settings, hub.nodes())
-    name, created = accept.accept(hub.ledger, hub.settings, sent, user.name, time.time())
-    hub.wake()
-    return Submitted(study=name, created=created, trials=len(sent.trials))
+    return sent
+
+
+def _runs(hub: Hub, sent: Submission) -> bool:
+    with hub.ledger.reading() as transaction:
+        return accept.has_trials_to_run(transaction, sent)
 
 
 def _refuse_what_sql_cannot_hold(sent: Submission) -> None:

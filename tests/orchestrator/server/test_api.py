@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from contract.answers import Check, ClusterView, Role, StagedNode, Staging
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import attempts
+from orchestrator.ledger import attempts, changes
 from orchestrator.ledger import users as auth
 from orchestrator.ledger.opening import Ledger
 from orchestrator.server.api import build_app
@@ -235,6 +235,27 @@ def test_a_submission_is_checked_in_one_line(http):
     body["study"]["nonsense"] = 1
     refused(http.post("/v1/studies", json=body, headers=by("ann")), 400, "study.nonsense")
     refused(http.post("/v1/studies", content=b"{", headers=by("ann")), 400, "JSON")
+
+
+def test_a_plan_is_refused_what_a_submission_would_be(http, hub):
+    body = json.loads(submission(plan("a"), resources={"ranks": 9}).model_dump_json())
+    answer = http.post("/v1/studies/check", json=body, headers=by("ann"))
+    refused(answer, 400, "needs 9 ranks x 1 CPU; the whole cluster holds 8 CPUs on 2 nodes")
+    body["study"]["resources"]["ranks"] = 8
+    body["code"] = "0" * 64  # a plan uploads none
+    answer = http.post("/v1/studies/check", json=body, headers=by("ann"))
+    assert (answer.status_code, answer.json()) == (200, {"trials": 1})
+    assert http.get("/v1/studies", headers=by("ann")).json() == {"studies": []}
+
+
+def test_a_study_of_finished_trials_needs_no_cluster(http, hub):
+    source = post(http, plans=(plan("a"),)).json()["study"]
+    with hub.ledger.writing() as transaction:
+        changes.move_trial(transaction, f"{source}-000", ["queued"], state="done")
+    assert post(http, plans=(plan("a"),), resources={"ranks": 900}).status_code == 200
+    study = post(http, plans=(plan("a"),)).json()["study"]
+    [trial] = http.get(f"/v1/studies/{study}", headers=by("ann")).json()["trials"]
+    assert trial["cached_name"] == f"{source}:a"
 
 
 def test_a_growing_cluster_refuses_what_its_largest_shape_will_never_hold(tmp_path):

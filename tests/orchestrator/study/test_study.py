@@ -111,6 +111,9 @@ def test_a_study_of_two_lines_is_a_study(tmp_path: Path) -> None:
         (GOOD + "paper_table: 2c\npaper_rows: {roi=x: RoIPool}\n", "'roi=x' is not 'factor=level'"),
         ("name: s\nbaseline: {}\n", "give either 'preset' or 'file'"),
         ("name: ../s\nbaseline: {preset: tiny}\n", "name: "),
+        ("name: my study\nbaseline: {preset: tiny}\n", "'my-study' would pass"),
+        ("name: s\nbasline: {preset: tiny}\n", "basline: no such field; did you mean 'baseline'?"),
+        (GOOD + "seeds: 0\n", "seeds: a number stands for so many seeds, from 0 on"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, text: str, said: str) -> None:
@@ -119,6 +122,10 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, text: str, said: st
         read_study(path)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_number_of_seeds_counts_them_from_0(tmp_path: Path) -> None:
+    assert read_study(written(tmp_path, GOOD + "seeds: 3\n"))[0].seeds == (0, 1, 2)
 
 
 @pytest.mark.parametrize("metric", ["keypoints/AR", "segm-argmax/AP", "bbox/AR100"])

@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from contract.model import FileWeights, ResNet, TorchvisionWeights
+from contract.attempt import LAST_WEIGHTS, Result
+from contract.model import FileWeights, ModelConfig, ResNet, TorchvisionWeights
+from contract.presets import preset
+from pipelines.pack.pack import PackOptions, pack
+from pipelines.pack.synth import synthesise
 from tests.builders import tiny_run
+from tests.workers.training.test_run import go, spec_of
 from workers.pretrained.weights import check_released, initial_weights
 from workers.training.build import initial_detector
 
@@ -142,3 +147,105 @@ def refusal(action: Callable[[], object], where: Path | str) -> str:
         action()
     assert str(where) in str(caught.value)
     return str(caught.value)
+
+
+# --- fine-tuning ---
+
+
+def test_fresh_heads_load_all_but_what_depends_on_classes(tmp_path):
+    file = {"kind": "file", "path": str(tmp_path / "w.safetensors"), "layout": "maskray"}
+    released = initial_detector(tiny_run({"model.num_classes": 7}), "cpu").state_dict()
+    save_file({name: value + 1 for name, value in released.items()}, tmp_path / "w.safetensors")
+    own = tiny_run({"model.num_classes": 2, "model.weights": file})
+    line = refusal(lambda: initial_detector(own), tmp_path / "w.safetensors")
+    assert "set model.weights.heads to 'fresh'" in line
+    lines: list[str] = []
+    fresh = tiny_run({"model.num_classes": 2, "model.weights": {**file, "heads": "fresh"}})
+    loaded = initial_detector(fresh, tell=lambda told: lines.append(told.line())).state_dict()
+    drawn = initial_detector(tiny_run({"model.num_classes": 2})).state_dict()
+    new = {name for name, value in loaded.items() if torch.equal(value, drawn[name])}
+    layers = {name.rpartition(".")[0] for name in new}
+    assert layers == {"box.class_logits", "box.offsets", "mask.head.logits"}
+    assert all(torch.equal(loaded[n], released[n] + 1) for n in loaded.keys() - new)
+    assert lines == [
+        f"{len(loaded) - 6} tensors are loaded, 6 are fresh "
+        "(box.class_logits, box.offsets, mask.head.logits)"
+    ]
+
+
+def test_fresh_heads_leave_out_a_task_that_one_side_lacks(tmp_path):
+    file = {"kind": "file", "path": str(tmp_path / "w.safetensors"), "layout": "maskray"}
+    file["heads"] = "fresh"
+    save_file(dict(initial_detector(tiny_run()).state_dict()), tmp_path / "w.safetensors")
+    boxes = tiny_run({"model.mask": {"kind": "none"}, "model.weights": file})
+    lines: list[str] = []
+    initial_detector(boxes, tell=lambda told: lines.append(told.line()))
+    assert lines[0].endswith("; 8 of the file's are left out")
+    boxes = tiny_run({"model.mask": {"kind": "none"}})
+    save_file(dict(initial_detector(boxes).state_dict()), tmp_path / "w.safetensors")
+    initial_detector(tiny_run({"model.weights": file}), tell=lambda t: lines.append(t.line()))
+    assert "mask.head.deconv" in lines[1]
+
+
+@pytest.mark.parametrize("name", ["r50-fpn-torchvision", "r50-fpn-detectron2"])
+def test_fresh_heads_keep_a_released_detectors_conventions(name):
+    file = FileWeights(path="w.pth", layout="detectron2", heads="fresh")
+    if name.endswith("torchvision"):
+        file = file.model_copy(update={"layout": "torchvision"})
+    ModelConfig.model_validate({**dict(preset(name)), "num_classes": 3, "weights": file})
+    with pytest.raises(ValueError, match="needs background"):
+        ModelConfig.model_validate(
+            {
+                **dict(preset(name)),
+                "weights": file,
+                "background": "last" if name.endswith("torchvision") else "first",
+            }
+        )
+
+
+def test_a_backbone_has_no_heads_to_draw():
+    with pytest.raises(ValueError, match="heads 'fresh' has no effect with layout 'backbone'"):
+        FileWeights(path="w.pth", heads="fresh")
+
+
+@pytest.mark.slow
+def test_fine_tuning_a_detector_beats_its_backbone_alone(tmp_path):
+    """As a classifier's backbone does, the backbone alone knows no boxes; equal steps, 3 seeds."""
+    synthesise(tmp_path, num_images=150, size=64, seed=0)
+    for name in ("train", "val"):
+        annotations = [tmp_path / "annotations" / f"instances_{name}.json"]
+        pack(annotations, str(tmp_path / "images" / name), str(tmp_path / name), PackOptions())
+    data = str(tmp_path / "train"), str(tmp_path / "val")
+
+    def ap(name: str, categories: list[str], steps: int, **overrides: Any) -> float:
+        run = tiny_run(
+            {
+                "model.num_classes": len(categories),
+                "model.image.short_side_px": 64,
+                "model.image.max_side_px": 64,
+                "data.filter.categories": categories,
+                "data.short_sides_px": [64],
+                "data.max_side_px": 64,
+                "loop.steps": steps,
+                "loop.global_batch": 4,
+                **{path.replace("__", "."): value for path, value in overrides.items()},
+            },
+            *data,
+        )
+        assert go(spec_of(tmp_path / name, run)).state == "done"
+        result = Result.model_validate_json((tmp_path / name / "result.json").read_bytes())
+        return result.metrics["bbox/AP"]
+
+    ap("released", ["star", "ellipse"], 250)
+    detector = tmp_path / "released" / LAST_WEIGHTS
+    whole = {"kind": "file", "path": str(detector), "layout": "maskray", "heads": "fresh"}
+    state = load_file(detector)
+    backbone = {n.removeprefix("backbone."): v for n, v in state.items() if "backbone." in n}
+    save_file(backbone, tmp_path / "backbone.safetensors")
+    alone = {"kind": "file", "path": str(tmp_path / "backbone.safetensors")}
+    own, gains = ["cross", "triangle"], []
+    for seed in range(3):
+        tuned = ap(f"tuned-{seed}", own, 40, seed=seed, model__weights=whole)
+        print(f"seed {seed}: AP {tuned:.4f} of the detector")
+        gains.append(tuned - ap(f"alone-{seed}", own, 40, seed=seed, model__weights=alone))
+    assert min(gains) > 0, gains
