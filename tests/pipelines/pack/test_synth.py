@@ -118,7 +118,7 @@ def test_boxes_of_a_grid_lie_on_the_grid(tmp_path):
     boxes = np.array([annotation["bbox"] for annotation in objects(tmp_path, "train")])
     edges = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
     off = np.abs(edges - GRID_PX * np.round(edges / GRID_PX))
-    assert (off > 0.01).mean() < 0.03  # a tip of a partly hidden object may cover no pixel
+    assert (off > 0.01).mean() < 0.06  # a tip of a partly hidden object may cover no pixel
     assert off.max() <= 2
 
 
