@@ -106,6 +106,34 @@ class TrialView(Message):
     attempt_list: list[AttemptView] = []
 
 
+class LookTaken(Message):
+    """A look at a study's contrasts. seeds: the number that it was planned for."""
+
+    seeds: int
+    at: float
+    numbers: dict[str, int]  # arm -> its seeds with a result
+    tested: list[str]  # contrasts
+    closed: list[str] = []  # those of them that no later look tests
+    stopped: dict[str, str] = {}  # arm -> why it takes no more seeds
+
+
+class Standing(Message):
+    """The first verdict on a contrast. It stands, whatever seeds come later."""
+
+    name: str
+    metric: str
+    weights: dict[str, float]
+    difference: float
+    low: float
+    high: float
+    resolvable: float | None = None
+    seeds: int  # of the arm that has the fewest
+    verdict: str
+    trials: dict[str, list[str]]  # arm -> the identities of the trials that it rests on
+    study: str  # that gave it
+    at: float
+
+
 class StudyView(Message):
     study: str  # id
     name: str
@@ -120,6 +148,8 @@ class StudyView(Message):
     warnings: list[str] = []
     mlflow_experiment: str = ""
     counts: dict[str, int] = {}  # trials by state
+    looks: list[LookTaken] = []
+    verdicts: list[Standing] = []
     trials: list[TrialView] = []
 
 

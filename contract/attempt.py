@@ -60,6 +60,7 @@ SPOOL_LATER = "spool/later-"  # begins the name of a file for each artifact that
 RESULT_FILE = "result.json"
 CHECKPOINT_FOLDER = "checkpoints"
 ARTIFACT_FOLDER = "artifacts"  # config, detections, pictures, weights, metric series
+LAST_WEIGHTS = f"{ARTIFACT_FOLDER}/weights-last.safetensors"  # there once the last step is done
 STOP_FILE = "stop"  # its presence asks all ranks to write a checkpoint and end
 
 
@@ -107,6 +108,7 @@ class AttemptSpec(Record):
     tags: dict[str, str] = {}  # to MLflow as they are: code version, manifest hash, owner
     study_yaml: str = ""  # artifact of the run
     cache: str = ""  # node-local folder for remote shards; empty uses the system's temporary folder
+    trained: str = ""  # folder of a trial with the same training, whose last checkpoint serves
     grace_s: float = Field(60.0, gt=0)  # from a stop request to the last checkpoint
 
 

@@ -137,6 +137,40 @@ class RunConfig(Record):
     loop: LoopConfig = LoopConfig()
 
 
+# Dotted paths of what evaluation alone reads: they change no number of the training.
+EVALUATION_FIELDS = frozenset(
+    {
+        "data.val",
+        "data.oks_sigmas",
+        "model.inference.score_threshold",
+        "model.inference.nms_iou",
+        "model.inference.detections_per_image",
+        "model.rpn.pre_nms_test",
+        "model.rpn.post_nms_test",
+        "model.mask.loss.inference",
+        "model.image.short_side_px",
+        "model.image.max_side_px",
+        "loop.eval_every_steps",
+        "loop.eval_batch",
+        "loop.eval_precision",
+        "loop.best_metric",
+    }
+)
+
+
+def training_record(run: RunConfig) -> dict[str, JsonValue]:
+    """The run as JSON data without what evaluation alone reads."""
+    record: dict[str, JsonValue] = run.model_dump(mode="json")
+    for path in EVALUATION_FIELDS:
+        *parents, leaf = path.split(".")
+        node: JsonValue = record
+        for name in parents:
+            node = node.get(name) if isinstance(node, dict) else None
+        if isinstance(node, dict):  # a model without masks has no loss of masks
+            node.pop(leaf, None)
+    return record
+
+
 def apply_overrides(
     run: Mapping[str, JsonValue], overrides: Mapping[str, JsonValue]
 ) -> dict[str, JsonValue]:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from contract.record import Record
 
 StudyState = Literal["active", "paused", "done", "failed", "cancelled"]
 
-TrialState = Literal["queued", "starting", "running", "stopping", "done", "failed", "cancelled"]
+# held: of a seed that waits for a look. spared: of one that a look found needless.
+TrialState = Literal[
+    "held", "queued", "starting", "running", "stopping", "done", "failed", "cancelled", "spared"
+]
 
 LiveTrialState = Literal["starting", "running", "stopping"]
-FinalState = Literal["done", "failed", "cancelled"]
+FinalState = Literal["done", "failed", "cancelled", "spared"]
 FINAL_STATES: tuple[FinalState, ...] = get_args(FinalState)  # of trials and of studies
 LIVE_TRIALS: tuple[LiveTrialState, ...] = get_args(LiveTrialState)  # an attempt is under way
 
@@ -112,6 +124,38 @@ class Contrast(Difference):
         return self
 
 
+def _seeds_form(seeds: Any) -> str:
+    return "<looks>" if isinstance(seeds, dict | BaseModel) else "<list>"
+
+
+class Looks(Record):
+    """Seeds until it is settled: 0, 1, ... in steps, with a look at the contrasts after each."""
+
+    start: int = Field(3, ge=3, le=100)  # a verdict takes three
+    most: int = Field(10, ge=3, le=100)
+    looks: tuple[int, ...] = (3, 5, 7, 10)  # numbers of seeds
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Looks:
+        looks = self.looks
+        if len(looks) < 2 or any(low >= high for low, high in pairwise(looks)):
+            raise ValueError(f"looks {list(looks)} must be at least two numbers that grow")
+        if (looks[0], looks[-1]) != (self.start, self.most):
+            raise ValueError(
+                f"looks {list(looks)} must begin at start, {self.start}, and end at most, "
+                f"{self.most}"
+            )
+        return self
+
+
+# The tags never reach a person, as above.
+Seeds: TypeAlias = Annotated[
+    Annotated[tuple[int, ...], Field(min_length=1), Tag("<list>")]
+    | Annotated[Looks, Tag("<looks>")],
+    Discriminator(_seeds_form),
+]
+
+
 class Study(Record):
     """A baseline, named factors with named levels, a design and seeds.
 
@@ -126,7 +170,7 @@ class Study(Record):
     ] = {}  # factor -> level -> dotted path -> value
     design: Literal["grid", "one_at_a_time"] = "grid"
     control: Control = "none"
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: Seeds = (0,)
     resources: Resources = Resources()
     priority: int = Field(0, ge=-100, le=100)
     gpu_hours: float = Field(0.0, ge=0)  # budget of the study; 0 is no limit
@@ -157,10 +201,17 @@ class Study(Record):
 
     @field_validator("seeds")
     @classmethod
-    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+    def _distinct(cls, value: Seeds) -> Seeds:
+        if isinstance(value, Looks):
+            return value
         if len(set(value)) < len(value) or min(value) < 0:
             raise ValueError("seeds must be distinct and not negative")
         return value
+
+    @property
+    def every_seed(self) -> tuple[int, ...]:
+        """All seeds that may run."""
+        return tuple(range(self.seeds.most)) if isinstance(self.seeds, Looks) else self.seeds
 
 
 class TrialPlan(Record):
@@ -173,6 +224,9 @@ class TrialPlan(Record):
     seed: int
     baseline: bool  # the arm that the others are compared with
     identity: str = Field(pattern=r"^[0-9a-f]{64}$")
+    # Of the training alone, without what evaluation reads; empty from an older version, and where
+    # it may not be shared.
+    training: str = Field("", pattern=r"^([0-9a-f]{64})?$")
     run: dict[str, JsonValue]
     tags: dict[str, str] = {}
 

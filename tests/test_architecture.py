@@ -37,7 +37,7 @@ SHELVES = {
     ),
     "workers": (
         *("trial", "tracking", "pretrained", "training"),
-        *("train", "ray_entry", "propose", "probe", "sync"),
+        *("train", "ray_entry", "propose", "probe", "rescore", "sync"),
     ),
     "orchestrator": (
         *("settings", "trial_folder", "client", "study", "travel", "ledger", "cluster", "schedule", "results"),

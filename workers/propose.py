@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from contract.attempt import ARTIFACT_FOLDER
+from contract.attempt import ARTIFACT_FOLDER, LAST_WEIGHTS
 from contract.command import run_command
 from contract.files import Files
 from contract.machine.folders import scratch
@@ -27,8 +27,6 @@ from model.detector import Detector
 from pipelines.load.loader import EvalLoader
 from pipelines.load.proposals import Boxes, write_proposals
 from pipelines.shards.dataset import open_dataset
-
-WEIGHTS = f"{ARTIFACT_FOLDER}/weights-last.safetensors"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,15 +86,15 @@ def trained_detector(
     run: RunConfig, storage: Files, device: torch.device | str = "cpu"
 ) -> Detector:
     """The detector with the run's last weights, ready to predict."""
-    if not storage.exists(WEIGHTS):
+    if not storage.exists(LAST_WEIGHTS):
         raise ValueError(
-            f"{storage.uri}: has no {WEIGHTS}; the run is not finished, resume it first"
+            f"{storage.uri}: has no {LAST_WEIGHTS}; the run is not finished, resume it first"
         )
     detector = build_detector(run.model, run.seed).to(device)
     accelerate(detector)
     # safetensors reads local files alone; behind a URI this is a copy
     with scratch("weights") as folder:
-        detector.load_state_dict(load_file(storage.fetch(WEIGHTS, Path(folder))))
+        detector.load_state_dict(load_file(storage.fetch(LAST_WEIGHTS, Path(folder))))
     return detector.eval()
 
 

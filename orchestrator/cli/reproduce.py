@@ -1,14 +1,23 @@
-"""`maskray reproduce`: run a finished trial again and say whether it comes out the same."""
+"""Finished trials once more: `reproduce` runs one again, `rescore` only evaluates it anew."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from contract.command import SUCCESS, WORK_FAILED
-from orchestrator.cli.ids import open_client, trial_id
-from orchestrator.cli.options import AsJson, Debug, TrialId, print_json, say
+from orchestrator.cli.ids import open_client, study_id, trial_id
+from orchestrator.cli.options import (
+    AsJson,
+    Debug,
+    StudyId,
+    TrialId,
+    print_json,
+    print_result,
+    say,
+)
 
 if TYPE_CHECKING:
     from contract.answers import StudyView, TrialView
@@ -18,6 +27,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     app.command()(reproduce)
+    app.command()(rescore)
 
 
 def reproduce(
@@ -66,6 +76,35 @@ def reproduce(
     else:
         _show(original, second, result)
     return SUCCESS if result.agrees else WORK_FAILED
+
+
+def rescore(
+    study: StudyId,
+    data: Annotated[
+        str, typer.Option("--data", help="Packed validation set; default: each trial's own.")
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the report; default: .maskray/reports/STUDY-again."),
+    ] = None,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a study's stored detections anew, with today's scorer and annotations.
+    The study keeps its numbers and verdicts; a report of the new ones is written beside them.
+    """
+    from orchestrator.local.connect import state_folder
+    from orchestrator.results.report import build_report
+    from orchestrator.results.rescore import rescored
+
+    client = open_client()
+    view = client.study(study_id(client, study))
+    scored = rescored(view, data, say)
+    folder = out or state_folder() / "reports" / f"{view.study}-again"
+    page = build_report(scored.view, folder).page
+    print_result(
+        {**scored.as_json(), "report": str(page)}, f"{scored.text()}\n\nreport: {page}", json
+    )
 
 
 def _original(client: Client, trial: str) -> tuple[TrialView, StudyView]:

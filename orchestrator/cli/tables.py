@@ -21,6 +21,8 @@ _STYLES = {
     "cancelled": "yellow",
     "running": "cyan",
     "starting": "cyan",
+    "held": "dim",
+    "spared": "dim",
 }
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 from sqlalchemy import ColumnElement, func, insert, literal, select, update
 
 from contract.attempt import Wish
 from contract.files import uri_join
-from contract.study import FINAL_STATES, Submission, TrialState
+from contract.study import FINAL_STATES, Looks, Submission, TrialState
 from orchestrator.ledger import queries
 from orchestrator.ledger.events import record
 from orchestrator.ledger.opening import Ledger, Transaction
@@ -117,6 +117,9 @@ def add_study(
             fresh=submission.fresh,
             # NULL, because the pair of owner and key is unique and most studies have no key
             idempotency_key=submission.idempotency_key or None,
+            verdicts=queries.verdicts_on(
+                transaction, [trial.identity for trial in submission.trials]
+            ),
         )
     )
     record(
@@ -135,6 +138,7 @@ def _add_trials(
     transaction: Transaction, study: str, submission: Submission, folder: str, now: float
 ) -> None:
     finished: Mapping[str, TrialRow] = {}
+    seeds = submission.study.seeds
     if not submission.fresh:
         identities = [trial.identity for trial in submission.trials]
         finished = queries.finished_by_identity(transaction, identities)
@@ -153,7 +157,9 @@ def _add_trials(
             "mlflow_closed": False,
         }
         source = finished.get(plan.identity)
-        if source is not None:
+        if isinstance(seeds, Looks) and plan.seed >= seeds.start:
+            change["state"] = "held"  # also one with a result: a look must not see it before
+        elif source is not None:
             change = _taken_from(source)
             cause = f"taken from trial {source.id}"
             taken.append({"study": study, "trial": trial, "at": now, "cause": cause})
@@ -271,6 +277,59 @@ def end_study_if_over(transaction: Transaction, study: str, now: float) -> str:
     summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     record(transaction, f"study-{state}", f"all trials ended: {summary}", study=study, at=now)
     return state
+
+
+# --- looks and verdicts --------------------------------------------------------------------------
+
+
+class Noted(NamedTuple):
+    """What a look makes of a study. release, spare: trials that run now, and that never run.
+
+    seen: the state of each trial that it looked at.
+    """
+
+    look: Json
+    text: str
+    verdicts: Sequence[Json]
+    release: Sequence[str]
+    spare: Sequence[str]
+    seen: Mapping[str, TrialState]
+
+
+def note_look(ledger: Ledger, study: str, before: int, noted: Noted, now: float) -> bool:
+    """False, and nothing changes, if the study had not `before` looks or a trial moved since."""
+    with ledger.writing() as transaction:
+        row = queries.lock_study(transaction, study)
+        states = {trial.id: trial.state for trial in queries.trials(transaction, study)}
+        if row is None or len(row.looks) != before:
+            return False
+        if any(states.get(trial) != state for trial, state in noted.seen.items()):
+            return False  # somebody tries one again: the look waits for it
+        for trial in noted.release:
+            move_trial(transaction, trial, ["held"], state="queued", queued_at=now)
+        for trial in noted.spare:
+            move_trial(transaction, trial, ["held"], state="spared", mlflow_closed=True)
+        values = {
+            "looks": [*row.looks, noted.look],
+            "verdicts": [*row.verdicts, *noted.verdicts],
+        }
+        transaction.execute(update(STUDIES).where(STUDIES.c.id == study).values(values))
+        record(transaction, "look", noted.text, study=study, at=now)
+        end_study_if_over(transaction, study, now)
+    return True
+
+
+def note_verdicts(ledger: Ledger, study: str, verdicts: Sequence[Json], now: float) -> None:
+    """Of a study that is over: they stand from now on."""
+    with ledger.writing() as transaction:
+        row = queries.lock_study(transaction, study)
+        if row is None or row.judged or row.state not in FINAL_STATES:
+            return  # it is tried again
+        values = {"verdicts": [*row.verdicts, *verdicts], "judged": True}
+        transaction.execute(update(STUDIES).where(STUDIES.c.id == study).values(values))
+        words = "; ".join(f"{one['name']}: {one['verdict']}" for one in verdicts)
+        if words:
+            record(transaction, "verdicts", words, study=study, at=now)
 
 
 # --- MLflow and the webhook ----------------------------------------------------------------------

@@ -36,7 +36,7 @@ def cancel_trial(transaction: Transaction, trial: str, by: str, now: float) -> b
 
 
 def _cancel(transaction: Transaction, which: ColumnElement[bool], by: str, now: float) -> int:
-    waits = which & (TRIALS.c.state == "queued")
+    waits = which & TRIALS.c.state.in_(("held", "queued"))
     why = ("cancelled", f"by {by}, before it ran")
     changed = move_trials(transaction, waits, why, now, state="cancelled")
     # also one that stops for another reason: a paused or hanging trial would start again
@@ -71,13 +71,18 @@ def resume_study(transaction: Transaction, study: str, by: str, now: float) -> b
 def retry_study(transaction: Transaction, study: str, by: str, now: float) -> bool:
     """Failed and cancelled trials go on from their last checkpoint, their failures forgotten."""
     queries.lock_study(transaction, study)
-    return _retry(transaction, TRIALS.c.study == study, study, by, now)
+    ended = TRIALS.c.state.in_(("failed", "cancelled"))
+    return _retry(transaction, (TRIALS.c.study == study) & ended, study, by, now)
 
 
 def retry_trial(transaction: Transaction, trial: str, by: str, now: float) -> bool:
-    """As `retry_study`, for one trial. Its study becomes active again if it was over."""
+    """As `retry_study`, for one trial, also one that a look spared.
+
+    Its study becomes active again if it was over.
+    """
     study = _lock_study_of(transaction, trial)
-    return _retry(transaction, TRIALS.c.id == trial, study, by, now)
+    ended = TRIALS.c.state.in_(("failed", "cancelled", "spared"))
+    return _retry(transaction, (TRIALS.c.id == trial) & ended, study, by, now)
 
 
 def _retry(
@@ -85,7 +90,7 @@ def _retry(
 ) -> bool:
     changed = move_trials(
         transaction,
-        which & TRIALS.c.state.in_(("failed", "cancelled")),
+        which,
         ("queued", f"retried by {by}"),
         now,
         state="queued",
@@ -102,7 +107,9 @@ def _retry(
         return False
     query = update(STUDIES).where(STUDIES.c.id == study, STUDIES.c.state.in_(FINAL_STATES))
     # MLflow and the webhook hear of the next end too
-    again = query.values(state="active", ended_at=0.0, mlflow_closed=False, webhook_sent=False)
+    again = query.values(
+        state="active", ended_at=0.0, mlflow_closed=False, webhook_sent=False, judged=False
+    )
     transaction.execute(again)
     return True
 

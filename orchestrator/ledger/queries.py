@@ -19,6 +19,7 @@ from orchestrator.ledger.rows import (
     OPEN_STUDY,
     AttemptRow,
     EventRow,
+    Json,
     LiveAttempt,
     QueuedTrial,
     StudyBrief,
@@ -93,6 +94,36 @@ def unannounced_studies(transaction: Transaction) -> list[StudyRow]:
     """Studies that are over and of whose end the webhook has not heard."""
     over = STUDIES.c.state.in_(FINAL_STATES)
     return _studies(transaction, STUDIES.c.webhook_sent.is_(False), over)
+
+
+def studies_to_look_at(transaction: Transaction) -> list[str]:
+    """Studies of which seeds wait for a look, and those that are over and not judged yet."""
+    held = STUDIES.c.id.in_(select(TRIALS.c.study).where(TRIALS.c.state == "held"))
+    over = STUDIES.c.judged.is_(False) & STUDIES.c.state.in_(FINAL_STATES)
+    query = select(STUDIES.c.id).where(or_(held & STUDIES.c.state.in_(OPEN_STUDY), over))
+    return list(transaction.execute(query.order_by(STUDIES.c.created_at)).scalars())
+
+
+def verdicts_on(transaction: Transaction, identities: Sequence[str]) -> list[Json]:
+    """The verdicts that rest on trials of these identities alone, or would with more seeds.
+
+    Each is there once, though a study keeps those of earlier ones.
+    """
+    known = set(identities)
+    studies: set[str] = set()
+    for start in range(0, len(identities), 500):
+        query = select(TRIALS.c.study).where(TRIALS.c.identity.in_(identities[start : start + 500]))
+        studies.update(transaction.execute(query.distinct()).scalars())
+    query = (
+        select(STUDIES.c.verdicts).where(STUDIES.c.id.in_(studies)).order_by(STUDIES.c.created_at)
+    )
+    verdicts: list[Json] = []
+    for kept in transaction.execute(query).scalars():
+        for verdict in kept:
+            shared = all(not known.isdisjoint(ids) for ids in verdict["trials"].values())
+            if shared and verdict not in verdicts:
+                verdicts.append(verdict)
+    return verdicts
 
 
 def open_studies(transaction: Transaction) -> dict[str, StudyBrief]:
@@ -192,6 +223,15 @@ def _queued_trials(
     return sorted(trials, key=lambda trial: (order[trial.study.id], trial.position))
 
 
+def folders_of_training(transaction: Transaction, training: str) -> list[str]:
+    """Folders of trials of this training that are over and took steps, the newest first."""
+    query = select(TRIALS.c.folder).where(
+        TRIALS.c.training == training, TRIALS.c.state.in_(FINAL_STATES), TRIALS.c.best_step > 0
+    )
+    rows = transaction.execute(query.order_by(TRIALS.c.queued_at.desc()))
+    return list(rows.scalars()) if training else []
+
+
 def twins_of_finished(transaction: Transaction) -> list[tuple[str, str, str]]:
     """Id, study and identity of queued trials whose identity another trial has a result for by now.
 
@@ -225,8 +265,8 @@ def unclosed_trials(transaction: Transaction) -> list[tuple[TrialBrief, StudyBri
 
 
 def anything_to_do(transaction: Transaction) -> bool:
-    """Whether a trial is live, or waits in a study that is active."""
-    waits = (TRIALS.c.state == "queued") & (STUDIES.c.state == "active")
+    """Whether a trial is live, or waits, be it for a look, in a study that is active."""
+    waits = TRIALS.c.state.in_(["held", "queued"]) & (STUDIES.c.state == "active")
     query = (
         select(TRIALS.c.id)
         .join(STUDIES, STUDIES.c.id == TRIALS.c.study)

@@ -79,6 +79,9 @@ class StudyRow(StudyBrief):
     idempotency_key: str | None  # None if the submission has none
     mlflow_closed: bool
     webhook_sent: bool
+    looks: list[Json]
+    verdicts: list[Json]
+    judged: bool
 
 
 def _known(record: type[BaseModel], data: Mapping[str, Any]) -> Json:
@@ -103,6 +106,7 @@ class TrialBrief:
     seed: int
     baseline: bool
     identity: str
+    training: str
     state: TrialState
     queued_at: float
     not_before: float  # the end of a backoff
@@ -148,6 +152,7 @@ class QueuedTrial:
     position: int
     key: str
     identity: str
+    training: str
     state: TrialState
     queued_at: float
     not_before: float

@@ -81,7 +81,7 @@ def _mend(transaction: Transaction, study: str, now: float) -> bool:
     )
     changed += move_trials(
         transaction,
-        of_study & _IN_A_STUDY_THAT_IS_OVER & (TRIALS.c.state == "queued"),
+        of_study & _IN_A_STUDY_THAT_IS_OVER & TRIALS.c.state.in_(("held", "queued")),
         (_KIND, "waited in a study that is over: cancelled"),
         now,
         state="cancelled",

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
 METADATA = MetaData(
@@ -77,6 +78,11 @@ STUDIES = Table(
     Column("mlflow_run_id", String(64), nullable=False, default=""),  # the parent run
     Column("mlflow_closed", Boolean, nullable=False, default=False),
     Column("webhook_sent", Boolean, nullable=False, default=False),
+    Column("looks", JSON, nullable=False, default=list, server_default="[]"),
+    # contract.answers.Standing: of this study, and of earlier ones on the same trials
+    Column("verdicts", JSON, nullable=False, default=list, server_default="[]"),
+    # whether `verdicts` has those of its end
+    Column("judged", Boolean, nullable=False, default=False, server_default=false()),
     UniqueConstraint("owner", "idempotency_key", name="uq_studies_owner_key"),
     Index("ix_studies_state", "state"),
 )
@@ -92,6 +98,7 @@ TRIALS = Table(
     Column("seed", Integer, nullable=False),
     Column("baseline", Boolean, nullable=False),
     Column("identity", String(64), nullable=False),
+    Column("training", String(64), nullable=False, default="", server_default=""),
     Column("run", JSON, nullable=False),
     Column("tags", JSON, nullable=False),
     Column("state", String(10), nullable=False),
@@ -122,6 +129,7 @@ TRIALS = Table(
     Index("ix_trials_state", "state"),
     Index("ix_trials_study", "study"),
     Index("ix_trials_identity", "identity"),
+    Index("ix_trials_training", "training"),
 )
 
 ATTEMPTS = Table(

@@ -174,7 +174,8 @@ def points(value: float, signed: bool = False) -> str:
 def seeds_text(arm: Arm) -> str:
     """ "3", or "2 of 3" where trials are missing, with a star where the notes say more."""
     done = sum(trial.state == "done" for trial in arm.trials)
-    text = str(done) if done == len(arm.trials) else f"{done} of {len(arm.trials)}"
+    asked = sum(trial.state != "held" for trial in arm.trials)  # those wait for a look
+    text = str(done) if done == asked else f"{done} of {asked}"
     return f"{text}*" if arm.marks else text
 
 
@@ -194,6 +195,8 @@ def verdict_text(answer: Answer) -> str:
     """The verdict; where it is not resolved with the difference that could have been seen."""
     if not answer.verdict:
         return "withheld"
+    if answer.later is not None:
+        return f"{answer.verdict} (first, {answer.estimate.seeds} seeds)"
     if answer.verdict == "not resolved":
         return f"not resolved (sees {points(answer.estimate.resolvable)})"
     return answer.verdict

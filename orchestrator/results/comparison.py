@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from contract.answers import TrialView
+from contract.answers import LookTaken, Standing, TrialView
 from contract.study import Study
 from orchestrator.results.soundness import (
     MIN_SEEDS,
@@ -20,6 +20,7 @@ from orchestrator.results.statistics.contrasts import (
     Contrast,
     Design,
     Estimate,
+    Rule,
     Values,
     deviation_ratio,
     plain,
@@ -59,13 +60,16 @@ class Arm:
 class Answer:
     """The answer to one contrast of the family.
 
-    verdict: empty where it is withheld; `withheld` then says why.
+    verdict: empty where it is withheld; `withheld` then says why. first: the verdict that was given
+    before some of the seeds, and stands. later: what all seeds say then, to explore.
     """
 
     asked: Asked
     estimate: Estimate
     verdict: Verdict
     withheld: str = ""
+    first: Standing | None = None
+    later: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class Comparison:
     """All arms in the study's order, and the family of contrasts with its answers.
 
     machinery_only: why no number is evidence; empty if some are. early: why there is no interval
-    yet; empty once all trials have ended. notes: what a reader of the answers must know.
+    yet; empty once all trials have ended. notes: what a reader of the answers must know. looks:
+    those that were taken. unsound: arm -> why it carries no verdict.
     """
 
     arms: tuple[Arm, ...]
@@ -81,6 +86,8 @@ class Comparison:
     early: str = ""
     answers: tuple[Answer, ...] = ()
     notes: tuple[str, ...] = ()
+    looks: tuple[LookTaken, ...] = ()
+    unsound: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def baseline(self) -> Arm | None:
@@ -138,11 +145,15 @@ def _with_differences(comparison: Comparison, design: Design) -> Comparison:
 
 
 def answer_study(
-    study: Study, trials: Sequence[TrialView], folders: Folders, machinery_only: str = ""
+    study: Study,
+    trials: Sequence[TrialView],
+    folders: Folders,
+    machinery_only: str = "",
+    rule: Rule | None = None,
 ) -> Comparison:
     """The arms of a study, and what the family of its contrasts comes to.
 
-    machinery_only: withholds the answers as a whole.
+    machinery_only: withholds the answers as a whole. rule: the quantiles, at a look.
     """
     comparison = compare_arms(trials, study.metrics)
     early = unfinished(trials)
@@ -156,10 +167,11 @@ def answer_study(
     unsound = _unsound(arms, trials, folders, primary, study.learned_ap / 100)
     sound = [arm_name(arm.arm) for arm in arms if arm_name(arm.arm) not in unsound]
     design = Design(study.variance, shared_trainings(arms, folders.weights), sound)
-    answers, notes = _answers(study, family, arms, unsound, design)
+    answers, notes = _answers(study, family, arms, unsound, design, rule)
     # What is outside of the family rests on the same assumptions as the family.
     comparison = _with_differences(comparison, design)
-    return replace(comparison, answers=answers, notes=(*_divergence(arms), *notes))
+    notes = (*_divergence(arms), *notes)
+    return replace(comparison, answers=answers, notes=notes, unsound=unsound)
 
 
 def values_of(arms: Sequence[Arm]) -> dict[str, Values]:
@@ -207,7 +219,7 @@ def _exists(value: float | None) -> bool:
 def _mark(trial: TrialView) -> str:
     """What a reader of the table must know of a trial: how it ended, what its loop went through."""
     parts = []
-    if trial.state != "done":
+    if trial.state not in ("done", "held"):  # a held one waits for a look, as planned
         reason = f": {trial.error}" if trial.error else ""
         diverged = "diverged" if trial.error_class == "diverged" else trial.state
         parts.append(f"{diverged}{reason}")
@@ -262,6 +274,7 @@ def _answers(
     arms: Sequence[Arm],
     unsound: Mapping[str, str],
     design: Design,
+    rule: Rule | None,
 ) -> tuple[tuple[Answer, ...], tuple[str, ...]]:
     values = values_of(arms)
     if not study.contrasts:  # by default, what an arm does not compute is not asked of it
@@ -271,8 +284,8 @@ def _answers(
         for asked in family
     ]
     # An arm that went wrong must not widen the intervals of the others, nor borrow their variance.
-    trusted = simultaneous(contrasts, values, design)
-    whole = simultaneous(contrasts, values, replace(design, pool=None))
+    trusted = simultaneous(contrasts, values, design, rule)
+    whole = simultaneous(contrasts, values, replace(design, pool=None)) if unsound else trusted
     answers = []
     for asked, good, any_ in zip(family, trusted, whole, strict=True):
         why = [unsound[arm] for arm in asked.weights if arm in unsound]

@@ -131,7 +131,7 @@ def _precision(trials: Sequence[TrialView], facts: Mapping[str, TrialFacts]) -> 
 
 
 def _machinery_only(study: Study) -> str:
-    if len(study.seeds) > 1:
+    if len(study.every_seed) > 1:
         return ""
     return "one seed: this shows that the machinery works, it is no evidence about the arms"
 

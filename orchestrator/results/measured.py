@@ -126,6 +126,7 @@ def _add_json(measured: Measured, file: Path, path: Path) -> None:
                 _add_withheld(measured, data)
             case {"trials": trials}:
                 _add_trials(measured, file, trials)
+                _withhold_looks(measured, data)
             case {"metrics": dict(metrics)}:
                 _add_run(measured, path, metrics)
             case _:
@@ -154,9 +155,16 @@ def _add_withheld(measured: Measured, report: Mapping[str, Any]) -> None:
     for answer in report.get("contrasts", ()):
         for arm in answer["weights"] if answer["withheld"] else ():
             measured.lost.setdefault(arm, answer["withheld"])
+    _withhold_looks(measured, report)
     if report.get("machinery_only"):
         for arm in measured.arms:
             measured.lost.setdefault(arm, report["machinery_only"])
+
+
+def _withhold_looks(measured: Measured, study: Mapping[str, Any]) -> None:
+    # The interval of a fixed number of seeds does not know of the looks before it.
+    for arm in measured.arms if study.get("looks") else ():
+        measured.lost.setdefault(arm, "the study looked at its seeds; its report has the verdicts")
 
 
 def _add_trials(measured: Measured, file: Path, trials: Sequence[Mapping[str, Any]]) -> None:
@@ -173,7 +181,7 @@ def _add_trials(measured: Measured, file: Path, trials: Sequence[Mapping[str, An
 
 def _note_lost(measured: Measured, arm: str, trials: Iterable[Mapping[str, Any]]) -> None:
     for trial in trials:
-        if trial["state"] != "done":
+        if trial["state"] not in ("done", "spared"):
             measured.lost[arm] = f"{arm}, seed {trial['seed']} is {trial['state']}"
 
 

@@ -13,10 +13,12 @@ from typing import Any, Literal, TypeAlias, assert_never
 from contract.answers import StudyView
 from contract.files import finite
 from orchestrator.results.cells import arm_label
-from orchestrator.results.comparison import Answer, Arm, Comparison, answer_study
+from orchestrator.results.comparison import Answer, Arm, Comparison
 from orchestrator.results.details.headlines import headlines
 from orchestrator.results.facts import Facts, arm_key, gather
 from orchestrator.results.formats import latex, markdown
+from orchestrator.results.looks import answers_of
+from orchestrator.results.statistics.contrasts import Estimate
 from orchestrator.results.table import notes_of, text_report
 
 Format: TypeAlias = Literal["html", "md", "latex", "csv", "json", "png"]
@@ -51,7 +53,7 @@ class Contents:
     @classmethod
     def of(cls, view: StudyView) -> Contents:
         facts = gather(view)
-        comparison = answer_study(facts.study, view.trials, facts.folders, facts.machinery_only)
+        comparison = answers_of(view, facts)
         return cls(view, facts, comparison)
 
     def text(self) -> str:
@@ -166,9 +168,11 @@ def as_json(study: StudyView, facts: Facts, comparison: Comparison) -> dict[str,
         "scope": facts.scope,
         "headlines": [line.text for line in headlines(facts, comparison)],
         "primary": facts.primary,
+        "looks": [look.model_dump() for look in comparison.looks],
+        "spared": sum(trial.state == "spared" for trial in study.trials),
         "contrasts": [finite(_answer_json(answer)) for answer in comparison.answers],
         "notes": notes_of(study, comparison),
-        "arms": [finite(_arm_json(facts, arm)) for arm in comparison.arms],
+        "arms": [finite(_arm_json(facts, arm, bool(comparison.early))) for arm in comparison.arms],
     }
 
 
@@ -189,16 +193,26 @@ def _answer_json(answer: Answer) -> dict[str, Any]:
         "verdict": answer.verdict,
         "withheld": answer.withheld,
         "resolvable": estimate.resolvable,
+        "first": answer.first.model_dump() if answer.first else None,
+        "later": _later_json(answer.later) if answer.later else None,
     }
 
 
-def _arm_json(facts: Facts, arm: Arm) -> dict[str, Any]:
+def _later_json(estimate: Estimate) -> dict[str, Any]:
+    """What more seeds than those of the verdict say: to explore."""
+    numbers = {"difference": estimate.difference, "low": estimate.low, "high": estimate.high}
+    return {**finite(numbers), "seeds": estimate.seeds}
+
+
+def _arm_json(facts: Facts, arm: Arm, early: bool) -> dict[str, Any]:
+    # An interval before the end would be looked at again, and each look is a chance.
+    hidden = {"low": None, "high": None} if early else {}
     row = None if facts.no_paper else facts.papers.get(arm_key(arm.arm))
     return {
         "arm": arm.arm,
         "baseline": arm.baseline,
-        "metrics": {name: asdict(summary) for name, summary in arm.metrics.items()},
-        "differences": {name: asdict(paired) for name, paired in arm.differences.items()},
+        "metrics": {name: asdict(summary) | hidden for name, summary in arm.metrics.items()},
+        "differences": {name: asdict(pair) | hidden for name, pair in arm.differences.items()},
         "paper": {"metrics": row.metrics, "gains": row.gains} if row else {},
         "trials": [
             {

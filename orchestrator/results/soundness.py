@@ -80,7 +80,9 @@ def is_missing_at_random(trial: TrialView, course: Course) -> bool:
     """
     if trial.state == "failed":
         return trial.error_class == "node"
-    reached = trial.progress.step if trial.progress else 0
+    # A later attempt begins at an earlier checkpoint; what was seen before it was seen.
+    steps = [attempt.step for attempt in trial.attempt_list]
+    reached = max([*steps, trial.progress.step if trial.progress else 0])
     first = course.eval_every_steps or course.steps
     return reached < first or not reached
 

@@ -10,12 +10,15 @@ from orchestrator.results.cells import (
     answers_table,
     arms_table,
     exploratory_table,
+    interval_text,
     paper_table,
+    points,
     softmax_table,
 )
-from orchestrator.results.comparison import Comparison
+from orchestrator.results.comparison import Answer, Comparison
 from orchestrator.results.details.headlines import headlines
 from orchestrator.results.facts import Facts
+from orchestrator.results.statistics.contrasts import Estimate
 
 EXPLORATORY = "Exploratory: plain 95% intervals, each on its own; no verdicts"
 
@@ -67,13 +70,39 @@ def notes_of(view: StudyView, comparison: Comparison) -> list[str]:
         for trial in view.trials
         if trial.cached_from
     ]
-    notes += comparison.notes
+    notes += [*comparison.notes, *_looks(view, comparison)]
     notes += [
         f"no verdict on {answer.asked.name}: {answer.withheld}"
         for answer in comparison.answers
         if answer.withheld
     ]
+    notes += [_later(view, answer, answer.later) for answer in comparison.answers if answer.later]
     return [*notes, *(f"warning: {warning}" for warning in view.warnings)]
+
+
+def _looks(view: StudyView, comparison: Comparison) -> list[str]:
+    """Which arms each look stopped, and what that saved. No numbers: the study may go on."""
+    lines = []
+    for look in comparison.looks:
+        stopped = "; ".join(
+            f"{arm} takes no more seeds: {why}" for arm, why in look.stopped.items()
+        )
+        lines.append(f"look at {look.seeds} seeds: {stopped or 'all arms go on'}")
+    spared = sum(trial.state == "spared" for trial in view.trials)
+    if spared:
+        lines.append(f"the looks saved {spared} of {len(view.trials)} trials")
+    return lines
+
+
+def _later(view: StudyView, answer: Answer, later: Estimate) -> str:
+    first = answer.first
+    assert first is not None
+    where = "" if first.study == view.study else f" in study {first.study}"
+    return (
+        f"{answer.asked.name}: the verdict is the first one, of {first.seeds} seeds{where}, and "
+        f"stands; with {later.seeds} seeds the difference is {points(later.difference, True)}, "
+        f"interval {interval_text(later.low, later.high)}: exploratory"
+    )
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

@@ -11,7 +11,7 @@ import logging
 import shlex
 from collections.abc import Sequence
 
-from contract.attempt import SPEC_FILE
+from contract.attempt import LAST_WEIGHTS, SPEC_FILE
 from contract.files import uri_join
 from orchestrator.cluster.jobs import Cluster
 from orchestrator.cluster.nodes import Node
@@ -36,7 +36,7 @@ from orchestrator.schedule.gang import Gang, fit, needs, take
 from orchestrator.schedule.run_spec import gang_of, run_spec, study_limits
 from orchestrator.schedule.trouble import Troubles
 from orchestrator.settings import ServiceSettings, code_files, code_name
-from orchestrator.trial_folder import TrialFolder
+from orchestrator.trial_folder import TrialFileError, TrialFolder
 
 LOG = logging.getLogger("maskray")
 _FREE = Wait("", 0, "")
@@ -135,10 +135,12 @@ class Admission:
             row = queries.trial_row(transaction, trial)
             study = queries.study_row(transaction, row.study) if row is not None else None
             attempt = queries.attempt_row(transaction, trial, number)
+            trained = queries.folders_of_training(transaction, row.training) if row else []
         if row is None or study is None or attempt is None:
             return
         avoid, grace_s = attempt.avoid.split(), self.settings.grace_s
-        spec = run_spec(row, study, number, avoid, tracking_uri, grace_s)
+        shared = "" if study.fresh else next(filter(_is_trained, trained), "")
+        spec = run_spec(row, study, number, avoid, tracking_uri, grace_s, shared)
         path = SPEC_FILE.format(attempt=number)
         TrialFolder(row.folder).write(path, json.dumps(spec, indent=1).encode())
         code, package = study.code, ""
@@ -214,7 +216,10 @@ class Admission:
         held: list[Wait] = []
         free: set[str] = set()
         under_way = {live.trial.identity: live.trial.id for live in live_attempts}
-        first: dict[str, str] = {}  # identity -> the trial of it that waits in front
+        under_way |= {
+            live.trial.training: live.trial.id for live in live_attempts if live.trial.training
+        }
+        first: dict[str, str] = {}  # identity or training -> the trial of it that waits in front
         for trial in sorted(waiting, key=lambda trial: (-trial.study.priority, trial.queued_at)):
             if problem := self._never_runs(trial.study):
                 give_up(self.ledger, trial.id, "person", problem, now)
@@ -224,6 +229,8 @@ class Admission:
                 free.add(trial.id)
                 if not trial.study.fresh:
                     first[trial.identity] = trial.id
+                    if trial.training:
+                        first[trial.training] = trial.id
         return held, [trial for trial in waiting if trial.id in free]
 
     def _never_runs(self, study: StudyBrief) -> str:
@@ -257,6 +264,10 @@ class Admission:
             return f"is the same run as trial {under_way[trial.identity]}, under way"
         if not trial.study.fresh and trial.identity in first:
             return f"is the same run as trial {first[trial.identity]}, which waits first"
+        if not trial.study.fresh and trial.training in under_way:
+            return f"shares the training of trial {under_way[trial.training]}, under way"
+        if not trial.study.fresh and trial.training in first:
+            return f"shares the training of trial {first[trial.training]}, which waits first"
         return ""
 
     def _lacks_code(self, study: StudyBrief) -> bool:
@@ -293,3 +304,12 @@ class Admission:
             seconds = queries.longest_run_s(transaction, study)
             if seconds is not None:
                 self._durations[study] = _SAFETY * seconds
+
+
+def _is_trained(folder: str) -> bool:
+    """Whether a trial got to its last step there, whatever its evaluation came to."""
+    try:
+        return TrialFolder(folder).size(LAST_WEIGHTS) is not None
+    except TrialFileError as error:
+        LOG.warning("%s: its training is not shared", error)
+        return False

@@ -20,12 +20,13 @@ def run_spec(
     avoid: Sequence[str],
     tracking_uri: str,
     grace_s: float,
+    trained: str = "",
 ) -> Json:
     """A `contract.attempt.RunSpec` as JSON data, without the fields at their default.
 
     The study's own code checks it, and refuses a field that it does not know: it may be older than
     the service. `run` is what the same code wrote, so it goes back as it is. `tracking_uri` is
-    empty without MLflow.
+    empty without MLflow. trained: the folder of a trial whose training this one shares.
     """
     resources = study.spec.resources
     # a study that started without its parent run is an experiment of its own name all the same
@@ -53,6 +54,7 @@ def run_spec(
         tags={**trial.tags, "maskray.owner": study.owner},
         study_yaml=study.study_yaml,
         grace_s=grace_s,
+        trained=trained,
     )
     return {"run": trial.run, **spec.sparse()}
 

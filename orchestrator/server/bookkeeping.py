@@ -38,6 +38,7 @@ _STATUS: Mapping[TrialState | StudyState, str] = {
     "done": "FINISHED",
     "failed": "FAILED",
     "cancelled": "KILLED",
+    "spared": "KILLED",  # it never had a run
 }
 
 

@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -74,7 +74,7 @@ class SeldomTwice(logging.Filter):
 
 
 class Service:
-    """Four threads: the loop (main), HTTP (uvicorn), the books (MLflow, webhooks) and the lease."""
+    """Five threads: the loop (main), HTTP (uvicorn), books (MLflow, webhooks), looks, the lease."""
 
     def __init__(
         self, settings: ServiceSettings, ledger: Ledger, holder: str, ray_token: str
@@ -190,10 +190,11 @@ class Service:
             target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True
         )
         books = threading.Thread(target=self._keep_books, name="books", daemon=True)
+        looks = threading.Thread(target=self._keep_looks, name="looks", daemon=True)
         renewals = threading.Thread(
             target=self.pulse.keep, args=(self._ending,), name="lease", daemon=True
         )
-        for thread in (http, books, renewals):
+        for thread in (http, books, looks, renewals):
             thread.start()
         try:
             while not self._ending.is_set():
@@ -207,6 +208,7 @@ class Service:
             server.should_exit = True
             http.join(10)
             books.join(10)
+            looks.join(10)
             renewals.join(10)
 
     def _turn(self) -> None:
@@ -259,9 +261,22 @@ class Service:
             self._hang_timer.answered()
 
     def _keep_books(self) -> None:
+        self._keep(self._turn_books, self._turn_webhooks)
+
+    def _keep_looks(self) -> None:
+        # apart from the books: no seed waits for MLflow
+        self._keep(self._turn_looks)
+
+    def _turn_looks(self) -> None:
+        from orchestrator.server.looks import take_due  # loads scipy, which takes seconds
+
+        if take_due(self.ledger, time.time()):
+            self.wake()
+
+    def _keep(self, *turns: Callable[[], None]) -> None:
         while not self._ending.is_set():
             # each in its own `try`: webhooks are sent while MLflow is down
-            for turn in (self._turn_books, self._turn_webhooks):
+            for turn in turns:
                 try:
                     turn()
                 except TrackingDownError as error:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from contract.answers import AttemptView, EventView, QueueEntry, QueueView, StudyView, TrialView
+from contract.answers import (
+    AttemptView,
+    EventView,
+    LookTaken,
+    QueueEntry,
+    QueueView,
+    Standing,
+    StudyView,
+    TrialView,
+)
 from contract.attempt import Event, Wish
 from contract.study import FINAL_STATES, LIVE_TRIALS, Study, Submission, TrialState
 from orchestrator.ledger import queries
@@ -45,6 +54,8 @@ def study_views(
             warnings=row.warnings,
             mlflow_experiment=row.mlflow_experiment,
             counts={str(state): count for state, count in counts.get(row.id, {}).items()},
+            looks=[LookTaken.model_validate(look) for look in row.looks],
+            verdicts=[Standing.model_validate(verdict) for verdict in row.verdicts],
             trials=[
                 _trial_view(row, trial, waits, attempts.get(trial.id, []))
                 for trial in trials.get(row.id, [])
@@ -100,6 +111,8 @@ def _why(state: TrialState, wish: Wish, paused: bool, wait: Wait | None) -> str:
     """Why a trial waits or stops, or what MLflow lacks of one that is over, in words."""
     if state in FINAL_STATES:
         return wait.why if wait is not None else ""
+    if state == "held":
+        return "waits for a look at the seeds before it"
     if state != "queued":
         return _STOPPING.get(wish, wait.why if wait is not None else "")
     if paused:

@@ -13,7 +13,7 @@ from typing import Any
 from contract.fit import check_fit
 from contract.metrics import metric_names
 from contract.recipe import RunConfig
-from contract.study import Study, TrialPlan
+from contract.study import Looks, Study, TrialPlan
 from orchestrator.study.baseline import BaselineRun, Overrides
 from orchestrator.study.code_package import CodePackage
 from orchestrator.study.contrasts import arm_name, check_family
@@ -22,6 +22,7 @@ from orchestrator.study.identity import (
     canonical,
     identity,
     proposals_identity,
+    training_identity,
     trains_batch_norm,
     weights_identity,
     weights_recipe,
@@ -60,13 +61,13 @@ def expand(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Ex
     _refuse_inert(base.run, study.baseline.set, "baseline.set")
     references = {factor: _reference(study, factor, base) for factor in study.factors}
     arms = _arms(study, references)
-    if len(arms) * len(study.seeds) > MAX_TRIALS:
+    if len(arms) * len(study.every_seed) > MAX_TRIALS:
         raise ValueError(
-            f"{len(arms)} arms x {len(study.seeds)} seeds are more than {MAX_TRIALS:,} trials"
+            f"{len(arms)} arms x {len(study.every_seed)} seeds are more than {MAX_TRIALS:,} trials"
         )
     runs = [_run_of(study, arm, base) for arm in arms]
     if study.control == "same_arm":
-        _require_twins(arms, runs)
+        _require_twins(study, arms, runs)
     else:
         _refuse_twins(arms, runs)
     check_family(study, arms, references, [metric_names(run.model) for run in runs])
@@ -173,7 +174,12 @@ def _refuse_twins(arms: Sequence[Arm], runs: Sequence[RunConfig]) -> None:
         seen[text] = arm
 
 
-def _require_twins(arms: Sequence[Arm], runs: Sequence[RunConfig]) -> None:
+def _require_twins(study: Study, arms: Sequence[Arm], runs: Sequence[RunConfig]) -> None:
+    if isinstance(study.seeds, Looks):
+        raise ValueError(
+            "control: same_arm deals every arm seeds of its own, which looks do not know; "
+            "give seeds as a list"
+        )
     if len(arms) < 2:
         raise ValueError(
             "control: same_arm compares a run with itself; give a factor two levels without "
@@ -192,8 +198,8 @@ def _seeds(study: Study, number: int) -> list[int]:
 
     Two arms that are one run must share no seed: the second one would be a copy of the first.
     """
-    offset = number * (max(study.seeds) + 1) if study.control == "same_arm" else 0
-    return [seed + offset for seed in study.seeds]
+    offset = number * (max(study.every_seed) + 1) if study.control == "same_arm" else 0
+    return [seed + offset for seed in study.every_seed]
 
 
 def _refuse_same_identity(trials: Sequence[TrialPlan]) -> None:
@@ -254,6 +260,14 @@ def _trials(
                 identity=identity(
                     seeded,
                     manifests=(train.hash, val.hash),
+                    weights=weights,
+                    proposals=proposals,
+                    source_hash=code.source_hash,
+                    ranks=study.resources.ranks,
+                ),
+                training=training_identity(
+                    seeded,
+                    manifest=train.hash,
                     weights=weights,
                     proposals=proposals,
                     source_hash=code.source_hash,

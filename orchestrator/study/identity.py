@@ -20,7 +20,7 @@ from contract.model import (
     ResNeXt,
     TorchvisionWeights,
 )
-from contract.recipe import RunConfig
+from contract.recipe import RunConfig, training_record
 from contract.record import nearest
 
 # torchvision's ImageNet checkpoints: (backbone, name) -> (file, recipe). A file's name holds the
@@ -114,8 +114,33 @@ def identity(
     """
     # Another path to the same manifest is the same trial: the manifest's hash counts in its place.
     record = run.model_dump(mode="json", exclude={"data": {"train", "val"}})
-    # The hash of weights and proposals stands for their whole record, for the same reason.
-    record["model"] |= {"weights": weights, "proposals": proposals}
+    return _hash(run, record, list(manifests), (weights, proposals), source_hash, ranks)
+
+
+def training_identity(
+    run: RunConfig, *, manifest: str, weights: str, proposals: str, source_hash: str, ranks: int
+) -> str:
+    """As `identity`, of the training alone: what only evaluation reads does not count.
+
+    manifest: of the training data. Runs that agree in it may share a training.
+    """
+    record = training_record(run)
+    data = record["data"]
+    assert isinstance(data, dict)
+    del data["train"]
+    return _hash(run, record, ["training", manifest], (weights, proposals), source_hash, ranks)
+
+
+def _hash(
+    run: RunConfig,
+    record: dict[str, Any],
+    manifests: list[str],
+    initial: tuple[str, str],
+    source_hash: str,
+    ranks: int,
+) -> str:
+    # The hash of weights and proposals stands for their whole record: places do not count.
+    record["model"] |= {"weights": initial[0], "proposals": initial[1]}
     everything = {
         "run": record,
         "manifests": manifests,

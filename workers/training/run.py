@@ -12,7 +12,15 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 
-from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Outcome, Progress, Result, RunSpec
+from contract.attempt import (
+    ARTIFACT_FOLDER,
+    LAST_WEIGHTS,
+    RESULT_FILE,
+    Outcome,
+    Progress,
+    Result,
+    RunSpec,
+)
 from contract.files import Files
 from contract.metrics import category_keys, renamed
 from contract.model import KeypointBranch, MaskBranch
@@ -37,13 +45,12 @@ from workers.trial.causes import (
     record_cause,
     write_outcome,
 )
-from workers.trial.checkpoints import WHEN_FULL, CheckpointStore, FencedError
+from workers.trial.checkpoints import WHEN_FULL, CheckpointStore, FencedError, step_of
 from workers.trial.stop import StopRequest
 
 _CONFIG = f"{ARTIFACT_FOLDER}/config.yaml"
 _SERIES = f"{ARTIFACT_FOLDER}/series.parquet"
 _PICTURES = f"{ARTIFACT_FOLDER}/pictures"
-_LAST_WEIGHTS = f"{ARTIFACT_FOLDER}/weights-last.safetensors"
 _BEST_WEIGHTS = f"{ARTIFACT_FOLDER}/weights-best.safetensors"
 _PER_CLASS = ("bbox/AP", "segm/AP", "keypoints/AP")  # what the tracker gets of each category
 
@@ -194,13 +201,7 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
         | {"maskray.objects": _objects(run, inputs.train_data, world)}
     )
     state = TrainState(run, inputs.detector, inputs.manifests)
-    # rank 0 chooses for all: others may look at a moment at which they see another checkpoint
-    name = world.from_first(store.newest() if world.is_first else "")
-    if name:
-        journal.restore(state.restore(store.load(name)), state.step)
-        journal.event("resume", state.step, f"attempt {spec.attempt} on {world.size} rank(s)")
-    else:
-        journal.restore(JournalState(), 0)
+    _go_on(attempt, state)
     with closing(eval_loader(run, inputs.val_data, world)) as batches:
         reporter = _Reporter(attempt, batches.dataset)
 
@@ -245,6 +246,39 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
     if world.is_first and ending.state == "done":
         _finish(attempt, state, ending, reporter.digest, computing)
     return Outcome(state=ending.state, step=state.step)
+
+
+def _go_on(attempt: _Attempt, state: TrainState) -> None:
+    """From the newest checkpoint, else from a training that is shared, else from the first step."""
+    spec, world, store, journal = attempt.spec, attempt.world, attempt.store, attempt.journal
+    # rank 0 chooses for all: others may look at a moment at which they see another checkpoint
+    name = world.from_first(store.newest() if world.is_first else "")
+    if name:
+        journal.restore(state.restore(store.load(name)), state.step)
+        journal.event("resume", state.step, f"attempt {spec.attempt} on {world.size} rank(s)")
+        return
+    shared = world.from_first(_trained(spec) if world.is_first else "")
+    if shared:
+        state.take(_other_store(spec).load(shared))
+        state.best = -1.0  # by another evaluation
+    journal.restore(JournalState(), state.step)
+    if shared:
+        journal.event("trained", state.step, f"shares the training in {spec.trained}")
+        series = Files(spec.trained).read_part(_SERIES) if world.is_first else None
+        if series is not None:
+            attempt.storage.write(_SERIES, series)
+
+
+def _trained(spec: RunSpec) -> str:
+    """The other trial's checkpoint of the last step; empty if there is none any more."""
+    name = _other_store(spec).newest() if spec.trained else ""
+    return name if name and step_of(name) == spec.run.loop.steps else ""
+
+
+def _other_store(spec: RunSpec) -> CheckpointStore:
+    """To read from: it is never claimed."""
+    keep = spec.run.loop.keep_checkpoints
+    return CheckpointStore(Files(spec.trained), spec.attempt, keep, print_warning)
 
 
 def _objects(run: RunConfig, data: Dataset, world: World) -> str:
@@ -313,7 +347,7 @@ class _Reporter:
     def trained(self, state: TrainState) -> None:
         """After the last step, and before its evaluation."""
         self._store.check_claim()
-        self.digest = _write_weights(self._storage, _LAST_WEIGHTS, state.detector)
+        self.digest = _write_weights(self._storage, LAST_WEIGHTS, state.detector)
 
     def evaluated(self, state: TrainState, scores: Scores) -> None:
         self._store.check_claim()  # a newer attempt writes to the same artifacts
@@ -360,8 +394,9 @@ def _finish(
     journal.progress("finishing", state.step, None)
     attempt.store.check_claim()
     journal.finish_series(_SERIES)
-    for path in (_LAST_WEIGHTS, _SERIES):
-        journal.artifact(path, "")
+    for path in (LAST_WEIGHTS, _SERIES):
+        if storage.exists(path):  # a shared training may have left no series
+            journal.artifact(path, "")
     total_s = max(state.train_seconds, 1e-9)
     rates = {
         "images_per_s": state.step * spec.run.loop.global_batch / total_s,
@@ -396,7 +431,9 @@ def _artifact_paths(scores: Scores, storage: Files) -> dict[str, str]:
     # a metric of -1, where there is nothing to evaluate, chooses no weights
     if storage.exists(_BEST_WEIGHTS):
         paths["weights/best"] = _BEST_WEIGHTS
-    return paths | {"weights/last": _LAST_WEIGHTS, "series": _SERIES, "config": _CONFIG}
+    if storage.exists(_SERIES):
+        paths["series"] = _SERIES
+    return paths | {"weights/last": LAST_WEIGHTS, "config": _CONFIG}
 
 
 def _detections(kind: str) -> str:

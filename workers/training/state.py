@@ -11,7 +11,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from contract.recipe import RunConfig, parse_run
+from contract.recipe import EVALUATION_FIELDS, RunConfig, parse_run
 from contract.record import Message, parse_record
 from workers.tracking.journal import JournalState
 from workers.tracking.spool import print_warning
@@ -21,18 +21,13 @@ from workers.trial.checkpoints import Snapshot, copied_to_host
 
 # Fields in which a checkpoint and the run that resumes it may differ: they change no number of the
 # training.
-_FREE_FIELDS = {
-    "data.val",
-    "data.oks_sigmas",
+_FREE_FIELDS = EVALUATION_FIELDS | {
     "data.num_loader_workers",
     "data.cache_gib",
     "loop.cuda_graphs",
     "loop.log_every_steps",
     "loop.checkpoint_every_steps",
     "loop.keep_checkpoints",
-    "loop.eval_every_steps",
-    "loop.eval_batch",
-    "loop.best_metric",
 }
 
 
@@ -154,15 +149,19 @@ class TrainState:
         # a copy: the next step changes the tensors while a thread writes the checkpoint
         return Snapshot(self.step, copied_to_host(vars(tensors)), plain.model_dump())
 
-    @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> JournalState:
         """Goes back to a checkpoint. Returns what its journal was at the same step.
 
         Raises ValueError if another configuration or other data wrote the checkpoint.
         """
-        plain, tensors = saved_state(snapshot.plain), _SavedTensors(**snapshot.tensors)
         # before the first change: a checkpoint that is refused leaves the state as it is
-        _check_same_training(plain, self.run, self.manifests)
+        _check_same_training(saved_state(snapshot.plain), self.run, self.manifests)
+        return self.take(snapshot)
+
+    @torch.no_grad()
+    def take(self, snapshot: Snapshot) -> JournalState:
+        """As `restore`, of a training that is known to be the same: its files may lie elsewhere."""
+        plain, tensors = saved_state(snapshot.plain), _SavedTensors(**snapshot.tensors)
         self.detector.load_state_dict(tensors.detector)
         self.optimiser.load_state_dict(tensors.optimiser)
         self.scaler.load_state_dict(tensors.scaler)

@@ -111,7 +111,10 @@ class Plan:
                 f"{self.gpu_hours:.1f} GPU-hours in all"
             )
         lines.append(f"disk: about {self.disk_gib:.1f} GiB of checkpoints and weights")
-        return "\n".join([table, "", *lines, *self._sees()])
+        looks = self.foresight.looks
+        hours = 0.0 if self.unknown else self.gpu_hours
+        ahead = ["", *looks.lines(hours)] if looks else []
+        return "\n".join([table, "", *lines, *self._sees(), *ahead])
 
     def _sees(self) -> list[str]:
         """What the contrasts can see, and the seeds that what is expected of them takes."""

@@ -8,8 +8,8 @@ through a training is not known, and pairs of few seeds pay for it with half the
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from scipy import special
@@ -79,29 +79,44 @@ class Estimate:
     seeds: int  # of the arm that has the fewest
     df: float
     quantile: float = math.nan  # half of the interval is this many standard errors
+    last_quantile: float = math.nan  # of the last look, where there are looks
+
+    @property
+    def error(self) -> float:
+        """The standard error of the difference."""
+        return (self.high - self.difference) / self.quantile
 
 
 def simultaneous(
-    family: Sequence[Contrast], values: Mapping[str, Values], design: Design | None = None
+    family: Sequence[Contrast],
+    values: Mapping[str, Values],
+    design: Design | None = None,
+    rule: Rule | None = None,
 ) -> list[Estimate]:
     """The estimates of `family`, whose intervals hold the truth all at once in 95% of studies.
 
     values: metric -> its values. Max-t over the contrasts of a metric, Bonferroni over the metrics
-    and over groups of contrasts with another variance.
+    and over groups of contrasts with another variance. rule: the quantiles, if not of a fixed
+    number of seeds.
     """
     parts = [
         _part(contrast, values.get(contrast.metric, {}), design or Design()) for contrast in family
     ]
     groups = dict.fromkeys(part.group for part in parts if part is not None)
-    quantiles: dict[int, float] = {}
+    reaches: dict[str, Reach] = {}
     for group in groups:
-        members = [i for i, part in enumerate(parts) if part is not None and part.group == group]
-        level = 1 - (1 - CONFIDENCE) / len(groups)
-        quantiles |= zip(members, _quantiles([parts[i] for i in members], level), strict=True)
+        members = [part for part in parts if part is not None and part.group == group]
+        found = (rule or _at_once)(members, len(groups))
+        reaches |= {part.name: reach for part, reach in zip(members, found, strict=True)}
     return [
-        _estimate(contrast, part, quantiles.get(i, math.nan))
-        for i, (contrast, part) in enumerate(zip(family, parts, strict=True))
+        _estimate(contrast, part, reaches.get(contrast.name, Reach()))
+        for contrast, part in zip(family, parts, strict=True)
     ]
+
+
+def _at_once(parts: Sequence[Part], groups: int) -> list[Reach]:
+    level = 1 - (1 - CONFIDENCE) / groups
+    return [Reach(quantile) for quantile in joint_quantiles(parts, level)]
 
 
 def plain(
@@ -125,12 +140,14 @@ def deviation_ratio(arms: Collection[str], values: Values) -> float:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A contrast's difference and its standard error, before a quantile makes an interval.
 
     group: contrasts of one group share a variance. weights, per_arm: for their correlation.
+    numbers: seeds of the arms that a pooled variance is of; empty for another variance.
     """
 
+    name: str
     group: tuple[str, str]
     difference: float
     error: float
@@ -139,9 +156,22 @@ class _Part:
     weights: Mapping[str, float]
     per_arm: Mapping[str, float]  # arm -> 1 / its seeds
     joint: bool  # whether the group's statistics are a multivariate t
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
 
-def _part(contrast: Contrast, values: Values, design: Design) -> _Part | None:
+@dataclass(frozen=True)
+class Reach:
+    """How many standard errors the interval reaches, now and at the last look if there are any."""
+
+    now: float = math.nan
+    last: float = math.nan
+
+
+# The parts of one group, and the number of groups that share the error, to a reach of each.
+Rule: TypeAlias = Callable[[Sequence[Part], int], list[Reach]]
+
+
+def _part(contrast: Contrast, values: Values, design: Design) -> Part | None:
     weights = {arm: weight for arm, weight in contrast.weights.items() if weight}
     if not all(values.get(arm) for arm in weights):
         return None
@@ -159,12 +189,15 @@ def _part(contrast: Contrast, values: Values, design: Design) -> _Part | None:
 
 def _between(
     contrast: Contrast, weights: Mapping[str, float], values: Values, design: Design
-) -> _Part:
+) -> Part:
     """Arms of different trainings: one variance, pooled over all arms."""
     variance, df = pooled_variance(values, design)
     per_arm = {arm: 1 / len(values[arm]) for arm in weights}
     error = math.sqrt(variance * math.fsum(w * w * per_arm[arm] for arm, w in weights.items()))
-    return _Part(
+    pool = [arm for arm in values if design.pool is None or arm in design.pool]
+    alone = len({design.training(arm) for arm in pool}) == len(pool)
+    return Part(
+        contrast.name,
         (contrast.metric, ""),
         _difference(weights, values),
         error,
@@ -173,6 +206,7 @@ def _between(
         weights,
         per_arm,
         joint=True,
+        numbers={arm: len(values[arm]) for arm in pool} if alone else {},
     )
 
 
@@ -191,7 +225,7 @@ def pooled_variance(values: Values, design: Design) -> tuple[float, float]:
     return (total / df, df) if df else (math.nan, 0.0)
 
 
-def _own(contrast: Contrast, weights: Mapping[str, float], values: Values) -> _Part:
+def _own(contrast: Contrast, weights: Mapping[str, float], values: Values) -> Part:
     """Each arm with its own variance: Welch's t, Satterthwaite's degrees of freedom."""
     terms = {
         arm: (
@@ -206,7 +240,7 @@ def _own(contrast: Contrast, weights: Mapping[str, float], values: Values) -> _P
 
 def _within(
     contrast: Contrast, weights: Mapping[str, float], values: Values, design: Design, training: str
-) -> _Part:
+) -> Part:
     """Arms of one training: paired by seed, the variance that of the residuals of arm and seed."""
     pool = values if design.pool is None else {*design.pool, *weights}
     arms = [arm for arm in values if arm in pool and design.training(arm) == training]
@@ -214,14 +248,15 @@ def _within(
     table = [[values[arm][seed] for seed in seeds] for arm in arms]
     n, df = len(seeds), (len(arms) - 1) * (len(seeds) - 1)
     if not n:
-        return _Part(
-            (contrast.metric, training), math.nan, math.nan, 0.0, 0, weights, {}, joint=False
-        )
+        group = contrast.metric, training
+        nan = math.nan
+        return Part(contrast.name, group, nan, nan, 0.0, 0, weights, {}, joint=False)
     residuals = _two_way(table)
     variance = math.fsum(r * r for row in residuals for r in row) / df if df else math.nan
     common = {arm: {seed: values[arm][seed] for seed in seeds} for arm in weights}
     error = math.sqrt(variance * math.fsum(w * w for w in weights.values()) / n)
-    return _Part(
+    return Part(
+        contrast.name,
         (contrast.metric, training),
         _difference(weights, common),
         error,
@@ -246,7 +281,7 @@ def _two_way(table: Sequence[Sequence[float]]) -> list[list[float]]:
 
 def _by_training(
     contrast: Contrast, weights: Mapping[str, float], values: Values, design: Design
-) -> _Part:
+) -> Part:
     """Several arms of several trainings: each training's sum by seed, with its own variance."""
     terms: list[tuple[float, int]] = []
     difference = 0.0
@@ -264,14 +299,15 @@ def _by_training(
 
 def _apart(
     contrast: Contrast, difference: float, terms: Sequence[tuple[float, int]], seeds: int
-) -> _Part:
+) -> Part:
     """terms: the variance of each independent part of the difference, and its seeds."""
     whole = math.fsum(term for term, _ in terms)
     below = math.fsum(term**2 / (n - 1) if n > 1 else math.nan for term, n in terms)
     # Without any spread every number of degrees gives the same interval.
     df = whole**2 / below if below else float(seeds - 1)
     group = (contrast.metric, "each its own variance")
-    return _Part(group, difference, math.sqrt(whole), df, seeds, {}, {}, joint=False)
+    error = math.sqrt(whole)
+    return Part(contrast.name, group, difference, error, df, seeds, {}, {}, joint=False)
 
 
 def _difference(weights: Mapping[str, float], values: Values) -> float:
@@ -281,25 +317,25 @@ def _difference(weights: Mapping[str, float], values: Values) -> float:
 # --- intervals ----------------------------------------------------------------------------------
 
 
-def _quantiles(parts: Sequence[_Part | None], level: float) -> list[float]:
+def joint_quantiles(parts: Sequence[Part], level: float) -> list[float]:
     """The quantile of each part of one group."""
-    known = [part for part in parts if part is not None]
-    if not all(part.joint for part in known):
+    if not all(part.joint for part in parts):
         return [
-            bonferroni_quantile(len(known), part.df, level) if part.df > 0 else math.nan
-            for part in known
+            bonferroni_quantile(len(parts), part.df, level) if part.df > 0 else math.nan
+            for part in parts
         ]
-    arms = list(dict.fromkeys(arm for part in known for arm in part.weights))
-    rows = [[part.weights.get(arm, 0.0) for arm in arms] for part in known]
-    per_arm = {arm: share for part in known for arm, share in part.per_arm.items()}
+    arms = list(dict.fromkeys(arm for part in parts for arm in part.weights))
+    rows = [[part.weights.get(arm, 0.0) for arm in arms] for part in parts]
+    per_arm = {arm: share for part in parts for arm, share in part.per_arm.items()}
     covariance = correlated(rows, [per_arm[arm] for arm in arms])
     # Arms of one training: a contrast that brings an arm of its own has more degrees of freedom.
-    return [max_t_quantile(covariance, part.df, level) if part.df else math.nan for part in known]
+    return [max_t_quantile(covariance, part.df, level) if part.df else math.nan for part in parts]
 
 
-def _estimate(contrast: Contrast, part: _Part | None, quantile: float) -> Estimate:
+def _estimate(contrast: Contrast, part: Part | None, reach: Reach) -> Estimate:
     if part is None:
         return Estimate(contrast, math.nan, math.nan, math.nan, math.nan, seeds=0, df=0.0)
+    quantile = reach.now
     half = quantile * part.error
     return Estimate(
         contrast,
@@ -310,6 +346,7 @@ def _estimate(contrast: Contrast, part: _Part | None, quantile: float) -> Estima
         part.seeds,
         part.df,
         quantile,
+        reach.last,
     )
 
 

@@ -318,6 +318,29 @@ def test_nothing_changes_while_ray_does_not_answer(house):
     assert house.cluster.stops == [f"{trial}-1"], "a cancel given meanwhile is honoured"
 
 
+def test_trials_that_differ_in_evaluation_alone_share_one_training(house):
+    house.cluster.cpus = 4
+    training = {"training": identity("t")}
+    one, other = (plan(name, identity(name)).model_copy(update=training) for name in "ab")
+    study = house.submit(one, other)
+    first, second = f"{study}-000", f"{study}-001"
+    house.tick(2)
+    assert house.cluster.started == [f"{first}-1"]
+    assert house.loop.admission.waits[second].why == (
+        f"shares the training of trial {first}, under way"
+    )
+    # Its evaluation is refused: the training is there all the same.
+    weights = Path(house.trial(first).folder, "artifacts/weights-last.safetensors")
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"")
+    refused = Outcome(state="failed", error_class="person", error="val: no masks", step=9)
+    house.cluster.end(f"{first}-1", 2, refused, done=False)
+    house.tick(2)
+    assert house.state(first) == "failed"
+    assert house.cluster.specs[f"{second}-1"].trained == house.trial(first).folder
+    assert house.cluster.specs[f"{first}-1"].trained == ""
+
+
 def test_the_same_run_twice_is_paid_for_once(house):
     first, second = house.submit(plan("a")), house.submit(plan("b"))
     house.tick()

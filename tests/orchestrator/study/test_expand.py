@@ -190,6 +190,10 @@ def test_a_control_of_different_arms_is_refused(data: Path) -> None:
     said = refused(tiny_study({"roi": ROI}, control="same_arm"), data)
     assert "the arms roi=pool and roi=align are not the same run" in said
     assert "give a factor two levels" in refused(tiny_study(control="same_arm"), data)
+    looks = {"start": 3, "most": 5, "looks": [3, 5]}
+    assert "give seeds as a list" in refused(
+        tiny_study(TWICE, control="same_arm", seeds=looks), data
+    )
 
 
 def test_conditional_fields_exist(tmp_path: Path) -> None:

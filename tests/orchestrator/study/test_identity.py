@@ -10,13 +10,14 @@ from torchvision import models
 
 from contract.model import FileWeights, ModelConfig
 from contract.presets import PRESETS, run_preset
-from contract.recipe import RunConfig, apply_overrides, parse_run
+from contract.recipe import EVALUATION_FIELDS, RunConfig, apply_overrides, parse_run
 from orchestrator.study.identity import (
     TORCHVISION_CHECKPOINTS,
     backbone_name,
     canonical,
     identity,
     proposals_identity,
+    training_identity,
     weights_identity,
 )
 
@@ -72,6 +73,43 @@ def test_ranks_count_under_trained_batch_norm_alone() -> None:
     assert identity(tiny(), **more) == identity(tiny(), **PARTS)
     per_rank = tiny(model__backbone__norm__kind="bn")
     assert identity(per_rank, **more) != identity(per_rank, **PARTS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [
+        ({"model__inference__nms_iou": 0.6}, True),
+        ({"model__inference__score_threshold": 0.1}, True),
+        ({"loop__eval_every_steps": 50}, True),
+        ({"data__val": "elsewhere"}, True),
+        ({"model__rpn__nms_iou": 0.6}, False),
+        ({"data__filter__min_area_px": 4.0}, False),
+        ({"seed": 1}, False),
+    ],
+)
+def test_what_evaluation_alone_reads_shares_a_training(changed: dict[str, Any], same: bool) -> None:
+    parts = {name: value for name, value in PARTS.items() if name != "manifests"}
+    before, after = (
+        training_identity(run, manifest="a" * 64, **parts) for run in (tiny(), tiny(**changed))
+    )
+    assert (before == after) is same
+
+
+def test_the_inference_of_softmax_masks_shares_a_training() -> None:
+    parts = {name: value for name, value in PARTS.items() if name != "manifests"}
+    runs = (
+        tiny(model__mask__loss={"kind": "softmax", "inference": inference})
+        for inference in ("argmax", "probability")
+    )
+    assert len({training_identity(run, manifest="a" * 64, **parts) for run in runs}) == 1
+
+
+def test_every_field_of_evaluation_exists() -> None:
+    softmax = tiny(model__mask__loss__kind="softmax").model_dump()
+    for path in EVALUATION_FIELDS:
+        node: Any = softmax
+        for name in path.split("."):
+            node = node[name]
 
 
 def test_the_hash_is_of_a_known_text() -> None:

@@ -29,7 +29,7 @@ def test_a_mini_study_plans_on_the_data_that_it_names(name: str, tmp_path: Path)
     trials = expand(study, root=tmp_path, code=CODE).trials
     arms = {tuple(trial.arm.items()) for trial in trials}
     assert study.name == f"mini-{name}"
-    assert len(trials) == len(arms) * len(study.seeds)
+    assert len(trials) == len(arms) * len(study.every_seed)
     submission = Submission(study=study, study_yaml=text, trials=trials)
     asked = make_plan(submission, {}).foresight.contrasts
     assert [one.asked.name for one in asked] == list(study.contrasts)

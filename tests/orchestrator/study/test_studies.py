@@ -38,7 +38,7 @@ def runs(name: str, tmp_path: Path) -> dict[str, Any]:
     )
     expansion = expand(study, data=str(data), root=tmp_path, code=CODE)
     assert len(expansion.trials) == TRIALS[name]
-    assert sum(trial.baseline for trial in expansion.trials) == len(study.seeds)
+    assert sum(trial.baseline for trial in expansion.trials) == len(study.every_seed)
     return {trial.key.partition("/")[0]: trial.run for trial in expansion.trials if trial.seed == 0}
 
 

@@ -52,6 +52,14 @@ def test_a_study_of_two_lines_is_a_study(tmp_path: Path) -> None:
         (GOOD + "factors: {masks: {on: {}}}\n", "put the name in quotes"),
         (GOOD + "seed: [0]\n", "seed: no such field; did you mean 'seeds'?"),
         (GOOD + "seeds: [0, 0]\n", "seeds: seeds must be distinct"),
+        (GOOD + "seeds: {start: 3, mots: 5}\n", "seeds.mots: no such field; did you mean 'most'?"),
+        (GOOD + "seeds: {start: 2, looks: [2, 10]}\n", "seeds.start: Input should be greater"),
+        (
+            GOOD + "seeds: {most: 5}\n",
+            "seeds: looks [3, 5, 7, 10] must begin at start, 3, and end at most, 5",
+        ),
+        (GOOD + "seeds: {looks: [3, 7, 7, 10]}\n", "must be at least two numbers that grow"),
+        (GOOD + "seeds: 3\n", "seeds: Input should be a valid tuple"),
         (GOOD + "resources: {ranks: two}\n", "resources.ranks: Input should be a valid integer"),
         (GOOD + "resources: {rank: 2}\n", "resources.rank: no such field; did you mean 'ranks'?"),
         (

@@ -27,6 +27,7 @@ from pipelines.shards.dataset import open_dataset
 from tests.builders import tiny_run
 from tests.workers.fakes import alone, die
 from tests.workers.ranks import run_ranks
+from workers.rescore import rescore
 from workers.sync import sync
 from workers.train import next_attempt
 from workers.training.build import eval_loader, initial_detector, open_datasets
@@ -284,6 +285,30 @@ def test_a_stop_file_ends_the_trial_with_a_checkpoint_and_the_next_attempt_resum
     again = go(spec_of(tmp_path, run_of(packed, loop__steps=100_000), attempt=2), asked_at_once())
     assert again.step == outcome.step + 1
     assert again.events[0].kind == "resume"
+
+
+def test_a_run_that_shares_a_training_evaluates_it_alone_and_is_scored_anew(tmp_path, packed):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert go(spec_of(first, run_of(packed))).state == "done"
+    other = run_of(packed, model__inference__detections_per_image=2, loop__best_metric="bbox/AP")
+    outcome = go(spec_of(second, other, trained=str(first)))
+    assert (outcome.state, outcome.step) == ("done", 4)
+    assert [event.kind for event in outcome.events] == ["trained"]
+    made, shared = (
+        Result.model_validate_json((folder / "result.json").read_text())
+        for folder in (first, second)
+    )
+    assert shared.weights_sha256 == made.weights_sha256
+    assert shared.metrics["train_seconds"] == made.metrics["train_seconds"]  # no step was taken
+    fewer = json.loads((second / shared.artifacts["detections/bbox"]).read_text())
+    assert 0 < len(fewer) < len(json.loads((first / made.artifacts["detections/bbox"]).read_text()))
+    assert (second / shared.artifacts["series"]).exists()
+    # Another seed has no such training: it takes its own steps.
+    alone_again = go(spec_of(tmp_path / "third", other, trained=str(tmp_path / "nowhere")))
+    assert (alone_again.state, alone_again.events) == ("done", [])
+    scores = rescore(Files(str(second))).metrics
+    assert scores == {name: shared.metrics[name] for name in scores}
+    assert "segm/AP" in scores
 
 
 def asked_at_once() -> StopRequest:

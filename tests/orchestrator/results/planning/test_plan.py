@@ -169,6 +169,22 @@ def test_every_shipped_study_says_what_it_can_see(name: str, tmp_path: Path) -> 
     json.dumps(plan.as_json(), allow_nan=False)
 
 
+def test_a_study_with_looks_shows_its_boundaries_and_what_it_may_cost(tmp_path: Path) -> None:
+    study = tiny_study(ROI, seeds={"start": 3, "most": 10, "looks": [3, 5, 7, 10]})
+    trials = expand(study, data=str(write_dataset(tmp_path)), root=tmp_path, code=CODE).trials
+    assert len(trials) == 20
+    plan = make_plan(Submission(study=study, study_yaml="", trials=trials), {})
+    ahead = plan.foresight.looks
+    assert ahead is not None
+    assert ahead.reaches["segm/AP"] == pytest.approx((5.827, 3.46, 2.83, 2.30), abs=0.03)
+    # From the tables of docs/statistics.md: 10 seeds without 3.0, 1.8, 3.5 and 5.1, in two arms.
+    assert list(ahead.expected.values()) == pytest.approx([14.0, 16.4, 13.0, 9.8], abs=0.5)
+    text = plan.text()
+    assert "Looks at 3, 5, 7, 10 seeds; an arm stops once its contrasts are settled" in text
+    assert "if the others differ by 2 sd: about 13 of 20 trials" in text
+    json.dumps(plan.as_json(), allow_nan=False)
+
+
 def test_table_2d_needs_few_seeds_for_the_papers_difference(tmp_path: Path) -> None:
     plan = make_plan(shipped("table-2d.yaml", tmp_path), {}, spread=Spread(0.25, "a test"))
     masks, boxes = plan.foresight.contrasts

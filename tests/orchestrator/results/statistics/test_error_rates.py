@@ -7,7 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.error_rates import draw, intervals, markdown, power, rates
+from benchmarks.error_rates import (
+    draw,
+    intervals,
+    look_markdown,
+    look_power,
+    look_rates,
+    markdown,
+    power,
+    rates,
+)
 from orchestrator.results.statistics.contrasts import Contrast, simultaneous
 
 GUIDE = Path(__file__).parents[4] / "docs" / "statistics.md"
@@ -44,3 +53,13 @@ def test_at_most_five_percent_of_studies_have_a_false_verdict() -> None:
     assert all_power[0].three == pytest.approx(78, abs=1)
     assert markdown(all_rates, all_power).split("\n\n")[0] in GUIDE.read_text()
     assert markdown(all_rates, all_power).split("\n\n")[1] in GUIDE.read_text()
+
+
+@pytest.mark.slow
+def test_all_looks_together_have_at_most_five_percent_false_verdicts() -> None:
+    all_rates = [look_rates(arms) for arms in (2, 5)]
+    all_power = [look_power(effect) for effect in (0, 1, 2, 3)]
+    assert all(one.equal <= 5.3 for one in all_rates)  # as above
+    assert [one.saved for one in all_power] == pytest.approx([0.1, 1.0, 3.6, 5.2], abs=0.15)
+    for table in look_markdown(all_rates, all_power).split("\n\n"):
+        assert table in GUIDE.read_text()
