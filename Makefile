@@ -5,11 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DATA := .maskray/demo
+MINI := .maskray/mini
 
-.PHONY: help install demo test test-all check format bench gpu-check clean
+.PHONY: help install demo mini test test-all check format bench gpu-check clean
 
 help:
 	@echo "make demo      install, make synthetic COCO data, run studies/demo.yaml, print its table"
+	@echo "make mini      draw scenes, run studies/mini/align.yaml from nothing (docs/results.md)"
 	@echo "make test      install and run the test suite;  make test-all adds the slow tests"
 	@echo "make check     formatter, linter, strict types"
 	@echo "make bench     every program in benchmarks/ but chaos.py, which takes an hour, and the GPU's"
@@ -31,6 +33,13 @@ $(STAMP): pyproject.toml setup.py constraints.txt model/cpu/native.c
 demo: $(STAMP)
 	$(BIN)/maskray data synth $(DATA) --images 500 --size 128 --seed 0 --pack
 	$(BIN)/maskray run studies/demo.yaml --data $(DATA)
+
+# The study names its data and its start; it evaluates on the split `test`.
+mini: $(STAMP)
+	$(BIN)/maskray data synth $(MINI)/scenes --kind scenes --outlines 6 --images 2400 --test 1000 --pack
+	$(BIN)/maskray data synth $(MINI)/start --kind scenes --images 2400 --seed 1
+	test -s $(MINI)/start.safetensors || $(BIN)/python studies/mini/start.py $(MINI)/start $(MINI)/start.safetensors
+	$(BIN)/maskray run studies/mini/align.yaml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not gpu"

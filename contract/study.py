@@ -108,6 +108,8 @@ Side: TypeAlias = Annotated[
 
 Expected: TypeAlias = Literal["", "better", "worse", "equivalent"]
 Variance: TypeAlias = Literal["pooled", "own"]
+# same_arm: all arms are one run, with seeds of their own; a difference found there is false.
+Control: TypeAlias = Literal["none", "same_arm"]
 
 
 class Contrast(Difference):
@@ -176,6 +178,7 @@ class Study(Record):
         str, dict[str, dict[str, JsonValue]]
     ] = {}  # factor -> level -> dotted path -> value
     design: Literal["grid", "one_at_a_time"] = "grid"
+    control: Control = "none"
     seeds: Seeds = (0,)
     resources: Resources = Resources()
     priority: int = Field(0, ge=-100, le=100)

@@ -47,16 +47,28 @@ def synth(
     keypoints: Annotated[
         bool, typer.Option("--keypoints", help="One category is a person with 17 keypoints.")
     ] = False,
+    kind: Annotated[
+        Literal["shapes", "scenes", "grid"],
+        typer.Option(
+            help="shapes: 4 categories, each with a hue of its own. scenes: 12 that the outline "
+            "alone tells apart. grid: scenes whose boxes lie on multiples of 16 px."
+        ),
+    ] = "shapes",
+    outlines: Annotated[
+        int, typer.Option(help="Categories of scenes and grid: the first so many of the 12.")
+    ] = 12,
+    test: Annotated[
+        int, typer.Option(help="Images of a third split, to evaluate on once; besides --images.")
+    ] = 0,
     pack: Annotated[
-        bool,
-        typer.Option("--pack", help="Also pack into OUT/train and OUT/val, ready to train on."),
+        bool, typer.Option("--pack", help="Also pack each split into OUT/SPLIT, ready to train on.")
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
     """Draw a synthetic COCO dataset.
 
-    It is OUT/annotations/instances_{train,val}.json and OUT/images/{train,val}/.
+    It is OUT/annotations/instances_{train,val,test}.json and OUT/images/{train,val,test}/.
     """
     from pipelines.pack.pack import PackOptions
     from pipelines.pack.pack import pack as pack_dataset
@@ -64,10 +76,19 @@ def synth(
 
     with bar("drawing", as_json) as progress:
         made = synthesise(
-            out, num_images=images, size=size, seed=seed, keypoints=keypoints, progress=progress
+            out,
+            num_images=images,
+            size=size,
+            seed=seed,
+            keypoints=keypoints,
+            kind=kind,
+            num_test=test,
+            outlines=outlines,
+            progress=progress,
         )
+    settings = made.settings
     packed = {}
-    for split in ("train", "val") if pack else ():
+    for split in settings.splits() if pack else ():
         files = [out / "annotations" / f"instances_{split}.json"]
         result = pack_dataset(files, str(out / "images" / split), str(out / split), PackOptions())
         packed[split] = {
@@ -75,11 +96,12 @@ def synth(
             "manifest": result.manifest.hash,
             "unchanged": result.unchanged,
         }
-    settings = made.settings
     unchanged = " (was there already, unchanged)" if made.unchanged else ""
-    text = f"{settings.train} training and {settings.val} validation images in {out}{unchanged}"
+    counts = f"{settings.train} training and {settings.val} validation images"
+    counts += f" and {settings.test} test images" if settings.test else ""
+    text = f"{counts} in {out}{unchanged}"
     if packed:
-        text += f"\npacked: {out / 'train'} and {out / 'val'}"
+        text += f"\npacked: {' and '.join(str(out / split) for split in packed)}"
     content = {**asdict(settings), "unchanged": made.unchanged, "packed": packed}
     return _done(as_json, {"out": str(out), **content}, text)
 

@@ -13,7 +13,7 @@ from typing import Any
 from contract.fit import check_fit, same_data
 from contract.metrics import metric_names
 from contract.recipe import RunConfig
-from contract.study import Study, TrialPlan
+from contract.study import Looks, Study, TrialPlan
 from orchestrator.study.baseline import BaselineRun, Overrides
 from orchestrator.study.code_package import CodePackage
 from orchestrator.study.contrasts import arm_name, check_family
@@ -67,20 +67,24 @@ def expand(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Ex
             f"{len(arms)} arms x {len(study.every_seed)} seeds are more than {MAX_TRIALS:,} trials"
         )
     runs = [_run_of(study, arm, base) for arm in arms]
-    _refuse_twins(arms, runs)
+    if study.control == "same_arm":
+        _require_twins(study, arms, runs)
+    else:
+        _refuse_twins(arms, runs)
     check_family(
         study, arms, references, [metric_names(run.model, run.loop.eval_boundary) for run in runs]
     )
     manifest = cache(read_manifest)  # most arms share their datasets, which may lie in a bucket
     trials: list[TrialPlan] = []
     doubts: list[str] = []
-    for arm, run in zip(arms, runs, strict=True):
+    for number, (arm, run) in enumerate(zip(arms, runs, strict=True)):
         try:
             train, val = manifest(run.data.train, "data.train"), manifest(run.data.val, "data.val")
             check_fit(run, train.header, val.header)
             doubts.append(same_data(run, train.hash, val.hash))
             _check_ranks(study, run)
-            trials += _trials(study, arm, arm == references, run, train, val, code)
+            seeds = _seeds(study, number)
+            trials += _trials(study, arm, arm == references, run, seeds, train, val, code)
         except ValueError as error:
             raise ValueError(f"arm {arm_name(arm)}: {error}") from None
     _refuse_same_identity(trials)
@@ -120,10 +124,11 @@ def _reference(study: Study, factor: str, base: BaselineRun) -> str:
     if len(errors) == len(study.factors[factor]):
         more = "" if len(errors) == 1 else f" (no level of {factor!r} fits the baseline)"
         raise ValueError(f"{errors[0]}{more}")
-    if len(unchanged) > 1:
+    if len(unchanged) > 1 and study.control == "none":
         raise ValueError(
             f"factors.{factor}: the levels {unchanged[0]!r} and {unchanged[1]!r} both leave the "
-            "baseline as it is, so their trials would be the same run; keep one"
+            "baseline as it is, so their trials would be the same run; keep one "
+            "(a study that compares a run with itself says control: same_arm)"
         )
     return unchanged[0] if unchanged else next(iter(study.factors[factor]))
 
@@ -175,6 +180,34 @@ def _refuse_twins(arms: Sequence[Arm], runs: Sequence[RunConfig]) -> None:
         seen[text] = arm
 
 
+def _require_twins(study: Study, arms: Sequence[Arm], runs: Sequence[RunConfig]) -> None:
+    if isinstance(study.seeds, Looks):
+        raise ValueError(
+            "control: same_arm deals every arm seeds of its own, which looks do not know; "
+            "give seeds as a list"
+        )
+    if len(arms) < 2:
+        raise ValueError(
+            "control: same_arm compares a run with itself; give a factor two levels without "
+            "overrides, such as copy: {first: {}, second: {}}"
+        )
+    for arm, run in zip(arms, runs, strict=True):
+        if run != runs[0]:
+            raise ValueError(
+                f"control: same_arm: the arms {arm_name(arms[0])} and {arm_name(arm)} are not the "
+                "same run; leave their levels empty, or leave out control"
+            )
+
+
+def _seeds(study: Study, number: int) -> list[int]:
+    """The seeds of the arm of this number: the study's, or its own.
+
+    Two arms that are one run must share no seed: the second one would be a copy of the first.
+    """
+    offset = number * (max(study.every_seed) + 1) if study.control == "same_arm" else 0
+    return [seed + offset for seed in study.every_seed]
+
+
 def _refuse_same_identity(trials: Sequence[TrialPlan]) -> None:
     """Records may differ in where data or weights lie and still name the same bytes."""
     seen: dict[str, str] = {}
@@ -203,6 +236,7 @@ def _trials(
     arm: Arm,
     is_baseline: bool,
     run: RunConfig,
+    seeds: Sequence[int],
     train: Manifest,
     val: Manifest,
     code: CodePackage,
@@ -222,7 +256,7 @@ def _trials(
         "maskray.proposals": proposals,
     }
     plans = []
-    for seed in study.every_seed:
+    for seed in seeds:
         seeded = run.model_copy(update={"seed": seed})
         plans.append(
             TrialPlan(

@@ -1,14 +1,28 @@
-"""Outlines of the synthetic objects, inside the circle of radius 1; x to the right, y down."""
+"""The demo's images: shapes of four categories, each with a hue of its own, at every angle."""
 
 from __future__ import annotations
 
+import colorsys
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-Points = NDArray[np.float64]  # (n, 2)
+from pipelines.pack.person import person
+from pipelines.pack.placed import (
+    MIN_PIXELS,
+    Canvas,
+    Drawn,
+    Mask,
+    Placed,
+    Points,
+    polygon_mask,
+    rounded,
+)
+
+CROWD_RATE = 0.05
+MIN_VISIBLE = 0.55  # of an object's pixels; no new object may hide more of another one
 
 
 def star() -> Points:
@@ -49,52 +63,120 @@ SHAPES: dict[str, Callable[[], Points]] = {
     "triangle": triangle,
 }
 
-COCO_KEYPOINTS = (
-    "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder",
-    "left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee",
-    "right_knee", "left_ankle", "right_ankle",
-)  # fmt: skip
-# Pairs of keypoints, counted from 1 as COCO does.
-COCO_SKELETON = (
-    (16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9),
-    (8, 10), (9, 11), (2, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7),
-)  # fmt: skip
+
+def draw_shapes(rng: np.random.Generator, size: int, *, keypoints: bool) -> Drawn:
+    """uint8 (H, W, 3) with `size` as its long side, and its objects."""
+    short = round(size * rng.choice([0.75, 0.85, 1.0]))
+    height, width = (size, short) if rng.random() < 0.5 else (short, size)
+    image = _ground(rng, height, width)
+    objects: list[Placed] = []
+    # The crowd comes first, so that it lies behind everything.
+    if rng.random() < CROWD_RATE:
+        _try_crowd(rng, image, objects)
+    wanted = int(rng.integers(2, 6))
+    for _ in range(wanted * 3):  # an attempt may find no room
+        if sum(not placed.crowd for placed in objects) >= wanted:
+            break
+        _try_object(rng, image, objects, keypoints)
+    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8), objects
 
 
-def person(rng: np.random.Generator) -> tuple[list[Points], Points]:
-    """Polygons (torso, head, limbs) and the COCO keypoints (17, 2) of a person.
-
-    The person faces the viewer, so the person's left is at the viewer's right.
-    """
-    keypoints = np.zeros((17, 2))
-    keypoints[0] = 0.0, -0.72
-    keypoints[1:5] = [[0.07, -0.78], [-0.07, -0.78], [0.14, -0.75], [-0.14, -0.75]]
-    # Angles are from straight down, outwards. Chance bends arms and legs, and no other part.
-    for side, sign in ((0, 1.0), (1, -1.0)):
-        shoulder = np.array([sign * 0.24, -0.48])
-        hip = np.array([sign * 0.14, 0.1])
-        upper, fore = sign * rng.uniform(0.1, 1.6), sign * rng.uniform(-0.4, 1.8)
-        thigh, shin = sign * rng.uniform(-0.05, 0.5), sign * rng.uniform(-0.3, 0.3)
-        elbow = shoulder + 0.29 * _down(upper)
-        knee = hip + 0.42 * _down(thigh)
-        keypoints[[5 + side, 7 + side, 9 + side]] = shoulder, elbow, elbow + 0.27 * _down(fore)
-        keypoints[[11 + side, 13 + side, 15 + side]] = hip, knee, knee + 0.4 * _down(shin)
-    angles = np.linspace(0, 2 * math.pi, 17)[:-1]
-    head = np.array([0.0, -0.75]) + 0.18 * np.stack([np.cos(angles), np.sin(angles)], 1)
-    torso = np.array([[0.27, -0.54], [0.17, 0.16], [-0.17, 0.16], [-0.27, -0.54]])
-    limbs = [(5, 7), (7, 9), (6, 8), (8, 10), (11, 13), (13, 15), (12, 14), (14, 16)]
-    return [torso, head, *(_bar(keypoints[a], keypoints[b], 0.075) for a, b in limbs)], keypoints
-
-
-def _down(angle: float) -> Points:
-    return np.array([math.sin(angle), math.cos(angle)])
-
-
-def _bar(start: Points, end: Points, half_width: float) -> Points:
-    along = (end - start) / np.hypot(*(end - start))
-    across = half_width * np.array([-along[1], along[0]])
-    over = half_width * along
-    # A little longer than the limb, so that neighbouring limbs meet without a gap.
-    return np.array(
-        [start - over + across, end + over + across, end + over - across, start - over - across]
+def _try_object(
+    rng: np.random.Generator, image: Canvas, objects: list[Placed], keypoints: bool
+) -> None:
+    """Draws an object over the others unless it would hide too much of one."""
+    height, width = image.shape[:2]
+    category = int(rng.integers(4))
+    radius = max(height, width) * math.exp(rng.uniform(math.log(0.14), math.log(0.34)))
+    centre = np.array(
+        [
+            rng.uniform(0.5 * radius, width - 0.5 * radius),
+            rng.uniform(0.5 * radius, height - 0.5 * radius),
+        ]
     )
+    points: Points | None = None
+    if keypoints and category == 0:
+        radius = max(radius, 0.16 * max(height, width))  # a person's limbs are thin
+        outlines, points = person(rng)
+        turn = rng.uniform(-0.2, 0.2)
+    else:
+        outlines, turn = [list(SHAPES.values())[category]()], rng.uniform(0, 2 * math.pi)
+    stretch = np.array([1.0, rng.uniform(0.75, 1.0)])
+    rotation = np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+    polygons = [
+        rounded(outline * stretch @ rotation * radius + centre, width, height)
+        for outline in outlines
+    ]
+    mask = polygon_mask(polygons, height, width)
+    if points is not None:
+        points = points * stretch @ rotation * radius + centre
+    # Most of every object stays visible.
+    if mask.sum() < MIN_PIXELS or any(
+        (p.mask & ~mask).sum() < MIN_VISIBLE * p.whole for p in objects
+    ):
+        return
+    _paint(rng, image, mask, category, turn)
+    objects[:] = [replace(other, mask=other.mask & ~mask) for other in objects]
+    objects.append(Placed(category, polygons, mask, int(mask.sum()), keypoints=points))
+
+
+def _try_crowd(rng: np.random.Generator, image: Canvas, objects: list[Placed]) -> None:
+    """Many small shapes of one category, annotated together."""
+    height, width = image.shape[:2]
+    category = int(rng.integers(1, 4))  # not the first, which may be the person
+    outline = list(SHAPES.values())[category]()
+    area = np.array([rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height])
+    radius = 0.05 * max(height, width)
+    polygons = [
+        rounded(outline * radius + area + rng.normal(0, 2.5 * radius, 2), width, height)
+        for _ in range(int(rng.integers(6, 12)))
+    ]
+    mask = polygon_mask(polygons, height, width)
+    if mask.sum() >= MIN_PIXELS:
+        _paint(rng, image, mask, category, 0.0)
+        objects.append(Placed(category, polygons, mask, int(mask.sum()), crowd=True))
+
+
+# --- appearance -----------------------------------------------------------------------------------
+
+_HUES = (0.02, 0.14, 0.36, 0.62)  # of the four categories: red, yellow, green, blue
+
+
+def _ground(rng: np.random.Generator, height: int, width: int) -> Canvas:
+    """Low-saturation noise at three scales and a gradient."""
+    ground: Canvas = np.full((height, width, 3), rng.uniform(0.25, 0.75)) + rng.normal(0, 0.04, 3)
+    for cells, strength in ((3, 0.14), (9, 0.1), (30, 0.06)):
+        coarse = rng.normal(0, strength, (cells, cells, 1)) + rng.normal(
+            0, strength * 0.3, (cells, cells, 3)
+        )
+        ground += enlarge(coarse, height, width)
+    grain: Canvas = rng.normal(0, 0.03, (height, width, 1))
+    return ground + grain
+
+
+def enlarge(coarse: Canvas, height: int, width: int) -> Canvas:
+    """Bilinear, corners at corners."""
+    rows, columns = (np.linspace(0, len(coarse) - 1.001, n) for n in (height, width))
+    y, x = rows.astype(int), columns.astype(int)
+    fy, fx = (rows - y)[:, None, None], (columns - x)[None, :, None]
+    top = coarse[y][:, x] * (1 - fx) + coarse[y][:, x + 1] * fx
+    bottom = coarse[y + 1][:, x] * (1 - fx) + coarse[y + 1][:, x + 1] * fx
+    return np.asarray(top * (1 - fy) + bottom * fy)
+
+
+def _paint(
+    rng: np.random.Generator,
+    image: Canvas,
+    mask: Mask,
+    category: int,
+    turn: float,
+) -> None:
+    """Fills the mask with its category's hue, striped, in a brightness of its own."""
+    hue = (_HUES[category] + rng.normal(0, 0.025)) % 1
+    colour = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.5, 0.9), rng.uniform(0.5, 0.95)))
+    y, x = np.nonzero(mask)
+    waves = np.sin(
+        (x * math.cos(turn) + y * math.sin(turn)) * rng.uniform(0.4, 1.2) + rng.uniform(0, 6)
+    )
+    shade = 1 + 0.12 * waves + rng.normal(0, 0.04, len(x))
+    image[mask] = colour * shade[:, None]

@@ -168,6 +168,34 @@ def test_an_arm_that_cannot_be_is_refused(data: Path, factors: dict[str, Any], s
     assert said in refused(tiny_study(factors), data)
 
 
+TWICE: dict[str, Any] = {"copy": {"first": {}, "second": {}, "third": {"model.roi.kind": "align"}}}
+
+
+def test_a_control_runs_one_arm_again_with_seeds_of_its_own(data: Path) -> None:
+    trials = expanded(tiny_study(TWICE, control="same_arm", seeds=[0, 4]), data).trials
+    assert [trial.key for trial in trials] == [
+        "copy=first/seed-0",
+        "copy=first/seed-4",
+        "copy=second/seed-5",
+        "copy=second/seed-9",
+        "copy=third/seed-10",
+        "copy=third/seed-14",
+    ]
+    assert len({trial.identity for trial in trials}) == 6  # none is a copy of another's result
+    assert [trial.run["seed"] for trial in trials] == [trial.seed for trial in trials]
+    assert [trial.arm["copy"] for trial in trials if trial.baseline] == ["first", "first"]
+
+
+def test_a_control_of_different_arms_is_refused(data: Path) -> None:
+    said = refused(tiny_study({"roi": ROI}, control="same_arm"), data)
+    assert "the arms roi=pool and roi=align are not the same run" in said
+    assert "give a factor two levels" in refused(tiny_study(control="same_arm"), data)
+    looks = {"start": 3, "most": 5, "looks": [3, 5]}
+    assert "give seeds as a list" in refused(
+        tiny_study(TWICE, control="same_arm", seeds=looks), data
+    )
+
+
 def test_conditional_fields_exist(tmp_path: Path) -> None:
     run = BaselineRun.of(tiny_study(), tmp_path).run
     for path in (*CONDITIONAL, *(other for other, _ in CONDITIONAL.values())):

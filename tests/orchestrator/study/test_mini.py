@@ -1,0 +1,46 @@
+"""Every study in `studies/mini/` plans, and docs/results.md names the file of its numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+
+from contract.study import Submission
+from orchestrator.results.planning.plan import make_plan
+from orchestrator.study.expand import expand
+from orchestrator.study.read import read_study
+from tests.orchestrator.studies import CODE, write_manifest
+
+ROOT = Path(__file__).parents[3]
+MINIS = sorted(path.stem for path in (ROOT / "studies/mini").glob("*.yaml"))
+OUTLINES = ("person", "lamp", "ellipse", "drop", "star", "burst")
+
+
+@pytest.mark.parametrize("name", MINIS)
+def test_a_mini_study_plans_on_the_data_that_it_names(name: str, tmp_path: Path) -> None:
+    for kind in ("scenes", "grid"):
+        for split in ("train", "test"):
+            write_manifest(tmp_path / ".maskray/mini" / kind / split, OUTLINES, keypoints=True)
+    (tmp_path / ".maskray/mini/start.safetensors").write_bytes(b"weights")
+    study, text = read_study(ROOT / "studies/mini" / f"{name}.yaml")
+    trials = expand(study, root=tmp_path, code=CODE).trials
+    arms = {tuple(trial.arm.items()) for trial in trials}
+    assert study.name == f"mini-{name}"
+    assert len(trials) == len(arms) * len(study.every_seed)
+    submission = Submission(study=study, study_yaml=text, trials=trials)
+    asked = make_plan(submission, {}).foresight.contrasts
+    assert [one.asked.name for one in asked] == list(study.contrasts)
+    # The pilot's seeds start at 1000.
+    assert all(trial.seed < 1000 for trial in trials)
+
+
+def test_results_are_of_the_study_files_that_they_name() -> None:
+    """A change of a study after its first seed would make its verdict one of another study."""
+    page = (ROOT / "docs/results.md").read_text()
+    named = re.findall(r"`(studies/mini/[\w-]+\.yaml)`[^`]*`([0-9a-f]{64})`", page)
+    assert named
+    for file, digest in named:
+        assert hashlib.sha256((ROOT / file).read_bytes()).hexdigest() == digest, file
