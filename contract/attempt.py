@@ -158,6 +158,14 @@ class Outcome(Message):
     events: list[Event] = []
 
 
+# What an evaluation matched, as a file of numpy arrays: the name of the artifact by kind of result.
+# `category`, `image`: of each detection, as places in `objects`; by category, and in it from the
+# best score on. `matched`, `ignored`: a bit for each IoU threshold. `objects`: those that count, by
+# category and image. `image_ids`: ascending.
+MATCHES = "matches/{kind}"
+MAX_IMAGES_OF_MATCHES = 2_000  # of a validation set; a larger one has little noise, and large files
+
+
 class Result(Message):
     """`result.json` of a finished trial.
 

@@ -27,7 +27,9 @@ MASK_INFERENCES: tuple[str, ...] = tuple(
         inference for loss in get_args(get_args(MaskLoss)[0]) for inference in loss.inferences
     )
 )
-KINDS = ("bbox", "segm", *(f"segm-{name}" for name in MASK_INFERENCES), "keypoints")
+# Masks again, by Boundary AP (Cheng et al. 2021): where `loop.eval_boundary` asks for it
+BOUNDARY = "boundary"
+KINDS = ("bbox", "segm", *(f"segm-{name}" for name in MASK_INFERENCES), BOUNDARY, "keypoints")
 
 
 def result_kinds(model: ModelConfig) -> tuple[str, ...]:
@@ -45,9 +47,11 @@ def stats_of(kind: str) -> tuple[str, ...]:
     return KEYPOINT_STATS if kind == "keypoints" else BOX_STATS
 
 
-def metric_names(model: ModelConfig) -> list[str]:
-    """The names of all metrics of a model."""
-    return [f"{kind}/{name}" for kind in result_kinds(model) for name in stats_of(kind)]
+def metric_names(model: ModelConfig, boundary: bool = False) -> list[str]:
+    """The names of all metrics of a model. boundary: with Boundary AP, where it has masks."""
+    kinds = [*result_kinds(model)]
+    kinds += [BOUNDARY] if boundary and "segm" in kinds else []
+    return [f"{kind}/{name}" for kind in kinds for name in stats_of(kind)]
 
 
 def all_metric_names() -> list[str]:

@@ -398,6 +398,7 @@ class MLPMask(Record):
     kind: Literal["mlp"] = "mlp"
     layers: Literal[2, 3] = 2
     width: int = Field(1024, ge=8, le=_MOST_CHANNELS)
+    input_side: Literal[7, 14] = 14  # cells of the RoI; after C4's res5 there are 7 anyway
 
 
 MaskHead: TypeAlias = Annotated[FCNMask | MLPMask, Field(discriminator="kind")]
@@ -498,6 +499,7 @@ class ModelConfig(Record):
     box_head: BoxHead = FCHead()
     class_agnostic_boxes: bool = False
     box_loss: BoxLoss = L1()
+    box_loss_weight: float = Field(1.0, ge=0)  # of classes and boxes; 0 trains the RPN alone
     background: Literal["first", "last"] = "last"  # where the class logits keep the background
     inference: BoxInference = BoxInference()
     mask: Mask = MaskBranch()
@@ -590,7 +592,21 @@ class ModelConfig(Record):
                 "backbone.frozen_stages = 5 would freeze res5, which is C4's RoI head; at most 4"
             )
 
+    def _check_input_side(self, head: MLPMask) -> None:
+        # After C4's res5 all heads read 7 x 7 cells.
+        alone = isinstance(self.layout, C4) or isinstance(self.keypoints, NoKeypoints)
+        if head.input_side != 14 and not alone:
+            raise ValueError(
+                f"mask.head.input_side = {head.input_side}: masks and keypoints read one crop, and "
+                "keypoints read 14 x 14 cells; leave it out"
+            )
+
     def _check_heads(self) -> None:
+        if self.box_loss_weight == 0 and not isinstance(self.proposals, EndToEnd):
+            raise ValueError(
+                "box_loss_weight = 0 trains the RPN alone, and proposals.kind "
+                f"{self.proposals.kind!r} has none; choose 'end_to_end', or a weight above 0"
+            )
         if isinstance(self.layout, C4) != isinstance(self.box_head, Res5Head):
             raise ValueError(
                 f"layout '{self.layout.kind}' cannot have box_head '{self.box_head.kind}': "
@@ -600,6 +616,8 @@ class ModelConfig(Record):
             raise ValueError(
                 "box_head 'vgg' is fc6 and fc7 of backbone 'vgg16'; other backbones take 'fc'"
             )
+        if isinstance(self.mask, MaskBranch) and isinstance(self.mask.head, MLPMask):
+            self._check_input_side(self.mask.head)
         if isinstance(self.mask, MaskBranch) and isinstance(self.mask.head, FCNMask):
             after_res5 = isinstance(self.layout, C4)
             if after_res5 and self.mask.head.convs:

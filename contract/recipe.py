@@ -21,6 +21,9 @@ class SGD(Record):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(1e-4, ge=0)
     norm_weight_decay: float = Field(1e-4, ge=0)  # for the parameters of normalisation layers
+    # of the biases of other layers, as factors on `lr` and `weight_decay`; Detectron has 2 and 0
+    bias_lr_factor: float = Field(1.0, gt=0)
+    bias_decay_factor: float = Field(1.0, ge=0)
 
 
 class AdamW(Record):
@@ -123,6 +126,8 @@ class LoopConfig(Record):
     eval_every_steps: int = Field(0, ge=0)  # 0 evaluates at the end alone
     eval_batch: int = Field(8, ge=1)
     eval_precision: EvalPrecision = "fp32"  # of the network; boxes and masks are chosen in fp32
+    # Boundary AP of masks as metrics of their own ("boundary/AP"), by size too; it costs time
+    eval_boundary: bool = False
     guard: Guard = Guard()
 
 
@@ -153,6 +158,7 @@ EVALUATION_FIELDS = frozenset(
         "loop.eval_every_steps",
         "loop.eval_batch",
         "loop.eval_precision",
+        "loop.eval_boundary",
         "loop.best_metric",
     }
 )

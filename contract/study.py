@@ -156,6 +156,13 @@ Seeds: TypeAlias = Annotated[
 ]
 
 
+class Public(Record):
+    """A public number of an arm's very recipe, in points of AP, and how far from it is too far."""
+
+    value: float = Field(gt=0, le=100)
+    band: float = Field(gt=0, le=100)  # half of it: value - band to value + band
+
+
 class Study(Record):
     """A baseline, named factors with named levels, a design and seeds.
 
@@ -187,6 +194,8 @@ class Study(Record):
     arms: dict[str, str] = {}  # short names of arms, for contrasts
     # The family that verdicts are on, at 5% together; empty: each arm minus the baseline.
     contrasts: dict[str, Contrast] = {}
+    # arm -> metric -> public number: a mean outside of its band discredits absolute AP
+    calibration: dict[str, dict[str, Public]] = {}
     variance: Variance = "pooled"  # of seeds: one for all arms, or each arm its own
     learned_ap: float = Field(10.0, ge=0, le=100)  # points of `primary` below which no verdict is
 

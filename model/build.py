@@ -79,7 +79,8 @@ def assemble(cfg: config.ModelConfig) -> Detector:
         res5 = build_res5(cfg.backbone, halves=cfg.layout.roi_side == 2 * BOX_SIDE)
         crops, width, side = SharedCrops(roi(cfg.layout.roi_side), res5), channels[-1], BOX_SIDE
     else:
-        crops, side = SeparateCrops(roi(BOX_SIDE), roi(MASK_SIDE)), MASK_SIDE
+        side = _mask_crop_side(cfg.mask)
+        crops = SeparateCrops(roi(BOX_SIDE), roi(side))
     return Detector(
         *build_image_input(cfg.image),
         backbone,
@@ -91,6 +92,13 @@ def assemble(cfg: config.ModelConfig) -> Detector:
         build_mask_branch(cfg.mask, cfg.num_classes, width, side),
         build_keypoint_branch(cfg.keypoints, width, side),
     )
+
+
+def _mask_crop_side(cfg: config.Mask) -> int:
+    """Cells of the crop that masks and keypoints read, where it is not the box head's."""
+    if isinstance(cfg, config.MaskBranch) and isinstance(cfg.head, config.MLPMask):
+        return cfg.head.input_side
+    return MASK_SIDE
 
 
 def build_image_input(cfg: config.ImageInput) -> tuple[Normalise, ImageSize]:
@@ -278,6 +286,7 @@ def build_box_branch(cfg: config.ModelConfig, channels: int) -> BoxBranch:
         cfg.background == "first",
         _beta(cfg.box_loss),
         build_box_selection(cfg.inference),
+        cfg.box_loss_weight,
     )
 
 

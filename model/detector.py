@@ -203,7 +203,7 @@ class Detector(nn.Module):
             return self.mask.loss_weight
         if name == "keypoints" and self.keypoints is not None:
             return self.keypoints.loss_weight
-        return 1.0
+        return self.box.loss_weight if name in ("box_class", "box_regression") else 1.0
 
     # --- inference --------------------------------------------------------------------------------
 

@@ -19,6 +19,8 @@ from model.detector import Detector
 
 State = dict[str, Tensor]
 
+_UNUSED_COCO_IDS = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+
 _NORM_FIELDS = {
     "weight": "norm_weight",
     "bias": "norm_bias",
@@ -74,6 +76,8 @@ def load_initial(detector: Detector, state: Mapping[str, Tensor], layout: str) -
     "detectron2" a whole detector of theirs.
     """
     _check_layout(state, layout)
+    if layout == "torchvision":
+        state = _of_used_classes(state, detector.box.num_classes)
     match layout:
         case "backbone":
             _load_backbone(detector, state)
@@ -101,6 +105,26 @@ def from_torchvision(state: Mapping[str, Tensor]) -> State:
             value = value[1:]  # the background's mask, which torchvision never trains
         result[ours] = value
     return result
+
+
+def _of_used_classes(state: Mapping[str, Tensor], num_classes: int) -> Mapping[str, Tensor]:
+    """The released detector of COCO's ids 1 to 90 for a model of COCO's 80 categories.
+
+    Others stay as they are. COCO uses 80 of the ids, and packed data have those alone.
+    """
+    classes = "roi_heads.box_predictor.cls_score.bias"
+    if num_classes != 80 or classes not in state or len(state[classes]) != 91:
+        return state
+    rows = torch.tensor([row for row in range(91) if row not in _UNUSED_COCO_IDS])
+    kept = {
+        "roi_heads.box_predictor.cls_score.": rows,
+        "roi_heads.box_predictor.bbox_pred.": (4 * rows[:, None] + torch.arange(4)).flatten(),
+        "roi_heads.mask_predictor.mask_fcn_logits.": rows,
+    }
+    return {
+        name: next((value[some] for start, some in kept.items() if name.startswith(start)), value)
+        for name, value in state.items()
+    }
 
 
 def from_detectron2(state: Mapping[str, Any]) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,20 @@ class ServiceSettings(Record):
                     "(AWS_..., MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
                 )
         return value
+
+
+def without_secrets(settings: ServiceSettings) -> ServiceSettings:
+    """As a person may see it: without the ledger's password, the webhook's path, variables."""
+    ledger = re.sub(r"://([^:/@]*):.*@", r"://\1:***@", settings.ledger)
+    ledger = re.sub(r"(?i)(password=)[^&]*", r"\1***", ledger)
+    webhook = re.sub(r"(://(?:.*@)?([^/?]*)).*", r"://\2/***", settings.webhook)
+    return settings.model_copy(
+        update={
+            "ledger": ledger,
+            "webhook": webhook,
+            "environment": dict.fromkeys(settings.environment, "***"),
+        }
+    )
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import os
 import secrets
 import shutil
 import stat
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeAlias, TypeVar
@@ -22,6 +21,7 @@ from typing import TypeAlias, TypeVar
 from pydantic import BaseModel, JsonValue, ValidationError
 
 from contract.files import Files, explained
+from contract.words import printable
 
 SMALL_BYTES = 64 << 10  # progress, cursor
 ANSWER_BYTES = 16 << 20  # result, outcome, spec: per class metrics of 1,200 categories are 1 MB
@@ -42,8 +42,6 @@ _NO_TRIALS_FILE = {
     errno.EPERM: "cannot be opened by the service",
     errno.ENAMETOOLONG: "has too long a name",
 }
-# Control, direction, half and separator characters: they make a line other than it looks.
-_NO_TEXT = ("Cc", "Cf", "Cs", "Zl", "Zp")
 _OUT_OF_RANGE = ("less_than", "greater_than_equal", "less_than_equal", "greater_than")
 _Answer = TypeVar("_Answer", bound=BaseModel)
 Json: TypeAlias = JsonValue
@@ -279,18 +277,6 @@ def sound(value: Json, depth: int = 0) -> Json:
             return {printable(key): sound(item, depth + 1) for key, item in value.items()}
         case list():
             return [sound(item, depth + 1) for item in value]
-
-
-def printable(text: str) -> str:
-    """`text` with control characters and halves of characters as escapes that a person can read."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char.encode("unicode_escape").decode()
-        if unicodedata.category(char) in _NO_TEXT and char not in "\n\t"
-        else char
-        for char in text
-    )
 
 
 def _names(folder: int) -> list[str]:

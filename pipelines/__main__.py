@@ -278,7 +278,8 @@ def evaluate(
     gt: Annotated[str, typer.Option(help="Ground truth: COCO JSON, or a packed dataset.")],
     dt: Annotated[Path, typer.Option(help="COCO results file.")],
     iou: Annotated[
-        Literal["bbox", "segm", "keypoints"], typer.Option(help="What to compare.")
+        Literal["bbox", "segm", "boundary", "keypoints"],
+        typer.Option(help="What to compare; boundary is Boundary AP of masks."),
     ] = "bbox",
     per_class: Annotated[
         bool, typer.Option("--per-class", help="Also give each category's AP.")
@@ -294,7 +295,11 @@ def evaluate(
 
     # A packed dataset is a folder with a manifest, and JSON is a file: no flag is needed.
     packed = "://" in gt or (Path(gt) / MANIFEST_NAME).exists()
-    scores = evaluate_results(open_dataset(gt) if packed else gt, read_results(dt), iou)
+    truth = open_dataset(gt) if packed else gt
+    boundary = iou == "boundary"
+    scores = evaluate_results(
+        truth, read_results(dt), "segm" if iou == "boundary" else iou, boundary=boundary
+    )
     lines = [f"{name:6} {value:.4f}" for name, value in scores.stats.items()]
     content: dict[str, Any] = dict(scores.stats)
     if per_class:

@@ -40,7 +40,8 @@ SHELVES = {
         *("train", "ray_entry", "propose", "probe", "rescore", "sync"),
     ),
     "orchestrator": (
-        *("settings", "trial_folder", "client", "study", "travel", "ledger", "cluster", "schedule", "results"),
+        *("settings", "trial_folder", "client", "study", "travel", "ledger", "cluster"),
+        *("schedule", "results"),
         *("local", "server", "cli", "__main__"),
     ),
 }

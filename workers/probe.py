@@ -9,7 +9,9 @@ sum numbers in pairs, as the ranks of a gang will.
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -220,12 +223,29 @@ def _mlflow_error(uri: str) -> str:
     """Why this node does not reach the tracking server; empty if it does, or if there is none."""
     if not uri.startswith(("http://", "https://")):
         return ""
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
     try:
         proxy = proxy_for(uri)
         through = urllib.request.ProxyHandler({urlsplit(uri).scheme: proxy} if proxy else {})
         opener = urllib.request.build_opener(through)
         with opener.open(f"{uri.rstrip('/')}/health", timeout=10) as answer:
-            return "" if answer.status == 200 else f"status {answer.status}"
+            if answer.status != 200:
+                return f"status {answer.status}"
+        # /health asks for no login: this does, with this node's own variables
+        path = "/api/2.0/mlflow/experiments/search"
+        body = json.dumps({"max_results": 1}).encode()
+        json_type = {"Content-Type": "application/json"}
+        question = urllib.request.Request(uri.rstrip("/") + path, body, json_type)
+        if user:
+            password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+            login = base64.b64encode(f"{user}:{password}".encode()).decode()
+            question.add_header("Authorization", f"Basic {login}")
+        with opener.open(question, timeout=10):
+            return ""
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            return f"refuses the login of user {user!r}: correct MLFLOW_TRACKING_USERNAME there"
+        return "" if error.code == 404 else _one_line(error)
     except (OSError, ValueError) as error:
         return _one_line(error)
 

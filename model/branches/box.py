@@ -184,9 +184,11 @@ class BoxBranch(nn.Module):
         background_first: bool,
         beta: float,
         selection: BoxSelection,
+        loss_weight: float = 1.0,
     ) -> None:
-        """width: of the trunk's output. beta: of the box loss."""
+        """width: of the trunk's output. beta: of the box loss. loss_weight: of both losses."""
         super().__init__()
+        self.loss_weight = loss_weight
         self.trunk = trunk
         self.class_logits = nn.Linear(width, num_classes + 1)
         self.offsets = nn.Linear(width, 4 if class_agnostic else 4 * num_classes)

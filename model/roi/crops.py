@@ -15,7 +15,7 @@ from model.roi.operations import RoIOperation
 class SeparateCrops(nn.Module):
     """Two crops of one RoI (FPN, C5).
 
-    The box head reads 7 x 7 cells, masks and keypoints 14 x 14.
+    The box head reads 7 x 7 cells, masks and keypoints 14 x 14; an MLP of masks may read 7 x 7.
     """
 
     def __init__(self, box: RoIOperation, mask: RoIOperation) -> None:

@@ -13,6 +13,7 @@ from rich.live import Live
 from contract.answers import StudyView, TrialView
 from contract.attempt import Progress
 from contract.study import FINAL_STATES
+from contract.words import printable
 from orchestrator.cli.options import print_json
 from orchestrator.cli.tables import LEAST_COLUMNS, in_two_units, study_table
 from orchestrator.client import Client
@@ -80,7 +81,7 @@ def _line(view: StudyView, trial: TrialView) -> str:
         words.append(f"({trial.why})")
     elif trial.progress is not None:
         words += _progress_words(trial.progress)
-    return " ".join(words)
+    return printable(" ".join(words))
 
 
 def _progress_words(progress: Progress) -> list[str]:

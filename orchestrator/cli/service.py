@@ -1,4 +1,4 @@
-"""Commands about the service itself: serve, down, ui, user, gc."""
+"""Commands about the service itself: serve, down, ui, user, users, gc."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _MIB = 1 << 20
 
 
 def register(app: typer.Typer) -> None:
-    for command in (serve, down, ui, user, gc):
+    for command in (serve, down, ui, user, users, gc):
         app.command()(command)
 
 
 def serve(
     home: Annotated[
-        Path, typer.Option(help="Folder of the service's own files: token, logs, ledger.")
-    ] = Path(".maskray"),
+        str,
+        typer.Option(help="Folder of the service's own files; default: the settings', or .maskray"),
+    ] = "",
     host: Annotated[
         str, typer.Option(help="Address to listen on; anything but 127.0.0.1 needs a token.")
     ] = "",
@@ -49,10 +50,10 @@ def serve(
     Ctrl-C ends it; trials on a Ray cluster that is not its own go on.
     """
     from contract.record import parse_record
-    from orchestrator.settings import ServiceSettings, read_settings
+    from orchestrator.settings import ServiceSettings, read_settings, without_secrets
 
     options = {
-        "home": str(home.absolute()),
+        "home": home,
         "host": host,
         "ledger": ledger,
         "storage": storage,
@@ -64,9 +65,11 @@ def serve(
     chosen |= {name: value for name, value in options.items() if value}
     if port >= 0:  # 0 is a port of its own meaning, so an option left out is -1
         chosen["port"] = port
+    chosen["home"] = str(Path(chosen.get("home", ".maskray")).absolute())
     record = parse_record(ServiceSettings, chosen, str(settings or "serve"))
     if check:
-        print_result(record, record.model_dump_json(indent=2), json)
+        shown = without_secrets(record)
+        print_result(shown, shown.model_dump_json(indent=2), json)
         return SUCCESS
     from orchestrator.server.service import serve as run
 
@@ -105,6 +108,9 @@ def user(
     name: Annotated[str, typer.Argument(help="Name of the user.")],
     role: Annotated[str, typer.Option(help="read, submit or admin.")] = "submit",
     remove: Annotated[bool, typer.Option("--remove", help="Take the user's access away.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Replace the token of a user who has one.")
+    ] = False,
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -113,8 +119,22 @@ def user(
     if remove:
         print_result(client.remove_user(name), f"user {name} has no access any more", json)
         return
+    known = next((known for known in client.users() if known.name == name), None)
+    if known is not None and not yes:
+        what = f"user {name} has a token already, with role {known.role!r}"
+        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+            raise ValueError(f"{what}; --yes gives a new one, and the old one ends")
+        typer.confirm(f"{what}. Give a new one, and end the old one?", abort=True)
     made = client.set_user(name, role)
     print_result(made, made.token, json)
+
+
+def users(json: AsJson = False, debug: Debug = False) -> None:
+    """List who has a token, and with which role. Needs an admin's token."""
+    known = open_client().users()
+    width = max((len(one.name) for one in known), default=0)
+    lines = [f"{one.name:{width}}  {one.role}" for one in known]
+    print_result({"users": [one.model_dump() for one in known]}, "\n".join(lines), json)
 
 
 def gc(

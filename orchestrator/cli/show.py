@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from contract.command import SUCCESS, WORK_FAILED
+from contract.words import printable
 from orchestrator.cli.ids import open_client, study_id, trial_id
 from orchestrator.cli.options import AsJson, Debug, JsonLines, StudyId, TrialId, print_json, say
 
@@ -81,7 +82,9 @@ def logs(
         elif json:
             parts.append(page.text)
         else:
-            print(page.text, end="", flush=True)
+            # A trial's output may hold sequences that move the cursor or rename the window.
+            lines = page.text.replace("\r\n", "\n").replace("\r", "\n")
+            print(printable(lines), end="", flush=True)
         # A page is full before the end of the log, so the end is where nothing was added.
         at_end = page.next == offset
         offset = page.next

@@ -207,7 +207,11 @@ def _submit(study: Path, data: str, code: str, fresh: bool, key: str) -> tuple[C
     client = open_client()
     # The service refuses a study whose code it does not have yet.
     client.upload_code(sources.sha256, sources.data)
-    return client, client.submit(submission)
+    try:
+        return client, client.submit(submission)
+    except RuntimeError as error:  # the answer was lost: nobody here knows whether it was taken
+        again = f"send it again with --key {submission.idempotency_key}, which makes one study"
+        raise RuntimeError(f"{error}; {again}") from error
 
 
 def _report(client: Client, view: StudyView, out: Path | None) -> tuple[Path, str]:
@@ -215,7 +219,11 @@ def _report(client: Client, view: StudyView, out: Path | None) -> tuple[Path, st
     from orchestrator.results.report import build_report
 
     built = build_report(view, out or state_folder() / "reports" / view.study)
-    client.upload_report(view.study, built.folder)
+    me = client.info()
+    if me.role == "admin" or (me.role == "submit" and me.user == view.owner):
+        client.upload_report(view.study, built.folder)
+    else:
+        say(f"study {view.study} is {view.owner}'s: the report is kept here alone")
     return built.page, built.table
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from contract.answers import QueueEntry, StudyView, TrialView
 from contract.attempt import Progress
 from contract.study import FINAL_STATES
+from contract.words import printable
 
 LEAST_COLUMNS = 80  # that a table takes
 
@@ -35,7 +36,8 @@ def print_studies(views: Sequence[StudyView]) -> None:
         done = sum(count for state, count in view.counts.items() if state in FINAL_STATES)
         state = Text(view.state, _STYLES.get(view.state, ""))
         age = in_two_units(time.time() - view.created_at)
-        table.add_row(
+        _add(
+            table,
             view.study,
             view.name,
             view.owner,
@@ -59,7 +61,8 @@ def print_queue(running: Sequence[QueueEntry], waiting: Sequence[QueueEntry]) ->
     for entry in [*running, *waiting]:
         place = str(entry.position) if entry.position else "-"
         state = Text(entry.state, _STYLES.get(entry.state, ""))
-        table.add_row(
+        _add(
+            table,
             place,
             entry.key,
             entry.study_name,
@@ -79,7 +82,8 @@ def study_table(view: StudyView) -> RenderableType:
     for trial in view.trials:
         # A trial that is over keeps its last progress; its metrics say more.
         progress = trial.progress if trial.state not in FINAL_STATES else None
-        table.add_row(
+        _add(
+            table,
             trial.key,
             Text(_state(trial), _STYLES.get(trial.state, "")),
             *(_progress_cells(progress) if progress is not None else ("",) * 4),
@@ -87,13 +91,13 @@ def study_table(view: StudyView) -> RenderableType:
             number(_points(trial, "segm/AP"), 1),
         )
         if trial.error:
-            notes.append(Text(f"{trial.key}: {trial.error}", "red"))
+            notes.append(_note(f"{trial.key}: {trial.error}", "red"))
         elif trial.state == "queued" and trial.why:
-            notes.append(Text(f"{trial.key} waits: {trial.why.removeprefix('waits ')}", "dim"))
+            notes.append(_note(f"{trial.key} waits: {trial.why.removeprefix('waits ')}", "dim"))
         if trial.state in FINAL_STATES and trial.why:
-            notes.append(Text(f"{trial.key}: {trial.why}", "yellow"))
-        notes.extend(Text(f"{trial.key}: {event.text}", "yellow") for event in trial.events)
-    notes.extend(Text(f"warning: {warning}", "yellow") for warning in view.warnings)
+            notes.append(_note(f"{trial.key}: {trial.why}", "yellow"))
+        notes.extend(_note(f"{trial.key}: {event.text}", "yellow") for event in trial.events)
+    notes.extend(_note(f"warning: {warning}", "yellow") for warning in view.warnings)
     title = Text(f"{view.name} ({view.study}): {view.state}", "bold")
     return Group(title, table, *notes)
 
@@ -139,11 +143,20 @@ def in_two_units(seconds: float | None) -> str:
     return f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
 
 
+def _note(words: str, style: str) -> Text:
+    return Text(printable(words), style)
+
+
 def _table(*headers: str) -> Table:
     table = Table(*headers, box=None, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"  # a cut name is no name
     return table
+
+
+def _add(table: Table, *cells: str | Text) -> None:
+    """A row. A name is shown as it is: rich would take `[low]` in it for markup."""
+    table.add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells))
 
 
 def _print(renderable: RenderableType) -> None:

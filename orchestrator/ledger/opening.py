@@ -17,6 +17,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from orchestrator.ledger.tables import ABOUT
 
 if TYPE_CHECKING:
+    from alembic.config import Config
     from sqlalchemy.pool import ConnectionPoolEntry
 
 Transaction: TypeAlias = Connection  # what the queries and the changes take
@@ -77,6 +78,7 @@ class Ledger:
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         with self.writing() as transaction:
             config.attributes["connection"] = transaction
+            _refuse_newer(config, transaction)
             command.upgrade(config, "head")
 
     def name(self) -> str:
@@ -102,6 +104,20 @@ def _lost_a_race(error: LedgerError) -> bool:
 def is_down(error: LedgerError) -> bool:
     """Whether the database itself has trouble: any other error is about one row's values."""
     return isinstance(error, OperationalError | InterfaceError) or error.connection_invalidated
+
+
+def _refuse_newer(config: Config, transaction: Transaction) -> None:
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    there = MigrationContext.configure(transaction).get_current_revision()
+    if there is not None and there not in known:
+        url = transaction.engine.url.render_as_string(hide_password=True)
+        raise RuntimeError(
+            f"ledger {url}: a newer maskray wrote it (revision {there}, this one knows up to "
+            f"{max(known)}); start the newer one, or restore a backup from before the upgrade"
+        )
 
 
 def reason(error: LedgerError) -> str:

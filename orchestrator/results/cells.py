@@ -11,9 +11,14 @@ from dataclasses import dataclass
 
 from contract.answers import StudyView
 from contract.metrics import MASK_INFERENCES
+from contract.study import Study
 from orchestrator.results.comparison import Answer, Arm, Comparison
-from orchestrator.results.facts import Facts, arm_key
+from orchestrator.results.facts import Facts
+from orchestrator.results.published.beside import Beside, besides
+from orchestrator.results.published.calibration import calibrated
 from orchestrator.results.statistics.summary import CONFIDENCE, Summary
+from orchestrator.study.contrasts import arm_name
+from orchestrator.study.paper import published_difference
 
 _INTERVAL = f"{100 * CONFIDENCE:.0f}% interval"
 _GROUPS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
@@ -71,6 +76,22 @@ def answers_table(comparison: Comparison) -> Table:
     return Table(head, tuple(_answer_row(answer) for answer in comparison.answers), left=4)
 
 
+def images_table(comparison: Comparison) -> Table:
+    """The intervals of contrasts beside those over seeds and images together."""
+    rows = [
+        Row.of(
+            answer.asked.name,
+            metric_label(answer.asked.metric),
+            points(answer.estimate.difference, True),
+            interval_text(answer.estimate.low, answer.estimate.high),
+            interval_text(*comparison.with_images[answer.asked.name]),
+        )
+        for answer in comparison.answers
+        if answer.asked.name in comparison.with_images
+    ]
+    return Table(("contrast", "metric", "diff", "over seeds", "and images"), tuple(rows), left=2)
+
+
 def exploratory_table(comparison: Comparison, metrics: Sequence[str]) -> Table:
     """Each arm minus the baseline by each column that no contrast of the family asks for."""
     rows = []
@@ -102,29 +123,74 @@ def softmax_table(comparison: Comparison) -> Table:
 
 
 def paper_table(facts: Facts, comparison: Comparison) -> Table:
-    """Our means and differences beside the published ones, for the arms that have a row."""
-    baseline = comparison.baseline
-    base = facts.papers.get(arm_key(baseline.arm)) if baseline else None
+    """Our differences beside the published ones, and AP itself where no deviation is noted.
+
+    First the arms that have a published row, then the contrasts that are not an arm minus the
+    baseline. Only contrasts of the family are judged.
+    """
+    judged = {
+        (one.asked.metric, tuple(sorted(one.asked.weights.items()))): one
+        for one in besides(comparison, facts.papers)
+    }
+    head = ("arm", "metric", "ours", "paper", "diff", "paper's diff")
     rows = []
     for arm in comparison.arms:
-        paper = facts.papers.get(arm_key(arm.arm))
-        if paper is None:
-            continue
-        # Most tables publish both arms, and leave their difference to the reader.
-        gains = dict(paper.gains)
-        if base and not arm.baseline:
-            both = paper.metrics.keys() & base.metrics.keys()
-            gains |= {metric: paper.metrics[metric] - base.metrics[metric] for metric in both}
-        for metric in dict.fromkeys([*paper.metrics, *paper.gains]):
+        row = facts.papers.get(arm_name(arm.arm))
+        for metric in dict.fromkeys([*row.metrics, *row.gains]) if row else ():
             if metric in arm.metrics:
-                published = points(paper.metrics.get(metric, math.nan))
-                gain = "" if arm.baseline else points(gains.get(metric, math.nan), signed=True)
-                ours = mean_text(arm.metrics[metric])
-                difference = _difference_cell(comparison, arm, metric).text
-                names = arm_label(arm), metric_label(metric)
-                rows.append(Row.of(*names, ours, published, difference, gain))
-    head = ("arm", "metric", "ours", "paper", "diff", "paper's diff")
-    return Table(head, tuple(rows), left=2)
+                weights = _against_baseline(comparison, arm)
+                one = judged.pop((metric, tuple(sorted(weights.items()))), None)
+                rows.append(_paper_row(facts, comparison, arm, metric, one))
+    for one in judged.values():
+        ours, published = points(one.difference, True), points(one.published, True)
+        names = one.asked.name, metric_label(one.asked.metric)
+        rows.append(Row.of(*names, "", "", ours, published, *_judged(one)))
+    return Table((*head, "range for one seed", "beside the paper"), tuple(rows), left=2)
+
+
+def _against_baseline(comparison: Comparison, arm: Arm) -> dict[str, float]:
+    base = comparison.baseline
+    return {arm_name(arm.arm): 1.0, arm_name(base.arm): -1.0} if base and base is not arm else {}
+
+
+def _paper_row(
+    facts: Facts, comparison: Comparison, arm: Arm, metric: str, one: Beside | None
+) -> Row:
+    # Next to deviations that move AP itself, two APs side by side would be read as a result.
+    noted = bool(facts.earned.noted)
+    published = facts.papers[arm_name(arm.arm)].metrics.get(metric, math.nan)
+    gain = published_difference(_against_baseline(comparison, arm), metric, facts.papers)
+    return Row.of(
+        arm_label(arm),
+        metric_label(metric),
+        "-" if noted else mean_text(arm.metrics[metric]),
+        "-" if noted else points(published),
+        _difference_cell(comparison, arm, metric).text,
+        "" if arm.baseline else points(gain, signed=True),
+        *_judged(one),
+    )
+
+
+def _judged(one: Beside | None) -> tuple[str, str]:
+    if one is None:
+        return "", ""
+    return interval_text(one.low, one.high), one.judgement or "withheld"
+
+
+def calibration_table(study: Study, comparison: Comparison) -> Table:
+    """Our AP beside public numbers of the same recipe."""
+    rows = [
+        Row.of(
+            arm_label(one.arm),
+            metric_label(one.metric),
+            points(one.ours),
+            points(one.public),
+            f"±{100 * one.band:.2g}",
+            "inside" if one.inside else "outside",
+        )
+        for one in calibrated(study, comparison)
+    ]
+    return Table(("arm", "metric", "ours", "public", "band", "result"), tuple(rows), left=2)
 
 
 def trials_table(view: StudyView) -> Table:

@@ -79,6 +79,7 @@ class Comparison:
     machinery_only: why no number is evidence; empty if some are. early: why there is no interval
     yet; empty once all trials have ended. notes: what a reader of the answers must know. looks:
     those that were taken. unsound: arm -> why it carries no verdict.
+    with_images: contrast's name -> its interval over seeds and validation images.
     """
 
     arms: tuple[Arm, ...]
@@ -88,6 +89,7 @@ class Comparison:
     notes: tuple[str, ...] = ()
     looks: tuple[LookTaken, ...] = ()
     unsound: Mapping[str, str] = field(default_factory=dict)
+    with_images: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def baseline(self) -> Arm | None:

@@ -9,41 +9,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract.answers import StudyView, TrialView
+from contract.recipe import RunConfig, parse_run
 from contract.study import Study
 from orchestrator.results.comparison import Folders
+from orchestrator.results.published.beside import Earned, Trained, earned
 from orchestrator.results.soundness import Course
 from orchestrator.results.trial_files import (
     SeenResult,
     SeenRun,
+    SeenSpec,
     read_histories,
     read_result,
     read_spec,
     seen,
 )
 from orchestrator.study.baseline import BaselineRun
-from orchestrator.study.contrasts import parse_arm, primary_of
-from orchestrator.study.expand import VAL_IMAGES_TAG
-from orchestrator.study.paper import PaperRow, paper_tables
-
-# The shortest recipe among the paper's own main tables: ResNeXt, 160,000 steps of 8 images.
-MIN_IMAGES_FOR_PAPER = 1_280_000
-PAPER_VAL_IMAGES = 5_000  # of val2017
-PAPER_SHORT_SIDE_PX = 800
-
-ArmKey = tuple[tuple[str, str], ...]  # (factor, level) in the study's order
+from orchestrator.study.contrasts import arm_name, primary_of
+from orchestrator.study.expand import TRAIN_IMAGES_TAG, VAL_IMAGES_TAG
+from orchestrator.study.paper import BASELINE_ROW, PaperRow, rows_of
 
 
 @dataclass(frozen=True)
 class TrialFacts:
     """One trial's folder as far as it can be read; defaults where it cannot.
 
-    histories: metric -> (step, value) of each evaluation.
+    histories: metric -> (step, value) of each evaluation. trained: the same run as a whole record,
+    for the paper's rows.
     """
 
     run: SeenRun
     tags: Mapping[str, str]
     result: SeenResult
     histories: Mapping[str, tuple[tuple[int, float], ...]]
+    trained: Trained
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,8 @@ class Facts:
     """machinery_only, no_paper: why there is no verdict, no paper column; empty where there is one.
 
     precision: in which the finished trials computed; empty before there is one. trials: trial id ->
-    its folder. papers: arm -> row, for the arms that the study assigns one.
+    its folder. papers: arm's name -> row, for the arms that the study assigns one. earned: what the
+    records of those arms earn beside the paper.
     scope: on what the numbers are, in words: they say nothing about anything else.
     """
 
@@ -59,7 +58,8 @@ class Facts:
     trials: Mapping[str, TrialFacts]
     machinery_only: str
     no_paper: str
-    papers: Mapping[ArmKey, PaperRow]
+    papers: Mapping[str, PaperRow]
+    earned: Earned
     precision: str
     scope: str
     primary: str
@@ -72,6 +72,8 @@ def gather(view: StudyView) -> Facts:
     machinery = _machinery_only(study)
     primary = primary_of(study, {metric for trial in view.trials for metric in trial.metrics})
     facts = {trial.trial: _trial_facts(trial, study, primary) for trial in view.trials}
+    papers = rows_of(study, [trial.arm for trial in view.trials]) if study.paper_table else {}
+    earns = _earned(study, view.trials, facts, papers)
     folders = Folders(
         {trial.trial: _course(facts[trial.trial], primary) for trial in view.trials},
         {name: known.result.weights_sha256 for name, known in facts.items()},
@@ -80,8 +82,9 @@ def gather(view: StudyView) -> Facts:
         study,
         facts,
         machinery,
-        _no_paper(study, machinery, view.trials, facts),
-        _paper_rows(study, view.trials),
+        _no_paper(study, machinery, earns),
+        papers,
+        earns,
         _precision(view.trials, facts),
         _scope(study, list(facts.values())),
         primary,
@@ -89,35 +92,43 @@ def gather(view: StudyView) -> Facts:
     )
 
 
-def arm_key(arm: Mapping[str, str]) -> ArmKey:
-    """`arm` as the key of a mapping."""
-    return tuple(arm.items())
-
-
 def _trial_facts(trial: TrialView, study: Study, primary: str) -> TrialFacts:
     result = read_result(trial)
     spec = read_spec(trial, result)
-    run = spec.run or _run_of(study, trial)
+    if spec.run is not None:
+        run, trained = spec.run, _trained(trial, spec)
+    else:
+        known = _run_of(study, trial)
+        run = seen(SeenRun, known) if known else SeenRun()
+        trained = Trained(trial.key, known, unread="its folder is gone or still empty")
     metrics = list(dict.fromkeys([primary, *study.metrics]))
     # A run that is evaluated at its end alone has no history to read.
     histories = read_histories(trial, metrics) if run.eval_every_steps else {}
-    return TrialFacts(run, spec.tags, result, histories)
+    return TrialFacts(run, spec.tags, result, histories, trained)
 
 
-def _run_of(study: Study, trial: TrialView) -> SeenRun:
+def _trained(trial: TrialView, spec: SeenSpec) -> Trained:
+    images = spec.tags.get(TRAIN_IMAGES_TAG, ""), spec.tags.get(VAL_IMAGES_TAG, "")
+    try:
+        return Trained(trial.key, parse_run(spec.record, "its record"), *images)
+    except ValueError as error:  # the study's own code has a field that this code does not know
+        return Trained(trial.key, None, *images, unread=str(error))
+
+
+def _run_of(study: Study, trial: TrialView) -> RunConfig | None:
     """The arm's run from the study alone, where it starts from a preset."""
     # A trial that waits has no spec in its folder, and the report is made while the study runs.
     if not study.baseline.preset:
-        return SeenRun()  # the run file is on the submitter's machine
+        return None  # the run file is on the submitter's machine
     overrides = {
         path: value
         for factor, level in trial.arm.items()
         for path, value in study.factors.get(factor, {}).get(level, {}).items()
     }
     try:
-        return seen(SeenRun, BaselineRun.of(study, Path()).arm(overrides, trial.key))
+        return BaselineRun.of(study, Path()).arm(overrides, trial.key)
     except ValueError:
-        return SeenRun()  # the study's own code has a field that this code does not know
+        return None  # the study's own code has a field that this code does not know
 
 
 def _precision(trials: Sequence[TrialView], facts: Mapping[str, TrialFacts]) -> str:
@@ -163,46 +174,30 @@ def _course(known: TrialFacts, primary: str) -> Course:
     return Course(run.steps, known.result.step, run.eval_every_steps, history)
 
 
-def _no_paper(
-    study: Study, machinery: str, trials: Sequence[TrialView], facts: Mapping[str, TrialFacts]
-) -> str:
-    """Why there is no paper column. One trial is enough: the column is for all of them."""
+def _earned(
+    study: Study,
+    trials: Sequence[TrialView],
+    facts: Mapping[str, TrialFacts],
+    papers: Mapping[str, PaperRow],
+) -> Earned:
+    if not papers:
+        return Earned()
+    has_gains = any(row.gains for row in papers.values())
+    rows = []
+    for trial in trials:
+        row = papers.get(arm_name(trial.arm))
+        name = row.name if row else BASELINE_ROW if has_gains and trial.baseline else ""
+        if name:
+            rows.append((facts[trial.trial].trained, name))
+    return earned(study.paper_table, rows)
+
+
+def _no_paper(study: Study, machinery: str, earns: Earned) -> str:
+    """Why there is no paper column; the notes have all reasons."""
     if not study.paper_table:
         return "the study names no table of the paper"
     if machinery:
         return machinery.partition(":")[0]
-    reasons = (_unlike_the_paper(trial, facts[trial.trial]) for trial in trials)
-    return next(filter(None, reasons), "")
-
-
-def _unlike_the_paper(trial: TrialView, known: TrialFacts) -> str:
-    """In what the trial differs from the paper's training or validation; empty if in nothing."""
-    if known.run.images < MIN_IMAGES_FOR_PAPER:
-        return (
-            f"{trial.key} trained on {known.run.images:,} images, "
-            f"the paper's shortest recipe on {MIN_IMAGES_FOR_PAPER:,}"
-        )
-    side = known.run.short_side_px
-    if side != PAPER_SHORT_SIDE_PX:
-        return f"{trial.key} is tested at {side} px, the paper at {PAPER_SHORT_SIDE_PX}"
-    images = known.tags.get(VAL_IMAGES_TAG, "")
-    if images != str(PAPER_VAL_IMAGES):
-        size = f"has {images} images" if images else "is not known"
-        return (
-            f"the validation set of {trial.key} {size}, the paper's has {PAPER_VAL_IMAGES:,} images"
-        )
-    return ""
-
-
-def _paper_rows(study: Study, trials: Sequence[TrialView]) -> dict[ArmKey, PaperRow]:
-    """The paper's row of each arm. An entry that leaves factors out holds for all their levels."""
-    if not study.paper_table:
-        return {}
-    published = paper_tables()[study.paper_table]
-    rows: dict[ArmKey, PaperRow] = {}
-    for text, name in study.paper_rows.items():
-        wanted = parse_arm(text, study.factors, "paper_rows").items()
-        for trial in trials:
-            if wanted <= trial.arm.items():
-                rows[arm_key(trial.arm)] = published.row(name)
-    return rows
+    others = len(earns.barred) - 1
+    more = f" (and {others} more, in the notes)" if others > 0 else ""
+    return f"{earns.barred[0]}{more}" if earns.barred else ""

@@ -36,7 +36,7 @@ def markdown(view: StudyView, facts: Facts, comparison: Comparison) -> str:
     if not facts.no_paper:
         published = paper_table(facts, comparison)
         blocks += [f"Beside the paper, table {facts.study.paper_table}:", _pipes(published)]
-    blocks.append("\n".join(f"- {_plain(note)}" for note in notes_of(view, comparison)))
+    blocks.append("\n".join(f"- {_plain(note)}" for note in notes_of(view, facts, comparison)))
     return "\n\n".join(block for block in blocks if block)
 
 

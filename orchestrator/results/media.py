@@ -50,7 +50,7 @@ def loss_curves(facts: Facts, comparison: Comparison) -> dict[str, list[Curve]]:
     trials = [(arm, trial) for arm in comparison.arms for trial in arm.trials]
     count = 0
     for arm, trial in trials:
-        raw = _artifact(facts, trial, "series") if count < MAX_CURVES else None
+        raw = artifact(facts, trial, "series") if count < MAX_CURVES else None
         if raw is None:
             continue  # a trial that has not ended has no series
         try:
@@ -114,7 +114,7 @@ def pictures(facts: Facts, comparison: Comparison) -> list[Picture]:
 
 def _first_picture(facts: Facts, trials: Sequence[TrialView]) -> Picture | None:
     for trial in trials:
-        raw = _artifact(facts, trial, "picture/last")
+        raw = artifact(facts, trial, "picture/last")
         # By its bytes, not by its name: an SVG, for one, could hold a script.
         if raw is not None and len(raw) <= MAX_PICTURE_BYTES and raw.startswith((_PNG, _JPEG)):
             kind = "image/png" if raw.startswith(_PNG) else "image/jpeg"
@@ -122,7 +122,8 @@ def _first_picture(facts: Facts, trials: Sequence[TrialView]) -> Picture | None:
     return None
 
 
-def _artifact(facts: Facts, trial: TrialView, name: str) -> bytes | None:
+def artifact(facts: Facts, trial: TrialView, name: str) -> bytes | None:
+    """The bytes of a trial's artifact; None where there is none."""
     path = facts.trials[trial.trial].result.artifacts.get(name, "")
     if not path:
         return None

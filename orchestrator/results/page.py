@@ -16,7 +16,9 @@ from orchestrator.results.cells import (
     Table,
     answers_table,
     arms_table,
+    calibration_table,
     exploratory_table,
+    images_table,
     metric_label,
     paper_table,
     shown_metrics,
@@ -32,7 +34,7 @@ from orchestrator.results.media import loss_curves, pictures, validation_curves
 from orchestrator.results.plots.curves import Curve, curves_plot
 from orchestrator.results.plots.forest import arms_plot, forest
 from orchestrator.results.plots.style import colours, png, svg
-from orchestrator.results.table import EXPLORATORY, family_title, notes_of
+from orchestrator.results.table import EXPLORATORY, IMAGES, family_title, notes_of
 
 _TEMPLATE = "report.html.j2"
 _MOST_LOSSES = 9  # beside the total one
@@ -74,13 +76,16 @@ def html_page(view: StudyView, facts: Facts, comparison: Comparison) -> str:
         scope=facts.scope,
         exploratory=None if silent else _unless_empty(exploratory),
         exploratory_title=EXPLORATORY,
+        images=_unless_empty(images_table(comparison)),
+        images_title=IMAGES,
         softmax=_unless_empty(softmax_table(comparison)),
         paper=None if facts.no_paper else _unless_empty(paper_table(facts, comparison)),
+        calibration=_unless_empty(calibration_table(study, comparison)),
         sizes=sizes_table(facts, comparison),
         classes=classes(facts, comparison),
         cost=cost_table(facts, comparison),
         pictures=pictures(facts, comparison),
-        notes=notes_of(view, comparison),
+        notes=notes_of(view, facts, comparison),
         provenance=provenance(view, facts),
         trials=trials_table(view),
         spec=json.dumps(view.spec, indent=2),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from pathlib import Path
@@ -15,11 +16,14 @@ from contract.files import finite
 from orchestrator.results.cells import arm_label
 from orchestrator.results.comparison import Answer, Arm, Comparison
 from orchestrator.results.details.headlines import headlines
-from orchestrator.results.facts import Facts, arm_key, gather
+from orchestrator.results.facts import Facts, gather
 from orchestrator.results.formats import latex, markdown
 from orchestrator.results.looks import answers_of
+from orchestrator.results.published.beside import besides
+from orchestrator.results.published.calibration import calibrated
 from orchestrator.results.statistics.contrasts import Estimate
 from orchestrator.results.table import notes_of, text_report
+from orchestrator.study.contrasts import arm_name
 
 Format: TypeAlias = Literal["html", "md", "latex", "csv", "json", "png"]
 FILES: Mapping[Format, str] = {
@@ -54,6 +58,10 @@ class Contents:
     def of(cls, view: StudyView) -> Contents:
         facts = gather(view)
         comparison = answers_of(view, facts)
+        if comparison.answers:
+            from orchestrator.results.noise.images import with_images  # loads numpy
+
+            comparison = replace(comparison, with_images=with_images(facts, comparison))
         return cls(view, facts, comparison)
 
     def text(self) -> str:
@@ -163,16 +171,57 @@ def as_json(study: StudyView, facts: Facts, comparison: Comparison) -> dict[str,
         "state": study.state,
         "machinery_only": comparison.machinery_only,
         "no_paper": facts.no_paper,
+        "paper": _paper_json(facts, comparison),
         "precision": facts.precision,
+        "calibration": [
+            {
+                "arm": arm_name(one.arm.arm),
+                "metric": one.metric,
+                "ours": one.ours,
+                "public": one.public,
+                "band": one.band,
+                "inside": one.inside,
+            }
+            for one in calibrated(facts.study, comparison)
+        ],
         "early": comparison.early,
         "scope": facts.scope,
         "headlines": [line.text for line in headlines(facts, comparison)],
         "primary": facts.primary,
         "looks": [look.model_dump() for look in comparison.looks],
         "spared": sum(trial.state == "spared" for trial in study.trials),
-        "contrasts": [finite(_answer_json(answer)) for answer in comparison.answers],
-        "notes": notes_of(study, comparison),
+        "contrasts": [
+            finite(_answer_json(answer) | _images_json(answer, comparison))
+            for answer in comparison.answers
+        ],
+        "notes": notes_of(study, facts, comparison),
         "arms": [finite(_arm_json(facts, arm, bool(comparison.early))) for arm in comparison.arms],
+    }
+
+
+def _paper_json(facts: Facts, comparison: Comparison) -> dict[str, Any]:
+    """What stands beside the paper. Without a column, contrasts have a direction alone."""
+    column = not facts.no_paper
+    return {
+        "table": facts.study.paper_table,
+        "barred": facts.earned.barred,
+        "noted": facts.earned.noted,
+        "unstated": facts.earned.unstated,
+        "contrasts": [
+            finite(
+                {
+                    "name": one.asked.name,
+                    "metric": one.asked.metric,
+                    "difference": one.difference,
+                    "published": one.published,
+                    "low": one.low if column else math.nan,
+                    "high": one.high if column else math.nan,
+                    "judgement": one.judgement if column else "",
+                    "direction": "" if column else one.direction,
+                }
+            )
+            for one in besides(comparison, facts.papers)
+        ],
     }
 
 
@@ -204,16 +253,25 @@ def _later_json(estimate: Estimate) -> dict[str, Any]:
     return {**finite(numbers), "seeds": estimate.seeds}
 
 
+def _images_json(answer: Answer, comparison: Comparison) -> dict[str, Any]:
+    """The interval over seeds and validation images, which small validation sets have."""
+    low, high = comparison.with_images.get(answer.asked.name, (math.nan, math.nan))
+    return {"low_with_images": low, "high_with_images": high}
+
+
 def _arm_json(facts: Facts, arm: Arm, early: bool) -> dict[str, Any]:
     # An interval before the end would be looked at again, and each look is a chance.
     hidden = {"low": None, "high": None} if early else {}
-    row = None if facts.no_paper else facts.papers.get(arm_key(arm.arm))
+    row = None if facts.no_paper else facts.papers.get(arm_name(arm.arm))
     return {
         "arm": arm.arm,
         "baseline": arm.baseline,
         "metrics": {name: asdict(summary) | hidden for name, summary in arm.metrics.items()},
         "differences": {name: asdict(pair) | hidden for name, pair in arm.differences.items()},
-        "paper": {"metrics": row.metrics, "gains": row.gains} if row else {},
+        # Beside deviations that move all arms alike, the paper's AP itself says nothing.
+        "paper": {"metrics": {} if facts.earned.noted else row.metrics, "gains": row.gains}
+        if row
+        else {},
         "trials": [
             {
                 "trial": trial.trial,

@@ -9,8 +9,11 @@ from orchestrator.results.cells import (
     Table,
     answers_table,
     arms_table,
+    calibration_table,
     exploratory_table,
+    images_table,
     interval_text,
+    metric_label,
     paper_table,
     points,
     softmax_table,
@@ -18,8 +21,16 @@ from orchestrator.results.cells import (
 from orchestrator.results.comparison import Answer, Comparison
 from orchestrator.results.details.headlines import headlines
 from orchestrator.results.facts import Facts
+from orchestrator.results.published.beside import besides
+from orchestrator.results.published.calibration import calibrated, discredited
 from orchestrator.results.statistics.contrasts import Estimate
 
+BESIDE = (
+    "The paper has one seed an arm. Outside of the range for one seed our result contradicts it."
+)
+IMAGES = (
+    "Evaluation noise: 95% over seeds, and over seeds and validation images (two-way bootstrap)"
+)
 EXPLORATORY = "Exploratory: plain 95% intervals, each on its own; no verdicts"
 
 
@@ -37,17 +48,22 @@ def text_report(view: StudyView, facts: Facts, comparison: Comparison) -> str:
     elif comparison.answers:
         blocks.append(f"{family_title(comparison)}\n{_text(answers_table(comparison))}")
         blocks.append(f"Scope: on {facts.scope}. Nothing else was measured.")
+        if comparison.with_images:
+            blocks.append(f"{IMAGES}\n{_text(images_table(comparison))}")
     if not comparison.machinery_only and not comparison.early and exploratory.rows:
         blocks.append(f"{EXPLORATORY}\n{_text(exploratory)}")
+    calibration = calibration_table(study, comparison)
+    if calibration.rows:
+        blocks.append(f"Calibration against public numbers\n{_text(calibration)}")
     softmax = softmax_table(comparison)
     if softmax.rows:
         blocks.append(f"Mask AP of the softmax arms by inference\n{_text(softmax)}")
     if not facts.no_paper:
         published = _text(paper_table(facts, comparison))
-        blocks.append(f"Beside the paper, table {study.paper_table}\n{published}")
+        blocks.append(f"Beside the paper, table {study.paper_table}\n{published}\n{BESIDE}")
     elif study.paper_table:
         blocks.append(f"No paper column: {facts.no_paper}.")
-    notes = notes_of(view, comparison)
+    notes = notes_of(view, facts, comparison)
     if notes:
         blocks.append("\n".join(["Notes", *(f"- {note}" for note in notes)]))
     return "\n\n".join(blocks)
@@ -60,7 +76,7 @@ def family_title(comparison: Comparison) -> str:
     return f"Contrasts in points, minus the reference ({together})"
 
 
-def notes_of(view: StudyView, comparison: Comparison) -> list[str]:
+def notes_of(view: StudyView, facts: Facts, comparison: Comparison) -> list[str]:
     """What a reader of the table must know of single trials, of arms, or of the whole table."""
     notes = [mark for arm in comparison.arms for mark in arm.marks]
     if comparison.baseline is None or not comparison.baseline.metrics:
@@ -77,6 +93,9 @@ def notes_of(view: StudyView, comparison: Comparison) -> list[str]:
         if answer.withheld
     ]
     notes += [_later(view, answer, answer.later) for answer in comparison.answers if answer.later]
+    missed = discredited(calibrated(facts.study, comparison))
+    notes += [missed] if missed else []
+    notes += _paper_notes(facts, comparison)
     return [*notes, *(f"warning: {warning}" for warning in view.warnings)]
 
 
@@ -103,6 +122,21 @@ def _later(view: StudyView, answer: Answer, later: Estimate) -> str:
         f"stands; with {later.seeds} seeds the difference is {points(later.difference, True)}, "
         f"interval {interval_text(later.low, later.high)}: exploratory"
     )
+
+
+def _paper_notes(facts: Facts, comparison: Comparison) -> list[str]:
+    """In what the runs are not the paper's. Without a column, the direction is all there is."""
+    notes = [f"no paper column: {line}" for line in facts.earned.barred]
+    notes += [f"unlike the paper, in every difference: {line}" for line in facts.earned.noted]
+    notes += [f"beside the paper: {line}" for line in facts.earned.unstated]
+    if facts.no_paper:
+        notes += [
+            f"{one.asked.name}: {one.direction} {'as' if one.direction[0] == 's' else 'to'} the "
+            f"paper's {points(one.published, True)} {metric_label(one.asked.metric)}"
+            for one in besides(comparison, facts.papers)
+            if one.direction
+        ]
+    return notes
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

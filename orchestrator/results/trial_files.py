@@ -30,7 +30,6 @@ class SeenRun(Message):
     eval_every_steps: int = Field(0, validation_alias=AliasPath("loop", "eval_every_steps"))
     train: str = Field("", validation_alias=AliasPath("data", "train"))
     val: str = Field("", validation_alias=AliasPath("data", "val"))
-    short_side_px: int = Field(0, validation_alias=AliasPath("model", "image", "short_side_px"))
 
     @property
     def images(self) -> int:
@@ -42,6 +41,9 @@ class SeenSpec(Message):
     """A `contract.attempt.RunSpec`."""
 
     run: SeenRun | None = None
+    record: dict[str, Any] = Field(
+        {}, validation_alias=AliasPath("run")
+    )  # the run as it was written
     tags: dict[str, str] = {}
 
 

@@ -53,6 +53,7 @@ class Admission:
         self._troubles = troubles
         self.settings = settings
         self.waits: dict[str, Wait] = {}
+        self.mlflow_trouble = ""  # why the server, which answers, lets nobody in
         self.mark = ledger.name()
         self._nodes: Sequence[Node] = ()
         self._asked: list[Bundle] | None = None
@@ -259,7 +260,9 @@ class Admission:
         if self._lacks_code(trial.study):
             return "its code package is missing: submit the study's code again"
         if self._awaits_parent(trial.study, now):
-            return "waits for the MLflow server"
+            return (
+                f"waits for the MLflow server{self.mlflow_trouble and f': {self.mlflow_trouble}'}"
+            )
         if not trial.study.fresh and trial.identity in under_way:
             return f"is the same run as trial {under_way[trial.identity]}, under way"
         if not trial.study.fresh and trial.identity in first:

@@ -11,14 +11,17 @@ where the head still starts when it would have started without them (EASY backfi
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from itertools import count, repeat
+from operator import attrgetter
+from typing import NamedTuple, TypeAlias
 
 from contract.words import duration
 from orchestrator.cluster.nodes import Node
-from orchestrator.schedule.gang import Gang, Shape, fit, needs, take, unit
+from orchestrator.schedule.gang import Gang, Shape, fit, needs, place, ranks_on, take, unit
 from orchestrator.settings import Limits
 
 UNKNOWN = -1.0
@@ -90,8 +93,7 @@ class GiveUp:
     why: str
 
 
-@dataclass(frozen=True)
-class Wait:
+class Wait(NamedTuple):
     """`position`: 1 starts next; 0 where the trial waits for something else than resources."""
 
     trial: str
@@ -99,11 +101,35 @@ class Wait:
     why: str
     lacks: bool = False  # resources: a capacity request on a cluster that can grow
 
+    # A named tuple, because a round makes ten thousand of them.
+
 
 Decision: TypeAlias = Start | Stop | GiveUp | Wait
 
 # Trials of equal shape fit in the same places: a gang's shape and the nodes that it avoids.
 _Shape: TypeAlias = tuple[Shape, tuple[str, ...]]
+
+
+# Seconds until a gang frees its place, its trial, the gang and the place.
+_End: TypeAlias = tuple[float, str, Gang, Mapping[str, int]]
+
+
+# What the trials of a group share. In C: it is asked of ten thousand trials in a round.
+_KIND = attrgetter("owner", "study", "gang.shape", "suspects", "backoff_s")
+
+
+@dataclass
+class _Group:
+    """Trials that differ in age, priority and duration alone; the best of them is the last.
+
+    Once one of them may not start, the others may not either: in a round the free resources only
+    shrink, and the counts that limits hold against only grow. So a question is asked once for all.
+    """
+
+    trials: list[int]  # indices into the situation's waiting trials
+    reason: str = ""  # why all that are left wait
+    lacks: bool = False
+    in_line: bool = False  # they have a position, because resources are all that they wait for
 
 
 def decide(situation: Situation, limits: Limits) -> list[Decision]:
@@ -124,14 +150,16 @@ class _Round:
         self.by_owner: dict[str, int] = defaultdict(int)
         self.share: dict[str, float] = defaultdict(float)
         self.running = 0
-        # seconds until a gang frees its place, its trial, the gang and the place
-        self.ends: list[tuple[float, str, Gang, Mapping[str, int]]] = []
+        self.ends: list[_End] = []
         for run in situation.running:
             placement = run.placement or fit(run.gang, self.free) or {}
             if not run.placement:
                 take(self.free, run.gang, placement)
             self._count(run.study, run.owner, run.gang)
             self.ends.append((max(0.0, run.seconds_left), run.trial, run.gang, placement))
+        self.scores = [
+            trial.priority + trial.age_s / limits.ageing_s for trial in situation.waiting
+        ]
         self.head: Waiting | None = None
         self.head_avoids: tuple[str, ...] = ()
         self.head_start_s = 0.0  # earliest start of the head, as far as it is known
@@ -142,42 +170,55 @@ class _Round:
         self.holdable: dict[_Shape, bool] = {}  # whether the empty cluster holds it
         self.too_big: set[_Shape] = set()
         self.harmful: set[_Shape] = set()  # it would delay the head
+        # by node, how many ranks of such a gang it holds now
+        self.rooms: dict[_Shape, tuple[Gang, dict[str, int]]] = {}
         # what it needs and what is free; an admission clears them
         self.words: dict[_Shape, str] = {}
-        self.position = 0
+        self.decided: list[Decision] = []
+        self.waiting: list[_Group] = []  # groups that cannot start any more
 
     def decisions(self) -> list[Decision]:
-        stops: list[Decision] = list(self._over_budget())
-        return stops + [self._consider(trial) for trial in self._in_order()]
+        self.decided += self._over_budget()
+        for group in self._in_order():
+            self._consider(group)
+        return self.decided + self._waits()
 
     # --- order ---
 
-    def _in_order(self) -> Iterable[Waiting]:
-        """The best of the owners' next trials, again and again.
-
-        An owner's share grows with each admission, so the order is not known in advance. Each owner
-        has a queue, and a heap holds the first trial of each: 10,000 trials are sorted once, not
-        after each admission.
-        """
-        queues: dict[str, list[Waiting]] = defaultdict(list)
-        for trial in self.situation.waiting:
-            queues[trial.owner].append(trial)
-        for queue in queues.values():
+    def _groups(self) -> Iterable[_Group]:
+        groups: dict[tuple[str, str, Shape, tuple[str, ...], float], list[int]] = defaultdict(list)
+        for index, kind in enumerate(map(_KIND, self.situation.waiting)):
+            groups[kind].append(index)
+        for trials in groups.values():
             # sorting is stable, so equal trials pop in the order in which they came
-            queue.reverse()
-            queue.sort(key=self._score)
-        heads = [
-            (self.share[owner] - self._score(queue[-1]), owner) for owner, queue in queues.items()
-        ]
+            trials.reverse()
+            trials.sort(key=self.scores.__getitem__)
+            yield _Group(trials)
+
+    def _in_order(self) -> Iterable[_Group]:
+        """The group of the best trial that may still start, again and again.
+
+        An owner's share grows with each admission, so the order is not known in advance. The heap
+        holds each group once. A key that is too small by then is put right when it is popped.
+        """
+        heads = [(*self._key(group.trials[-1]), group) for group in self._groups()]
         heapq.heapify(heads)
         while heads:
-            _, owner = heapq.heappop(heads)
-            yield queues[owner].pop()
-            if queues[owner]:  # its share, and no other owner's, may have grown by now
-                heapq.heappush(heads, (self.share[owner] - self._score(queues[owner][-1]), owner))
+            key, owner, index, group = heads[0]
+            now = self._key(group.trials[-1])
+            if now != (key, owner, index):
+                heapq.heapreplace(heads, (*now, group))
+                continue
+            yield group
+            if group.trials and not group.reason:
+                heapq.heapreplace(heads, (*self._key(group.trials[-1]), group))
+            else:
+                heapq.heappop(heads)
 
-    def _score(self, trial: Waiting) -> float:
-        return trial.priority + trial.age_s / self.limits.ageing_s
+    def _key(self, index: int) -> tuple[float, str, int]:
+        """What sorts first is next; no two trials have the same."""
+        owner = self.situation.waiting[index].owner
+        return self.share[owner] - self.scores[index], owner, index
 
     def _count(self, study: str, owner: str, gang: Gang) -> None:
         self.running += 1
@@ -190,41 +231,78 @@ class _Round:
         ]
         self.share[owner] += max(parts, default=0.0)
 
-    # --- one trial ---
+    # --- the best trial of a group ---
 
-    def _consider(self, trial: Waiting) -> Decision:
-        held = self._held_back(trial)
-        if held is not None:
-            return held
+    def _consider(self, group: _Group) -> None:
+        """Starts the group's best trial, or says why none of the group starts."""
+        trial = self.situation.waiting[group.trials[-1]]
+        if self._held_back(group, trial):
+            return
         if not self.total:
-            return Wait(trial.trial, 0, "the cluster has no node yet")
+            self._hold(group, "the cluster has no node yet")
+            return
         avoid = self._avoided(trial)
         shape = _shape(trial.gang, avoid)
         if not self._holdable(trial.gang, ()):
             why = f"needs {needs(trial.gang)}; the whole cluster holds {self._whole(trial.gang)}"
-            return Wait(trial.trial, 0, why, True)
-        placement = None if shape in self.too_big else fit(trial.gang, _without(self.free, avoid))
+            self._hold(group, why, lacks=True)
+            return
+        placement = self._place(trial.gang, avoid)
         if placement is None:
-            self.too_big.add(shape)
-            return self._lacks(trial, avoid)
-        if self.head is not None and not self._harmless(trial, placement):
-            self.position += 1
-            why = (
-                f"needs {needs(trial.gang)}; fits now but would delay trial {self.head.trial}, "
-                "which is next"
-            )
-            return Wait(trial.trial, self.position, why, True)
+            self._lacks(group, trial, avoid)
+        elif self.head is not None and not self._harmless(trial, placement):
+            self._delays(group, trial)
+        else:
+            group.trials.pop()
+            self._start(trial, shape, placement)
+
+    def _start(self, trial: Waiting, shape: _Shape, placement: dict[str, int]) -> None:
         take(self.free, trial.gang, placement)
         self._count(trial.study, trial.owner, trial.gang)
         self.words.clear()
+        for gang, room in self.rooms.values():
+            room.update({n: ranks_on(gang, self.free[n]) for n in placement if n in room})
         self.ends.append((max(0.0, trial.seconds), trial.trial, trial.gang, placement))
         passed = (
             f", passing trial {self.head.trial} without delaying it"
             if self.head is not None
             else ""
         )
+        avoid = shape[1]
         away = f", not on {', '.join(avoid)}, where it was lost" if avoid else ""
-        return Start(trial.trial, placement, f"{needs(trial.gang)} are free{passed}{away}", avoid)
+        why = f"{needs(trial.gang)} are free{passed}{away}"
+        self.decided.append(Start(trial.trial, placement, why, avoid))
+
+    def _hold(self, group: _Group, why: str, *, lacks: bool = False, in_line: bool = False) -> None:
+        """All that are left of the group wait for this."""
+        group.reason, group.lacks, group.in_line = why, lacks, in_line
+        self.waiting.append(group)
+
+    def _delays(self, group: _Group, trial: Waiting) -> None:
+        """They fit and would delay the head; those that end before it starts go on trying."""
+        assert self.head is not None
+        waiting = self.situation.waiting
+        short = [i for i in group.trials if 0 <= waiting[i].seconds <= self.head_start_s]
+        long = [i for i in group.trials if not 0 <= waiting[i].seconds <= self.head_start_s]
+        why = (
+            f"needs {needs(trial.gang)}; fits now but would delay trial {self.head.trial}, "
+            "which is next"
+        )
+        self._hold(_Group(long), why, lacks=True, in_line=True)
+        group.trials = short
+
+    def _place(self, gang: Gang, avoid: tuple[str, ...]) -> dict[str, int] | None:
+        shape = _shape(gang, avoid)
+        if shape in self.too_big:
+            return None
+        if shape not in self.rooms:
+            free = _without(self.free, avoid)
+            room = {node: ranks_on(gang, amounts) for node, amounts in free.items()}
+            self.rooms[shape] = gang, room
+        placement = place(gang, self.rooms[shape][1])
+        if placement is None:
+            self.too_big.add(shape)
+        return placement
 
     def _holdable(self, gang: Gang, avoid: tuple[str, ...]) -> bool:
         """Whether the empty cluster holds it, without the nodes to avoid."""
@@ -239,61 +317,103 @@ class _Round:
         spared = (known[:count] for count in range(len(known), 0, -1))
         return next((avoid for avoid in spared if self._holdable(trial.gang, avoid)), ())
 
-    def _held_back(self, trial: Waiting) -> Decision | None:
-        """The decision for a trial that may not start whatever is free; None if it may."""
+    def _held_back(self, group: _Group, trial: Waiting) -> bool:
+        """Whether the group may not start whatever is free; then its decisions are made."""
         study = self.situation.studies.get(trial.study, StudyLimits())
         if study.gpu_hours and study.gpu_hours_used >= study.gpu_hours:
-            return GiveUp(trial.trial, _budget_in_words(study))
+            why = _budget_in_words(study)
+            self.decided += [GiveUp(each.trial, why) for each in self._emptied(group)]
+            return True
         if trial.backoff_s > 0:
             why = f"tries again in {duration(trial.backoff_s)} after a failed attempt"
-            return Wait(trial.trial, 0, why)
+            self._hold(group, why)
+            return True
+        why = ""
+        cap = self.limits.running_per_user
         if study.max_parallel and self.by_study[trial.study] >= study.max_parallel:
             why = f"its study runs at most {study.max_parallel} trials at once (max_parallel)"
-            return Wait(trial.trial, 0, why)
-        cap = self.limits.running_per_user
-        if cap and self.by_owner[trial.owner] >= cap:
+        elif cap and self.by_owner[trial.owner] >= cap:
             why = f"user {trial.owner} runs {cap} trials, the most a user may"
-            return Wait(trial.trial, 0, why)
-        if self.limits.running and self.running >= self.limits.running:
-            return Wait(trial.trial, 0, f"{self.running} trials run, the most this service may")
-        return None
+        elif self.limits.running and self.running >= self.limits.running:
+            why = f"{self.running} trials run, the most this service may"
+        if why:
+            self._hold(group, why)
+        return why != ""
 
-    def _lacks(self, trial: Waiting, avoid: tuple[str, ...]) -> Wait:
-        self.position += 1
+    def _emptied(self, group: _Group) -> list[Waiting]:
+        """All that are left of the group, which is over with that."""
+        trials, group.trials = group.trials, []
+        return [self.situation.waiting[index] for index in reversed(trials)]
+
+    def _lacks(self, group: _Group, trial: Waiting, avoid: tuple[str, ...]) -> None:
         shape = _shape(trial.gang, avoid)
         if shape not in self.words:
             away = f" not on {', '.join(avoid)}, where it was lost" if avoid else ""
             self.words[shape] = f"needs {needs(trial.gang)}{away}; {self._free(trial.gang)}"
         why = self.words[shape]
-        if self.head is not None:
-            return Wait(trial.trial, self.position, f"{why}; behind trial {self.head.trial}", True)
-        self.head, self.head_avoids = trial, avoid
-        self._reserve(trial.gang)
-        when = f", in about {duration(self.head_start_s)}" if self.head_start_s > 0 else ""
-        return Wait(
-            trial.trial,
-            self.position,
-            f"{why}; next, after trial {self.head_after} ends{when}",
-            True,
-        )
+        if self.head is None:
+            group.trials.pop()
+            self.head, self.head_avoids = trial, avoid
+            self._reserve()
+            when = f", in about {duration(self.head_start_s)}" if self.head_start_s > 0 else ""
+            words = f"{why}; next, after trial {self.head_after} ends{when}"
+            self.decided.append(Wait(trial.trial, 1, words, True))
+        self._hold(group, f"{why}; behind trial {self.head.trial}", lacks=True, in_line=True)
+
+    def _waits(self) -> list[Wait]:
+        """Of all groups, those in line first and in the order in which they would start."""
+        waiting, scores = self.situation.waiting, self.scores
+        waits: list[Wait] = []
+        in_line: list[int] = []
+        keys: list[float] = []
+        reasons: list[str] = []
+        for group in self.waiting:
+            why, trials = group.reason, group.trials
+            if not group.in_line:
+                waits += [Wait(waiting[i].trial, 0, why, group.lacks) for i in reversed(trials)]
+            elif trials:
+                share = self.share[waiting[trials[0]].owner]
+                in_line += trials
+                keys += [share - scores[index] for index in trials]
+                reasons += [why] * len(trials)
+        # by key, then by the order in which they came
+        order = sorted(range(len(in_line)), key=in_line.__getitem__)
+        order.sort(key=keys.__getitem__)
+        names = [waiting[in_line[place]].trial for place in order]
+        positions = count(2 if self.head is not None else 1)
+        whys = [reasons[place] for place in order]
+        return [*map(Wait, names, positions, whys, repeat(True)), *waits]
 
     # --- the head's reservation ---
 
-    def _reserve(self, gang: Gang) -> None:
+    def _reserve(self) -> None:
         """When the head starts if nothing else does, and what is free then.
 
         An end that is not known counts as now.
         """
-        self.later = {node: dict(free) for node, free in self.free.items()}
-        for seconds, trial, ended, placement in sorted(self.ends, key=lambda end: (end[0], end[1])):
-            take(self.later, ended, placement, -1)
-            self.head_start_s, self.head_after = seconds, trial
-            if fit(gang, _without(self.later, self.head_avoids)) is not None:
-                return
+        ends = sorted(self.ends, key=lambda end: (end[0], end[1]))
+        # With each end more is free: the first one that suffices is found by halves.
+        counts = range(1, len(ends) + 1)
+        first = bisect_left(counts, True, key=lambda number: self._starts_after(ends[:number]))
+        if first < len(ends):
+            self.head_start_s, self.head_after = ends[first][:2]
+            self.later = self._after(ends[: first + 1])
+            return
         # Free and running together are less than the cluster: another program uses the rest. Its
         # end is not known, so the reservation is what the whole cluster has.
         self.head_start_s, self.head_after = 0.0, "of another program"
         self.later = {node: dict(total) for node, total in self.total.items()}
+
+    def _after(self, ends: Sequence[_End]) -> dict[str, dict[str, float]]:
+        """What is free after these."""
+        later = {node: dict(free) for node, free in self.free.items()}
+        for _, _, ended, placement in ends:
+            take(later, ended, placement, -1)
+        return later
+
+    def _starts_after(self, ends: Sequence[_End]) -> bool:
+        assert self.head is not None
+        return fit(self.head.gang, _without(self._after(ends), self.head_avoids)) is not None
 
     def _harmless(self, trial: Waiting, placement: Mapping[str, int]) -> bool:
         """Whether `trial` is over before the head starts, or leaves the head its place.

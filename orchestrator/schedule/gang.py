@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,27 +40,33 @@ def fit(gang: Gang, free: Mapping[str, Mapping[str, float]]) -> dict[str, int] |
 
     One node that holds all is the fullest such node, so that large places stay whole.
     """
-    room = {node: ranks for node, amounts in free.items() if (ranks := _ranks(gang, amounts)) > 0}
-    whole = [node for node, ranks in room.items() if ranks >= gang.ranks]
+    return place(gang, {node: ranks_on(gang, amounts) for node, amounts in free.items()})
+
+
+def place(gang: Gang, room: Mapping[str, int]) -> dict[str, int] | None:
+    """As `fit`. room: how many ranks of the gang's kind each node holds."""
+    whole = [(ranks, node) for node, ranks in room.items() if ranks >= gang.ranks]
     if whole:
-        return {min(whole, key=lambda node: (room[node], node)): gang.ranks}
+        return {min(whole)[1]: gang.ranks}
     # the largest places first: fewer nodes
     placement: dict[str, int] = {}
     left = gang.ranks
-    for node in sorted(room, key=lambda node: (-room[node], node))[: gang.max_nodes or None]:
-        placement[node] = min(left, room[node])
+    some = sorted((-ranks, node) for node, ranks in room.items() if ranks > 0)
+    for less, node in some[: gang.max_nodes or None]:
+        placement[node] = min(left, -less)
         left -= placement[node]
         if left == 0:
             return placement
     return None
 
 
-def _ranks(gang: Gang, amounts: Mapping[str, float]) -> int:
+def ranks_on(gang: Gang, amounts: Mapping[str, float]) -> int:
     """How many ranks of the gang's kind these amounts hold: the scarcest resource decides."""
-    return min(
-        math.floor((amounts.get(name, 0.0) + EPSILON) / need)
-        for name, need in gang.per_rank.items()
-    )
+    # A plain loop: `fit` asks this of every node, a hundred thousand times in a round.
+    fewest = sys.maxsize
+    for name, need in gang.per_rank.items():
+        fewest = min(fewest, math.floor((amounts.get(name, 0.0) + EPSILON) / need))
+    return fewest
 
 
 def take(

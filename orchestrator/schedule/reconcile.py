@@ -26,7 +26,7 @@ from contract.attempt import (
     Progress,
     Result,
 )
-from contract.words import duration
+from contract.words import duration, printable
 from orchestrator.cluster.jobs import ENDED, Cluster, Job, UnreachableError
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import attempts, queries
@@ -45,7 +45,6 @@ from orchestrator.trial_folder import (
     OtherFormError,
     TrialFileError,
     TrialFolder,
-    printable,
 )
 
 LOG = logging.getLogger("maskray")

@@ -71,11 +71,16 @@ def _size_in_words(nodes: Sequence[Node], gang: Gang) -> str:
 
 
 def _check_paths(submission: Submission, settings: ServiceSettings) -> None:
-    named = [("storage", submission.storage)] if submission.storage else []
+    named = [("storage", _absolute(submission.storage))] if submission.storage else []
     for trial in submission.trials:
         strings = _strings(trial.run, "run")
         named += [(f"trial {trial.key}, {path}", value) for path, value in strings]
     check_uris(named, settings)
+
+
+def _absolute(folder: str) -> str:
+    # The ranks start in other folders, and the service may be started in another one next time.
+    return folder if "://" in folder else str(Path(folder).absolute())
 
 
 def check_uris(named: Iterable[tuple[str, str]], settings: ServiceSettings) -> None:
@@ -143,10 +148,7 @@ def accept(
 
     Raises ValueError if the key was used for another study.
     """
-    folder = submission.storage or storage_root(settings)
-    if "://" not in folder:
-        # the ranks start in other folders, and the service may be started in another one next time
-        folder = str(Path(folder).absolute())
+    folder = _absolute(submission.storage or storage_root(settings))
 
     def add(transaction: Transaction) -> tuple[str, bool]:
         known = queries.study_of_key(transaction, owner, submission.idempotency_key)

@@ -32,6 +32,7 @@ from orchestrator.server.views import study_views
 from orchestrator.trial_folder import SMALL_BYTES, TrialFileError, TrialFolder
 
 LOG = logging.getLogger("maskray")
+_OF_A_FAILURE = {"maskray.error", "maskray.error_class"}  # tags
 _SHIP_S = 300.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 60.0, 3600.0  # before what a trial left is sent again
 _STATUS: Mapping[TrialState | StudyState, str] = {
@@ -211,6 +212,9 @@ def _close(mlflow: MLflow, run: Run, trial: TrialBrief, study: StudyBrief, now: 
         mlflow.set_tag(run_id, "mlflow.parentRunId", study.mlflow_run_id)
     if trial.error:
         mlflow.set_tag(run_id, "maskray.error", trial.error)
+    else:  # of an attempt before a retry
+        for key in _OF_A_FAILURE & tags:
+            mlflow.delete_tag(run_id, key)
     if run.info.status not in ("RUNNING", "SCHEDULED"):
         return False
     mlflow.end_run(run_id, _STATUS[trial.state], now)

@@ -122,6 +122,20 @@ class MLflow:
         except httpx.HTTPError:
             return False
 
+    def complaint(self) -> str:
+        """Why the server, which is ready, does not let us in; empty if it does."""
+        path = f"{_API}/experiments/search"
+        try:
+            status = self._http.post(path, json={"max_results": 1}).status_code
+        except httpx.HTTPError as error:
+            return f"MLflow at {self.url}: {error or type(error).__name__}"
+        if status not in (401, 403):
+            return ""
+        return (
+            f"MLflow at {self.url} refuses the service's login (status {status}); correct "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of the service"
+        )
+
     def experiment(self, name: str, tags: Mapping[str, str]) -> str:
         """The id of the experiment of this name, made if there is none."""
         params = {"experiment_name": name}
@@ -162,6 +176,9 @@ class MLflow:
     def set_tag(self, run: str, key: str, value: str) -> None:
         body = {"run_id": run, "key": key, "value": value[:_LONGEST_TAG]}
         self._call(Message, "POST", "runs/set-tag", json=body)
+
+    def delete_tag(self, run: str, key: str) -> None:
+        self._call(Message, "POST", "runs/delete-tag", json={"run_id": run, "key": key})
 
     def log_metrics(self, run: str, metrics: Mapping[str, float], at: float) -> None:
         values = [

@@ -300,6 +300,11 @@ class Service:
             if not mlflow.ready():
                 mlflow.close()
                 return
+            self.loop.admission.mlflow_trouble = mlflow.complaint()
+            if self.loop.admission.mlflow_trouble:
+                LOG.warning("%s", self.loop.admission.mlflow_trouble)
+                mlflow.close()
+                return
             self._mlflow, self.loop.tracking_uri = mlflow, uri
         if self._mlflow is not None:
             bookkeeping.make_parents(self.ledger, self._mlflow)

@@ -6,7 +6,9 @@ import hashlib
 import io
 import re
 import zipfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 
 from fastapi import HTTPException, Request
@@ -41,6 +43,11 @@ def check_code(data: bytes, sha256: str, max_mib: int) -> None:
     limit_mib = _UNPACKED * max_mib
     if sum(entry.file_size for entry in _entries(data, "code")) > limit_mib << 20:
         raise HTTPException(413, f"code: unpacks to more than {limit_mib} MiB")
+    # A zip may lie about sizes and sums; its files must be what it says before a node unpacks them.
+    with _sound("code"), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        broken = archive.testzip()
+    if broken is not None:
+        raise HTTPException(400, f"code: {broken!r} holds other bytes than the package says")
 
 
 def report_files(data: bytes) -> dict[str, bytes]:
@@ -49,11 +56,8 @@ def report_files(data: bytes) -> dict[str, bytes]:
     too_large = sum(entry.file_size for entry in entries) > MAX_REPORT
     if too_large or len(entries) > _MAX_REPORT_FILES:
         raise HTTPException(413, "report: unpacks to too much")
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            return {entry.filename: archive.read(entry) for entry in entries}
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
-        raise HTTPException(400, f"report: cannot be unpacked ({error})") from None
+    with _sound("report"), zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return {entry.filename: archive.read(entry) for entry in entries}
 
 
 def check_report_names(names: Iterable[str]) -> None:
@@ -65,6 +69,14 @@ def check_report_names(names: Iterable[str]) -> None:
             raise HTTPException(
                 400, f"report: {name[:_MAX_NAME]!r} is no name of a file; pack it again"
             )
+
+
+@contextmanager
+def _sound(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
+        raise HTTPException(400, f"{what}: cannot be unpacked ({error})") from None
 
 
 def _entries(data: bytes, what: str) -> list[zipfile.ZipInfo]:

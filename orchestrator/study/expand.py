@@ -31,7 +31,8 @@ from orchestrator.study.read import check_study
 
 # Far above any study that people run; a slip in the seeds must not fill the ledger.
 MAX_TRIALS = 10_000
-VAL_IMAGES_TAG = "maskray.val_images"  # read by the report, to compare with the paper's val set
+# read by the report, to compare with the paper's data
+TRAIN_IMAGES_TAG, VAL_IMAGES_TAG = "maskray.train_images", "maskray.val_images"
 
 # Fields that count only beside another field's value: path -> (the other path, its value).
 CONDITIONAL = {
@@ -70,7 +71,9 @@ def expand(study: Study, *, data: str = "", root: Path, code: CodePackage) -> Ex
         _require_twins(study, arms, runs)
     else:
         _refuse_twins(arms, runs)
-    check_family(study, arms, references, [metric_names(run.model) for run in runs])
+    check_family(
+        study, arms, references, [metric_names(run.model, run.loop.eval_boundary) for run in runs]
+    )
     manifest = cache(read_manifest)  # most arms share their datasets, which may lie in a bucket
     trials: list[TrialPlan] = []
     for number, (arm, run) in enumerate(zip(arms, runs, strict=True)):
@@ -244,6 +247,7 @@ def _trials(
         "maskray.sources": code.source_hash,
         "maskray.manifest_train": train.hash,
         "maskray.manifest_val": val.hash,
+        TRAIN_IMAGES_TAG: str(train.header.num_images),
         VAL_IMAGES_TAG: str(val.header.num_images),
         "maskray.weights": weights,
         "maskray.proposals": proposals,

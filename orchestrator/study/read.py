@@ -45,6 +45,10 @@ def check_study(study: Study) -> None:
         check_metric(metric)
     check_gpus(study.resources)
     check_forms(study)
+    for arm, numbers in study.calibration.items():
+        parse_arm(arm, study.factors, "calibration")
+        for metric in numbers:
+            check_metric(metric, f"calibration.{arm}")
     _check_paper(study)
 
 

@@ -26,6 +26,7 @@ from pipelines.coco.records import (
     JsonObject,
     JsonValue,
 )
+from pipelines.evaluate.boundary import BoundaryEval
 
 Engine = Literal["pycocotools", "hotcoco"]
 IouType = Literal["bbox", "segm", "keypoints"]
@@ -113,19 +114,38 @@ def curves(
     results: Sequence[CocoResult],
     iou_type: IouType,
     sigmas: Sequence[float] = COCO_SIGMAS,
+    boundary: bool = False,
 ) -> Curves:
-    """Compares checked records. The order of `results` breaks ties of scores."""
+    """Compares checked records. The order of `results` breaks ties of scores.
+
+    boundary: by the boundaries of masks, which pycocotools alone does.
+    """
     with contextlib.redirect_stdout(io.StringIO()):  # both libraries print as they go
-        make = _hotcoco if engine == "hotcoco" else _pycocotools
-        run = make(truth, results, iou_type)
-        if iou_type == "keypoints" and tuple(sigmas) != COCO_SIGMAS:
-            run.params.kpt_oks_sigmas = np.asarray(sigmas)
-        run.evaluate()
+        run = evaluated(engine, truth, results, iou_type, sigmas, boundary)
         run.accumulate()
         run.summarize()
     assert run.eval is not None  # it is filled by `accumulate`
     arrays = (*(run.eval[name] for name in ("precision", "recall", "scores")), run.stats)
     return Curves(*(np.asarray(array, np.float64) for array in arrays))
+
+
+def evaluated(
+    engine: Engine,
+    truth: Truth,
+    results: Sequence[CocoResult],
+    iou_type: IouType,
+    sigmas: Sequence[float],
+    boundary: bool,
+) -> COCOeval:
+    """The library's own object after it has matched detections with objects."""
+    make = _hotcoco if engine == "hotcoco" and not boundary else _pycocotools
+    run = make(truth, results, iou_type)
+    if boundary:
+        run = BoundaryEval(run.cocoGt, run.cocoDt, iou_type)
+    if iou_type == "keypoints" and tuple(sigmas) != COCO_SIGMAS:
+        run.params.kpt_oks_sigmas = np.asarray(sigmas)
+    run.evaluate()
+    return run
 
 
 def _pycocotools(truth: Truth, results: Sequence[CocoResult], iou_type: IouType) -> COCOeval:

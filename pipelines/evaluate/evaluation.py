@@ -115,27 +115,41 @@ def evaluate(
     iou_type: IouType,
     engine: Engine | None = None,
     sigmas: Sequence[float] = (),
+    boundary: bool = False,
 ) -> Evaluation:
     """pycocotools' evaluation of COCO results.
 
     truth: a dataset view, as loaders have it in `.dataset`, or a COCO JSON file. results: in any
     order; they are not changed. engine: None takes the fastest that is installed; all give the
-    same numbers to the bit. sigmas: of OKS, empty for those of `sigmas_for`. Raises
-    ValueError if the results do not fit the truth.
+    same numbers to the bit. sigmas: of OKS, empty for those of `sigmas_for`. boundary: Boundary AP,
+    of masks alone. Raises ValueError if the results do not fit the truth.
     """
+    if boundary and iou_type != "segm":
+        raise ValueError(f"Boundary AP is of masks; {iou_type} results have no boundary")
+    known, ordered, scale = compared(truth, results, iou_type, sigmas)
+    engine = engine or default_engine([annotation.id for annotation in known.annotations])
+    # hotcoco knows COCO's sigmas alone.
+    engine = engine if scale == COCO_SIGMAS else "pycocotools"
+    measured = curves(engine, known, ordered, iou_type, scale, boundary)
+    names = stats_of(iou_type)
+    stats = {name: float(value) for name, value in zip(names, measured.stats, strict=True)}
+    per_class = _per_class(measured.precision, known.categories, iou_type)
+    return Evaluation(stats, per_class, _notes(known, ordered, iou_type))
+
+
+def compared(
+    truth: Dataset | str | Path,
+    results: Sequence[Mapping[str, Any]],
+    iou_type: IouType,
+    sigmas: Sequence[float] = (),
+) -> tuple[Truth, list[CocoResult], Sequence[float]]:
+    """Checked truth, checked results in the order that every evaluation takes, and OKS sigmas."""
     known = truth_of(_ground_truth(truth), iou_type)
     ordered = sorted(checked_results(known, results, iou_type), key=_canonical)
     own = truth.oks_sigmas if isinstance(truth, Dataset) and not sigmas else sigmas
     # The sigmas are of OKS alone: boxes and masks have none, whatever the data says.
     scale = sigmas_for(known.num_keypoints, own) if iou_type == "keypoints" else COCO_SIGMAS
-    engine = engine or default_engine([annotation.id for annotation in known.annotations])
-    # hotcoco knows COCO's sigmas alone.
-    engine = engine if scale == COCO_SIGMAS else "pycocotools"
-    measured = curves(engine, known, ordered, iou_type, scale)
-    names = stats_of(iou_type)
-    stats = {name: float(value) for name, value in zip(names, measured.stats, strict=True)}
-    per_class = _per_class(measured.precision, known.categories, iou_type)
-    return Evaluation(stats, per_class, _notes(known, ordered, iou_type))
+    return known, ordered, scale
 
 
 def _notes(truth: Truth, results: Sequence[CocoResult], iou_type: IouType) -> tuple[str, ...]:

@@ -203,6 +203,30 @@ def test_boxes_alone_and_keypoints_with_and_without_masks(layout, with_mask):
         )
 
 
+def test_an_mlp_of_masks_reads_seven_cells_or_fourteen():
+    head = {"kind": "mlp", "width": 16}
+    for side in (7, 14):
+        cfg = config("fpn", mask={"kind": "mask", "head": {**head, "input_side": side}})
+        detector = build_detector(cfg)
+        assert detector.mask.head.fc[0].in_features == cfg.layout.channels * side * side
+        train_and_predict(cfg)
+    keypoints = {"kind": "keypoints", "num_keypoints": 2, "convs": 1, "width": 16}
+    mask = {"kind": "mask", "head": {**head, "input_side": 7}}
+    with pytest.raises(ValidationError, match="masks and keypoints read one crop"):
+        config("fpn", mask=mask, keypoints=keypoints)
+
+
+def test_a_box_weight_of_zero_trains_the_rpn_alone():
+    cfg = config("fpn", mask={"kind": "none"}, box_loss_weight=0)
+    detector = build_detector(cfg).train()
+    total(detector.losses(shape_batch(images=1, side=64, num_classes=3))).backward()
+    assert not any(p.grad.any() for p in detector.box.parameters())
+    assert all(p.grad.any() for p in detector.rpn.parameters())
+    fixed = {"kind": "fixed", "uri": "p"}
+    with pytest.raises(ValidationError, match="trains the RPN alone, and"):
+        config("fpn", mask={"kind": "none"}, box_loss_weight=0, proposals=fixed)
+
+
 def test_vgg_with_its_fc_layers():
     cfg = ModelConfig.model_validate(
         {

@@ -12,7 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models.detection import keypointrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
+from torchvision.models.detection import (
+    MaskRCNN_ResNet50_FPN_Weights,
+    keypointrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn,
+)
 from torchvision.models.detection import roi_heads as their_roi_heads
 from torchvision.models.detection.image_list import ImageList
 from torchvision.transforms.functional import pil_to_tensor
@@ -21,7 +25,7 @@ from contract.model import ModelConfig
 from contract.presets import preset
 from model.branches.mask import sample_crops
 from model.build import build_detector
-from model.weights import from_torchvision
+from model.weights import from_torchvision, load_initial
 from tests.model.batches import shape_batch
 from tests.model.branches.test_masks import COCO, needs_coco
 
@@ -229,8 +233,27 @@ def test_the_released_files_older_names_load_too():
         from_torchvision({**state, "extra": torch.zeros(1)})
 
 
+def test_the_released_classes_fit_packed_coco():
+    """The file has a class for each of COCO's ids; data have the 80 that COCO uses."""
+    theirs_90 = theirs(maskrcnn_resnet50_fpn).state_dict()
+    cfg = small("r50-fpn-torchvision")
+    all_90, used = build_detector(cfg), build_detector(cfg.model_copy(update={"num_classes": 80}))
+    load_initial(all_90, theirs_90, "torchvision")
+    load_initial(used, theirs_90, "torchvision")
+    names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    ids = [i for i, name in enumerate(names) if name not in ("__background__", "N/A")]
+    features = torch.randn(3, 256, 7, 7, generator=torch.Generator().manual_seed(0))
+    keys = torch.zeros(3, dtype=torch.long)
+    (logits, offsets), (few, few_offsets) = all_90.box(features, keys), used.box(features, keys)
+    torch.testing.assert_close(few, logits[:, [0, *ids]])
+    torch.testing.assert_close(few_offsets, offsets[:, [i - 1 for i in ids]])
+    crops = torch.randn(2, 256, 14, 14, generator=torch.Generator().manual_seed(1))
+    masks, few_masks = all_90.mask.head(crops), used.mask.head(crops)
+    torch.testing.assert_close(few_masks, masks[:, [i - 1 for i in ids]])
+
+
 def test_the_presets_differ_where_they_should():
-    tv, own = preset("r50-fpn-torchvision"), preset("r50-fpn")
+    tv, own = preset("r50-fpn-torchvision"), preset("r50-fpn-1x")
     assert tv.anchors.rounded
     assert tv.background == "first"
     assert not tv.roi.aligned

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,13 @@ def write_dataset(folder: Path, names: Sequence[str] = SHAPES, **options: Any) -
     for split in ("train", "val"):
         write_manifest(folder / split, names, **options)
     return folder
+
+
+def write_named_files(study: Study, folder: Path) -> None:
+    """A file of a few bytes for every weights and proposals that the study names."""
+    for name in re.findall(r"[\w./-]+\.(?:pth|arrow)", study.model_dump_json()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
 
 
 def tiny_study(factors: Mapping[str, Any] | None = None, **fields: Any) -> Study:

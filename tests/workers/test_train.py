@@ -18,6 +18,7 @@ import yaml
 
 from contract.attempt import SPEC_FILE, Outcome, Progress
 from contract.files import Files
+from contract.model import SmoothL1
 from contract.presets import run_preset
 from contract.recipe import parse_run
 from contract.run_file import merged
@@ -157,6 +158,14 @@ def test_presets_have_the_papers_recipe(name, recipe):
         run.optimiser.lr,
         run.schedule.drop_steps,
     ) == recipe
+    if name == "vgg16-faster-rcnn":
+        return
+    # Detectron's published values: smooth L1, biases, warm-up, pixel centres
+    model = run.model
+    assert (model.rpn.box_loss, model.box_loss) == (SmoothL1(beta=1 / 9), SmoothL1(beta=1.0))
+    assert not model.roi.aligned
+    assert (run.optimiser.bias_lr_factor, run.optimiser.bias_decay_factor) == (2.0, 0.0)
+    assert (run.schedule.warmup_steps, run.schedule.warmup_factor) == (500, 1 / 3)
 
 
 def test_progress_is_one_line():

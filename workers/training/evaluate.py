@@ -12,11 +12,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from contract.metrics import metric_names
+from contract.metrics import BOUNDARY, metric_names
 from contract.model import ModelConfig
 from contract.recipe import EvalPrecision, LoopConfig, RunConfig
 from model.structures import Batch
 from pipelines.evaluate.evaluation import evaluate
+from pipelines.evaluate.matches import Matches, matches_of
 from pipelines.shards.dataset import Dataset
 from workers.training.prefetch import on_device
 from workers.training.results import CocoResult, Encoder, EncodingProcesses, Results
@@ -54,10 +55,12 @@ def evaluate_detector(
     stopping: Callable[[], bool] = lambda: False,
     precision: EvalPrecision = "fp32",
     num_processes: int = 0,
+    boundary: bool = False,
 ) -> Scores | None:
     """Predicts and scores all images. Returns None on all ranks if some rank is `stopping`.
 
     num_processes: of this rank, which paste and encode masks; 0 does it between two batches.
+    boundary: with Boundary AP.
     """
     stream = on_device(([batch] for batch in batches), world.device)
     was_training = detector.training
@@ -96,7 +99,7 @@ def evaluate_detector(
         return Scores({}, {}, {})
     # the order of the ranks' parts does not matter: `evaluate` sorts the results
     together = {kind: [r for part in gathered for r in part[kind]] for kind in mine}
-    return score(batches.dataset, together)
+    return score(batches.dataset, together, boundary)
 
 
 def num_processes(run: RunConfig, world: World) -> int:
@@ -112,7 +115,7 @@ def best_metric(run: RunConfig) -> str:
 
     Raises ValueError if the model is not scored on it.
     """
-    wanted, names = run.loop.best_metric, metric_names(run.model)
+    wanted, names = run.loop.best_metric, metric_names(run.model, run.loop.eval_boundary)
     if wanted in names:
         return wanted
     if wanted == LoopConfig().best_metric:  # the default serves models without masks too
@@ -123,13 +126,40 @@ def best_metric(run: RunConfig) -> str:
     )
 
 
-def score(dataset: Dataset, results: Mapping[str, list[CocoResult]]) -> Scores:
-    """pycocotools' numbers for every kind of result."""
+def score(
+    dataset: Dataset, results: Mapping[str, list[CocoResult]], boundary: bool = False
+) -> Scores:
+    """pycocotools' numbers for every kind of result, and Boundary AP of masks where asked for."""
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {}
-    for kind, of_kind in results.items():
-        iou_type = "segm" if kind.startswith("segm") else kind
-        evaluation = evaluate(dataset, of_kind, iou_type)  # type: ignore[arg-type]
+    evaluations = {
+        kind: evaluate(
+            dataset,
+            of_kind,
+            "segm" if kind.startswith("segm") else kind,  # type: ignore[arg-type]
+        )
+        for kind, of_kind in results.items()
+    }
+    if boundary and "segm" in results:
+        evaluations[BOUNDARY] = evaluate(dataset, results["segm"], "segm", boundary=True)
+    for kind, evaluation in evaluations.items():
         metrics |= {f"{kind}/{name}": value for name, value in evaluation.stats.items()}
         per_class |= {f"{kind}/{name}": values for name, values in evaluation.per_class.items()}
     return Scores(metrics, per_class, dict(results))
+
+
+def matches(
+    dataset: Dataset, results: Mapping[str, list[CocoResult]], boundary: bool = False
+) -> dict[str, Matches]:
+    """By kind of result, as `score` takes them, which detection matched what."""
+    found = {
+        kind: matches_of(
+            dataset,
+            of_kind,
+            "segm" if kind.startswith("segm") else kind,  # type: ignore[arg-type]
+        )
+        for kind, of_kind in results.items()
+    }
+    if boundary and "segm" in results:
+        found[BOUNDARY] = matches_of(dataset, results["segm"], "segm", boundary=True)
+    return found

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import math
-from typing import assert_never
+from typing import Any, assert_never
 
 import torch
 from torch import nn
 
 from contract.recipe import SGD, AdamW, CosineSchedule, OneCycle, Optimiser, Schedule, StepSchedule
 
+RATE_FACTOR = "rate_factor"  # of a group of parameters, on the rate of the step
 _NORMS = (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm, nn.SyncBatchNorm)
 
 
 def build_optimiser(cfg: Optimiser, module: nn.Module) -> torch.optim.Optimizer:
-    """An optimiser over the trained parameters; normalisation layers have a decay of their own."""
+    """An optimiser over the trained parameters; normalisation layers have a decay of their own.
+
+    A group of biases that has a rate of its own says by which factor, as `RATE_FACTOR`.
+    """
     norm_ids = {
         id(p) for layer in module.modules() if isinstance(layer, _NORMS) for p in layer.parameters()
     }
-    trained = [p for p in module.parameters() if p.requires_grad]
-    parts = [
-        ([p for p in trained if id(p) not in norm_ids], cfg.weight_decay),
-        ([p for p in trained if id(p) in norm_ids], cfg.norm_weight_decay),
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    norms = [p for _, p in trained if id(p) in norm_ids]
+    others = [(name, p) for name, p in trained if id(p) not in norm_ids]
+    biases = []
+    if isinstance(cfg, SGD) and (cfg.bias_lr_factor, cfg.bias_decay_factor) != (1.0, 1.0):
+        biases = [p for name, p in others if name.rpartition(".")[2] == "bias"]
+    bias_ids = set(map(id, biases))
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for _, p in others if id(p) not in bias_ids],
+            "weight_decay": cfg.weight_decay,
+        },
+        {"params": norms, "weight_decay": cfg.norm_weight_decay},
     ]
+    if isinstance(cfg, SGD):
+        decay = cfg.weight_decay * cfg.bias_decay_factor
+        groups.append({"params": biases, "weight_decay": decay, RATE_FACTOR: cfg.bias_lr_factor})
     # where normalisation layers are frozen, the second group would be empty
-    groups = [{"params": params, "weight_decay": decay} for params, decay in parts if params]
+    groups = [group for group in groups if group["params"]]
     match cfg:
         case SGD():
             return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, fused=True)

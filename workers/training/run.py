@@ -15,6 +15,8 @@ from torch import nn
 from contract.attempt import (
     ARTIFACT_FOLDER,
     LAST_WEIGHTS,
+    MATCHES,
+    MAX_IMAGES_OF_MATCHES,
     RESULT_FILE,
     Outcome,
     Progress,
@@ -22,7 +24,7 @@ from contract.attempt import (
     RunSpec,
 )
 from contract.files import Files
-from contract.metrics import category_keys, renamed
+from contract.metrics import BOUNDARY, category_keys, renamed
 from contract.model import KeypointBranch, MaskBranch
 from contract.recipe import RunConfig
 from contract.words import one_line
@@ -32,7 +34,13 @@ from workers.tracking.journal import Journal, JournalState, SilentJournal, open_
 from workers.tracking.spool import print_warning
 from workers.training import arithmetic
 from workers.training.build import eval_loader, initial_detector, open_datasets, train_loader_opener
-from workers.training.evaluate import Scores, best_metric, evaluate_detector, num_processes
+from workers.training.evaluate import (
+    Scores,
+    best_metric,
+    evaluate_detector,
+    matches,
+    num_processes,
+)
 from workers.training.loop import Ending, Parts, train
 from workers.training.pictures import comparison
 from workers.training.state import TrainState, check_same_training, weights_of
@@ -218,6 +226,7 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
                     stopping,
                     run.loop.eval_precision,
                     num_processes(run, world),
+                    run.loop.eval_boundary,
                 )
                 # its workers hold memory that the training needs until the next evaluation
                 batches.close()
@@ -372,6 +381,14 @@ class _Reporter:
                 path = _detections(kind)
                 self._storage.write(path, json.dumps(results).encode())
                 self._journal.artifact(path, "detections")
+            self._keep_matches(scores)
+
+    def _keep_matches(self, scores: Scores) -> None:
+        """For the noise of a small validation set, which the report tells from these."""
+        if len(self._dataset.rows()) > MAX_IMAGES_OF_MATCHES:
+            return
+        for kind, one in matches(self._dataset, scores.results, self._loop.eval_boundary).items():
+            self._storage.write(_matches(kind), one.file())
 
     def _category_keys(self, scores: Scores) -> dict[str, str]:
         keys = category_keys({c for kind in _PER_CLASS for c in scores.per_class.get(kind, ())})
@@ -433,11 +450,18 @@ def _artifact_paths(scores: Scores, storage: Files) -> dict[str, str]:
         paths["weights/best"] = _BEST_WEIGHTS
     if storage.exists(_SERIES):
         paths["series"] = _SERIES
+    for kind in (*scores.results, BOUNDARY):
+        if storage.exists(_matches(kind)):
+            paths[MATCHES.format(kind=kind)] = _matches(kind)
     return paths | {"weights/last": LAST_WEIGHTS, "config": _CONFIG}
 
 
 def _detections(kind: str) -> str:
     return f"{ARTIFACT_FOLDER}/detections/{kind}.json"
+
+
+def _matches(kind: str) -> str:
+    return f"{ARTIFACT_FOLDER}/{MATCHES.format(kind=kind)}.npz"
 
 
 def _write_weights(storage: Files, path: str, detector: nn.Module) -> str:

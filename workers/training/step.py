@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from contract.recipe import LoopConfig
 from model.structures import Batch
 from workers.training.arithmetic import DTYPES
+from workers.training.optim import RATE_FACTOR
 from workers.training.world import World
 
 # Numbers, or float64 scalars that lie on the device already.
@@ -181,7 +182,7 @@ def apply_gradients(
     if clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
     scaler.step(optimiser)
     scaler.update()
     optimiser.zero_grad(set_to_none=not keep_memory)

@@ -23,8 +23,8 @@ from orchestrator.results.statistics.power import (
     sees_equivalence,
 )
 from orchestrator.results.statistics.summary import mean_of
-from orchestrator.study.contrasts import Asked, arm_name, family_of, parse_arm, primary_of
-from orchestrator.study.paper import PaperRow, paper_tables
+from orchestrator.study.contrasts import Asked, arm_name, family_of, primary_of
+from orchestrator.study.paper import published_difference, rows_of
 
 # Points of AP between seeds, where no trial of the preset has been measured. mmdetection's
 # maintainers call gaps below 0.2 and 0.3 between runs on COCO usual; as an sd that is pessimistic.
@@ -107,7 +107,7 @@ def foresee(submission: Submission, spreads: Sequence[Spread]) -> Foresight:
     base = next((trial.arm for trial in submission.trials if trial.baseline), None)
     have: dict[str, list[str]] = {}
     for name, run in runs.items():
-        for metric in metric_names(run.model):
+        for metric in metric_names(run.model, run.loop.eval_boundary):
             have.setdefault(metric, []).append(name)
     family = [
         asked
@@ -160,11 +160,12 @@ def _foreseen(
     def at(seeds: int) -> list[Estimate]:
         return foreseen(contrasts, have, seeds, Design(study.variance))
 
-    papers = _papers(study, arms)
+    papers = rows_of(study, arms)
     result = []
     for i, asked in enumerate(family):
-        paper = _paper_difference(asked, papers)
+        paper = 100 * published_difference(asked.weights, asked.metric, papers)
         expected = asked.margin if asked.expected == "equivalent" else abs(paper)
+        expected = 0.0 if math.isnan(expected) else expected  # the paper does not say
 
         def needed(spread: Spread, i: int = i, asked: Asked = asked, size: float = expected) -> int:
             if not size:
@@ -176,30 +177,6 @@ def _foreseen(
         from_paper = asked.expected != "equivalent"
         result.append(Foreseen(asked, expected, from_paper, sizes, tuple(map(needed, spreads))))
     return tuple(result)
-
-
-def _papers(study: Study, arms: Sequence[Mapping[str, str]]) -> dict[str, PaperRow]:
-    """Arm -> the paper's row of it, looked up and never typed."""
-    rows = {}
-    for text, name in study.paper_rows.items():
-        wanted = parse_arm(text, study.factors, "paper_rows").items()
-        for arm in arms:
-            if wanted <= arm.items():
-                rows[arm_name(arm)] = paper_tables()[study.paper_table].row(name)
-    return rows
-
-
-def _paper_difference(asked: Asked, papers: Mapping[str, PaperRow]) -> float:
-    """In points; 0 where the paper does not say."""
-    values = [
-        (weight, papers[arm].metrics.get(asked.metric))
-        for arm, weight in asked.weights.items()
-        if arm in papers
-    ]
-    if len(values) == len(asked.weights) and all(value is not None for _, value in values):
-        return 100 * math.fsum(weight * (value or 0.0) for weight, value in values)
-    gains = [papers[arm].gains.get(asked.metric, 0.0) for arm in asked.weights if arm in papers]
-    return 100 * gains[0] if len(gains) == 1 else 0.0
 
 
 def _expected_text(one: Foreseen) -> str:

@@ -31,7 +31,7 @@ def forest(headlines: Sequence[Headline], colours: Mapping[str, str]) -> Figure 
         axes.axvline(0, color=INK, lw=1, alpha=0.7)
         for row, line in enumerate(reversed(headlines)):  # matplotlib counts rows from below
             _contrast(axes, row, line, _colour(line, colours))
-        if any(line.paper is not None for line in headlines):
+        if any(line.beside is not None for line in headlines):
             axes.plot([], [], "D", color=INK, mfc="none", ms=6, label="the paper's difference")
             axes.legend(
                 frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.3), borderpad=0
@@ -57,8 +57,8 @@ def _contrast(axes: Axes, row: int, line: Headline, colour: str) -> None:
     if not math.isnan(estimate.difference):
         face = colour if sound else "none"
         axes.plot([100 * estimate.difference], [row], "o", color=colour, mfc=face, ms=7)
-    if line.paper is not None:
-        axes.plot([100 * line.paper], [row], "D", color=INK, mfc="none", ms=6)
+    if line.beside is not None:
+        axes.plot([100 * line.beside.published], [row], "D", color=INK, mfc="none", ms=6)
 
 
 def _colour(line: Headline, colours: Mapping[str, str]) -> str:

@@ -75,6 +75,17 @@ def test_migrating_twice_changes_nothing(house):
     assert states(house.ledger) == ["queued"]
 
 
+def test_a_ledger_of_a_newer_version_is_refused_and_left_alone(ledger):
+    with ledger.writing() as transaction:
+        known = transaction.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        transaction.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(RuntimeError, match=r"a newer maskray wrote it \(revision 9999, this one"):
+        ledger.migrate()
+    with ledger.writing() as transaction:
+        transaction.execute(text(f"UPDATE alembic_version SET version_num = '{known}'"))
+    ledger.migrate()
+
+
 def test_one_idempotency_key_is_one_study(house):
     first, created = house.submit(plan("a"), idempotency_key="k")
     again, created_again = house.submit(plan("a"), idempotency_key="k")

@@ -493,6 +493,32 @@ def test_links_of_a_trial_lead_neither_logs_nor_reports_out_of_its_folder(http, 
     assert [path.name for path in secret.iterdir()] == ["rank-0.log"]
 
 
+def test_a_zip_that_lies_about_a_file_is_refused(http):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.py", "x" * 100_000)
+    # the central directory, from which sizes are read, says 10 bytes
+    data = packed.getvalue()
+    size = (100_000).to_bytes(4, "little")
+    at = data.rindex(size)
+    lie = data[:at] + (10).to_bytes(4, "little") + data[at + 4 :]
+    sha256 = hashlib.sha256(lie).hexdigest()
+    refused(http.put(f"/v1/code/{sha256}", content=lie, headers=by("ann")), 400, "code: ")
+    study = post(http, "ann").json()["study"]
+    path = f"/v1/studies/{study}/report"
+    refused(http.put(path, content=lie, headers=by("ann")), 400, "report: ")
+
+
+def test_a_relative_storage_stays_within_the_roots(tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path, roots=[str(tmp_path)])
+    http = Http(build_app(hub, "1"))
+    monkeypatch.chdir("/")
+    refused(post(http, storage="var/studies"), 400, "'/var/studies' is outside")
+    monkeypatch.chdir(tmp_path)
+    assert post(http, storage="studies").status_code == 200
+    hub.ledger.close()
+
+
 def test_a_report_is_kept_beside_its_trials(http, hub):
     study = post(http).json()["study"]
     refused(

@@ -20,7 +20,7 @@ from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.server import accept
 from orchestrator.server.bookkeeping import Lack, close_runs, send_webhooks, study_metrics
-from orchestrator.server.mlflow import Run, RunInfo, TrackingRefusedError
+from orchestrator.server.mlflow import Run, RunData, RunInfo, Tag, TrackingRefusedError
 from orchestrator.server.views import study_views
 from orchestrator.settings import ServiceSettings
 from tests.orchestrator.studies import finished
@@ -115,6 +115,29 @@ def test_a_pipe_in_one_trials_spool_holds_up_no_other(tmp_path: Path, poison: st
     close_runs(ledger, FakeMLflow(), 2.0, shipped.append, lacks)  # type: ignore[arg-type]
     assert shipped == [str(good)]
     assert "is a pipe" in lacks[f"{study}-000"].wait.why
+    ledger.close()
+
+
+def test_a_retry_that_goes_well_leaves_no_tag_of_the_failure(tmp_path: Path) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    sent = submission(plan("a"))
+    study, _ = accept.accept(ledger, ServiceSettings(home=str(tmp_path)), sent, "ann", 1.0)
+    with ledger.writing() as transaction:
+        transaction.execute(update(TRIALS).values(state="done"))
+        transaction.execute(update(STUDIES).values(mlflow_experiment=study))
+    deleted = list[str]()
+
+    class Tagged(FakeMLflow):
+        def runs(self, experiment: str, condition: str) -> list[Run]:
+            tags = ("maskray.error", "maskray.error_class", "maskray.state")
+            data = RunData(tags=tuple(Tag(key=tag) for tag in tags))
+            return [Run(info=RunInfo(run_id="r", status="FINISHED"), data=data)]
+
+        def delete_tag(self, run: str, key: str) -> None:
+            deleted.append(key)
+
+    close_runs(ledger, Tagged(), 2.0)  # type: ignore[arg-type]
+    assert sorted(deleted) == ["maskray.error", "maskray.error_class"]
     ledger.close()
 
 

@@ -16,6 +16,7 @@ from workers.training.evaluate import Scores
 from workers.training.guard import GuardState, first_bad_step, rolled_back
 from workers.training.loop import _guarded_loss
 from workers.training.optim import base_rate, build_optimiser, rate_factor
+from workers.training.step import apply_gradients
 from workers.trial.causes import DivergedError
 
 
@@ -187,6 +188,23 @@ def test_normalisation_layers_have_a_decay_of_their_own(cfg):
     module[0].bias.requires_grad_(False)
     groups = build_optimiser(cfg, module).param_groups
     assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(1, 0.1), (2, 0.0)]
+
+
+def test_biases_may_train_faster_and_without_decay():
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Linear(4, 1))
+    cfg = SGD(weight_decay=0.1, norm_weight_decay=0.0, bias_lr_factor=2.0, bias_decay_factor=0.0)
+    optimiser = build_optimiser(cfg, module)
+    groups = optimiser.param_groups
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(2, 0.1), (2, 0.0), (2, 0.0)]
+    assert groups[2]["params"][0] is module[0].bias
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    scaler = torch.amp.GradScaler(enabled=False)
+    bias, scale = module[2].bias.item(), module[1].bias[0].item()
+    apply_gradients(list(module.parameters()), optimiser, scaler, rate=0.5, clip_norm=0.0)
+    assert [g["lr"] for g in groups] == [0.5, 0.5, 1.0]
+    assert module[2].bias.item() == pytest.approx(bias - 1.0)
+    assert module[1].bias[0].item() == pytest.approx(scale - 0.5)
 
 
 class Greedy(FakeDetector):

@@ -244,9 +244,11 @@ def test_the_best_weights_are_chosen_by_a_metric_that_the_model_has(packed, over
 def test_the_metrics_that_a_model_has_are_those_that_its_evaluation_finds(packed):
     run = run_of(packed, model__mask__loss__kind="softmax")
     _, data = open_datasets(run, "")
-    assert list(
-        score(data, {kind: [] for kind in result_kinds(run.model)}).metrics
-    ) == metric_names(run.model)
+    nothing: dict[str, Any] = {kind: [] for kind in result_kinds(run.model)}
+    for boundary in (False, True):
+        names = metric_names(run.model, boundary)
+        assert sorted(score(data, nothing, boundary).metrics) == sorted(names)
+        assert ("boundary/APs" in names) == boundary
 
 
 def test_data_of_another_schema_is_one_line_and_status_2(tmp_path, packed):

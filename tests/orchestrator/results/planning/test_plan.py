@@ -27,6 +27,7 @@ from tests.orchestrator.studies import (
     finished,
     tiny_study,
     write_dataset,
+    write_named_files,
 )
 
 ROOT = Path(__file__).parents[4]
@@ -154,6 +155,7 @@ def shipped(name: str, tmp_path: Path) -> Submission:
     study, text = read_study(ROOT / "studies" / name)
     names = SHAPES if study.baseline.preset == "tiny" else COCO_80
     data = write_dataset(tmp_path / "data", names, keypoints=True, masks=True)
+    write_named_files(study, tmp_path)
     trials = expand(study, data=str(data), root=tmp_path, code=CODE).trials
     return Submission(study=study, study_yaml=text, trials=trials)
 
@@ -162,9 +164,9 @@ def shipped(name: str, tmp_path: Path) -> Submission:
 def test_every_shipped_study_says_what_it_can_see(name: str, tmp_path: Path) -> None:
     plan = make_plan(shipped(name, tmp_path), {})
     asked = plan.foresight.contrasts
-    assert [one.asked.name for one in asked] == list(
-        read_study(ROOT / "studies" / name)[0].contrasts
-    )
+    wanted = list(read_study(ROOT / "studies" / name)[0].contrasts)
+    assert [one.asked.name for one in asked] == wanted or not wanted
+    assert asked
     assert "in points of AP at a power of 80%" in plan.text()
     json.dumps(plan.as_json(), allow_nan=False)
 

@@ -1,0 +1,119 @@
+"""What the commands show a person, and what they do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from contract.answers import Info, LogPage, NewToken, QueueEntry, QueueView, UserView
+from orchestrator.cli import service, show, studies
+from orchestrator.cli.app import app
+from orchestrator.cli.tables import print_queue
+from tests.orchestrator.results.test_report import paper_study, view
+
+SETTINGS = """
+home: /srv/maskray
+ledger: postgresql+psycopg://maskray:p@ss-of-ledger@db/maskray
+webhook: https://chat.example.org/hook/secret-of-hook
+environment: {AWS_SECRET_ACCESS_KEY: secret-of-s3}
+"""
+
+
+class FakeClient:
+    """A service with one user."""
+
+    def __init__(self, role: str = "read", user: str = "eve") -> None:
+        self.role, self.user = role, user
+        self.uploaded: list[str] = []
+        self.made: list[str] = []
+
+    def info(self) -> Info:
+        fields: dict[str, Any] = {"version": "1", "mlflow_uri": "", "storage": ""}
+        cluster = {"state": "ready", "nodes": []}
+        return Info(**fields, cluster=cluster, user=self.user, role=self.role)
+
+    def upload_report(self, study: str, folder: Path) -> None:
+        self.uploaded.append(study)
+
+    def users(self) -> list[UserView]:
+        return [UserView(name="bob", role="admin", created_at=0.0)]
+
+    def set_user(self, name: str, role: str) -> NewToken:
+        self.made.append(name)
+        return NewToken(user=name, role=role, token="t" * 20)
+
+    def logs(self, trial: str, offset: int = 0, **_: Any) -> LogPage:
+        text = "" if offset else "\x1b]0;title\x07red \x1b[31m\rstep 1\r\n"
+        return LogPage(text=text, next=9, done=True, attempt=1, rank=0)
+
+
+def test_check_keeps_the_home_of_the_settings_and_shows_no_secret(tmp_path):
+    path = tmp_path / "service.yaml"
+    path.write_text(SETTINGS)
+    for options in ([], ["--json"]):
+        done = CliRunner().invoke(app, ["serve", "--settings", str(path), "--check", *options])
+        assert done.exit_code == 0, done.output
+        shown = json.loads(done.stdout)
+        assert shown["home"] == "/srv/maskray"
+        assert shown["ledger"] == "postgresql+psycopg://maskray:***@db/maskray"
+        assert shown["webhook"] == "https://chat.example.org/***"
+        assert "of-ledger" not in done.output
+        assert "secret-of" not in done.output
+    options = ["serve", "--settings", str(path), "--home", "/other", "--check"]
+    assert json.loads(CliRunner().invoke(app, options).stdout)["home"] == "/other"
+
+
+def test_a_user_who_has_a_token_gets_another_one_on_purpose_only(monkeypatch):
+    client = FakeClient()
+    monkeypatch.setattr(service, "open_client", lambda: client)
+    refused = CliRunner().invoke(app, ["user", "bob"])
+    assert "bob has a token already, with role 'admin'; --yes" in str(refused.exception)
+    assert client.made == []
+    assert CliRunner().invoke(app, ["user", "bob", "--yes"]).stdout == "t" * 20 + "\n"
+    assert CliRunner().invoke(app, ["user", "new"]).stdout == "t" * 20 + "\n"
+    assert client.made == ["bob", "new"]
+    assert CliRunner().invoke(app, ["users"]).stdout == "bob  admin\n"
+
+
+def test_names_are_shown_as_they_are(capsys):
+    entry = QueueEntry(
+        trial="t",
+        key="lr=[low]/seed-0 [/bold]\x1b[31m",
+        study="s",
+        study_name="[red]s",
+        owner="ann",
+        state="queued",
+        priority=0,
+        position=1,
+        needs="1 CPU",
+        why="behind trial [x]",
+    )
+    view_of_queue = QueueView(running=[], queue=[entry])
+    print_queue(view_of_queue.running, view_of_queue.queue)
+    shown = capsys.readouterr().out
+    for words in (r"lr=[low]/seed-0 [/bold]\x1b[31m", "[red]s", "behind trial [x]"):
+        assert words in shown
+    assert "\x1b" not in shown
+
+
+def test_a_log_moves_no_cursor(monkeypatch):
+    monkeypatch.setattr(show, "open_client", FakeClient)
+    monkeypatch.setattr(show, "trial_id", lambda _, trial: trial)
+    shown = CliRunner().invoke(app, ["logs", "t"]).stdout
+    assert shown == "\\x1b]0;title\\x07red \\x1b[31m\nstep 1\n"
+
+
+@pytest.mark.parametrize(
+    ("role", "user", "uploads"),
+    [("read", "ada", 0), ("submit", "eve", 0), ("submit", "ada", 1), ("admin", "eve", 1)],
+)
+def test_a_report_needs_no_right_to_upload_it(tmp_path, capsys, role, user, uploads):
+    client = FakeClient(role, user)
+    page, _ = studies._report(client, view(paper_study(tmp_path)[:1]), tmp_path / "out")  # type: ignore[arg-type]
+    assert page.exists()
+    assert len(client.uploaded) == uploads
+    assert ("kept here alone" in capsys.readouterr().err) == (uploads == 0)
