@@ -8,6 +8,7 @@ from __future__ import annotations
 import typer
 
 from orchestrator.cli import change, compare, doctor, reproduce, service, show, spawned, studies
+from orchestrator.cli.keeping import backup
 
 app = typer.Typer(
     name="maskray",
@@ -20,5 +21,5 @@ app = typer.Typer(
 )
 
 # The order here is the order in `maskray --help`.
-for group in (spawned, studies, compare, show, change, service, reproduce, doctor):
+for group in (spawned, studies, compare, show, change, service, backup, reproduce, doctor):
     group.register(app)
