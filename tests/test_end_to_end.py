@@ -274,9 +274,8 @@ def test_tables_5_and_6_run_on_real_persons(house, coco_mini):
         assert ("keypoints/AP" in metrics) == (keypoints == "on")
     six = house.maskray("run", str(reduced(house, "table-6")), "--data", "persons")
     assert [trial["state"] for trial in six["trials"]] == ["done", "done"]
-    report = house.maskray("report", "last", "--format", "json", "--out", "six.json")
-    assert report is not None
-    said = json.loads((house.folder / "six.json").read_text())
+    written = house.maskray("report", "last", "--format", "json", "--out", "six")
+    said = json.loads((house.folder / written["file"]).read_text())
     # 39 images of 2 steps are not the paper, and the report says in what.
     assert any("loop.steps is 2, the paper's is 90000" in line for line in said["paper"]["barred"])
 
