@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.cli import change, compare, doctor, reproduce, service, show, spawned, studies
+from orchestrator.cli.keeping import backup
 from orchestrator.cli.reference import presets
 
 app = typer.Typer(
@@ -41,5 +42,6 @@ def _every_command(
 
 
 # The order here is the order in `maskray --help`.
-for group in (spawned, studies, presets, compare, show, change, service, reproduce, doctor):
+groups = (spawned, studies, presets, compare, show, change, service, backup, reproduce, doctor)
+for group in groups:
     group.register(app)

@@ -72,6 +72,38 @@ def start_attempt(
     return number
 
 
+def adopt_attempt(ledger: Ledger, trial: str, submission_id: str, now: float) -> bool:
+    """Takes a job that a restored ledger has forgotten as the waiting trial's next attempt.
+
+    False, and nothing changes, if the trial does not wait or the job is no newer attempt of it.
+    """
+    number = submission_id.removeprefix(f"{trial}-")
+    with ledger.writing() as transaction:
+        row = queries.trial_row(transaction, trial)
+        study = queries.lock_study(transaction, row.study) if row is not None else None
+        if row is None or study is None or study.state != "active" or not number.isdecimal():
+            return False
+        known = queries.attempt_row(transaction, trial, int(number))
+        if known is not None or int(number) < row.attempts or len(number) > 6:
+            return False
+        change: TrialChange = {"state": "starting", "attempts": int(number), "moved_at": now}
+        if not move_trial(transaction, trial, ["queued"], **change):
+            return False
+        transaction.execute(
+            insert(ATTEMPTS).values(
+                trial=trial,
+                number=int(number),
+                submission_id=submission_id,
+                state="submitted",
+                started_at=now,
+            )
+        )
+        why = f"job {submission_id} ran when the ledger was restored: adopted"
+        study_id, at = row.study, int(number)
+        record(transaction, "adopted", why, study=study_id, trial=trial, attempt=at, at=now)
+    return True
+
+
 def note_submitted(ledger: Ledger, submission_id: str) -> None:
     """Ray has the attempt's job."""
     query = update(ATTEMPTS).where(ATTEMPTS.c.submission_id == submission_id)

@@ -33,11 +33,15 @@ class Ledger:
     Every change is one transaction, together with the event that records it.
     """
 
-    def __init__(self, url: str) -> None:
-        """Raises RuntimeError if the database cannot be opened."""
+    def __init__(self, url: str, migrate: bool = True) -> None:
+        """Raises RuntimeError if the database cannot be opened.
+
+        migrate: False for a look at what an older service may be using.
+        """
         self.engine = _sqlite(url) if url.startswith("sqlite:///") else _server(url)
         try:
-            self.migrate()
+            if migrate:
+                self.migrate()
         except DatabaseError as error:
             shown = self.engine.url.render_as_string(hide_password=True)
             raise RuntimeError(

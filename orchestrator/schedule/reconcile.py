@@ -29,7 +29,7 @@ from contract.attempt import (
 from contract.words import duration, printable
 from orchestrator.cluster.jobs import ENDED, Cluster, Job, UnreachableError
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import attempts, queries
+from orchestrator.ledger import attempts, backup, queries
 from orchestrator.ledger.changes import TrialChange, ask_to_stop, take_finished
 from orchestrator.ledger.events import record
 from orchestrator.ledger.opening import Ledger, LedgerError, is_down
@@ -93,6 +93,7 @@ class Reconciler:
                 LOG.warning("mended %d studies; the events named mended say what", mended)
         jobs = cluster.jobs()
         nodes = cluster.nodes()
+        self._settle(jobs, now)
         with self.ledger.reading() as transaction:
             live_attempts = queries.live_attempts(transaction)
         self.troubles.keep({live.trial.id for live in live_attempts})
@@ -104,6 +105,28 @@ class Reconciler:
         self.cluster_words = "ready"
         take_finished(self.ledger, now)
         self.admission.admit(cluster, nodes, self.tracking_uri, now)
+
+    def _settle(self, jobs: Mapping[str, Job], now: float) -> None:
+        """After a restore: a job that is the next attempt of a waiting trial is adopted.
+
+        All others that the ledger does not know are ended as orphans. At other times no job is
+        adopted: a trial can start jobs of any name.
+        """
+        with self.ledger.reading() as transaction:
+            if not backup.unsettled(transaction):
+                return
+        ours = [job for job in jobs.values() if job.metadata.get("maskray") == self.admission.mark]
+        adopted = [
+            job.submission_id
+            for job in ours
+            if job.state not in ENDED
+            and attempts.adopt_attempt(
+                self.ledger, job.metadata.get("trial", ""), job.submission_id, now
+            )
+        ]
+        words = f"adopted {len(adopted)} of {len(ours)} jobs{''.join(f', {x}' for x in adopted)}"
+        LOG.info("restored ledger: %s", words)
+        backup.settle(self.ledger, words, now)
 
     # --- observing ---
 
