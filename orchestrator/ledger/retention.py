@@ -15,6 +15,7 @@ from contract.attempt import CHECKPOINT_FOLDER
 from contract.files import split, uri_join
 from contract.study import FINAL_STATES
 from contract.words import one_line
+from orchestrator.ledger.events import record
 from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.trial_folder import TrialFolder
@@ -81,5 +82,9 @@ def apply_retention(
             still = plan_retention(transaction, now, checkpoints_days, removal.trial)
         if still:
             TrialFolder(split(removal.folder)[0]).delete(CHECKPOINT_FOLDER)
+            text = f"{removal.bytes} bytes, of a study that ended {checkpoints_days:g} days ago"
+            with ledger.writing() as transaction:
+                study, trial = removal.study, removal.trial
+                record(transaction, "checkpoints-removed", text, study=study, trial=trial, at=now)
             freed += removal.bytes
     return freed

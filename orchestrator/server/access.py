@@ -14,6 +14,7 @@ from orchestrator.ledger.rows import StudyRow
 from orchestrator.ledger.users import User
 from orchestrator.server.errors import absent
 from orchestrator.server.hub import Hub
+from orchestrator.server.refused_logins import RefusedLogins
 
 Id: TypeAlias = Annotated[str, Field(max_length=100)]  # of a study or a trial, in a path
 
@@ -30,6 +31,8 @@ def reader(request: Request, hub: HubOfApp) -> User:
     with hub.ledger.reading() as transaction:
         user = users.user_of(transaction, request.headers.get("authorization", ""))
     if user is None:
+        logins: RefusedLogins = request.app.state.refused_logins
+        logins.note(hub.ledger, request.client.host if request.client else "an unknown address")
         raise HTTPException(
             401,
             "no valid token: set MASKRAY_TOKEN to yours (`maskray user NAME` gives one)",

@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from contract.answers import Health
 from orchestrator.server.errors import add_errors
 from orchestrator.server.hub import Hub
+from orchestrator.server.refused_logins import RefusedLogins
 from orchestrator.server.routes import code, nodes, queue, service, studies, trials, users
 
 
@@ -21,6 +22,7 @@ def build_app(hub: Hub, version: str, health: Callable[[], Health] | None = None
         title="maskray", version=version, description="Studies of Mask R-CNN on a Ray cluster."
     )
     app.state.hub = hub
+    app.state.refused_logins = RefusedLogins()
     app.state.health = health or (lambda: Health(version=version))
     add_errors(app)
     for resource in (service, studies, trials, queue, code, users, nodes):

@@ -10,6 +10,8 @@ from pydantic import Field
 
 from contract.answers import NewToken, NewUser, UserList, UserRemoved, UserView
 from orchestrator.ledger import users as ledger_users
+from orchestrator.ledger.events import record
+from orchestrator.ledger.opening import Transaction
 from orchestrator.server.access import ADMIN, Admin, HubOfApp
 from orchestrator.server.errors import absent
 
@@ -37,8 +39,12 @@ def set_user(
     if name == user.name:
         raise HTTPException(400, f"user {name}: is you; another administrator may change you")
     token = ledger_users.new_token()
-    with hub.ledger.writing() as transaction:
+
+    def give(transaction: Transaction) -> None:
         ledger_users.set_user(transaction, name, body.role, token, time.time())
+        record(transaction, "user-token", f"{name}, role {body.role}, by {user.name}", study="")
+
+    hub.ledger.retried(give)
     return NewToken(user=name, role=body.role, token=token)
 
 
@@ -49,4 +55,5 @@ def remove_user(name: str, hub: HubOfApp, user: Admin) -> UserRemoved:
     with hub.ledger.writing() as transaction:
         if not ledger_users.remove_user(transaction, name):
             raise absent("user", name)
+        record(transaction, "user-removed", f"{name}, by {user.name}", study="")
     return UserRemoved(user=name)

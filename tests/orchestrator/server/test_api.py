@@ -211,6 +211,22 @@ def test_an_administrator_gives_and_takes_access(http, hub):
     assert token.encode() not in stored
 
 
+def test_users_and_refused_logins_are_events_that_a_flood_does_not_fill(http):
+    assert http.put("/v1/users/new", json={"role": "read"}, headers=by("root")).status_code == 200
+    assert http.delete("/v1/users/new", headers=by("root")).status_code == 200
+    for _ in range(20):
+        assert http.get("/v1/queue", headers={"Authorization": "Bearer x"}).status_code == 401
+    events = http.get("/v1/events", headers=by("eve")).json()["events"]
+    told = [(event["kind"], event["cause"]) for event in events]
+    assert told[:2] == [
+        ("user-token", "new, role read, by root"),
+        ("user-removed", "new, by root"),
+    ]
+    [(kind, cause)] = told[2:]
+    assert kind == "login-refused"
+    assert cause.startswith("1 requests without a valid token from ")
+
+
 def test_tokens_stay_out_of_logs(http, caplog):
     with caplog.at_level(logging.DEBUG):
         post(http)
