@@ -22,6 +22,7 @@ from orchestrator.settings import (
     has_credentials,
     storage_root,
 )
+from orchestrator.study.proof import with_proofs
 
 
 def check(
@@ -167,6 +168,7 @@ def accept(
 
     Raises ValueError if the key was used for another study.
     """
+    submission = with_proofs(submission)  # before the transaction: it reads manifests
     folder = _absolute(submission.storage or storage_root(settings))
 
     def add(transaction: Transaction) -> tuple[str, bool]:
