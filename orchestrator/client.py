@@ -223,6 +223,14 @@ class Client:
             raise ValueError(_detail(response))
         return response.content
 
+    def report(self, study: str) -> dict[str, bytes]:
+        """The files of a study's report, which the service makes."""
+        response = self._send("GET", f"/v1/studies/{study}/report", timeout=_LONG_S)
+        if response.status_code != 200:
+            raise ValueError(_detail(response))
+        with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+
     def upload_report(self, study: str, folder: Path) -> ReportKept:
         """Keeps the files of a report with the study, and as artifacts of its MLflow run."""
         packed = io.BytesIO()

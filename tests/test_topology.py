@@ -289,6 +289,8 @@ def test_a_study_survives_what_is_killed_under_it(town: Town, data: Path) -> Non
         view = town.until("end", lambda: _over(client, name))
     assert view.state == "done", [trial.error for trial in view.trials]
     assert max(trial.attempts for trial in view.trials) >= 2
+    table = town.maskray("report", view.study)
+    assert "roi=pool" in table or "pool" in table
     _mlflow_has_all(town, view)
     assert _users(town) == {"admin"}, "the study's login ends with it"
 
@@ -353,3 +355,35 @@ def _mlflow_has_all(town: Town, view: StudyView) -> None:
         if "maskray.trial" in tags:
             metrics = {metric["key"] for metric in run["data"]["metrics"]}
             assert any(name.endswith("AP") for name in metrics)
+        else:
+            page = _artifact(town, run["info"]["run_id"], "report/report.html")
+            assert view.study in page
+
+
+def _artifact(town: Town, run: str, path: str) -> str:
+    params = {"run_uuid": run, "path": path}
+    answer = town.mlflow("GET", "/get-artifact", town.administrator(), params=params)
+    assert answer.status_code == 200, answer.text
+    return str(answer.text)
+
+
+def test_the_time_limit_of_an_allocation_preempts_its_trials(town: Town, data: Path) -> None:
+    """What deploy/slurm does before its time is over. It comes last: all nodes drain after it."""
+    longer = {**STUDY, "name": "limit", "factors": {}}
+    longer["baseline"] = {"preset": "tiny", "set": {**STUDY["baseline"]["set"], "loop.steps": 4000}}
+    study = town.root / "limit.yaml"
+    study.write_text(yaml.safe_dump(longer))
+    name = town.maskray("submit", str(study), "--data", str(data), "--json")["study"]
+    token = (town.secrets / "service_token").read_text()
+    with Client(Connection(f"http://127.0.0.1:{town.ports['service']}", token)) as client:
+
+        def trial() -> Any:
+            return client.study(name).trials[0]
+
+        town.until("steps", lambda: trial().progress is not None and trial().progress.step >= 6)
+        address = f"127.0.0.1:{town.ports['gcs']}"
+        command = [sys.executable, ROOT / "deploy/slurm/drain.py", address, "60"]
+        subprocess.run(command, env=town.environment("ray-head"), check=True)
+        ended = town.until("end", lambda: trial().attempt_list[0].ended_at and trial())
+        assert "taken away" in ended.attempt_list[0].cause
+        client.act_on_study(name, "cancel")

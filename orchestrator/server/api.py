@@ -10,7 +10,17 @@ from contract.answers import Health
 from orchestrator.server.errors import add_errors, refuse
 from orchestrator.server.front.gate import Gate
 from orchestrator.server.hub import Hub
-from orchestrator.server.routes import code, data, nodes, queue, service, studies, trials, users
+from orchestrator.server.routes import (
+    code,
+    data,
+    nodes,
+    queue,
+    reports,
+    service,
+    studies,
+    trials,
+    users,
+)
 
 
 def build_app(hub: Hub, version: str, health: Callable[[], Health] | None = None) -> FastAPI:
@@ -25,7 +35,7 @@ def build_app(hub: Hub, version: str, health: Callable[[], Health] | None = None
     app.state.health = health or (lambda: Health(version=version))
     add_errors(app)
     app.add_middleware(Gate, hub=hub, refuse=refuse)
-    for resource in (service, studies, trials, queue, code, users, nodes, data):
+    for resource in (service, studies, trials, queue, code, users, nodes, data, reports):
         app.include_router(resource.router)
     app.include_router(service.metrics_router)
     return app

@@ -54,6 +54,8 @@ def rule_of(method: str, path: str, max_code: int) -> Rule:
             return Rule(MAX_SUBMISSION)
         case ("PUT", "v1", "studies", _, "report"):
             return Rule(MAX_REPORT, "storage")
+        case ("GET", "v1", "studies", _, "report"):
+            return Rule(waits="storage")
         case ("PUT", "v1", "code", _):
             return Rule(max_code, "storage")
         case (_, "v1", "doctor" | "staging", *_):
