@@ -37,7 +37,7 @@ def test_a_manifest_comes_through_the_service_from_its_roots_alone(hub, tmp_path
     assert ask(data / "absent").status_code == 404
     (data / "val/manifest.json").write_text('{"token": "secret"}')
     assert "no manifest" in ask(data / "val").json()["detail"]
-    os.unlink(data / "val/manifest.json")
+    (data / "val/manifest.json").unlink()
     os.mkfifo(data / "val/manifest.json")
     assert ask(data / "val").status_code == 404
 
