@@ -218,18 +218,23 @@ class Client:
 
     def manifest(self, uri: str) -> bytes:
         """The manifest of a dataset that the service can read."""
-        response = self._send("GET", "/v1/manifests", params={"uri": uri})
-        if response.status_code != 200:
-            raise ValueError(_detail(response))
-        return response.content
+        return self._bytes("/v1/manifests", {"uri": uri})
 
     def report(self, study: str) -> dict[str, bytes]:
         """The files of a study's report, which the service makes."""
-        response = self._send("GET", f"/v1/studies/{study}/report", timeout=_LONG_S)
-        if response.status_code != 200:
-            raise ValueError(_detail(response))
-        with zipfile.ZipFile(io.BytesIO(response.content)) as archive:
+        packed = self._bytes(f"/v1/studies/{study}/report", {})
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
             return {name: archive.read(name) for name in archive.namelist()}
+
+    def report_form(self, study: str, form: str) -> bytes:
+        """One form of the report alone."""
+        return self._bytes(f"/v1/studies/{study}/report", {"form": form})
+
+    def _bytes(self, path: str, params: _Fields) -> bytes:
+        response = self._send("GET", path, params=params, timeout=_LONG_S)
+        if response.status_code != 200:
+            raise self._refusal(response)
+        return response.content
 
     def upload_report(self, study: str, folder: Path) -> ReportKept:
         """Keeps the files of a report with the study, and as artifacts of its MLflow run."""
@@ -278,10 +283,13 @@ class Client:
         response = self._send(method, path, **options)
         if response.status_code == 200:
             return answer.model_validate_json(response.content)
+        raise self._refusal(response)
+
+    def _refusal(self, response: httpx.Response) -> ValueError | RuntimeError:
         detail = _detail(response)
         if response.status_code < 500 and response.status_code != _PROXY_WANTS_PASSWORD:
-            raise ValueError(detail)
-        raise RuntimeError(f"service {self.connection.url}{self._way}: {detail}")
+            return ValueError(detail)
+        return RuntimeError(f"service {self.connection.url}{self._way}: {detail}")
 
     def _send(self, method: str, path: str, **options: Unpack[_Options]) -> httpx.Response:
         for attempt in range(_TRIES):

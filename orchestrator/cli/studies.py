@@ -149,7 +149,13 @@ def report(
     view = client.study(study_id(client, study))
     for known in FILES:
         if form == known:
-            _print_form(Contents.of(view).rendered(known), FILES[known], out, json)
+            elsewhere = client.connection.root is None  # and so may be the trials' storage
+            data = (
+                client.report_form(view.study, known)
+                if elsewhere
+                else Contents.of(view).rendered(known)
+            )
+            _print_form(data, FILES[known], out, json)
             return
     page, table = _report(client, view, out)
     text = f"{table}\n\nreport: {page}"

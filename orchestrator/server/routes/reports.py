@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 from contract.machine.folders import scratch
 from contract.study import FINAL_STATES
-from orchestrator.results.report import build_report
+from orchestrator.results.report import Contents, Format, build_report
 from orchestrator.server import views
 from orchestrator.server.access import READ, HubOfApp, Id
 from orchestrator.server.errors import absent
@@ -23,12 +23,17 @@ _DRAWING = threading.Lock()  # matplotlib's state is the whole process's
 
 
 @router.get("/{study}/report", dependencies=READ)
-def report(study: Id, hub: HubOfApp) -> Response:
-    """The files of the report as a zip. Once the study is over MLflow gets them too."""
+def report(study: Id, hub: HubOfApp, form: Format | None = None) -> Response:
+    """The files of the report as a zip; one alone with `form`. MLflow gets those of a study that is
+    over.
+    """
     with hub.ledger.reading() as transaction:
         matches = views.study_views(transaction, hub.waits(), study)
     if not matches:
         raise absent("study", study)
+    if form is not None:
+        with _DRAWING:
+            return Response(Contents.of(matches[0]).rendered(form))
     with _DRAWING, scratch("report") as folder:
         built = build_report(matches[0], Path(folder) / study)
         files = {path.name: path.read_bytes() for path in sorted(built.folder.iterdir())}

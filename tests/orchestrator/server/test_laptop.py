@@ -65,6 +65,7 @@ def test_a_report_comes_through_the_service_to_every_reader(hub):
     answer = http.get(path, headers=by("eve"))
     with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
         assert {"report.html", "table.txt", "table.csv", "report.json"} <= set(archive.namelist())
+    assert http.get(path, params={"form": "md"}, headers=by("eve")).text.startswith(("#", "|", "*"))
     assert hub.reports == {}, "it is not over"
     http.post(f"/v1/studies/{study['study']}/cancel", headers=by("ann"))
     http.get(path, headers=by("eve"))
