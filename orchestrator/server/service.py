@@ -44,7 +44,7 @@ from orchestrator.schedule.reconcile import Reconciler
 from orchestrator.server import bookkeeping
 from orchestrator.server.api import build_app
 from orchestrator.server.front.listener import build_server
-from orchestrator.server.logins import Logins, set_administrator
+from orchestrator.server.front.logins import Logins, set_administrator
 from orchestrator.server.mlflow import MLflow, TrackingDownError
 from orchestrator.server.pulse import Pulse
 from orchestrator.settings import ServiceSettings, ledger_url

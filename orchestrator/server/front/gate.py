@@ -50,7 +50,7 @@ def rule_of(method: str, path: str, max_code: int) -> Rule:
     """The rule for a request by its method and path."""
     parts = path.strip("/").split("/")
     match (method, *parts):
-        case ("POST", "v1", "studies"):
+        case ("POST", "v1", "studies") | ("POST", "v1", "studies", "check"):
             return Rule(MAX_SUBMISSION)
         case ("PUT", "v1", "studies", _, "report"):
             return Rule(MAX_REPORT, "storage")
@@ -86,7 +86,7 @@ class Gate:
         async with AsyncExitStack() as stack:
             try:
                 body = Body(receive, rule.limit, _declared(request))
-                if scope["path"] not in OPEN_PATHS:
+                if not _is_open(request):
                     scope.setdefault("state", {})["user"] = await self._user(request)
                 body.check()
                 await self._places(stack, rule, body)
@@ -149,6 +149,13 @@ async def _enter(stack: AsyncExitStack, places: asyncio.Semaphore, wait_s: float
             503, f"{why}; try again in a moment", {"Retry-After": "5", "Connection": "close"}
         ) from None
     stack.callback(places.release)
+
+
+def _is_open(request: Request) -> bool:
+    """Whether the request needs no token; a signed link is checked by its route."""
+    path = request.scope["path"]
+    signed = path.startswith("/studies/") and bool(request.query_params.get("signature"))
+    return path in OPEN_PATHS or (signed and request.method == "GET")
 
 
 def _declared(request: Request) -> int:

@@ -13,7 +13,7 @@ from orchestrator.ledger.opening import Ledger
 from orchestrator.local import stack
 from orchestrator.local.processes import own_home
 from orchestrator.server import bookkeeping
-from orchestrator.server.logins import Logins, set_administrator
+from orchestrator.server.front.logins import Logins, set_administrator
 from orchestrator.server.mlflow import MLflow
 from orchestrator.settings import ServiceSettings
 from tests.orchestrator.submissions import plan, submission
