@@ -120,7 +120,7 @@ def run(
             f'"maskray cancel {study_id}" ends it'
         )
         raise
-    page, table = _report(client, view, out)
+    page, table = _report(view, out)
     if json:
         print_json({**_outcome(view), "report": str(page)})
     else:
@@ -149,7 +149,7 @@ def report(
         if form == known:
             _print_form(Contents.of(view).rendered(known), FILES[known], out, json)
             return
-    page, table = _report(client, view, out)
+    page, table = _report(view, out)
     text = f"{table}\n\nreport: {page}"
     print_result({**_outcome(view), "report": str(page)}, text, json)
 
@@ -230,16 +230,11 @@ def _submit(study: Path, data: str, code: str, fresh: bool, key: str) -> tuple[C
         raise RuntimeError(f"{error}; {again}") from error
 
 
-def _report(client: Client, view: StudyView, out: Path | None) -> tuple[Path, str]:
+def _report(view: StudyView, out: Path | None) -> tuple[Path, str]:
     from orchestrator.local.connect import state_folder
     from orchestrator.results.report import build_report
 
     built = build_report(view, out or state_folder() / "reports" / view.study)
-    me = client.info()
-    if me.role == "admin" or (me.role == "submit" and me.user == view.owner):
-        client.upload_report(view.study, built.folder)
-    else:
-        say(f"study {view.study} is {view.owner}'s: the report is kept here alone")
     return built.page, built.table
 
 

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from contract.answers import Health
 from orchestrator.server.errors import add_errors
 from orchestrator.server.hub import Hub
-from orchestrator.server.routes import code, nodes, queue, service, studies, trials, users
+from orchestrator.server.routes import code, nodes, pages, queue, service, studies, trials, users
 
 
 def build_app(hub: Hub, version: str, health: Callable[[], Health] | None = None) -> FastAPI:
@@ -23,6 +23,6 @@ def build_app(hub: Hub, version: str, health: Callable[[], Health] | None = None
     app.state.hub = hub
     app.state.health = health or (lambda: Health(version=version))
     add_errors(app)
-    for resource in (service, studies, trials, queue, code, users, nodes):
+    for resource in (service, studies, pages, trials, queue, code, users, nodes):
         app.include_router(resource.router)
     return app

@@ -44,9 +44,11 @@ from orchestrator.server import bookkeeping
 from orchestrator.server.api import build_app
 from orchestrator.server.mlflow import MLflow, TrackingDownError
 from orchestrator.server.pulse import Pulse
+from orchestrator.server.reports import Reports
 from orchestrator.settings import ServiceSettings
 
 LOG = logging.getLogger("maskray")
+_REPORT_S = 5.0  # between two looks for studies whose page is old
 _BOOK_S = 2.0  # between two looks at MLflow
 _SAME_WARNING_S = 60.0  # between two log entries of one text
 _READY_S = 90.0  # for a head that is starting
@@ -91,6 +93,7 @@ class Service:
         self._mlflow: MLflow | None = None
         self._lacks: dict[str, bookkeeping.Lack] = {}  # by trial; the books' thread writes it
         self._experiments: dict[str, str] = {}  # name -> MLflow's id
+        self._reports = Reports()
         self._introduced = bookkeeping.Introduced()
         self._tracking_uri = "" if settings.mlflow == "local" else settings.mlflow
         self._hang_timer = stack.HangTimer()
@@ -201,10 +204,11 @@ class Service:
         )
         books = threading.Thread(target=self._keep_books, name="books", daemon=True)
         looks = threading.Thread(target=self._keep_looks, name="looks", daemon=True)
+        reports = threading.Thread(target=self._keep_reports, name="reports", daemon=True)
         renewals = threading.Thread(
             target=self.pulse.keep, args=(self._ending,), name="lease", daemon=True
         )
-        for thread in (http, books, looks, renewals):
+        for thread in (http, books, looks, reports, renewals):
             thread.start()
         try:
             while not self._ending.is_set():
@@ -219,6 +223,7 @@ class Service:
             http.join(10)
             books.join(10)
             looks.join(10)
+            reports.join(10)
             renewals.join(10)
 
     def _turn(self) -> None:
@@ -323,6 +328,17 @@ class Service:
             bookkeeping.close_runs(
                 ledger, mlflow, now, lacks=self._lacks, introduced=self._introduced
             )
+
+    def _keep_reports(self) -> None:
+        """A thread of its own: a page takes seconds, the pictures of its last one minutes."""
+        while not self._ending.is_set():
+            try:
+                self._reports.turn(self.ledger, self._mlflow, time.time())
+            except (LedgerError, OSError) as error:
+                LOG.warning("reports: %s", " ".join(str(error).split())[:500])
+            except Exception:
+                LOG.exception("a report failed; tried again")
+            self._ending.wait(_REPORT_S)
 
     def _turn_webhooks(self) -> None:
         if self.settings.webhook:
