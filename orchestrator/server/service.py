@@ -47,9 +47,11 @@ from orchestrator.server.front.listener import build_server
 from orchestrator.server.front.logins import Logins, set_administrator
 from orchestrator.server.mlflow import MLflow, TrackingDownError
 from orchestrator.server.pulse import Pulse
+from orchestrator.server.reports import Reports
 from orchestrator.settings import ServiceSettings, ledger_url
 
 LOG = logging.getLogger("maskray")
+_REPORT_S = 5.0  # between two looks for studies whose page is old
 _BOOK_S = 2.0  # between two looks at MLflow
 _SAME_WARNING_S = 60.0  # between two log entries of one text
 _READY_S = 90.0  # for a head that is starting
@@ -95,6 +97,9 @@ class Service:
         self._lacks: dict[str, bookkeeping.Lack] = {}  # by trial; the books' thread writes it
         self._logins = Logins(ledger, Path(settings.home)) if settings.mlflow_login_file else None
         self.loop.admission.logins = self._logins
+        self._experiments: dict[str, str] = {}  # name -> MLflow's id
+        self._reports = Reports()
+        self._introduced = bookkeeping.Introduced()
         self._tracking_uri = "" if settings.mlflow == "local" else settings.mlflow
         self._hang_timer = stack.HangTimer()
         self._examining = threading.Lock()
@@ -128,6 +133,14 @@ class Service:
     def tracking_uri(self) -> str:
         """Empty while a local MLflow server starts, and without MLflow."""
         return self._tracking_uri
+
+    def experiment_id(self, name: str) -> str:
+        if name and name not in self._experiments and self._mlflow is not None:
+            try:
+                self._experiments[name] = self._mlflow.experiment(name, {})
+            except TrackingDownError as error:
+                LOG.warning("%s", error)
+        return self._experiments.get(name, "")
 
     def driver_log(self, submission_id: str) -> str:
         cluster = self._cluster
@@ -199,10 +212,11 @@ class Service:
         )
         books = threading.Thread(target=self._keep_books, name="books", daemon=True)
         looks = threading.Thread(target=self._keep_looks, name="looks", daemon=True)
+        reports = threading.Thread(target=self._keep_reports, name="reports", daemon=True)
         renewals = threading.Thread(
             target=self.pulse.keep, args=(self._ending,), name="lease", daemon=True
         )
-        for thread in (http, books, looks, renewals):
+        for thread in (http, books, looks, reports, renewals):
             thread.start()
         try:
             while not self._ending.is_set():
@@ -217,6 +231,7 @@ class Service:
             http.join(10)
             books.join(10)
             looks.join(10)
+            reports.join(10)
             renewals.join(10)
 
     def _turn(self) -> None:
@@ -315,10 +330,25 @@ class Service:
                 return
             self._mlflow, self.loop.tracking_uri = mlflow, uri
         if self._mlflow is not None:
-            bookkeeping.make_parents(self.ledger, self._mlflow)
+            ledger, mlflow, now = self.ledger, self._mlflow, time.time()
+            bookkeeping.make_parents(ledger, mlflow, now)
             if self._logins is not None:
-                self._logins.keep(self._mlflow)
-            bookkeeping.close_runs(self.ledger, self._mlflow, time.time(), lacks=self._lacks)
+                self._logins.keep(mlflow)
+            self._introduced.live(ledger, mlflow, now)
+            bookkeeping.close_runs(
+                ledger, mlflow, now, lacks=self._lacks, introduced=self._introduced
+            )
+
+    def _keep_reports(self) -> None:
+        """A thread of its own: a page takes seconds, the pictures of its last one minutes."""
+        while not self._ending.is_set():
+            try:
+                self._reports.turn(self.ledger, self._mlflow, time.time())
+            except (LedgerError, OSError) as error:
+                LOG.warning("reports: %s", " ".join(str(error).split())[:500])
+            except Exception:
+                LOG.exception("a report failed; tried again")
+            self._ending.wait(_REPORT_S)
 
     def _turn_webhooks(self) -> None:
         if self.settings.webhook:
