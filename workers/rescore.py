@@ -51,7 +51,7 @@ def rescore(storage: Files, data: str = "") -> Scores:
         raise ValueError(f"{storage.uri}: its {RESULT_FILE} names no detections")
     # as the run itself opened them: aligned with its categories, and filtered
     _, val = open_datasets(run, cache="")
-    return score(val.for_evaluation(run.data), detections)
+    return score(val.for_evaluation(run.data), detections, run.loop.eval_boundary)
 
 
 def _run(storage: Files, data: str) -> RunConfig:
