@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 DATA := .maskray/demo
 MINI := .maskray/mini
 
-.PHONY: help install demo mini test test-all check format bench gpu-check clean
+.PHONY: help install demo mini test test-all check format bench gpu-check secrets clean
 
 help:
 	@echo "make demo      install, make synthetic COCO data, run studies/demo.yaml, print its table"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench     every program in benchmarks/ but chaos.py, which takes an hour, and the GPU's"
 	@echo "make gpu-check what only a GPU shows, into gpu.json in under 9 minutes; with another"
 	@echo "               interpreter that has torch: make gpu-check PYTHON=/usr/bin/python3"
+	@echo "make secrets   the secrets of docker-compose.yml, as files that only you can read"
 	@echo "make clean     end the local service and remove what the targets above made"
 
 install: $(STAMP)
@@ -68,6 +69,10 @@ else
 gpu-check: $(STAMP)
 	$(BIN)/python benchmarks/gpu_check.py
 endif
+
+# The standard library is enough: a host that runs compose needs no virtual environment.
+secrets:
+	@$(PYTHON) deploy/compose/make_secrets.py
 
 # `maskray down` first: the local service, its Ray head and MLflow have their files in .maskray.
 clean:

@@ -105,6 +105,7 @@ class TrialView(Message):
     why: str = ""  # why the trial waits, or what MLflow lacks of one that is over, in words
     cached_from: str = ""  # the trial that has the result
     cached_name: str = ""  # the same as people know it, STUDY:KEY
+    ran_by: str = ""  # whose trial made the result; empty where that study was forgotten
     identity: str = ""
     storage: str = ""
     mlflow_run_id: str = ""

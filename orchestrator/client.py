@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ from contract.answers import (
     UserRemoved,
     UserView,
 )
+from contract.machine.certificates import trusted
 from contract.machine.proxies import proxy_for, way_to
 from contract.study import Submission
 
@@ -64,6 +66,27 @@ class Connection:
     url: str
     token: str
     root: Path | None = None
+
+
+def configured(environment: Mapping[str, str]) -> Connection | None:
+    """The service that MASKRAY_SERVER and MASKRAY_TOKEN name; None without them."""
+    url = environment.get("MASKRAY_SERVER", "")
+    if not url:
+        return None
+    token = environment.get("MASKRAY_TOKEN", "").strip()
+    if not token:
+        raise ValueError(
+            f"MASKRAY_SERVER is {url}, but MASKRAY_TOKEN is empty: set it to your token"
+        )
+    # The HTTP library refuses such a header with a message that shows the token.
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ValueError(
+            "MASKRAY_TOKEN: holds characters that no token has; "
+            "set it to the one line that you were given"
+        )
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"MASKRAY_SERVER: {url!r} is no URL; write http://HOST:PORT")
+    return Connection(url.rstrip("/"), token)
 
 
 class _Options(TypedDict, total=False):
@@ -90,6 +113,7 @@ class Client:
             headers=headers,
             timeout=timeout_s,
             proxy=None if own else proxy_for(connection.url),
+            verify=trusted(),
             trust_env=False,  # no .netrc comes in between, and the proxy is our choice
         )
 
@@ -192,6 +216,26 @@ class Client:
             trials |= answer.finished
         return trials
 
+    def manifest(self, uri: str) -> bytes:
+        """The manifest of a dataset that the service can read."""
+        return self._bytes("/v1/manifests", {"uri": uri})
+
+    def report(self, study: str) -> dict[str, bytes]:
+        """The files of a study's report, which the service makes."""
+        packed = self._bytes(f"/v1/studies/{study}/report", {})
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+
+    def report_form(self, study: str, form: str) -> bytes:
+        """One form of the report alone."""
+        return self._bytes(f"/v1/studies/{study}/report", {"form": form})
+
+    def _bytes(self, path: str, params: _Fields) -> bytes:
+        response = self._send("GET", path, params=params, timeout=_LONG_S)
+        if response.status_code != 200:
+            raise self._refusal(response)
+        return response.content
+
     def upload_report(self, study: str, folder: Path) -> ReportKept:
         """Keeps the files of a report with the study, and as artifacts of its MLflow run."""
         packed = io.BytesIO()
@@ -239,13 +283,13 @@ class Client:
         response = self._send(method, path, **options)
         if response.status_code == 200:
             return answer.model_validate_json(response.content)
-        try:
-            detail = Refusal.model_validate_json(response.content).detail
-        except ValueError:  # a proxy in between answers in words of its own
-            detail = f"status {response.status_code}"
+        raise self._refusal(response)
+
+    def _refusal(self, response: httpx.Response) -> ValueError | RuntimeError:
+        detail = _detail(response)
         if response.status_code < 500 and response.status_code != _PROXY_WANTS_PASSWORD:
-            raise ValueError(detail)
-        raise RuntimeError(f"service {self.connection.url}{self._way}: {detail}")
+            return ValueError(detail)
+        return RuntimeError(f"service {self.connection.url}{self._way}: {detail}")
 
     def _send(self, method: str, path: str, **options: Unpack[_Options]) -> httpx.Response:
         for attempt in range(_TRIES):
@@ -265,3 +309,11 @@ class Client:
                     f"service {self.connection.url}{self._way}: {error or type(error).__name__}"
                 ) from error
         raise AssertionError
+
+
+def _detail(response: httpx.Response) -> str:
+    """Why the service refuses."""
+    try:
+        return Refusal.model_validate_json(response.content).detail
+    except ValueError:  # a proxy in between answers in words of its own
+        return f"status {response.status_code}"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from contract.files import Files, uri_join
 from contract.record import Record
@@ -47,7 +47,11 @@ class ServiceSettings(Record):
     port: int = Field(8750, ge=0, le=65535)  # 0 takes a free one
     # Folder of the service's own files: token, logs, local Ray head and MLflow.
     home: str = Field(min_length=1)
+    # PEM files: with them the service speaks TLS itself, without them HTTP
+    tls_certificate: str = ""
+    tls_key: str = ""
     ledger: str = ""  # SQLAlchemy URL; empty is SQLite under `home`
+    ledger_file: str = ""  # the file that holds that URL, which holds a password
     storage: str = ""  # folder or pyarrow.fs URI for trial folders; empty is `home`/studies
     ray: str = "local"  # URL of a Ray dashboard, or "local" for a head of its own
     ray_token_file: str = ""  # of a cluster that is not "local"; without it RAY_AUTH_TOKEN counts
@@ -62,6 +66,9 @@ class ServiceSettings(Record):
     ray_resources: dict[str, float] = {}  # custom resources of the local head
     mlflow: str = "local"  # URI of a tracking server, "local" for one of its own, empty for none
     mlflow_public: str = ""  # the same server as a person's browser opens it
+    # The file of an MLflow administrator's USER:PASSWORD: each study then gets a login of its own.
+    # With "local" it is made with mode 0600 if absent, and the server asks for a login.
+    mlflow_login_file: str = ""
     # A study starts without its parent run after this long.
     mlflow_wait_s: float = Field(90.0, ge=0)
     # The first administrator's token, made with mode 0600 if absent; empty is `home`/token.
@@ -76,6 +83,12 @@ class ServiceSettings(Record):
     max_code_mib: int = Field(64, ge=1)
     webhook: str = ""  # receives a JSON POST when a study ends
     limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _both_of_tls(self) -> ServiceSettings:
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ValueError("tls_certificate and tls_key: give both or none")
+        return self
 
     @field_validator("storage", "mlflow", "mlflow_public", "roots")
     @classmethod
@@ -114,6 +127,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     if all(not line or line.startswith("#") for line in lines):
         return {}
     return parse_yaml(text, str(path))
+
+
+def ledger_url(settings: ServiceSettings) -> str:
+    """The SQLAlchemy URL of the ledger, which may hold a password. Raises OSError."""
+    if settings.ledger and settings.ledger_file:
+        raise ValueError("ledger and ledger_file: give one of them")
+    if settings.ledger_file:
+        return Path(settings.ledger_file).read_text("utf-8").strip()
+    return settings.ledger or f"sqlite:///{Path(settings.home) / 'ledger.db'}"
 
 
 def storage_root(settings: ServiceSettings) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -148,7 +149,13 @@ def report(
     view = client.study(study_id(client, study))
     for known in FILES:
         if form == known:
-            _print_form(Contents.of(view).rendered(known), FILES[known], out, json)
+            elsewhere = client.connection.root is None  # and so may be the trials' storage
+            data = (
+                client.report_form(view.study, known)
+                if elsewhere
+                else Contents.of(view).rendered(known)
+            )
+            _print_form(data, FILES[known], out, json)
             return
     page, table = _report(client, view, out)
     text = f"{table}\n\nreport: {page}"
@@ -235,13 +242,23 @@ def _report(client: Client, view: StudyView, out: Path | None) -> tuple[Path, st
     from orchestrator.local.connect import state_folder
     from orchestrator.results.report import build_report
 
-    built = build_report(view, out or state_folder() / "reports" / view.study)
+    folder = out or state_folder() / "reports" / view.study
+    if client.connection.root is None:  # this machine may not reach the trials' storage
+        return _fetched(client.report(view.study), folder)
+    built = build_report(view, folder)
     me = client.info()
     if me.role == "admin" or (me.role == "submit" and me.user == view.owner):
         client.upload_report(view.study, built.folder)
     else:
         say(f"study {view.study} is {view.owner}'s: the report is kept here alone")
     return built.page, built.table
+
+
+def _fetched(files: Mapping[str, bytes], folder: Path) -> tuple[Path, str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / Path(name).name).write_bytes(data)
+    return folder / "report.html", files["table.txt"].decode().rstrip("\n")
 
 
 def _outcome(view: StudyView) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import TypedDict, TypeVar, Unpack
 import httpx
 from pydantic import BaseModel, JsonValue, ValidationError
 
+from contract.machine.certificates import trusted
 from contract.machine.proxies import proxy_for, way_to
 from orchestrator.cluster.nodes import Machine, Node
 from orchestrator.cluster.ray_answers import (
@@ -84,6 +85,7 @@ class Cluster:
             headers=headers,
             timeout=timeout_s,
             proxy=proxy_for(self.url),
+            verify=trusted(),
             trust_env=False,  # no .netrc comes in between, and the proxy is our choice
         )
 

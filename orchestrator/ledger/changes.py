@@ -14,12 +14,13 @@ from sqlalchemy import ColumnElement, func, insert, literal, select, update
 
 from contract.attempt import Wish
 from contract.files import uri_join
-from contract.study import FINAL_STATES, Looks, Submission, TrialState
+from contract.study import FINAL_STATES, Looks, Submission, TrialPlan, TrialState
 from orchestrator.ledger import queries
 from orchestrator.ledger.events import record
 from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.rows import OPEN_STUDY, Json, TrialRow
 from orchestrator.ledger.tables import EVENTS, STUDIES, TRIALS
+from orchestrator.study.proof import PROOF_TAG
 
 
 class TrialChange(TypedDict, total=False):
@@ -129,19 +130,23 @@ def add_study(
         study=study,
         at=now,
     )
-    _add_trials(transaction, study, submission, folder, now)
+    _add_trials(transaction, study, submission, folder, owner, now)
     end_study_if_over(transaction, study, now)
     return study
 
 
 def _add_trials(
-    transaction: Transaction, study: str, submission: Submission, folder: str, now: float
+    transaction: Transaction,
+    study: str,
+    submission: Submission,
+    folder: str,
+    owner: str,
+    now: float,
 ) -> None:
-    finished: Mapping[str, TrialRow] = {}
+    finished: Mapping[queries.Run, tuple[TrialRow, str]] = {}
     seeds = submission.study.seeds
     if not submission.fresh:
-        identities = [trial.identity for trial in submission.trials]
-        finished = queries.finished_by_identity(transaction, identities)
+        finished = queries.finished_for(transaction, owner, [run_of(p) for p in submission.trials])
     rows: list[Json] = []
     taken: list[Json] = []
     for position, plan in enumerate(submission.trials):
@@ -156,12 +161,12 @@ def _add_trials(
             "mlflow_run_id": "",
             "mlflow_closed": False,
         }
-        source = finished.get(plan.identity)
+        source, ran_by = finished.get(run_of(plan), (None, ""))
         if isinstance(seeds, Looks) and plan.seed >= seeds.start:
             change["state"] = "held"  # also one with a result: a look must not see it before
         elif source is not None:
             change = _taken_from(source)
-            cause = f"taken from trial {source.id}"
+            cause = f"taken from trial {source.id}, run by {ran_by}"
             taken.append({"study": study, "trial": trial, "at": now, "cause": cause})
         own = {"id": trial, "study": study, "position": position, "queued_at": now, "progress": {}}
         rows.append({**own, **plan.model_dump(), **change})
@@ -173,6 +178,10 @@ def _add_trials(
 
 
 # --- results of other trials ---------------------------------------------------------------------
+
+
+def run_of(plan: TrialPlan) -> queries.Run:
+    return queries.Run(plan.identity, plan.tags.get(PROOF_TAG, ""))
 
 
 def _taken_from(source: TrialRow) -> TrialChange:
@@ -192,15 +201,21 @@ def take_finished(ledger: Ledger, now: float) -> None:
     """Ends queued trials whose run another trial has finished meanwhile, with that one's result."""
     with ledger.reading() as transaction:
         twins = queries.twins_of_finished(transaction)
-        identities = sorted({identity for _, _, identity in twins})
-        finished = queries.finished_by_identity(transaction, identities)
-    for trial, study, identity in twins:
-        source = finished[identity]
+        finished = {
+            owner: queries.finished_for(
+                transaction, owner, {twin.run for twin in twins if twin.owner == owner}
+            )
+            for owner in {twin.owner for twin in twins}
+        }
+    for trial, study, owner, run in twins:
+        source, ran_by = finished[owner].get(run, (None, ""))
+        if source is None:  # another owner's, which nothing proves to be the same
+            continue
         # one transaction for each, so that a long list keeps no other writer waiting
         with ledger.writing() as transaction:
             queries.lock_study(transaction, study)
             if move_trial(transaction, trial, ["queued"], **_taken_from(source)):
-                text = f"taken from trial {source.id}"
+                text = f"taken from trial {source.id}, run by {ran_by}"
                 record(transaction, "cached", text, study=study, trial=trial, at=now)
                 end_study_if_over(transaction, study, now)
 

@@ -6,9 +6,9 @@ Each function runs in the caller's transaction and returns frozen records.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sqlalchemy import ColumnElement, Select, Table, func, or_, select
 
@@ -28,8 +28,25 @@ from orchestrator.ledger.rows import (
     TrialRow,
 )
 from orchestrator.ledger.tables import ATTEMPTS, EVENTS, STUDIES, TRIALS
+from orchestrator.study.proof import PROOF_TAG
 
 AnyRow = TypeVar("AnyRow")
+
+
+class Run(NamedTuple):
+    """What a trial runs: as its client says, and as the service knows (empty where it does not)."""
+
+    identity: str
+    proof: str = ""
+
+
+class Twin(NamedTuple):
+    """A queued trial that another one's result may spare."""
+
+    trial: str
+    study: str
+    owner: str
+    run: Run
 
 
 def _columns(table: Table, record: type) -> list[ColumnElement[Any]]:
@@ -188,26 +205,49 @@ def trial_counts(transaction: Transaction, study: str = "") -> dict[str, dict[Tr
     return counts
 
 
-def finished_by_identity(
-    transaction: Transaction, identities: Sequence[str]
-) -> dict[str, TrialRow]:
-    """The newest trial with a result of its own for each identity that has one."""
-    newest: dict[str, TrialRow] = {}
+def finished_for(
+    transaction: Transaction, owner: str, wanted: Collection[Run]
+) -> dict[Run, tuple[TrialRow, str]]:
+    """The newest trial with a result of its own that `owner` may take for each run that has one,
+    and who ran it.
+
+    That is a trial of the owner's, or one of another owner with the same proof.
+    """
+    proofs: dict[str, set[str]] = defaultdict(set)
+    for run in wanted:
+        proofs[run.identity].add(run.proof)
+    newest: dict[Run, tuple[TrialRow, str]] = {}
+    identities = sorted(proofs)
     # SQLite takes a limited number of parameters in one statement
     for start in range(0, len(identities), 500):
         part = identities[start : start + 500]
         query = (
-            select(*_columns(TRIALS, TrialRow))
+            select(STUDIES.c.owner, *_columns(TRIALS, TrialRow))
             .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
             .where(
                 TRIALS.c.identity.in_(part), TRIALS.c.state == "done", TRIALS.c.cached_from == ""
             )
             .order_by(STUDIES.c.created_at)
         )
-        # ordered by age: of two results with one identity the later row takes the place of the
-        # earlier
-        newest |= {trial.identity: trial for trial in _rows(transaction, TrialRow, query)}
+        # ordered by age: of two results of one run the later row takes the place of the earlier
+        for ran_by, *columns in transaction.execute(query):
+            trial = TrialRow(*columns)
+            proof = trial.tags.get(PROOF_TAG, "")
+            for asked in proofs[trial.identity]:
+                if ran_by == owner or (proof and proof == asked):
+                    newest[Run(trial.identity, asked)] = (trial, ran_by)
     return newest
+
+
+def owners(transaction: Transaction, trials: Collection[str]) -> dict[str, str]:
+    """Who submitted each of the trials; the ledger has forgotten those that are not in it."""
+    names: dict[str, str] = {}
+    listed = sorted(trials)
+    for start in range(0, len(listed), 500):
+        query = select(TRIALS.c.id, STUDIES.c.owner).join(STUDIES, STUDIES.c.id == TRIALS.c.study)
+        part = query.where(TRIALS.c.id.in_(listed[start : start + 500]))
+        names |= {row.id: row.owner for row in transaction.execute(part)}
+    return names
 
 
 def waiting_trials(transaction: Transaction) -> list[QueuedTrial]:
@@ -233,17 +273,26 @@ def _queued_trials(
     return sorted(trials, key=lambda trial: (order[trial.study.id], trial.position))
 
 
-def folders_of_training(transaction: Transaction, training: str) -> list[str]:
-    """Folders of trials of this training that are over and took steps, the newest first."""
-    query = select(TRIALS.c.folder).where(
-        TRIALS.c.training == training, TRIALS.c.state.in_(FINAL_STATES), TRIALS.c.best_step > 0
+def folders_of_training(transaction: Transaction, owner: str, training: str) -> list[str]:
+    """Folders of the owner's trials of this training that are over and took steps, the newest
+    first. Another owner may lie in what its client computed.
+    """
+    query = (
+        select(TRIALS.c.folder)
+        .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
+        .where(
+            STUDIES.c.owner == owner,
+            TRIALS.c.training == training,
+            TRIALS.c.state.in_(FINAL_STATES),
+            TRIALS.c.best_step > 0,
+        )
     )
     rows = transaction.execute(query.order_by(TRIALS.c.queued_at.desc()))
     return list(rows.scalars()) if training else []
 
 
-def twins_of_finished(transaction: Transaction) -> list[tuple[str, str, str]]:
-    """Id, study and identity of queued trials whose identity another trial has a result for by now.
+def twins_of_finished(transaction: Transaction) -> list[Twin]:
+    """Queued trials whose identity another trial has a result for by now.
 
     A study that was submitted with `fresh` runs its trials anew, so they are not among them.
     """
@@ -252,7 +301,7 @@ def twins_of_finished(transaction: Transaction) -> list[tuple[str, str, str]]:
     done = TRIALS.alias("done")
     results = select(done.c.identity).where(done.c.state == "done", done.c.cached_from == "")
     query = (
-        select(TRIALS.c.id, TRIALS.c.study, TRIALS.c.identity)
+        select(TRIALS.c.id, TRIALS.c.study, STUDIES.c.owner, TRIALS.c.identity, TRIALS.c.tags)
         .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
         .where(
             TRIALS.c.state == "queued",
@@ -263,7 +312,10 @@ def twins_of_finished(transaction: Transaction) -> list[tuple[str, str, str]]:
         )
         .order_by(STUDIES.c.created_at, TRIALS.c.study, TRIALS.c.position)
     )
-    return [(row.id, row.study, row.identity) for row in transaction.execute(query)]
+    return [
+        Twin(trial, study, owner, Run(identity, tags.get(PROOF_TAG, "")))
+        for trial, study, owner, identity, tags in transaction.execute(query)
+    ]
 
 
 def unclosed_trials(transaction: Transaction) -> list[tuple[TrialBrief, StudyBrief]]:
@@ -351,6 +403,20 @@ def rank_seconds(transaction: Transaction, study: str) -> float:
     """Seconds of all ended attempts of the study, over all their ranks."""
     query = select(TRIALS.c.rank_seconds).where(TRIALS.c.study == study)
     return float(sum(transaction.execute(query).scalars()))
+
+
+def gpu_hours_by_owner(transaction: Transaction) -> dict[str, float]:
+    """GPU-hours of all ended attempts, by the owner of their study."""
+    seconds = func.sum(TRIALS.c.rank_seconds)
+    query = (
+        select(STUDIES.c.owner, STUDIES.c.spec, seconds)
+        .join(TRIALS, TRIALS.c.study == STUDIES.c.id)
+        .group_by(STUDIES.c.id)
+    )
+    hours: dict[str, float] = defaultdict(float)
+    for owner, spec, total in transaction.execute(query):
+        hours[owner] += float(spec.get("resources", {}).get("gpus_per_rank", 0)) * total / 3600
+    return hours
 
 
 def events_after(

@@ -5,21 +5,21 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
 from contract.record import parse_record
-from orchestrator.client import Client, Connection
+from orchestrator.client import Client, Connection, configured
 from orchestrator.local.processes import (
     ChildRecord,
     end_processes,
     find_child,
+    own_home,
     recorded_child,
     remove_record,
     start_child,
@@ -66,8 +66,8 @@ def connect() -> Connection:
 
     That is MASKRAY_SERVER with MASKRAY_TOKEN, else this folder's own service.
     """
-    configured = _configured(os.environ)
-    return configured if configured is not None else ensure_local_service(Path.cwd())
+    named = configured(os.environ)
+    return named if named is not None else ensure_local_service(Path.cwd())
 
 
 def connected_client() -> Client:
@@ -77,28 +77,8 @@ def connected_client() -> Client:
 
 def running_client() -> Client | None:
     """A client of the service if one runs; starts nothing."""
-    connection = _configured(os.environ) or _find(state_folder())
+    connection = configured(os.environ) or _find(state_folder())
     return Client(connection) if connection is not None else None
-
-
-def _configured(environment: Mapping[str, str]) -> Connection | None:
-    url = environment.get("MASKRAY_SERVER", "")
-    if not url:
-        return None
-    token = environment.get("MASKRAY_TOKEN", "").strip()
-    if not token:
-        raise ValueError(
-            f"MASKRAY_SERVER is {url}, but MASKRAY_TOKEN is empty: set it to your token"
-        )
-    # The HTTP library refuses such a header with a message that shows the token.
-    if not re.fullmatch(r"[!-~]+", token):
-        raise ValueError(
-            "MASKRAY_TOKEN: holds characters that no token has; "
-            "set it to the one line that you were given"
-        )
-    if not url.startswith(("http://", "https://")):
-        raise ValueError(f"MASKRAY_SERVER: {url!r} is no URL; write http://HOST:PORT")
-    return Connection(url.rstrip("/"), token)
 
 
 def ensure_local_service(root: Path) -> Connection:
@@ -190,7 +170,7 @@ def _await(child: ChildRecord, home: Path) -> Connection:
 def _writable(home: Path) -> Iterator[None]:
     """Makes `home`. Raises ValueError or RuntimeError of one line where it cannot be written."""
     try:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        own_home(home)
         yield
     except OSError as error:
         match error.errno:

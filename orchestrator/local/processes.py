@@ -172,6 +172,14 @@ def write_private(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+def own_home(home: Path) -> None:
+    """The folder of a service's own files, for nobody else to read, whoever made it before."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # `maskray data synth .maskray/demo` makes it as every other folder
+    if home.stat().st_mode & 0o077:
+        home.chmod(0o700)
+
+
 def own_token(path: Path) -> str:
     """The token in `path`, made if there is none yet."""
     try:
@@ -182,6 +190,15 @@ def own_token(path: Path) -> str:
         return path.read_text(
             "utf-8"
         ).strip()  # another process may have written its own in between
+
+
+def check_private(path: Path) -> None:
+    """Raises ValueError if others can read the file of a secret."""
+    status = path.stat()
+    # Kubernetes mounts secrets as root's, readable by a group: that group is then how we read them
+    others = 0o077 if status.st_uid == os.getuid() else 0o007
+    if status.st_mode & others:
+        raise ValueError(f"{path}: others can read it; chmod 600 it")
 
 
 def wait_until_gone(child: ChildRecord, wait_s: float) -> bool:

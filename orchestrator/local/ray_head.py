@@ -16,7 +16,7 @@ from orchestrator.local.processes import ChildRecord, free_ports, marked, start_
 
 # A socket's path has at most 107 bytes, and Ray adds a session and a name to the folder:
 # /session_2026-01-01_00-00-00_123456_1234567/sockets/plasma_store_1
-_FOLDER_BYTES = 40
+_FOLDER_BYTES = 38
 _USER_CHARS = 12
 
 
@@ -31,6 +31,7 @@ class HeadPlan:
     gpus: int = -1  # -1 lets Ray look
     memory_mib: int = 256
     resources: Mapping[str, float] = field(default_factory=dict)
+    hidden: tuple[str, ...] = ()  # how variables begin that no trial may see
 
 
 def start_head(plan: HeadPlan) -> ChildRecord:
@@ -47,7 +48,8 @@ def start_head(plan: HeadPlan) -> ChildRecord:
         f"--port={gcs}",
         f"--dashboard-port={dashboard}",
         "--dashboard-host=127.0.0.1",
-        f"--temp-dir={folder}",
+        # Ray opens this folder to everybody. The one around it is ours alone.
+        f"--temp-dir={folder}/r",
         # Without these Ray takes fixed ports, and a second head on the machine cannot have them.
         f"--ray-client-server-port={client}",
         "--dashboard-agent-listen-port=0",
@@ -68,7 +70,7 @@ def _environment(plan: HeadPlan) -> dict[str, str]:
     clean = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("RAY_", "MASKRAY_"))
+        if not name.startswith(("RAY_", "MASKRAY_", *plan.hidden))
     }
     clean["PYTHONPATH"] = python_path()
     own = {

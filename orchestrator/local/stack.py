@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import configparser
+import io
 import os
+import secrets
 import sys
 import time
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ from orchestrator.local.processes import (
     own_token,
     recorded_child,
     start_child,
+    write_private,
 )
 from orchestrator.local.ray_head import HeadPlan, start_head
 from orchestrator.settings import ServiceSettings
@@ -52,6 +56,8 @@ def ensure_ray(settings: ServiceSettings) -> Ensured:
         gpus=settings.ray_gpus,
         memory_mib=settings.ray_memory_mib,
         resources=settings.ray_resources,
+        # a trial gets a login of its study; the service's own is an administrator's
+        hidden=("MLFLOW_TRACKING_",) if settings.mlflow_login_file else (),
     )
     own_token(plan.token_file)  # Ray reads the file when it starts
     return Ensured(start_head(plan), started=True, replaced=replaced)
@@ -75,11 +81,51 @@ def ensure_mlflow(settings: ServiceSettings) -> Ensured:
     end_mlflow(settings)
     # The same port as before: running trials know the address.
     port = int(before.url.rsplit(":", 1)[1]) if before is not None else free_ports(1)[0]
-    return Ensured(start_mlflow(home, port), started=True, replaced=before is not None)
+    child = start_mlflow(home, port, settings.mlflow_login_file)
+    return Ensured(child, started=True, replaced=before is not None)
 
 
-def start_mlflow(home: Path, port: int) -> ChildRecord:
-    """Starts an MLflow server on 127.0.0.1; it answers some seconds later."""
+def own_login(settings: ServiceSettings) -> None:
+    """Makes the administrator's login of the local MLflow server if there is none yet."""
+    file = Path(settings.mlflow_login_file)
+    if not file.exists():
+        # MLflow keeps the password of a user it knows: with a new one it begins anew
+        _login_database(Path(settings.home)).unlink(missing_ok=True)
+        write_private(file, f"admin:{secrets.token_urlsafe(32)}")
+
+
+def _login_database(home: Path) -> Path:
+    return home / "mlflow-logins.db"
+
+
+def _with_login(home: Path, login_file: str) -> dict[str, str]:
+    """The environment of a server that asks for a login."""
+    configuration = configparser.ConfigParser()
+    # "%" begins a reference in such a file
+    database = str(_login_database(home)).replace("%", "%%")
+    configuration["mlflow"] = {
+        "default_permission": "NO_PERMISSIONS",
+        "database_uri": f"sqlite:///{database}",
+        "auth_cache_ttl_seconds": "30",  # a login is a slow hash, and each request has one
+    }
+    text = io.StringIO()
+    configuration.write(text)
+    file = home / "mlflow-logins.ini"
+    write_private(file, text.getvalue())
+    user, _, password = Path(login_file).read_text("utf-8").strip().partition(":")
+    return {
+        "MLFLOW_AUTH_CONFIG_PATH": str(file),
+        "MLFLOW_AUTH_ADMIN_USERNAME": user,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": own_token(home / "mlflow-session-key"),
+    }
+
+
+def start_mlflow(home: Path, port: int, login_file: str = "") -> ChildRecord:
+    """Starts an MLflow server on 127.0.0.1; it answers some seconds later.
+
+    login_file: of the administrator's USER:PASSWORD; without it the server asks for no login.
+    """
     # Settings of another tracking server, or of the service itself, must not reach this one.
     clean = {
         name: value
@@ -100,6 +146,9 @@ def start_mlflow(home: Path, port: int) -> ChildRecord:
         *("--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"),
         *("--artifacts-destination", str(home / "mlartifacts")),
     ]
+    if login_file:
+        own |= _with_login(home, login_file)
+        command += ["--app-name", "basic-auth"]
     environment = marked({**clean, **own}, mlflow_mark(home))
     return start_child("mlflow", command, environment, home, url=f"http://127.0.0.1:{port}")
 

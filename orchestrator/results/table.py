@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from contract.answers import StudyView
+from contract.answers import StudyView, TrialView
 from orchestrator.results.cells import (
     Table,
     answers_table,
@@ -76,6 +76,11 @@ def family_title(comparison: Comparison) -> str:
     return f"Contrasts in points, minus the reference ({together})"
 
 
+def _whose(trial: TrialView, view: StudyView) -> str:
+    another = trial.ran_by and trial.ran_by != view.owner
+    return f", run by {trial.ran_by}" if another else ""
+
+
 def notes_of(view: StudyView, facts: Facts, comparison: Comparison) -> list[str]:
     """What a reader of the table must know of single trials, of arms, or of the whole table."""
     notes = [mark for arm in comparison.arms for mark in arm.marks]
@@ -83,6 +88,7 @@ def notes_of(view: StudyView, facts: Facts, comparison: Comparison) -> list[str]
         notes.append("the baseline arm has no finished trial, so there are no differences")
     notes += [
         f"{trial.key}: taken from trial {trial.cached_name or trial.cached_from}"
+        f"{_whose(trial, view)}"
         for trial in view.trials
         if trial.cached_from
     ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from contract.attempt import LAST_WEIGHTS, SPEC_FILE
 from contract.files import uri_join
@@ -45,6 +46,15 @@ _SAFETY = 1.2
 _STOP_MARGIN_S = 15  # beyond the grace: Ray must not end by force what still writes its checkpoint
 
 
+class Credentials(Protocol):
+    """What the trials of a study log in to MLflow with."""
+
+    def made(self, study: str) -> bool:
+        """Whether the server knows the login yet."""
+
+    def environment(self, study: str) -> dict[str, str]: ...
+
+
 class Admission:
     """waits: why each trial waits, by the last decision. mark: tells our jobs from others."""
 
@@ -55,6 +65,7 @@ class Admission:
         self.waits: dict[str, Wait] = {}
         self.mlflow_trouble = ""  # why the server, which answers, lets nobody in
         self.mark = ledger.name()
+        self.logins: Credentials | None = None  # without it trials have the nodes' own login
         self._nodes: Sequence[Node] = ()
         self._asked: list[Bundle] | None = None
         # By study. A study's specification never changes, and its trials share one gang: `decide`
@@ -136,9 +147,9 @@ class Admission:
             row = queries.trial_row(transaction, trial)
             study = queries.study_row(transaction, row.study) if row is not None else None
             attempt = queries.attempt_row(transaction, trial, number)
-            trained = queries.folders_of_training(transaction, row.training) if row else []
-        if row is None or study is None or attempt is None:
-            return
+            if row is None or study is None or attempt is None:
+                return
+            trained = queries.folders_of_training(transaction, study.owner, row.training)
         avoid, grace_s = attempt.avoid.split(), self.settings.grace_s
         shared = "" if study.fresh else next(filter(_is_trained, trained), "")
         spec = run_spec(row, study, number, avoid, tracking_uri, grace_s, shared)
@@ -150,6 +161,7 @@ class Admission:
             cluster.upload(package, lambda: self._read_code(code))
         environment = {
             **self.settings.environment,
+            **(self.logins.environment(study.id) if self.logins is not None else {}),
             # `workers.ray_entry` takes SIGINT for a stop and SIGTERM for a preemption
             "RAY_JOB_STOP_SIGNAL": "SIGINT",
             "RAY_JOB_STOP_WAIT_TIME_S": f"{grace_s + _STOP_MARGIN_S:.0f}",
@@ -216,11 +228,15 @@ class Admission:
         """
         held: list[Wait] = []
         free: set[str] = set()
-        under_way = {live.trial.identity: live.trial.id for live in live_attempts}
-        under_way |= {
-            live.trial.training: live.trial.id for live in live_attempts if live.trial.training
+        # By owner too: nobody waits for a run of another one who may lie in its identity.
+        under_way = {
+            (live.study.owner, run): live.trial.id
+            for live in live_attempts
+            for run in (live.trial.identity, live.trial.training)
+            if run
         }
-        first: dict[str, str] = {}  # identity or training -> the trial of it that waits in front
+        # Identity or training -> the trial of it that waits in front.
+        first: dict[tuple[str, str], str] = {}
         for trial in sorted(waiting, key=lambda trial: (-trial.study.priority, trial.queued_at)):
             if problem := self._never_runs(trial.study):
                 give_up(self.ledger, trial.id, "person", problem, now)
@@ -229,9 +245,9 @@ class Admission:
             else:
                 free.add(trial.id)
                 if not trial.study.fresh:
-                    first[trial.identity] = trial.id
+                    first[trial.study.owner, trial.identity] = trial.id
                     if trial.training:
-                        first[trial.training] = trial.id
+                        first[trial.study.owner, trial.training] = trial.id
         return held, [trial for trial in waiting if trial.id in free]
 
     def _never_runs(self, study: StudyBrief) -> str:
@@ -252,8 +268,8 @@ class Admission:
     def _awaits(
         self,
         trial: QueuedTrial,
-        under_way: dict[str, str],
-        first: dict[str, str],
+        under_way: Mapping[tuple[str, str], str],
+        first: Mapping[tuple[str, str], str],
         now: float,
     ) -> str:
         """What the trial waits for, other than resources; empty if for nothing."""
@@ -263,14 +279,17 @@ class Admission:
             return (
                 f"waits for the MLflow server{self.mlflow_trouble and f': {self.mlflow_trouble}'}"
             )
-        if not trial.study.fresh and trial.identity in under_way:
-            return f"is the same run as trial {under_way[trial.identity]}, under way"
-        if not trial.study.fresh and trial.identity in first:
-            return f"is the same run as trial {first[trial.identity]}, which waits first"
-        if not trial.study.fresh and trial.training in under_way:
-            return f"shares the training of trial {under_way[trial.training]}, under way"
-        if not trial.study.fresh and trial.training in first:
-            return f"shares the training of trial {first[trial.training]}, which waits first"
+        if trial.study.fresh:
+            return ""
+        for run, words in (
+            (trial.identity, "is the same run as"),
+            (trial.training, "shares the training of"),
+        ):
+            key = (trial.study.owner, run)
+            if key in under_way:
+                return f"{words} trial {under_way[key]}, under way"
+            if key in first:
+                return f"{words} trial {first[key]}, which waits first"
         return ""
 
     def _lacks_code(self, study: StudyBrief) -> bool:
@@ -297,7 +316,8 @@ class Admission:
         return not whole or fit(self._gang(study), whole) is not None
 
     def _awaits_parent(self, study: StudyBrief, now: float) -> bool:
-        wanted = self.settings.mlflow != "" and not study.mlflow_run_id
+        lacks_login = self.logins is not None and not self.logins.made(study.id)
+        wanted = self.settings.mlflow != "" and (not study.mlflow_run_id or lacks_login)
         # MLflow may stay down for hours: a study then starts without its parent run, and gets one
         # later
         return wanted and now - study.created_at < self.settings.mlflow_wait_s

@@ -37,6 +37,7 @@ from orchestrator.ledger.rows import LiveAttempt
 from orchestrator.ledger.sweep import mend
 from orchestrator.schedule.admission import Admission
 from orchestrator.schedule.attempt_end import EndedAttempt, NextState, after_attempt, suspects
+from orchestrator.schedule.measures import Measures
 from orchestrator.schedule.trouble import Troubles
 from orchestrator.settings import ServiceSettings
 from orchestrator.trial_folder import (
@@ -81,18 +82,21 @@ class Reconciler:
         self.troubles = Troubles()
         self._swept = -_SWEEP_S
         self.admission = Admission(ledger, settings, self.troubles)
+        self.measures = Measures()
 
     # --- one tick ---
 
     def tick(self, cluster: Cluster, now: float) -> None:
         """Raises UnreachableError if Ray does not answer; the next tick does the rest."""
-        self.session = cluster.session()
+        with self.measures.ray.time():
+            self.session = cluster.session()
         if now - self._swept >= _SWEEP_S:
             self._swept = now
             if mended := mend(self.ledger, now):
                 LOG.warning("mended %d studies; the events named mended say what", mended)
-        jobs = cluster.jobs()
-        nodes = cluster.nodes()
+        with self.measures.ray.time():
+            jobs = cluster.jobs()
+            nodes = cluster.nodes()
         self._settle(jobs, now)
         with self.ledger.reading() as transaction:
             live_attempts = queries.live_attempts(transaction)
@@ -104,7 +108,8 @@ class Reconciler:
         self.nodes = nodes
         self.cluster_words = "ready"
         take_finished(self.ledger, now)
-        self.admission.admit(cluster, nodes, self.tracking_uri, now)
+        with self.measures.decisions.time():
+            self.admission.admit(cluster, nodes, self.tracking_uri, now)
 
     def _settle(self, jobs: Mapping[str, Job], now: float) -> None:
         """After a restore: a job that is the next attempt of a waiting trial is adopted.
@@ -310,6 +315,7 @@ class Reconciler:
             ended.wish,
         )
         if written:
+            self.measures.attempts.labels(after.error_class).inc()
             words = (live.trial.id, live.attempt.number, after.state, after.cause)
             LOG.info("trial %s attempt %d: %s, %s", *words)
         return written

@@ -22,6 +22,7 @@ from orchestrator.settings import (
     has_credentials,
     storage_root,
 )
+from orchestrator.study.proof import with_proofs
 
 
 def check(
@@ -152,12 +153,16 @@ def _below(path: str, base: str) -> bool:
     return path == base or path.startswith(base.rstrip("/") + "/")
 
 
-def has_trials_to_run(transaction: Transaction, submission: Submission) -> bool:
-    """Whether some trial of the submission has no result yet."""
+def has_trials_to_run(
+    ledger: Ledger, settings: ServiceSettings, submission: Submission, owner: str
+) -> bool:
+    """Whether some trial of the submission has no result that its owner may take."""
     if submission.fresh:
         return True
-    identities = {trial.identity for trial in submission.trials}
-    return len(queries.finished_by_identity(transaction, list(identities))) < len(identities)
+    _check_paths(submission, settings)  # a proof reads the manifests that the client names
+    runs = {changes.run_of(trial) for trial in with_proofs(submission).trials}
+    with ledger.reading() as transaction:
+        return len(queries.finished_for(transaction, owner, runs)) < len(runs)
 
 
 def accept(
@@ -167,6 +172,7 @@ def accept(
 
     Raises ValueError if the key was used for another study.
     """
+    submission = with_proofs(submission)  # before the transaction: it reads manifests
     folder = _absolute(submission.storage or storage_root(settings))
 
     def add(transaction: Transaction) -> tuple[str, bool]:

@@ -7,10 +7,20 @@ from collections.abc import Callable
 from fastapi import FastAPI
 
 from contract.answers import Health
-from orchestrator.server.errors import add_errors
+from orchestrator.server.errors import add_errors, refuse
+from orchestrator.server.front.gate import Gate
 from orchestrator.server.hub import Hub
-from orchestrator.server.refused_logins import RefusedLogins
-from orchestrator.server.routes import code, nodes, queue, service, studies, trials, users
+from orchestrator.server.routes import (
+    code,
+    data,
+    nodes,
+    queue,
+    reports,
+    service,
+    studies,
+    trials,
+    users,
+)
 
 
 def build_app(hub: Hub, version: str, health: Callable[[], Health] | None = None) -> FastAPI:
@@ -22,9 +32,10 @@ def build_app(hub: Hub, version: str, health: Callable[[], Health] | None = None
         title="maskray", version=version, description="Studies of Mask R-CNN on a Ray cluster."
     )
     app.state.hub = hub
-    app.state.refused_logins = RefusedLogins()
     app.state.health = health or (lambda: Health(version=version))
     add_errors(app)
-    for resource in (service, studies, trials, queue, code, users, nodes):
+    app.add_middleware(Gate, hub=hub, refuse=refuse)
+    for resource in (service, studies, trials, queue, code, users, nodes, data, reports):
         app.include_router(resource.router)
+    app.include_router(service.metrics_router)
     return app

@@ -18,6 +18,7 @@ import httpx
 
 from contract.answers import TrialView
 from contract.attempt import SPOOL_CURSOR, SPOOL_LATER, SPOOL_RECORDS
+from contract.machine.certificates import trusted
 from contract.machine.proxies import proxy_for
 from contract.metrics import tag_condition, tracker_keys
 from contract.record import Message
@@ -275,7 +276,12 @@ def send_webhooks(ledger: Ledger, url: str) -> None:
         }
         try:
             response = httpx.post(
-                url, json=body, timeout=10.0, proxy=proxy_for(url), trust_env=False
+                url,
+                json=body,
+                timeout=10.0,
+                proxy=proxy_for(url),
+                verify=trusted(),
+                trust_env=False,
             )
             response.raise_for_status()
         except httpx.HTTPStatusError as error:

@@ -30,9 +30,7 @@ def explain(problems: Sequence[ErrorDetails]) -> str:
 def add_errors(app: FastAPI) -> None:
     """Gives every error its answer: 400 for a request, 503 for a cluster or a storage."""
 
-    @app.exception_handler(StarletteHTTPException)
-    async def refused(_: Request, error: StarletteHTTPException) -> JSONResponse:
-        return _refusal(error.status_code, str(error.detail), error.headers)
+    app.add_exception_handler(StarletteHTTPException, refuse)  # type: ignore[arg-type]
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -64,6 +62,11 @@ def add_errors(app: FastAPI) -> None:
         if "\0" in request.url.path or "%00" in str(request.url):
             return _refusal(400, "the address holds a NUL character")
         return await call_next(request)
+
+
+async def refuse(_: Request, error: StarletteHTTPException) -> JSONResponse:
+    """The answer to a request that reaches no route."""
+    return _refusal(error.status_code, str(error.detail), error.headers)
 
 
 def _refusal(status: int, detail: str, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -9,6 +9,7 @@ from contract.answers import Check, ClusterView, Staging
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger.opening import Ledger
 from orchestrator.schedule.decide import Wait
+from orchestrator.schedule.measures import Measures
 from orchestrator.settings import ServiceSettings
 
 
@@ -40,6 +41,9 @@ class Hub(Protocol):
 
     def put_report(self, study: str, files: Mapping[str, bytes]) -> None:
         """Adds a report to the artifacts of the study's MLflow run."""
+
+    def measures(self) -> Measures:
+        """What the service measures of itself."""
 
     def touch(self) -> None:
         """Notes that a client is there: an idle service ends itself."""

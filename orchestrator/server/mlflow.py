@@ -15,6 +15,7 @@ from urllib.parse import quote, unquote, urlsplit
 import httpx
 from pyarrow import fs
 
+from contract.machine.certificates import trusted
 from contract.machine.proxies import proxy_for, way_to
 from contract.metrics import tag_condition
 from contract.record import Message
@@ -81,6 +82,14 @@ class _HistoryAnswer(Message):
     metrics: list[Metric] = []
 
 
+class _User(Message):
+    username: str
+
+
+class _UserList(Message):
+    users: list[_User] = []
+
+
 AnyAnswer = TypeVar("AnyAnswer", bound=Message)
 
 
@@ -110,6 +119,7 @@ class MLflow:
             headers=headers,
             timeout=timeout_s,
             proxy=proxy_for(self.url),
+            verify=trusted(),
             trust_env=False,  # no .netrc comes in between, and the proxy is our choice
         )
 
@@ -193,6 +203,29 @@ class MLflow:
         """Every recorded point of a metric, at most 25,000."""
         params = {"run_id": run, "metric_key": metric, "max_results": "25000"}
         return self._call(_HistoryAnswer, "GET", "metrics/get-history", params=params).metrics
+
+    def users(self) -> list[str]:
+        """The names of those who may log in."""
+        users = self._call(_UserList, "GET", "users/list").users
+        return [user.username for user in users]
+
+    def keep_user(self, name: str, password: str, experiment: str) -> None:
+        """A user with this password who may edit one experiment, and nothing else."""
+        body = {"username": name, "password": password}
+        if name in self.users():
+            self._call(Message, "PATCH", "users/update-password", json=body)
+        else:
+            self._call(Message, "POST", "users/create", json=body)
+        grant = {
+            "username": name,
+            "resource_type": "experiment",
+            "resource_id": experiment,
+            "permission": "EDIT",
+        }
+        self._request("POST", "/api/3.0/mlflow/users/permissions/grant", json=grant)
+
+    def remove_user(self, name: str) -> None:
+        self._call(Message, "DELETE", "users/delete", json={"username": name})
 
     def put_artifact(self, run: str, name: str, data: bytes) -> None:
         """Stores a file of a run, through the server or in the place that the server names."""

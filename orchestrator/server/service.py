@@ -36,15 +36,18 @@ from orchestrator.ledger import users as auth
 from orchestrator.ledger.opening import Ledger, LedgerError, reason
 from orchestrator.local import stack
 from orchestrator.local.connect import write_service_record
-from orchestrator.local.processes import own_token
+from orchestrator.local.processes import check_private, own_home, own_token
 from orchestrator.local.ray_head import folder_for_sockets
 from orchestrator.schedule.decide import Wait
+from orchestrator.schedule.measures import Measures
 from orchestrator.schedule.reconcile import Reconciler
 from orchestrator.server import bookkeeping
 from orchestrator.server.api import build_app
+from orchestrator.server.front.listener import build_server
+from orchestrator.server.front.logins import Logins, set_administrator
 from orchestrator.server.mlflow import MLflow, TrackingDownError
 from orchestrator.server.pulse import Pulse
-from orchestrator.settings import ServiceSettings
+from orchestrator.settings import ServiceSettings, ledger_url
 
 LOG = logging.getLogger("maskray")
 _BOOK_S = 2.0  # between two looks at MLflow
@@ -90,6 +93,8 @@ class Service:
         self._cluster: Cluster | None = None
         self._mlflow: MLflow | None = None
         self._lacks: dict[str, bookkeeping.Lack] = {}  # by trial; the books' thread writes it
+        self._logins = Logins(ledger, Path(settings.home)) if settings.mlflow_login_file else None
+        self.loop.admission.logins = self._logins
         self._tracking_uri = "" if settings.mlflow == "local" else settings.mlflow
         self._hang_timer = stack.HangTimer()
         self._examining = threading.Lock()
@@ -168,6 +173,9 @@ class Service:
                 f"the cluster is not there: {self.loop.cluster_words}; see the service's log"
             )
         return self._cluster
+
+    def measures(self) -> Measures:
+        return self.loop.measures
 
     def touch(self) -> None:
         """A client was here: the service is not idle."""
@@ -308,6 +316,8 @@ class Service:
             self._mlflow, self.loop.tracking_uri = mlflow, uri
         if self._mlflow is not None:
             bookkeeping.make_parents(self.ledger, self._mlflow)
+            if self._logins is not None:
+                self._logins.keep(self._mlflow)
             bookkeeping.close_runs(self.ledger, self._mlflow, time.time(), lacks=self._lacks)
 
     def _turn_webhooks(self) -> None:
@@ -328,7 +338,7 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
     Raises RuntimeError if the ledger is another's or the port is taken.
     """
     home = Path(settings.home).absolute()
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    own_home(home)
     settings = settings.model_copy(update={"home": str(home)})
     for uri in (settings.ray, settings.mlflow, settings.webhook):
         proxy_for(uri)  # refuses a proxy of no use now, and not in a thread later
@@ -340,7 +350,11 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
     LOG.addFilter(SeldomTwice())
     for noisy in ("httpx", "alembic", "uvicorn.access"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    ledger = Ledger(settings.ledger or f"sqlite:///{home / 'ledger.db'}")
+    if settings.mlflow_login_file:
+        if settings.mlflow == "local":
+            stack.own_login(settings)
+        set_administrator(Path(settings.mlflow_login_file))
+    ledger = Ledger(ledger_url(settings))
     holder = secrets.token_hex(16)
     lease.take_lease(ledger, holder, time.time())
     try:
@@ -352,20 +366,15 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
             Path(path).read_text("utf-8").strip() if path else os.environ.get("RAY_AUTH_TOKEN", "")
         )
         service = Service(settings, ledger, holder, ray_token)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                build_app(service, _version(), lambda: service.pulse.health(_version())),
-                log_config=None,
-                access_log=False,
-                timeout_graceful_shutdown=3,
-            )
-        )
+        app = build_app(service, _version(), lambda: service.pulse.health(_version()))
+        server = build_server(app, settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda _number, _frame: service.end())
         port = listener.getsockname()[1]
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        LOG.info("listening on http://%s:%d", host, port)
-        write_service_record(home, f"http://{host}:{port}")
+        url = f"http{'s' if settings.tls_certificate else ''}://{host}:{port}"
+        LOG.info("listening on %s", url)
+        write_service_record(home, url)
         service.run(server, listener)
         if settings.ray == "local":
             stack.end_ray(settings)
@@ -384,8 +393,8 @@ def _set_first_admin(ledger: Ledger, settings: ServiceSettings, first_token: str
     if len(token) < 16:
         where = "MASKRAY_TOKEN" if first_token else str(path)
         raise ValueError(f"{where}: a token has at least 16 characters; take a longer random one")
-    if not first_token and settings.token_file and path.stat().st_mode & 0o077:
-        raise ValueError(f"{path}: others can read it; chmod 600 it")
+    if not first_token and settings.token_file:
+        check_private(path)
     with ledger.writing() as transaction:
         auth.set_user(transaction, "admin", "admin", token, time.time())
 

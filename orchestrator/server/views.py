@@ -46,7 +46,9 @@ def study_views(
         trials.setdefault(trial.study, []).append(trial)
     waits = {trial.id: waits[trial.id] for trial in every if trial.id in waits}
     waits = _with_names(transaction, waits)
-    sources = queries.trial_names(transaction, [t.cached_from for t in every if t.cached_from])
+    cached = [trial.cached_from for trial in every if trial.cached_from]
+    sources = queries.trial_names(transaction, cached)
+    owners = queries.owners(transaction, set(cached))
     return [
         StudyView(
             study=row.id,
@@ -63,7 +65,7 @@ def study_views(
             looks=[LookTaken.model_validate(look) for look in row.looks],
             verdicts=[Standing.model_validate(verdict) for verdict in row.verdicts],
             trials=[
-                _trial_view(row, trial, waits, attempts.get(trial.id, []), sources)
+                _trial_view(row, trial, waits, attempts.get(trial.id, []), sources, owners)
                 for trial in trials.get(row.id, [])
             ],
         )
@@ -88,6 +90,7 @@ def _trial_view(
     waits: Mapping[str, Wait],
     attempts: Sequence[AttemptRow],
     sources: Mapping[str, tuple[str, str]],
+    owners: Mapping[str, str],
 ) -> TrialView:
     progress = trial.progress
     # The ledger holds the progress of the attempt before until the ranks of a new one write theirs.
@@ -108,6 +111,7 @@ def _trial_view(
         why=_why(trial.state, trial.wish, study.state == "paused", waits.get(trial.id)),
         cached_from=trial.cached_from,
         cached_name=":".join(sources.get(trial.cached_from, (trial.cached_from,))),
+        ran_by=owners.get(trial.cached_from, "") if trial.cached_from else study.owner,
         identity=trial.identity,
         storage=trial.folder,
         mlflow_run_id=trial.mlflow_run_id,

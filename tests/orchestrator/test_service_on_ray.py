@@ -126,6 +126,14 @@ def client(house: House) -> Iterator[Client]:
         yield client
 
 
+def test_the_folders_of_a_local_service_are_its_user_s_alone(house, client):
+    """Ray opens its own folder to everybody: the one around it is closed."""
+    ray = house.until("Ray", lambda: recorded_child("ray", house.home))
+    assert Path(ray.folder).stat().st_mode & 0o777 == 0o700
+    assert house.until("session", lambda: list(Path(ray.folder).glob("r/session_*")))
+    assert house.home.stat().st_mode & 0o777 == 0o700
+
+
 def kinds(client: Client, study: str) -> list[str]:
     return [event.kind for event in client.events(study).events]
 

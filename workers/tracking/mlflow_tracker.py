@@ -11,6 +11,7 @@ from pydantic import JsonValue
 
 from contract.attempt import MLflowTracking
 from contract.files import Files
+from contract.machine.certificates import tell_libraries
 from contract.machine.folders import scratch
 from contract.machine.proxies import ask_this_machine_directly
 from contract.metrics import renamed, tag_condition, tracker_keys
@@ -99,6 +100,7 @@ class MLflowTracker:
         if self._client is None:
             for name, value in _CLIENT_SETTINGS.items():
                 os.environ.setdefault(name, value)
+            tell_libraries()
             ask_this_machine_directly()  # MLflow's client reads the proxies by itself
             from mlflow.tracking import MlflowClient
 

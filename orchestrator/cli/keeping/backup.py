@@ -45,12 +45,12 @@ def backup(
     """Copy a service's ledger, settings and code packages, also while it runs."""
     from orchestrator.ledger import backup as copies
     from orchestrator.ledger.opening import Ledger
-    from orchestrator.settings import code_files
+    from orchestrator.settings import code_files, ledger_url
 
     if folder.exists():
         raise ValueError(f"{folder}: exists already; name a new folder")
     record = _settings(settings, home)
-    url = _url(record)
+    url = ledger_url(record)
     if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
         raise ValueError(f"{url}: there is no ledger; name the service's --settings or --home")
     aside = folder.with_name(f".{folder.name}.part")
@@ -90,7 +90,7 @@ def restore(
 ) -> None:
     """Put a backup back, while no service runs. The next one adopts or ends what runs."""
     from orchestrator.ledger import backup as copies
-    from orchestrator.settings import code_files
+    from orchestrator.settings import code_files, ledger_url
 
     record = _settings(settings, home)
     if not (folder / _ABOUT).exists():
@@ -101,7 +101,7 @@ def restore(
             raise ValueError(f"{folder}/{name}: is missing; take another backup")
         if file_sha256(folder / name) != sha256:
             raise ValueError(f"{folder}/{name}: its bytes have changed; take another backup")
-    url = _url(record)
+    url = ledger_url(record)
     database = "sqlite" if url.startswith("sqlite") else "postgresql"
     if database != about.database:
         raise ValueError(f"{folder}: is of {about.database}, and `ledger` is {database}")
@@ -124,7 +124,3 @@ def _settings(path: Path | None, home: str) -> ServiceSettings:
     chosen = read_settings(path) if path is not None else {}
     chosen["home"] = str(Path(home or chosen.get("home", ".maskray")).absolute())
     return parse_record(ServiceSettings, chosen, str(path or "settings"))
-
-
-def _url(settings: ServiceSettings) -> str:
-    return settings.ledger or f"sqlite:///{Path(settings.home) / 'ledger.db'}"

@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from contract.answers import Collected, Ending, Health, Info, RemovalView, Retention
 from orchestrator.ledger.retention import apply_retention, plan_retention
-from orchestrator.server.access import ADMIN, HubOfApp, Reader
+from orchestrator.server.access import ADMIN, READ, HubOfApp, Reader
+from orchestrator.server.front.metrics import exposition
 from orchestrator.settings import storage_root
 
 router = APIRouter(prefix="/v1")
+metrics_router = APIRouter()  # where Prometheus looks by itself
 
 
 @router.get("/health")
@@ -22,6 +26,12 @@ async def health(request: Request, response: Response) -> Health:
     if not answer.ok:
         response.status_code = 503
     return answer
+
+
+@metrics_router.get("/metrics", dependencies=READ)
+def metrics(hub: HubOfApp) -> PlainTextResponse:
+    """For Prometheus, which shows a token of role `read`."""
+    return PlainTextResponse(exposition(hub), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/info")

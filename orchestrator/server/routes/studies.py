@@ -59,10 +59,10 @@ async def submit(request: Request, hub: HubOfApp, user: Submitter) -> Submitted:
 
 
 @router.post("/check")
-async def check(request: Request, hub: HubOfApp, user: Submitter) -> Accepted:  # noqa: ARG001
+async def check(request: Request, hub: HubOfApp, user: Submitter) -> Accepted:
     """Refuses what a submission of this study would be refused for; keeps nothing."""
     body = await body_of(request, MAX_SUBMISSION)
-    return await run_in_threadpool(_check, hub, body)
+    return await run_in_threadpool(_check, hub, body, user)
 
 
 @router.get("", dependencies=READ)
@@ -134,15 +134,17 @@ async def report(study: Id, request: Request, hub: HubOfApp, user: Submitter) ->
 
 def _submit(hub: Hub, body: bytes, user: User) -> Submitted:
     sent = _parsed(body)
-    accept.check(sent, hub.settings, hub.nodes(), _runs(hub, sent))
+    runs = accept.has_trials_to_run(hub.ledger, hub.settings, sent, user.name)
+    accept.check(sent, hub.settings, hub.nodes(), runs)
     name, created = accept.accept(hub.ledger, hub.settings, sent, user.name, time.time())
     hub.wake()
     return Submitted(study=name, created=created, trials=len(sent.trials))
 
 
-def _check(hub: Hub, body: bytes) -> Accepted:
+def _check(hub: Hub, body: bytes, user: User) -> Accepted:
     sent = _parsed(body)
-    accept.check_plan(sent, hub.settings, hub.nodes(), _runs(hub, sent))
+    runs = accept.has_trials_to_run(hub.ledger, hub.settings, sent, user.name)
+    accept.check_plan(sent, hub.settings, hub.nodes(), runs)
     return Accepted(trials=len(sent.trials))
 
 
@@ -154,11 +156,6 @@ def _parsed(body: bytes) -> Submission:
     # PostgreSQL would refuse these with an error in the middle of the transaction.
     _refuse_what_sql_cannot_hold(sent)
     return sent
-
-
-def _runs(hub: Hub, sent: Submission) -> bool:
-    with hub.ledger.reading() as transaction:
-        return accept.has_trials_to_run(transaction, sent)
 
 
 def _refuse_what_sql_cannot_hold(sent: Submission) -> None:

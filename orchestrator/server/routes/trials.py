@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query
 from contract.answers import ChangedTrial, Finished, LogPage, TrialAction
 from orchestrator.ledger import commands, queries
 from orchestrator.ledger.opening import Transaction
-from orchestrator.server.access import READ, HubOfApp, Id, Submitter, own_study
+from orchestrator.server.access import READ, HubOfApp, Id, Reader, Submitter, own_study
 from orchestrator.server.errors import absent
 from orchestrator.server.logs import read_log
 
@@ -51,9 +51,15 @@ def logs(
     return read_log(hub.ledger, hub.driver_log, trial, attempt, rank, offset)
 
 
-@router.get("/finished", dependencies=READ)
-def finished(hub: HubOfApp, identity: Annotated[list[str], Query(max_length=1000)]) -> Finished:
-    """The trials that have a result of their own, by identity."""
+@router.get("/finished")
+def finished(
+    hub: HubOfApp, user: Reader, identity: Annotated[list[str], Query(max_length=1000)]
+) -> Finished:
+    """The user's own trials that have a result, by identity.
+
+    Of another user's the service knows once a study is submitted: only then can it compare.
+    """
     with hub.ledger.reading() as transaction:
-        rows = queries.finished_by_identity(transaction, identity)
-    return Finished(finished={key: row.id for key, row in rows.items()})
+        runs = [queries.Run(name) for name in identity]
+        rows = queries.finished_for(transaction, user.name, runs)
+    return Finished(finished={run.identity: row.id for run, (row, _) in rows.items()})

@@ -14,12 +14,15 @@ import pytest
 from sqlalchemy import event, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 
+from contract.study import Submission
 from orchestrator.ledger import attempts, commands, lease, queries, sweep
-from orchestrator.ledger.changes import end_study_if_over, give_up, move_trial
+from orchestrator.ledger.changes import end_study_if_over, give_up, move_trial, take_finished
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import ATTEMPTS, EVENTS, METADATA, STUDIES, TRIALS
 from orchestrator.server import accept, views
 from orchestrator.settings import ServiceSettings
+from orchestrator.study.proof import PROOF_TAG
+from tests.orchestrator.studies import write_dataset
 from tests.orchestrator.submissions import plan, submission
 
 
@@ -52,7 +55,10 @@ def house(ledger: Ledger, tmp_path: Path) -> SimpleNamespace:
             ledger, settings, submission(*plans, **fields), fields.get("owner", "ann"), time.time()
         )
 
-    return SimpleNamespace(ledger=ledger, submit=submit)
+    def take(sent, owner):
+        return accept.accept(ledger, settings, sent, owner, time.time())
+
+    return SimpleNamespace(ledger=ledger, submit=submit, accept=take)
 
 
 def states(ledger: Ledger) -> list[str]:
@@ -152,6 +158,65 @@ def test_a_finished_identity_is_taken_unless_the_study_is_fresh(house):
         assert taken.trials[0].metrics == {"segm/AP": 0.5}
         assert taken.trials[0].storage.endswith(f"{first}/{first}-000")
         assert views.study_views(transaction, {}, fresh)[0].trials[0].state == "queued"
+
+
+def real(data: Path, **fields) -> Submission:
+    """A study of one trial on a dataset that the service can read."""
+    made = plan("a", identity="a" * 64)
+    run = {**made.run, "data": {"train": str(data / "train"), "val": str(data / "val")}}
+    return submission(made.model_copy(update={"run": run}), **fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({}, True),
+        ({"code": "d" * 64}, False),  # a code that prints AP 99
+        ({"run": {"seed": 7}}, False),  # another run under the honest identity
+        ({"images": 11}, False),  # another dataset
+        ({"tags": {PROOF_TAG: "0" * 64}}, True),  # what a client says of it counts for nothing
+    ],
+)
+def test_another_owner_s_result_counts_only_if_the_service_knows_it_is_the_same(
+    house, tmp_path, change, taken
+):
+    data = write_dataset(tmp_path / "data")
+    honest = real(data, code="c" * 64)
+    forged = honest.trials[0]
+    if "images" in change:
+        other = write_dataset(tmp_path / "other", images=change["images"])
+        forged = real(other).trials[0]
+    if "run" in change:
+        forged = forged.model_copy(update={"run": {**forged.run, **change["run"]}})
+    forged = forged.model_copy(update={"tags": change.get("tags", {})})
+    sent = honest.model_copy(update={"trials": (forged,), "code": change.get("code", honest.code)})
+    waiting, _ = house.accept(honest, "ann")
+    study, _ = house.accept(sent, "mal")
+    with house.ledger.writing() as transaction:
+        move_trial(transaction, f"{study}-000", ["queued"], state="done", metrics={"bbox/AP": 0.99})
+        end_study_if_over(transaction, study, 2.0)
+    take_finished(house.ledger, 3.0)  # of what waits already
+    after, _ = house.accept(honest, "ann")
+    own, _ = house.accept(sent, "mal")
+    with house.ledger.reading() as transaction:
+        for name in (waiting, after):
+            (trial,) = views.study_views(transaction, {}, name)[0].trials
+            assert trial.state == ("done" if taken else "queued")
+            assert trial.ran_by == ("mal" if taken else "ann")
+        (trial,) = views.study_views(transaction, {}, own)[0].trials
+        assert (trial.cached_from, trial.ran_by) == (f"{study}-000", "mal")
+        events = [event.cause for event in views.events(transaction, 0, after)]
+    assert (f"taken from trial {study}-000, run by mal" in events) == taken
+
+
+def test_without_a_dataset_that_the_service_can_read_results_stay_with_their_owner(house, tmp_path):
+    sent = real(tmp_path / "elsewhere", code="c" * 64)
+    study, _ = house.accept(sent, "mal")
+    with house.ledger.writing() as transaction:
+        move_trial(transaction, f"{study}-000", ["queued"], state="done", metrics={"bbox/AP": 0.99})
+    other, _ = house.accept(sent, "ann")
+    with house.ledger.reading() as transaction:
+        assert views.study_views(transaction, {}, other)[0].trials[0].state == "queued"
 
 
 def test_a_second_service_waits_for_the_lease(ledger):

@@ -25,6 +25,7 @@ from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import attempts, changes
 from orchestrator.ledger import users as auth
 from orchestrator.ledger.opening import Ledger
+from orchestrator.schedule.measures import Measures
 from orchestrator.server.api import build_app
 from orchestrator.settings import ServiceSettings
 from tests.orchestrator.submissions import identity, plan, submission
@@ -74,6 +75,9 @@ class FakeHub:
 
     def put_report(self, study: str, files: dict[str, bytes]) -> None:
         self.reports[study] = files
+
+    def measures(self) -> Measures:
+        return Measures()
 
     def touch(self) -> None:
         pass

@@ -37,7 +37,6 @@ class RefusedLogins:
             self._told[address] = now
             count = self._counts.pop(address)
         text = f"{count} requests without a valid token from {printable(address)}"
-        LOG.warning("%s", text)
         try:
             with ledger.writing() as transaction:
                 record(transaction, "login-refused", text, study="")

@@ -1,0 +1,76 @@
+"""An MLflow login for each study: its trials may write that study's experiment and see no other.
+
+The service itself has an administrator's login, which no trial gets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from orchestrator.ledger import queries
+from orchestrator.ledger.opening import Ledger
+from orchestrator.local.processes import check_private, own_token
+from orchestrator.server.mlflow import MLflow
+
+_NAME, _PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"  # as MLflow names them
+
+
+class Logins:
+    """Makes logins, and removes those of studies that are over. One thread calls `keep`."""
+
+    def __init__(self, ledger: Ledger, home: Path) -> None:
+        self._ledger = ledger
+        # Passwords are computed from a key, so nothing has to keep them.
+        self._key = own_token(home / "mlflow-logins-key").encode()
+        # Several services may share a server: each removes its own users only.
+        self._prefix = f"study-{ledger.name()}-"
+        self._made: set[str] | None = None  # names; None until the server was asked
+
+    def keep(self, mlflow: MLflow) -> None:
+        """Raises TrackingDownError where the server does not answer; the next call goes on."""
+        with self._ledger.reading() as transaction:
+            studies = queries.open_studies(transaction)
+        names = {self._prefix + study.id: study for study in studies.values()}
+        if self._made is None:  # a service before this one may have left some
+            left = {name for name in mlflow.users() if name.startswith(self._prefix)}
+        else:
+            left = self._made
+        for name in left - names.keys():
+            mlflow.remove_user(name)
+        made = (self._made or set()) & names.keys()
+        self._made = made
+        for name, study in names.items():
+            # only then has it an experiment
+            if study.mlflow_run_id and name not in made:
+                experiment = mlflow.experiment(study.mlflow_experiment, {})
+                mlflow.keep_user(name, self._password(name), experiment)
+                made.add(name)
+
+    def made(self, study: str) -> bool:
+        return self._made is not None and self._prefix + study in self._made
+
+    def environment(self, study: str) -> dict[str, str]:
+        """What a trial of this study logs in with."""
+        name = self._prefix + study
+        return {_NAME: name, _PASSWORD: self._password(name)}
+
+    def _password(self, name: str) -> str:
+        return hmac.new(self._key, name.encode(), hashlib.sha256).hexdigest()
+
+
+def administrator(path: Path) -> Mapping[str, str]:
+    """The login in a file of USER:PASSWORD, as variables. Raises ValueError for another form."""
+    user, colon, password = path.read_text("utf-8").strip().partition(":")
+    if not (user and colon and password):
+        raise ValueError(f"{path}: is not USER:PASSWORD of an MLflow administrator")
+    check_private(path)
+    return {_NAME: user, _PASSWORD: password}
+
+
+def set_administrator(path: Path) -> None:
+    """The service's own requests, and `workers.sync` that it spawns, log in with this."""
+    os.environ |= administrator(path)
