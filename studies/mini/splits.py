@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -20,7 +21,7 @@ from orchestrator.results.statistics.contrasts import Contrast, simultaneous
 SPLITS = 2000
 
 
-def runs(table: Path, metrics: list[str]) -> np.ndarray:
+def runs(table: Path, metrics: list[str]) -> NDArray[np.float64]:
     """(runs, metrics) of the trials that have all of them."""
     values: dict[str, dict[str, float]] = {}
     with table.open(newline="") as file:
@@ -33,7 +34,9 @@ def runs(table: Path, metrics: list[str]) -> np.ndarray:
     return np.array(whole)
 
 
-def false_verdicts(values: np.ndarray, metrics: list[str], each: int, splits: int) -> float:
+def false_verdicts(
+    values: NDArray[np.float64], metrics: list[str], each: int, splits: int
+) -> float:
     """The share of random studies of `each` and `each` runs that call one arm better."""
     rng = np.random.default_rng([each, len(values)])
     false = 0
