@@ -59,7 +59,6 @@ def test_a_study_of_two_lines_is_a_study(tmp_path: Path) -> None:
             "seeds: looks [3, 5, 7, 10] must begin at start, 3, and end at most, 5",
         ),
         (GOOD + "seeds: {looks: [3, 7, 7, 10]}\n", "must be at least two numbers that grow"),
-        (GOOD + "seeds: 3\n", "seeds: Input should be a valid tuple"),
         (GOOD + "resources: {ranks: two}\n", "resources.ranks: Input should be a valid integer"),
         (GOOD + "resources: {rank: 2}\n", "resources.rank: no such field; did you mean 'ranks'?"),
         (
