@@ -180,8 +180,14 @@ class ChangedTrial(Message):
 
 
 class Forgotten(Message):
+    """What `forget` keeps, or has deleted, of a study. borrowers: trials with results of it."""
+
     study: str
     forgotten: bool = True
+    folder: str = ""
+    bytes: int = 0  # below `folder`
+    deleted: bool = False  # the folder, with --files
+    borrowers: list[str] = []  # of other studies, as STUDY:KEY
 
 
 class ReportKept(Message):

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from contract.record import Record
+from contract.record import Record, parse_record
 
 StudyState = Literal["active", "paused", "done", "failed", "cancelled"]
 
@@ -165,6 +165,65 @@ class Public(Record):
     band: float = Field(gt=0, le=100)  # half of it: value - band to value + band
 
 
+class Range(Record):
+    """Values from the first to the last number, whose ratios or differences are equal.
+
+    Each is rounded to three significant digits, but for the two ends.
+    """
+
+    log: tuple[float, float] | None = None
+    linear: tuple[float, float] | None = None
+    num: int = Field(ge=2, le=1000)
+
+    @model_validator(mode="after")
+    def _has_ends(self) -> Range:
+        if (self.log is None) == (self.linear is None):
+            raise ValueError("give either log: [FIRST, LAST] or linear: [FIRST, LAST]")
+        first, last = self._ends()
+        if first == last:
+            raise ValueError(f"both ends are {first:g}")
+        if self.log is not None and min(first, last) <= 0:
+            raise ValueError("the ends of log are above 0")
+        return self
+
+    def _ends(self) -> tuple[float, float]:
+        ends = self.log if self.log is not None else self.linear
+        assert ends is not None
+        return ends
+
+    def values(self) -> list[float]:
+        """The numbers, whole ones as whole numbers."""
+        first, last = self._ends()
+        steps = [place / (self.num - 1) for place in range(1, self.num - 1)]
+        if self.log is not None:
+            inner = [first * (last / first) ** step for step in steps]
+        else:
+            inner = [first + (last - first) * step for step in steps]
+        numbers = [first, *(float(f"{value:.3g}") for value in inner), last]
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"{self.num} numbers from {first:g} to {last:g} are not distinct")
+        return [int(number) if number == int(number) else number for number in numbers]
+
+
+def _with_ranges(factors: Any) -> Any:
+    """Factors whose only level is a path with a range get a level for each of its numbers."""
+    if not isinstance(factors, dict):
+        return factors
+    return {factor: _levels(factor, levels) for factor, levels in factors.items()}
+
+
+def _levels(factor: str, levels: Any) -> Any:
+    match levels:
+        case dict() if len(levels) == 1 and "." in (path := str(next(iter(levels)))):
+            given = levels[path]
+            if not (isinstance(given, dict) and given.keys() & {"log", "linear", "num"}):
+                return levels
+            numbers = parse_record(Range, given, f"{factor}.{path}").values()
+            return {f"{number:g}": {path: number} for number in numbers}
+        case _:
+            return levels
+
+
 class Study(Record):
     """A baseline, named factors with named levels, a design and seeds.
 
@@ -200,6 +259,11 @@ class Study(Record):
     calibration: dict[str, dict[str, Public]] = {}
     variance: Variance = "pooled"  # of seeds: one for all arms, or each arm its own
     learned_ap: float = Field(10.0, ge=0, le=100)  # points of `primary` below which no verdict is
+
+    @field_validator("factors", mode="before")
+    @classmethod
+    def _ranges(cls, value: Any) -> Any:
+        return _with_ranges(value)
 
     @field_validator("seeds", mode="before")
     @classmethod

@@ -189,9 +189,14 @@ class Client:
         path = f"/v1/studies/{study}/priority"
         return self._call(StudyView, "POST", path, json={"priority": priority})
 
-    def forget(self, study: str) -> Forgotten:
-        """Removes a study that is over from the ledger; its files stay."""
-        return self._call(Forgotten, "DELETE", f"/v1/studies/{study}")
+    def keeps(self, study: str) -> Forgotten:
+        """What `forget` would keep; it forgets nothing."""
+        return self._call(Forgotten, "GET", f"/v1/studies/{study}/keeps")
+
+    def forget(self, study: str, files: bool = False) -> Forgotten:
+        """Removes a study that is over from the ledger; with `files` its folder, too."""
+        path = f"/v1/studies/{study}"
+        return self._call(Forgotten, "DELETE", path, params={"files": files}, timeout=600.0)
 
     def queue(self) -> QueueView:
         """What runs, and what waits in the order in which it would start."""

@@ -42,7 +42,7 @@ SHELVES = {
     "orchestrator": (
         *("settings", "trial_folder", "client", "study", "travel", "ledger", "cluster"),
         *("schedule", "results"),
-        *("local", "server", "cli", "__main__"),
+        *("local", "face", "server", "cli", "__main__"),
     ),
 }
 HEAVY = (

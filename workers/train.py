@@ -146,7 +146,7 @@ def _train(arguments: argparse.Namespace) -> int:
         stack.enter_context(grace_enforced(stop, spec.grace_s, leave))
         outcome = run_trial(spec, world, stop, show, claimed)
     if world.is_first:
-        _report(outcome, storage, arguments.json)
+        _report(outcome, storage, run, arguments.json)
     return exit_status(outcome)
 
 
@@ -208,17 +208,32 @@ def next_attempt(storage: Files) -> tuple[int, str]:
     return last + 1, f"{name}-{uuid4().hex[:8]}"
 
 
-def _report(outcome: Outcome, storage: Files, as_json: bool) -> None:
+def _report(outcome: Outcome, storage: Files, run: RunConfig, as_json: bool) -> None:
+    from workers.training.evaluate import best_metric
+
     metrics: dict[str, float] = {}
+    weights: dict[str, str] = {}
     if outcome.state == "done":
-        metrics = Result.model_validate_json(storage.read(RESULT_FILE)).metrics
+        result = Result.model_validate_json(storage.read(RESULT_FILE))
+        metrics = result.metrics
+        named = {"last": "weights/last", "best": "weights/best"}
+        paths = {name: result.artifacts.get(key) for name, key in named.items()}
+        weights = {name: f"{storage.uri}/{path}" for name, path in paths.items() if path}
     if as_json:
-        answer = {"state": outcome.state, "step": outcome.step, "out": storage.uri}
+        answer: dict[str, object] = {
+            "state": outcome.state,
+            "step": outcome.step,
+            "out": storage.uri,
+            "weights": weights,
+        }
         error = {"error": outcome.error} if outcome.error else {}
         print(json.dumps({**answer, "metrics": metrics, **error}))
     elif outcome.state == "done":
         shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in _SHOWN if name in metrics)
         print(f"done: {shown}; {storage.uri}/{RESULT_FILE}")
+        for name, path in weights.items():
+            words = f"best weights, by {best_metric(run)}" if name == "best" else "last weights"
+            print(f"{words}: {path}")
     elif outcome.error:
         print(f"error: {outcome.error}", file=sys.stderr)
     else:

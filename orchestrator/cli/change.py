@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from orchestrator.cli.ids import is_trial, open_client, study_id, trial_id
-from orchestrator.cli.options import AsJson, Debug, StudyId, print_result
+from orchestrator.cli.options import AsJson, Debug, StudyId, print_result, say
 
 if TYPE_CHECKING:
     from contract.answers import StudyAction
+
+_MIB = 1 << 20
 
 Target = Annotated[
     str, typer.Argument(metavar="STUDY_ID", help="A study; cancel and retry take a trial too.")
@@ -77,8 +80,27 @@ def priority(
     print_result({"study": view.study, "priority": value}, text, json)
 
 
-def forget(study: StudyId, json: AsJson = False, debug: Debug = False) -> None:
-    """Remove a finished study from the ledger; its files stay."""
+def forget(
+    study: StudyId,
+    files: Annotated[
+        bool, typer.Option("--files", help="Delete its folder too: results, weights, checkpoints.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Remove a finished study from the ledger. Its files stay without --files, MLflow's always."""
     client = open_client()
-    answer = client.forget(study_id(client, study))
-    print_result(answer, f"study {answer.study} is forgotten; its files stay", json)
+    kept = client.keeps(study_id(client, study))
+    where = f"{kept.folder} ({kept.bytes / _MIB:.1f} MiB)"
+    say(f"study {kept.study}: {where} {'is deleted' if files else 'stays'}; MLflow keeps its runs")
+    for borrower in kept.borrowers:
+        say(f"  {borrower} has its result from here")
+    asked = sys.stdin.isatty() and not json
+    if files and not yes and not asked:
+        raise ValueError("--files deletes for good, and nobody can be asked here; add --yes")
+    if asked and not yes and not typer.confirm(f"forget study {kept.study}?"):
+        raise ValueError(f"study {kept.study} stays as it is")
+    answer = client.forget(kept.study, files)
+    end = f"{where} is deleted" if answer.deleted else f"its files stay in {where}"
+    print_result(answer, f"study {answer.study} is forgotten; {end}", json)

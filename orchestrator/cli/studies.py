@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -201,25 +200,12 @@ def _prepare(
     study: Path, data: str, code: str, fresh: bool = False, key: str = ""
 ) -> tuple[Submission, CodePackage]:
     """The submission as the code that travels expands it, and that code."""
-    from contract.study import Submission
-    from orchestrator.study.code_package import package
+    from orchestrator.face import prepare
     from orchestrator.study.read import read_study
-    from orchestrator.travel import expand_with_its_code
 
     record, text = read_study(study)
-    sources = package(Path.cwd(), code)
-    expansion = expand_with_its_code(record, data=data, root=Path.cwd(), code=sources)
-    submission = Submission(
-        study=record,
-        study_yaml=text,
-        trials=expansion.trials,
-        code=sources.sha256,
-        warnings=expansion.warnings,
-        # A request that is sent twice after a lost answer is still one study.
-        idempotency_key=key or uuid.uuid4().hex,
-        fresh=fresh,
-    )
-    for warning in expansion.warnings:
+    submission, sources = prepare(record, text, data, code, fresh, key)
+    for warning in submission.warnings:
         say(f"warning: {warning}")
     return submission, sources
 

@@ -187,6 +187,16 @@ def trial_names(transaction: Transaction, ids: Sequence[str]) -> dict[str, tuple
     return names
 
 
+def borrowers(transaction: Transaction, study: str) -> list[str]:
+    """The trials of other studies that took their result from this one's, as STUDY:KEY."""
+    own = select(TRIALS.c.id).where(TRIALS.c.study == study)
+    query = select(TRIALS.c.study, TRIALS.c.key).where(
+        TRIALS.c.cached_from.in_(own), TRIALS.c.study != study
+    )
+    rows = transaction.execute(query.order_by(TRIALS.c.study, TRIALS.c.position))
+    return [f"{row.study}:{row.key}" for row in rows]
+
+
 def trial_plans(transaction: Transaction, study: str) -> list[TrialPlan]:
     """The study's trials as they were submitted, in their order."""
     names = list(TrialPlan.model_fields)

@@ -23,8 +23,9 @@ from contract.answers import (
 )
 from contract.files import uri_join
 from contract.study import Submission
-from orchestrator.ledger import commands
+from orchestrator.ledger import commands, queries
 from orchestrator.ledger.opening import Transaction
+from orchestrator.ledger.rows import StudyRow
 from orchestrator.ledger.users import User
 from orchestrator.server import accept, views
 from orchestrator.server.access import READ, HubOfApp, Id, Submitter, own_study
@@ -113,16 +114,45 @@ def act_on_study(study: Id, action: StudyAction, hub: HubOfApp, user: Submitter)
     return ChangedStudy(**_view(hub, study).model_dump(), changed=changed)
 
 
+@router.get("/{study}/keeps", dependencies=READ)
+def keeps(study: Id, hub: HubOfApp) -> Forgotten:
+    """What forgetting the study would keep, and which trials of others borrow from it."""
+    with hub.ledger.reading() as transaction:
+        row = queries.study_row(transaction, study)
+        if row is None:
+            raise absent("study", study)
+        borrowers = queries.borrowers(transaction, study)
+    return _kept(row, borrowers, forgotten=False)
+
+
 @router.delete("/{study}")
-def forget(study: Id, hub: HubOfApp, user: Submitter) -> Forgotten:
-    """Removes a study that is over from the ledger; its files stay."""
-
-    def act(transaction: Transaction) -> None:
-        own_study(transaction, study, user)
+def forget(study: Id, hub: HubOfApp, user: Submitter, files: bool = False) -> Forgotten:
+    """Removes a study that is over from the ledger; with `files` its folder, too."""
+    with hub.ledger.writing() as transaction:
+        row = own_study(transaction, study, user)
+        borrowers = queries.borrowers(transaction, study)
+        if files and borrowers:
+            more = f" and {len(borrowers) - 1} more" if len(borrowers) > 1 else ""
+            raise ValueError(
+                f"study {study}: its files are the result of {borrowers[0]}{more}; forget those "
+                "studies first, or leave out --files"
+            )
         commands.forget_study(transaction, study, user.name, time.time())
+    kept = _kept(row, borrowers, forgotten=True)
+    if files:
+        # After the ledger: a folder that cannot be deleted leaves no study without its files.
+        TrialFolder(row.storage).delete(study)
+    return kept.model_copy(update={"deleted": files})
 
-    hub.ledger.retried(act)
-    return Forgotten(study=study)
+
+def _kept(row: StudyRow, borrowers: list[str], forgotten: bool) -> Forgotten:
+    return Forgotten(
+        study=row.id,
+        forgotten=forgotten,
+        folder=uri_join(row.storage, row.id),
+        bytes=TrialFolder(row.storage).bytes_below(row.id),
+        borrowers=borrowers,
+    )
 
 
 @router.put("/{study}/report")

@@ -281,6 +281,27 @@ def test_a_study_of_finished_trials_needs_no_cluster(http, hub):
     assert trial["cached_name"] == f"{source}:a"
 
 
+def test_forgetting_names_what_it_keeps_and_spares_what_others_borrow(http, hub):
+    source = post(http, plans=(plan("a"),)).json()["study"]
+    with hub.ledger.writing() as transaction:
+        changes.move_trial(transaction, f"{source}-000", ["queued"], state="done")
+        changes.end_study_if_over(transaction, source, time.time())
+    borrower = post(http, plans=(plan("b"),)).json()["study"]
+    folder = Path(hub.settings.home) / "studies" / source
+    (folder / f"{source}-000").mkdir(parents=True)
+    (folder / f"{source}-000" / "result.json").write_text("12345")
+    kept = http.get(f"/v1/studies/{source}/keeps", headers=by("ann")).json()
+    assert (kept["folder"], kept["bytes"], kept["forgotten"]) == (str(folder), 5, False)
+    assert kept["borrowers"] == [f"{borrower}:b"]
+    answer = http.delete(f"/v1/studies/{source}?files=true", headers=by("ann"))
+    refused(answer, 400, f"its files are the result of {borrower}:b")
+    assert http.delete(f"/v1/studies/{borrower}", headers=by("ann")).status_code == 200
+    answer = http.delete(f"/v1/studies/{source}?files=true", headers=by("ann"))
+    assert answer.json()["deleted"]
+    assert not folder.exists()
+    assert folder.parent.exists()
+
+
 def test_a_growing_cluster_refuses_what_its_largest_shape_will_never_hold(tmp_path):
     shapes = ({"resources": {"CPU": 16}, "count": 2},)
     hub = FakeHub(tmp_path, autoscale=True, node_shapes=shapes)

@@ -112,6 +112,15 @@ def test_a_study_of_two_lines_is_a_study(tmp_path: Path) -> None:
         ("name: ../s\nbaseline: {preset: tiny}\n", "name: "),
         ("name: my study\nbaseline: {preset: tiny}\n", "'my-study' would pass"),
         ("name: s\nbasline: {preset: tiny}\n", "basline: no such field; did you mean 'baseline'?"),
+        (
+            GOOD + "factors: {lr: {optimiser.lr: {log: [0, 1], num: 3}}}\n",
+            "factors: lr.optimiser.lr: the record: the ends of log are above 0",
+        ),
+        (
+            GOOD + "factors: {lr: {optimiser.lr: {lg: [1, 2], num: 3}}}\n",
+            "lg: no such field; did you mean 'log'?",
+        ),
+        (GOOD + "factors: {lr: {optimiser.lr: {linear: [1, 1], num: 3}}}\n", "both ends are 1"),
         (GOOD + "seeds: 0\n", "seeds: a number stands for so many seeds, from 0 on"),
     ],
 )
@@ -121,6 +130,15 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, text: str, said: st
         read_study(path)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_range_is_a_level_for_each_of_its_numbers(tmp_path: Path) -> None:
+    text = GOOD + "factors: {lr: {optimiser.lr: {log: [1e-4, 1e-2], num: 5}}}\n"
+    levels = read_study(written(tmp_path, text))[0].factors["lr"]
+    assert list(levels) == ["0.0001", "0.000316", "0.001", "0.00316", "0.01"]
+    assert levels["0.000316"] == {"optimiser.lr": 0.000316}
+    text = GOOD + "factors: {n: {loop.steps: {linear: [100, 300], num: 3}}}\n"
+    assert read_study(written(tmp_path, text))[0].factors["n"]["200"] == {"loop.steps": 200}
 
 
 def test_a_number_of_seeds_counts_them_from_0(tmp_path: Path) -> None:
