@@ -224,7 +224,10 @@ def town() -> Iterator[Town]:
         with postgres(built):
             built.once("databases")
             built.start("mlflow")
-            head = ("--dashboard-agent-listen-port=0", "--ray-client-server-port=0")
+            head = (
+                "--dashboard-agent-listen-port=0",
+                f"--ray-client-server-port={built.ports['client']}",
+            )
             small = ("--object-store-memory=80000000", f"--temp-dir={root}/ray")
             built.start("ray-head", more=(*head, *small))
             built.until("head", lambda: built.healthy("ray-head", "dashboard"))
