@@ -155,6 +155,8 @@ class StudyView(Message):
     spec: dict[str, Any]
     warnings: list[str] = []
     mlflow_experiment: str = ""
+    mlflow_run_id: str = ""  # of the study's own run
+    mlflow_experiment_id: str = ""  # MLflow's own; only of a study that is asked for by its id
     counts: dict[str, int] = {}  # trials by state
     looks: list[LookTaken] = []
     verdicts: list[Standing] = []

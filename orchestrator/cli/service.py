@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from contract.command import SUCCESS
-from orchestrator.cli.ids import open_client
+from orchestrator.cli.ids import is_trial, open_client, study_id, trial_id
 from orchestrator.cli.options import AsJson, Debug, print_json, print_result, say
 
+if TYPE_CHECKING:
+    from orchestrator.client import Client
+
 _MIB = 1 << 20
+_START_S = 60  # in which a local MLflow server answers
 
 
 def register(app: typer.Typer) -> None:
@@ -87,21 +92,66 @@ def down(json: AsJson = False, debug: Debug = False) -> None:
     print_result({"ended": ended}, "ended" if ended else "nothing was running here", json)
 
 
-def ui(json: AsJson = False, debug: Debug = False) -> None:
-    """Print the MLflow UI's URL, and open it in a browser where there is a screen."""
-    uri = open_client().info().mlflow_uri
+def ui(
+    name: Annotated[
+        str,
+        typer.Argument(metavar="[STUDY|TRIAL]", help="Without it: the newest study."),
+    ] = "",
+    parent: Annotated[
+        bool, typer.Option("--parent", help="The study's own run: its table and its report.")
+    ] = False,
+    json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Print the address of a study's or a trial's page in MLflow.
+    Opens it in a browser where there is a screen.
+    """
+    client = open_client()
+    uri = client.info().mlflow_uri
+    for _ in range(_START_S):
+        if uri:
+            break
+        time.sleep(1.0)  # a local MLflow starts with its service
+        uri = client.info().mlflow_uri
     if not uri:
         raise RuntimeError(
             "the service runs without MLflow; start it with --mlflow URI or --mlflow local"
         )
-    print_result({"mlflow": uri}, uri, json)
+    page = mlflow_page(client, uri, name, parent)
+    print_result({"mlflow": uri, "page": page}, page, json)
     has_screen = bool(os.environ.get("DISPLAY")) or sys.platform == "darwin"
     if json or not sys.stdout.isatty() or not has_screen:
         return
     import webbrowser
 
-    if not webbrowser.open(uri):
-        say("no browser could be opened; the URL is above")
+    if not webbrowser.open(page):
+        say("no browser could be opened; the address is above")
+
+
+def mlflow_page(client: Client, uri: str, name: str, parent: bool) -> str:
+    """The page of a study or a trial; of all experiments while there is no study."""
+    from orchestrator.study.links import experiment_path, experiments_path, run_path
+
+    if not name and not client.studies(trials=False):
+        return uri.rstrip("/") + experiments_path()
+    trial = trial_id(client, name) if name and is_trial(client, name) else ""
+    study = trial.rpartition("-")[0] if trial else study_id(client, name or "last")
+    view = client.study(study)
+    for _ in range(_START_S):
+        if view.mlflow_experiment_id:
+            break
+        time.sleep(1.0)
+        view = client.study(study)
+    if not view.mlflow_experiment_id:
+        raise RuntimeError(
+            f"study {view.study} has no page in MLflow yet; try again in some seconds"
+        )
+    runs = [one.mlflow_run_id for one in view.trials if one.trial == trial]
+    runs = [view.mlflow_run_id] if parent else runs
+    if runs and not runs[0]:
+        raise RuntimeError(f"{trial or view.study}: has no run in MLflow yet; try again later")
+    path = run_path(view.mlflow_experiment_id, runs[0]) if runs else ""
+    return uri.rstrip("/") + (path or experiment_path(view.mlflow_experiment_id))
 
 
 def user(

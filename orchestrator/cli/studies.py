@@ -125,8 +125,7 @@ def run(
     if json:
         print_json({**_outcome(view), "report": str(page)})
     else:
-        uri = client.info().mlflow_uri
-        print(f"{table}\n\nreport: {page}\nMLflow: {uri} (if it has ended: maskray ui)")
+        print(f"{table}\n\nreport: {page}\nMLflow: maskray ui {view.study}")
     return SUCCESS if view.state == "done" else WORK_FAILED
 
 

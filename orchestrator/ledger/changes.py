@@ -193,7 +193,7 @@ def _taken_from(source: TrialRow) -> TrialChange:
         "folder": source.folder,
         "cached_from": source.id,
         "mlflow_run_id": source.mlflow_run_id,
-        "mlflow_closed": True,  # the run is the other trial's, which closes it
+        "mlflow_closed": False,  # it gets a light run of its own
     }
 
 

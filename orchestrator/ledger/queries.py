@@ -92,9 +92,10 @@ def study_of_key(transaction: Transaction, owner: str, key: str) -> StudyRow | N
     return next(iter(_studies(transaction, *known)), None) if key else None
 
 
-def studies_without_parent(transaction: Transaction) -> list[StudyRow]:
-    """Studies that are not over and have no parent run in MLflow yet."""
-    return _studies(transaction, STUDIES.c.mlflow_run_id == "", STUDIES.c.state.in_(OPEN_STUDY))
+def studies_without_parent(transaction: Transaction, ended_after: float) -> list[StudyRow]:
+    """Studies that have no parent run in MLflow yet, and are not over or ended after that time."""
+    recent = STUDIES.c.state.in_(OPEN_STUDY) | (STUDIES.c.ended_at > ended_after)
+    return _studies(transaction, STUDIES.c.mlflow_run_id == "", recent)
 
 
 def unclosed_studies(transaction: Transaction) -> list[StudyRow]:

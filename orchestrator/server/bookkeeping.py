@@ -22,19 +22,24 @@ from contract.machine.certificates import trusted
 from contract.machine.proxies import proxy_for
 from contract.metrics import tag_condition, tracker_keys
 from contract.record import Message
-from contract.study import StudyState, TrialState
+from contract.study import Study, StudyState, TrialState
 from orchestrator.ledger import changes, queries
 from orchestrator.ledger.opening import Ledger, LedgerError
 from orchestrator.ledger.rows import StudyBrief, StudyRow, TrialBrief
 from orchestrator.results.comparison import compare_arms
 from orchestrator.schedule.decide import Wait
+from orchestrator.server import run_pages
 from orchestrator.server.mlflow import MLflow, Run, TrackingDownError, TrackingRefusedError
 from orchestrator.server.views import study_views
+from orchestrator.study.contrasts import primary_of
 from orchestrator.trial_folder import SMALL_BYTES, TrialFileError, TrialFolder
 
 LOG = logging.getLogger("maskray")
 _OF_A_FAILURE = {"maskray.error", "maskray.error_class"}  # tags
+_TRIAL_TAG = "maskray.trial"
 _SHIP_S = 300.0
+_JUST_OVER_S = 3600.0  # so long after its end a study still gets what it lacks in MLflow
+_ASK_EVERY_S = 10.0  # between two looks for the run of a trial that has just started
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 60.0, 3600.0  # before what a trial left is sent again
 _STATUS: Mapping[TrialState | StudyState, str] = {
     "done": "FINISHED",
@@ -44,10 +49,13 @@ _STATUS: Mapping[TrialState | StudyState, str] = {
 }
 
 
-def make_parents(ledger: Ledger, mlflow: MLflow) -> None:
-    """Makes an experiment and a parent run for each study that has none."""
+def make_parents(ledger: Ledger, mlflow: MLflow, now: float) -> None:
+    """Makes an experiment and a parent run for each study that has none.
+
+    A study whose results were all there already is over before it gets one.
+    """
     with ledger.reading() as transaction:
-        studies = queries.studies_without_parent(transaction)
+        studies = queries.studies_without_parent(transaction, now - _JUST_OVER_S)
     for study in studies:
         with _apart(f"study {study.id}"):
             _make_parent(ledger, mlflow, study)
@@ -70,19 +78,65 @@ def _apart(what: str) -> Iterator[None]:
 
 
 def _make_parent(ledger: Ledger, mlflow: MLflow, study: StudyRow) -> None:
-    tags = {"maskray.study": study.id, "maskray.owner": study.owner}
-    experiment = mlflow.experiment(study.id, {**tags, "mlflow.note.content": study.spec.question})
+    with ledger.reading() as transaction:
+        first = next(iter(queries.trials(transaction, study.id)), None)
+        plan = queries.trial_row(transaction, first.id) if first else None
+    experiment = mlflow.experiment(study.id, run_pages.experiment_tags(study))
     # An earlier turn may have made the run and then died, or its answer was lost: a POST may arrive
     # twice.
     known = mlflow.run_by_tag(experiment, "maskray.parent", study.id)
     if known is not None:
         run_id = known.info.run_id
     else:
-        tags["maskray.parent"] = study.id
+        tags = run_pages.parent_tags(study, plan)
         run_id = mlflow.create_run(experiment, study.name, tags, study.created_at)
+        if plan is not None and (inputs := run_pages.datasets(plan)):
+            mlflow.log_inputs(run_id, inputs)
     # before the artifact, whose store may refuse it: the trials need the run
     changes.set_parent_run(ledger, study.id, study.id, run_id)
     mlflow.put_artifact(run_id, "study.yaml", study.study_yaml.encode())
+
+
+class Introduced:
+    """Which trials' runs have their tags and inputs already, since this service started.
+
+    Twice does no harm, so a service that starts again does it again.
+    """
+
+    def __init__(self) -> None:
+        self._done: set[str] = set()
+        self._asked_at: dict[str, float] = {}  # of runs that are not there yet
+
+    def live(self, ledger: Ledger, mlflow: MLflow, now: float) -> None:
+        """Of trials that run: a person who looks at them now wants their arms and colours."""
+        with ledger.reading() as transaction:
+            live = queries.live_attempts(transaction)
+        for attempt in live:
+            trial, study = attempt.trial, attempt.study
+            asked = self._asked_at.get(trial.id, 0.0)
+            if trial.id in self._done or not study.mlflow_experiment or now - asked < _ASK_EVERY_S:
+                continue
+            self._asked_at[trial.id] = now
+            with _apart(f"trial {trial.id}"):
+                for run in _runs_of(mlflow, trial, study):
+                    self.run(ledger, mlflow, run.info.run_id, trial.id, study)
+
+    def run(
+        self, ledger: Ledger, mlflow: MLflow, run_id: str, trial_id: str, study: StudyBrief
+    ) -> None:
+        """Gives one run what its trial says of itself."""
+        if trial_id in self._done:
+            return
+        with ledger.reading() as transaction:
+            trial = queries.trial_row(transaction, trial_id)
+            trials = queries.trials(transaction, study.id)
+        if trial is None:
+            return  # its study was forgotten
+        mlflow.set_tags(run_id, run_pages.trial_tags(study, trials, trial))
+        if inputs := run_pages.datasets(trial):
+            mlflow.log_inputs(run_id, inputs)
+        self._done.add(trial_id)
+        self._asked_at.pop(trial_id, None)
 
 
 class Lack(NamedTuple):
@@ -102,6 +156,7 @@ def close_runs(
     now: float,
     ship: Ship | None = None,
     lacks: dict[str, Lack] | None = None,
+    introduced: Introduced | None = None,
 ) -> int:
     """Ends the MLflow runs of trials and studies that are over; how many it ended.
 
@@ -112,17 +167,25 @@ def close_runs(
     with ledger.reading() as transaction:
         trials = queries.unclosed_trials(transaction)
     lacks = {} if lacks is None else lacks
+    introduced = introduced or Introduced()
     for over in lacks.keys() - {trial.id for trial, _ in trials}:
         del lacks[over]
     ended = 0
     for trial, study in trials:
         if trial.id in lacks and now < lacks[trial.id].again_at:
             continue
+        just_taken = trial.cached_from and now - trial.moved_at < _JUST_OVER_S
+        if just_taken and not study.mlflow_experiment:
+            continue  # its study gets a parent run in the next turn
         with _apart(f"trial {trial.id}"):
             why = _send_rest(trial, study, ship or _ship)
             if why:  # before MLflow refuses the next question too
                 lacks[trial.id] = _lack(trial, why, lacks.get(trial.id), now)
+            if trial.cached_from and study.mlflow_experiment:
+                _make_light_run(ledger, mlflow, trial, study, now)
             runs = _runs_of(mlflow, trial, study)
+            for run in runs:
+                introduced.run(ledger, mlflow, run.info.run_id, trial.id, study)
             ended += sum(_close(mlflow, run, trial, study, now) for run in runs)
             if not why:
                 changes.close_trial(ledger, trial.id, runs[-1].info.run_id if runs else "")
@@ -136,14 +199,32 @@ def _lack(trial: TrialBrief, why: str, before: Lack | None, now: float) -> Lack:
     return Lack(Wait(trial.id, 0, words), pause_s, now + pause_s)
 
 
-def _tracked(trial: TrialBrief, study: StudyBrief) -> bool:
-    # The run of a trial that took another one's result is that one's.
-    return bool(study.mlflow_experiment) and not trial.cached_from
+def _make_light_run(
+    ledger: Ledger, mlflow: MLflow, trial: TrialBrief, study: StudyBrief, now: float
+) -> None:
+    """The run of a trial that took another one's result: its final metrics, and whose they are.
+
+    Without it, a study would show in MLflow only the arms that it trained itself.
+    """
+    experiment = mlflow.experiment(study.mlflow_experiment, {})
+    known = mlflow.run_by_tag(experiment, _TRIAL_TAG, trial.id)
+    tags = {_TRIAL_TAG: trial.id, "maskray.cached_from": trial.cached_from}
+    if study.mlflow_run_id:
+        tags["mlflow.parentRunId"] = study.mlflow_run_id
+    with ledger.reading() as transaction:
+        source = queries.trial_row(transaction, trial.cached_from)
+    if source and source.mlflow_run_id:
+        tags["maskray.source_run"] = source.mlflow_run_id
+    run_id = known.info.run_id if known else mlflow.create_run(experiment, trial.key, tags, now)
+    keys = tracker_keys(trial.metrics)
+    finite = {keys[name]: value for name, value in trial.metrics.items() if math.isfinite(value)}
+    mlflow.log_metrics(run_id, finite, now)
 
 
 def _send_rest(trial: TrialBrief, study: StudyBrief, ship: Ship) -> str:
     """Sends what the trial could not send while it ran. Returns why that failed, "" if not."""
-    if not _tracked(trial, study):
+    # The folder of a trial that took another one's result is that one's.
+    if not study.mlflow_experiment or trial.cached_from:
         return ""
     try:
         unsent = _unsent(trial.folder)
@@ -153,10 +234,10 @@ def _send_rest(trial: TrialBrief, study: StudyBrief, ship: Ship) -> str:
 
 
 def _runs_of(mlflow: MLflow, trial: TrialBrief, study: StudyBrief) -> list[Run]:
-    if not _tracked(trial, study):
+    if not study.mlflow_experiment:
         return []
     experiment = mlflow.experiment(study.mlflow_experiment, {})
-    return mlflow.runs(experiment, tag_condition("maskray.trial", trial.id))
+    return mlflow.runs(experiment, tag_condition(_TRIAL_TAG, trial.id))
 
 
 class _Cursor(Message):
@@ -230,9 +311,8 @@ def _close_parents(ledger: Ledger, mlflow: MLflow, now: float) -> int:
             with ledger.reading() as transaction:
                 (view,) = study_views(transaction, {}, study.id)
             at = study.ended_at or now
-            mlflow.log_metrics(
-                study.mlflow_run_id, study_metrics(view.trials, study.spec.metrics), at
-            )
+            metrics = study_metrics(view.trials, study.spec)
+            mlflow.log_metrics(study.mlflow_run_id, metrics, at)
             mlflow.end_run(study.mlflow_run_id, _STATUS[study.state], at)
             changes.close_study(ledger, study.id)
             # its store may have refused it at the start
@@ -240,22 +320,26 @@ def _close_parents(ledger: Ledger, mlflow: MLflow, now: float) -> int:
     return len(studies)
 
 
-def study_metrics(trials: Sequence[TrialView], metrics: Sequence[str]) -> dict[str, float]:
-    """Means over seeds and differences from the baseline, each with its interval.
+def study_metrics(trials: Sequence[TrialView], spec: Study) -> dict[str, float]:
+    """Means of the metrics that the study asks for, and differences with their intervals.
 
-    The names are as MLflow takes them: `ARM/METRIC/mean`, `ARM/METRIC/difference/low`, ...
+    The report has the rest; here it would drown the charts. The names are as MLflow takes them:
+    `ARM/METRIC/mean`, `ARM/METRIC/difference/low`, ...
     """
     values: dict[str, float] = {}
-    for arm in compare_arms(trials, metrics).arms:
+    asked = (contrast.metric for contrast in spec.contrasts.values() if contrast.metric)
+    primary = primary_of(spec, {metric for trial in trials for metric in trial.metrics})
+    wanted = list(dict.fromkeys([primary, *asked]))
+    for arm in compare_arms(trials, wanted).arms:
         label = ".".join(f"{factor}-{level}" for factor, level in arm.arm.items()) or "baseline"
-        for metric, summary in arm.metrics.items():
+        for metric in wanted:
             name = f"{label}/{metric}"
-            values[f"{name}/mean"] = summary.mean
-            values[f"{name}/low"], values[f"{name}/high"] = summary.low, summary.high
-        for metric, pair in arm.differences.items():
-            name = f"{label}/{metric}/difference"
-            values[name] = pair.mean
-            values[f"{name}/low"], values[f"{name}/high"] = pair.low, pair.high
+            if metric in arm.metrics:
+                values[f"{name}/mean"] = arm.metrics[metric].mean
+            if pair := arm.differences.get(metric):
+                values[f"{name}/difference"] = pair.mean
+                values[f"{name}/difference/low"] = pair.low
+                values[f"{name}/difference/high"] = pair.high
     # one seed has no interval: its ends are not finite, and MLflow refuses such a value
     keys = tracker_keys(values)
     return {keys[name]: value for name, value in values.items() if math.isfinite(value)}

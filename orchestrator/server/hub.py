@@ -30,6 +30,9 @@ class Hub(Protocol):
     def tracking_uri(self) -> str:
         """The MLflow server's URI; empty without one, and while a local one starts."""
 
+    def experiment_id(self, name: str) -> str:
+        """MLflow's id of a study's experiment; empty while the server does not answer."""
+
     def driver_log(self, submission_id: str) -> str:
         """What Ray has of the output of a driver that still runs."""
 

@@ -7,13 +7,14 @@ would stand still.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import httpx
 from pyarrow import fs
+from pydantic import JsonValue
 
 from contract.machine.certificates import trusted
 from contract.machine.proxies import proxy_for, way_to
@@ -189,6 +190,20 @@ class MLflow:
 
     def delete_tag(self, run: str, key: str) -> None:
         self._call(Message, "POST", "runs/delete-tag", json={"run_id": run, "key": key})
+
+    def set_tags(self, run: str, tags: Mapping[str, str]) -> None:
+        body = {"run_id": run, "tags": _pairs(tags)}
+        self._call(Message, "POST", "runs/log-batch", json=body)
+
+    def set_experiment_tags(self, experiment: str, tags: Mapping[str, str]) -> None:
+        for pair in _pairs(tags):
+            body = {"experiment_id": experiment, **pair}
+            self._call(Message, "POST", "experiments/set-experiment-tag", json=body)
+
+    def log_inputs(self, run: str, datasets: Sequence[Mapping[str, JsonValue]]) -> None:
+        """Notes which data a run reads; the same data twice is once."""
+        body = {"run_id": run, "datasets": list(datasets)}
+        self._call(Message, "POST", "runs/log-inputs", json=body)
 
     def log_metrics(self, run: str, metrics: Mapping[str, float], at: float) -> None:
         values = [

@@ -95,6 +95,8 @@ class Service:
         self._lacks: dict[str, bookkeeping.Lack] = {}  # by trial; the books' thread writes it
         self._logins = Logins(ledger, Path(settings.home)) if settings.mlflow_login_file else None
         self.loop.admission.logins = self._logins
+        self._experiments: dict[str, str] = {}  # name -> MLflow's id
+        self._introduced = bookkeeping.Introduced()
         self._tracking_uri = "" if settings.mlflow == "local" else settings.mlflow
         self._hang_timer = stack.HangTimer()
         self._examining = threading.Lock()
@@ -128,6 +130,14 @@ class Service:
     def tracking_uri(self) -> str:
         """Empty while a local MLflow server starts, and without MLflow."""
         return self._tracking_uri
+
+    def experiment_id(self, name: str) -> str:
+        if name and name not in self._experiments and self._mlflow is not None:
+            try:
+                self._experiments[name] = self._mlflow.experiment(name, {})
+            except TrackingDownError as error:
+                LOG.warning("%s", error)
+        return self._experiments.get(name, "")
 
     def driver_log(self, submission_id: str) -> str:
         cluster = self._cluster
@@ -315,10 +325,14 @@ class Service:
                 return
             self._mlflow, self.loop.tracking_uri = mlflow, uri
         if self._mlflow is not None:
-            bookkeeping.make_parents(self.ledger, self._mlflow)
+            ledger, mlflow, now = self.ledger, self._mlflow, time.time()
+            bookkeeping.make_parents(ledger, mlflow, now)
             if self._logins is not None:
-                self._logins.keep(self._mlflow)
-            bookkeeping.close_runs(self.ledger, self._mlflow, time.time(), lacks=self._lacks)
+                self._logins.keep(mlflow)
+            self._introduced.live(ledger, mlflow, now)
+            bookkeeping.close_runs(
+                ledger, mlflow, now, lacks=self._lacks, introduced=self._introduced
+            )
 
     def _turn_webhooks(self) -> None:
         if self.settings.webhook:

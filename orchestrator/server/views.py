@@ -61,6 +61,7 @@ def study_views(
             spec=row.spec_json,
             warnings=row.warnings,
             mlflow_experiment=row.mlflow_experiment,
+            mlflow_run_id=row.mlflow_run_id,
             counts={str(state): count for state, count in counts.get(row.id, {}).items()},
             looks=[LookTaken.model_validate(look) for look in row.looks],
             verdicts=[Standing.model_validate(verdict) for verdict in row.verdicts],

@@ -184,7 +184,8 @@ def _view(hub: Hub, study: str) -> StudyView:
         matches = views.study_views(transaction, hub.waits(), study)
     if not matches:
         raise absent("study", study)
-    return matches[0]
+    known = hub.experiment_id(matches[0].mlflow_experiment)
+    return matches[0].model_copy(update={"mlflow_experiment_id": known})
 
 
 def _keep_report(hub: Hub, study: str, files: Mapping[str, bytes], user: User) -> ReportKept:

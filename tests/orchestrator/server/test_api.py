@@ -73,6 +73,9 @@ class FakeHub:
     def staging(self, name: str) -> Staging:
         return Staging(staging=name, nodes=[])
 
+    def experiment_id(self, name: str) -> str:
+        return ""
+
     def put_report(self, study: str, files: dict[str, bytes]) -> None:
         self.reports[study] = files
 

@@ -23,17 +23,14 @@ from orchestrator.server.bookkeeping import Lack, close_runs, send_webhooks, stu
 from orchestrator.server.mlflow import Run, RunData, RunInfo, Tag, TrackingRefusedError
 from orchestrator.server.views import study_views
 from orchestrator.settings import ServiceSettings
-from tests.orchestrator.studies import finished
+from tests.orchestrator.studies import finished, tiny_study
 from tests.orchestrator.submissions import plan, submission
 from workers.tracking.records import Artifact, Tags
 from workers.tracking.spool import Spool
 
 
 def test_means_differences_and_their_intervals_are_metrics_with_names_that_mlflow_takes() -> None:
-    """Two seeds, 0.30 and 0.32: t(0.975, 1) = 12.7062 times 0.01 on each side of 0.31.
-
-    The differences are 0.1 and 0.1.
-    """
+    """Two seeds, 0.30 and 0.32, and 0.40 and 0.42: the differences are 0.1 and 0.1."""
     base = [
         finished({"roi": "align"}, seed, True, metrics={"segm/AP": 0.30 + 0.02 * seed})
         for seed in (0, 1)
@@ -42,23 +39,45 @@ def test_means_differences_and_their_intervals_are_metrics_with_names_that_mlflo
         finished({"roi": "pool (2x)"}, seed, metrics={"segm/AP": 0.40 + 0.02 * seed})
         for seed in (0, 1)
     ]
-    metrics = study_metrics([*base, *pool], ["segm/AP"])
+    trials = [
+        one.model_copy(update={"metrics": one.metrics | {"segm/AP50": 0.5, "bbox/AP": 0.4}})
+        for one in (*base, *pool)
+    ]
+    metrics = study_metrics(trials, tiny_study(metrics=["segm/AP", "segm/AP50"]))
     assert metrics["roi-align/segm/AP/mean"] == pytest.approx(0.31)
-    assert metrics["roi-align/segm/AP/high"] == pytest.approx(0.31 + 0.127062, rel=1e-5)
+    # t(0.975, 2) = 4.30265, and the spread of both arms is that of 0.30 and 0.32
+    low = 0.1 - 4.30265 * 0.0141421
+    assert metrics["roi-pool _2x_/segm/AP/difference/low"] == pytest.approx(low, rel=1e-4)
     assert metrics["roi-pool _2x_/segm/AP/difference"] == pytest.approx(0.1)
-    assert not [name for name in metrics if name.startswith("roi-align") and "difference" in name]
+    # what the study does not ask for would drown the charts of its parent run
+    assert len(metrics) == 2 + 3
 
 
 def test_one_seed_has_no_interval() -> None:
     trials = [finished({}, 0, True, metrics={"segm/AP": 0.3})]
-    assert study_metrics(trials, ["segm/AP"]) == {"baseline/segm/AP/mean": 0.3}
+    assert study_metrics(trials, tiny_study(metrics=["segm/AP"])) == {"baseline/segm/AP/mean": 0.3}
 
 
 class FakeMLflow:
-    """Remembers which runs it was asked to end."""
+    """Remembers what it was told of runs."""
 
     def __init__(self) -> None:
         self.ended: list[str] = []
+        self.tags: dict[str, dict[str, str]] = {}
+        self.metrics: dict[str, dict[str, float]] = {}
+
+    def run_by_tag(self, experiment: str, tag: str, value: str) -> None:
+        return None
+
+    def create_run(self, experiment: str, name: str, tags: Any, at: float) -> str:
+        self.tags["r"] = dict(tags)
+        return "r"
+
+    def set_tags(self, run: str, tags: Any) -> None:
+        self.tags.setdefault(run, {}).update(tags)
+
+    def log_metrics(self, run: str, metrics: Any, at: float) -> None:
+        self.metrics.setdefault(run, {}).update(metrics)
 
     def experiment(self, name: str, tags: Any) -> str:
         return name
@@ -138,6 +157,34 @@ def test_a_retry_that_goes_well_leaves_no_tag_of_the_failure(tmp_path: Path) -> 
 
     close_runs(ledger, Tagged(), 2.0)  # type: ignore[arg-type]
     assert sorted(deleted) == ["maskray.error", "maskray.error_class"]
+    ledger.close()
+
+
+def test_a_trial_that_took_a_result_has_a_light_run_with_its_arm_and_metrics(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    settings = ServiceSettings(home=str(tmp_path))
+    study, _ = accept.accept(ledger, settings, submission(plan("a")), "ann", 1.0)
+    done = update(TRIALS).values(
+        state="done", cached_from="s-old-004", metrics={"segm/AP": 0.3}, moved_at=2.0
+    )
+    with ledger.writing() as transaction:
+        transaction.execute(done)
+    mlflow = FakeMLflow()
+    close_runs(ledger, mlflow, 3.0, lambda _: None)  # type: ignore[arg-type]
+    assert not mlflow.ended  # its study gets a parent run first
+    with ledger.writing() as transaction:
+        transaction.execute(update(STUDIES).values(mlflow_experiment=study, mlflow_run_id="p"))
+    close_runs(ledger, mlflow, 4.0, lambda _: None)  # type: ignore[arg-type]
+    assert mlflow.ended == ["FINISHED"]
+    assert mlflow.metrics == {"r": {"segm/AP": 0.3}}
+    tags = mlflow.tags["r"]
+    assert tags["maskray.trial"] == f"{study}-000"
+    assert (tags["maskray.cached_from"], tags["mlflow.parentRunId"]) == ("s-old-004", "p")
+    assert tags["mlflow.user"] == "ann"
+    assert tags["mlflow.runColor"].startswith("#")
+    assert "s-old-004" in tags["mlflow.note.content"]
     ledger.close()
 
 
