@@ -12,9 +12,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from contract.answers import StudyView
+from contract.inspection.arms import ArmsAnswer
 from orchestrator.results.cells import (
     Table,
     answers_table,
+    arm_label,
     arms_table,
     calibration_table,
     exploratory_table,
@@ -26,6 +28,7 @@ from orchestrator.results.cells import (
     trials_table,
 )
 from orchestrator.results.comparison import Comparison
+from orchestrator.results.details.arms import errors_table, look_at_arms
 from orchestrator.results.details.headlines import headlines
 from orchestrator.results.details.origin import cost_table, provenance
 from orchestrator.results.details.slices import classes, sizes_table
@@ -35,6 +38,7 @@ from orchestrator.results.plots.curves import Curve, curves_plot
 from orchestrator.results.plots.forest import arms_plot, forest
 from orchestrator.results.plots.style import colours, png, svg
 from orchestrator.results.table import EXPLORATORY, IMAGES, family_title, notes_of
+from orchestrator.study.contrasts import arm_name
 
 _TEMPLATE = "report.html.j2"
 _MOST_LOSSES = 9  # beside the total one
@@ -58,6 +62,8 @@ class Plot:
 def html_page(view: StudyView, facts: Facts, comparison: Comparison) -> str:
     """The whole document."""
     study = facts.study
+    palette = colours(comparison.arms)
+    arms = look_at_arms(view, facts, comparison, palette)
     silent = bool(comparison.machinery_only or comparison.early)
     exploratory = exploratory_table(comparison, study.metrics)
     return _PAGES.get_template(_TEMPLATE).render(
@@ -84,12 +90,47 @@ def html_page(view: StudyView, facts: Facts, comparison: Comparison) -> str:
         sizes=sizes_table(facts, comparison),
         classes=classes(facts, comparison),
         cost=cost_table(facts, comparison),
-        pictures=pictures(facts, comparison),
-        notes=notes_of(view, facts, comparison),
+        # What the trials drew themselves, where nobody could draw the arms side by side.
+        pictures=[] if arms.answer else pictures(facts, comparison),
+        side_by_side=side_by_side(arms.answer, comparison) if arms.answer else {},
+        min_score=arms.answer.min_score if arms.answer else 0.0,
+        errors=errors_table(comparison, arms.answer) if arms.answer else None,
+        notes=[*notes_of(view, facts, comparison), *([arms.why] if arms.why else [])],
         provenance=provenance(view, facts),
         trials=trials_table(view),
         spec=json.dumps(view.spec, indent=2),
     )
+
+
+@dataclass(frozen=True)
+class Cutout:
+    """One picture of a row. colour: of its arm, empty for the truth."""
+
+    name: str
+    caption: str
+    url: str
+    colour: str
+
+
+def side_by_side(
+    answer: ArmsAnswer, comparison: Comparison
+) -> dict[str, list[tuple[str, list[Cutout]]]]:
+    """Group of images -> (caption, the truth and every arm)."""
+    palette = colours(comparison.arms)
+    labels = {arm_name(arm.arm): arm_label(arm) for arm in comparison.arms}
+    groups: dict[str, list[tuple[str, list[Cutout]]]] = {}
+    for row in answer.rows:
+        cutouts = [
+            Cutout(
+                labels.get(one.arm, "truth"),
+                one.caption if one.arm else "",
+                f"data:image/jpeg;base64,{one.jpeg}",
+                palette.get(one.arm, ""),
+            )
+            for one in row.pictures
+        ]
+        groups.setdefault(row.group, []).append((row.caption, cutouts))
+    return groups
 
 
 def differences_png(facts: Facts, comparison: Comparison) -> bytes:

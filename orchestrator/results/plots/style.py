@@ -11,15 +11,10 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from orchestrator.results.comparison import Arm
+from orchestrator.study.colours import colours_of
 from orchestrator.study.contrasts import arm_name
 
 INK = "#010203"  # replaced by the page's text colour
-_BASELINE = "#e0813a"
-# All of them read on white and on black.
-_COLOURS = (
-    *("#3b82c4", "#4aa564", "#c2577f", "#8f74c9", "#a98f3c", "#4aa5a5", "#b56a4c"),
-    *("#5f6fd0", "#7d9a3a", "#b05fb8", "#6b8594", "#cc5b5b"),
-)
 _LABEL_COLUMNS = 26  # of a name beside an axis; a longer one takes several lines
 WIDTH_IN = 5.2  # a phone shows this at two thirds, where its text is still 10 px high
 STYLE: Any = {
@@ -38,14 +33,8 @@ STYLE: Any = {
 
 
 def colours(arms: Sequence[Arm]) -> dict[str, str]:
-    """Arm's name -> colour, by the study's order: the same one in every plot and in MLflow."""
-    others = [arm_name(arm.arm) for arm in arms if not arm.baseline]
-    chosen = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(others)}
-    return {
-        name: _BASELINE if arm.baseline else chosen[name]
-        for arm in arms
-        for name in [arm_name(arm.arm)]
-    }
+    """Arm's name -> colour: the same one in every plot and in MLflow."""
+    return colours_of([(arm_name(arm.arm), arm.baseline) for arm in arms])
 
 
 def wrapped(label: str) -> str:
