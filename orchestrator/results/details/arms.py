@@ -7,6 +7,7 @@ study's report: it does not change once all trials have ended.
 from __future__ import annotations
 
 import hashlib
+import logging
 import subprocess
 import sys
 import tempfile
@@ -20,12 +21,17 @@ from contract.answers import StudyView, TrialView
 from contract.attempt import SPEC_FILE
 from contract.data import DataConfig
 from contract.inspection.arms import ArmDetections, ArmsAnswer, ArmsPlan
+from contract.words import one_line
 from orchestrator.results.cells import Row, Table, arm_label, points
 from orchestrator.results.comparison import Comparison
 from orchestrator.results.facts import Facts
 from orchestrator.settings import service_files
 from orchestrator.study.contrasts import arm_name
+from orchestrator.trial_folder import ANSWER_BYTES, TrialFileError, TrialFolder
 
+LOG = logging.getLogger("maskray")
+
+_MOST_BYTES = 2 << 30  # of one trial's detections; COCO's masks of 5,000 images are a tenth
 _PATIENCE_S = 1800.0  # a validation set of 5,000 images and many trials take minutes
 
 
@@ -56,9 +62,7 @@ def look_at_arms(
         if kept is not None:
             kept.write(name, raw)
     except (OSError, RuntimeError, ValueError) as error:
-        return Arms(
-            None, f"no pictures and no kinds of errors: {' '.join(str(error).split())[:300]}"
-        )
+        return Arms(None, f"no pictures and no kinds of errors: {one_line(error)}")
     return Arms(answer)
 
 
@@ -81,8 +85,7 @@ def _plan(facts: Facts, comparison: Comparison, colours: Mapping[str, str]) -> A
     drawn = set[str]()
     for arm, trial in done:
         path = left[trial.trial].get(f"detections/{kind}", "")
-        # A result is a stranger's input: it names files below its own folder only.
-        if not path or ".." in path.split("/") or path.startswith("/"):
+        if not path or not _is_sound(trial, path):
             continue
         name = arm_name(arm.arm)
         first, one = name not in drawn, trial.storage
@@ -101,13 +104,25 @@ def _plan(facts: Facts, comparison: Comparison, colours: Mapping[str, str]) -> A
     )
 
 
+def _is_sound(trial: TrialView, path: str) -> bool:
+    """Whether a trial's path is a regular file below its folder, and not too large to look at."""
+    try:
+        size = TrialFolder(trial.storage).size(path)
+    except TrialFileError as error:
+        LOG.warning("%s; not drawn", error)
+        return False
+    return size is not None and size <= _MOST_BYTES
+
+
 def _data(trial: TrialView, facts: Facts) -> DataConfig | None:
     """The validation data as the trial read it; None where another version wrote it."""
     attempt = facts.trials[trial.trial].result.attempt or 1
-    spec = service_files(trial.storage).read_object(SPEC_FILE.format(attempt=attempt)) or {}
     try:
-        return DataConfig.model_validate(spec.get("run", {}).get("data"))
-    except (ValidationError, AttributeError):
+        spec = TrialFolder(trial.storage).json(SPEC_FILE.format(attempt=attempt), ANSWER_BYTES)
+        run = spec.get("run") if isinstance(spec, dict) else None
+        return DataConfig.model_validate(run.get("data") if isinstance(run, dict) else None)
+    except (TrialFileError, ValidationError) as error:
+        LOG.warning("%s: its data is not known (%s)", trial.key, one_line(error))
         return None
 
 
