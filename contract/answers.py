@@ -189,6 +189,13 @@ class ReportKept(Message):
     files: int
 
 
+class PageLink(Message):
+    """Where a browser sees a study's page without a token. path: below the service's address."""
+
+    path: str
+    expires: int  # Unix time
+
+
 class Finished(Message):
     finished: dict[str, str]  # identity -> the trial that has its result
 

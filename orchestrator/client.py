@@ -30,6 +30,7 @@ from contract.answers import (
     Info,
     LogPage,
     NewToken,
+    PageLink,
     QueueView,
     Refusal,
     ReportKept,
@@ -157,6 +158,11 @@ class Client:
 
     def study(self, study: str) -> StudyView:
         return self._call(StudyView, "GET", f"/v1/studies/{study}")
+
+    def page_link(self, study: str) -> str:
+        """The address of the study's page for a browser; it holds for some days."""
+        answer = self._call(PageLink, "GET", f"/v1/studies/{study}/link")
+        return f"{self.connection.url.rstrip('/')}{answer.path}"
 
     def submission(self, study: str) -> Submission:
         """A study with its trials as it was submitted."""

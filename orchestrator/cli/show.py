@@ -33,7 +33,12 @@ def status(
     client = open_client()
     if study:
         view = client.study(study_id(client, study))
-        print_json(view) if json else tables.print_study(view)
+        page = client.page_link(view.study)
+        if json:
+            print_json({**view.model_dump(), "page": page})
+        else:
+            tables.print_study(view)
+            print(f"page: {page}")
         return
     # The table counts trials by state, so it does not ask for the trials themselves.
     views = client.studies(trials=json)

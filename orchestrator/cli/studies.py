@@ -245,11 +245,6 @@ def _report(client: Client, view: StudyView, out: Path | None) -> tuple[Path, st
     if client.connection.root is None:  # this machine may not reach the trials' storage
         return _fetched(client.report(view.study), folder)
     built = build_report(view, folder)
-    me = client.info()
-    if me.role == "admin" or (me.role == "submit" and me.user == view.owner):
-        client.upload_report(view.study, built.folder)
-    else:
-        say(f"study {view.study} is {view.owner}'s: the report is kept here alone")
     return built.page, built.table
 
 

@@ -108,6 +108,12 @@ def unclosed_studies(transaction: Transaction) -> list[StudyRow]:
     )
 
 
+def reported_studies(transaction: Transaction, ended_after: float) -> list[StudyRow]:
+    """Studies whose report may change: those that are not over, or ended after that time."""
+    recent = STUDIES.c.state.in_(OPEN_STUDY) | (STUDIES.c.ended_at > ended_after)
+    return _studies(transaction, recent)
+
+
 def unannounced_studies(transaction: Transaction) -> list[StudyRow]:
     """Studies that are over and of whose end the webhook has not heard."""
     over = STUDIES.c.state.in_(FINAL_STATES)

@@ -14,6 +14,7 @@ from orchestrator.server.routes import (
     code,
     data,
     nodes,
+    pages,
     queue,
     reports,
     service,
@@ -35,7 +36,7 @@ def build_app(hub: Hub, version: str, health: Callable[[], Health] | None = None
     app.state.health = health or (lambda: Health(version=version))
     add_errors(app)
     app.add_middleware(Gate, hub=hub, refuse=refuse)
-    for resource in (service, studies, trials, queue, code, users, nodes, data, reports):
+    for resource in (service, studies, pages, trials, queue, code, users, nodes, data, reports):
         app.include_router(resource.router)
     app.include_router(service.metrics_router)
     return app

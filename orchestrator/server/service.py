@@ -47,9 +47,11 @@ from orchestrator.server.front.listener import build_server
 from orchestrator.server.front.logins import Logins, set_administrator
 from orchestrator.server.mlflow import MLflow, TrackingDownError
 from orchestrator.server.pulse import Pulse
+from orchestrator.server.reports import Reports
 from orchestrator.settings import ServiceSettings, ledger_url
 
 LOG = logging.getLogger("maskray")
+_REPORT_S = 5.0  # between two looks for studies whose page is old
 _BOOK_S = 2.0  # between two looks at MLflow
 _SAME_WARNING_S = 60.0  # between two log entries of one text
 _READY_S = 90.0  # for a head that is starting
@@ -96,6 +98,7 @@ class Service:
         self._logins = Logins(ledger, Path(settings.home)) if settings.mlflow_login_file else None
         self.loop.admission.logins = self._logins
         self._experiments: dict[str, str] = {}  # name -> MLflow's id
+        self._reports = Reports()
         self._introduced = bookkeeping.Introduced()
         self._tracking_uri = "" if settings.mlflow == "local" else settings.mlflow
         self._hang_timer = stack.HangTimer()
@@ -209,10 +212,11 @@ class Service:
         )
         books = threading.Thread(target=self._keep_books, name="books", daemon=True)
         looks = threading.Thread(target=self._keep_looks, name="looks", daemon=True)
+        reports = threading.Thread(target=self._keep_reports, name="reports", daemon=True)
         renewals = threading.Thread(
             target=self.pulse.keep, args=(self._ending,), name="lease", daemon=True
         )
-        for thread in (http, books, looks, renewals):
+        for thread in (http, books, looks, reports, renewals):
             thread.start()
         try:
             while not self._ending.is_set():
@@ -227,6 +231,7 @@ class Service:
             http.join(10)
             books.join(10)
             looks.join(10)
+            reports.join(10)
             renewals.join(10)
 
     def _turn(self) -> None:
@@ -333,6 +338,17 @@ class Service:
             bookkeeping.close_runs(
                 ledger, mlflow, now, lacks=self._lacks, introduced=self._introduced
             )
+
+    def _keep_reports(self) -> None:
+        """A thread of its own: a page takes seconds, the pictures of its last one minutes."""
+        while not self._ending.is_set():
+            try:
+                self._reports.turn(self.ledger, self._mlflow, time.time())
+            except (LedgerError, OSError) as error:
+                LOG.warning("reports: %s", " ".join(str(error).split())[:500])
+            except Exception:
+                LOG.exception("a report failed; tried again")
+            self._ending.wait(_REPORT_S)
 
     def _turn_webhooks(self) -> None:
         if self.settings.webhook:

@@ -1,0 +1,96 @@
+"""The service's own reports: when they are made, and who may see the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+
+from orchestrator.ledger.opening import Ledger
+from orchestrator.ledger.tables import STUDIES, TRIALS
+from orchestrator.server import accept
+from orchestrator.server.api import build_app
+from orchestrator.server.reports import Reports
+from orchestrator.server.routes import pages
+from orchestrator.settings import ServiceSettings
+from tests.orchestrator.server.test_api import FakeHub, Http, by, post, refused
+from tests.orchestrator.submissions import plan, submission
+
+
+class FakeMLflow:
+    def __init__(self) -> None:
+        self.artifacts: list[str] = []
+        self.tags: dict[str, str] = {}
+
+    def put_artifact(self, run: str, name: str, data: bytes) -> None:
+        self.artifacts.append(name)
+
+    def set_tags(self, run: str, tags: Any) -> None:
+        self.tags.update(tags)
+
+
+def test_a_page_is_made_while_the_study_runs_and_once_at_its_end(tmp_path: Path) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    sent = submission(plan("a"), question="Does it help?")
+    study, _ = accept.accept(ledger, ServiceSettings(home=str(tmp_path)), sent, "ann", 1.0)
+    page = tmp_path / "studies" / study / "report" / "report.html"
+    mlflow, reports = FakeMLflow(), Reports()
+
+    def turn(now: float) -> bool:
+        before = len(mlflow.artifacts)
+        reports.turn(ledger, mlflow, now)  # type: ignore[arg-type]
+        return len(mlflow.artifacts) > before
+
+    assert not turn(1.0)  # it has no run in MLflow yet
+    assert "1 trials have not ended" in page.read_text()
+    with ledger.writing() as transaction:
+        transaction.execute(update(STUDIES).values(mlflow_run_id="r"))
+        transaction.execute(update(TRIALS).values(state="running", metrics={}))
+    assert turn(2.0)
+    assert not turn(1000.0)
+    progress = {"attempt": 0, "step": 1, "steps": 9, "phase": "training", "updated_at": 1.0}
+    with ledger.writing() as transaction:
+        transaction.execute(update(TRIALS).values(progress=progress))
+    assert turn(1001.0)  # its curves grow
+    assert not turn(1002.0)
+    with ledger.writing() as transaction:
+        transaction.execute(update(TRIALS).values(state="done", metrics={"segm/AP": 0.25}))
+        transaction.execute(update(STUDIES).values(state="done", ended_at=1002.0))
+    assert turn(1003.0)
+    assert not turn(1e9)
+    assert "25.0" in page.read_text()
+    assert mlflow.tags["mlflow.note.content"].startswith("Does it help?")
+    assert "25.0" in mlflow.tags["mlflow.note.content"]
+    assert set(mlflow.artifacts) == {
+        f"report/{name}"
+        for name in ("report.html", "report.json", "table.csv", "table.md", "table.txt")
+    }
+    ledger.close()
+
+
+def test_a_page_takes_a_token_or_a_signature_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = FakeHub(tmp_path)
+    http = Http(build_app(hub, "1"))
+    study, other = (post(http, name).json()["study"] for name in ("ann", "bob"))
+    where = f"/studies/{study}"
+    refused(http.get(where, headers=by("eve")), 404, "not made yet")
+    Reports().turn(hub.ledger, None, 1.0)
+    answer = http.get(where, headers=by("eve"))
+    assert answer.status_code == 200
+    assert answer.text.startswith("<!doctype html>")
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    link = http.get(f"/v1{where}/link", headers=by("eve")).json()["path"]
+    assert http.get(link).text == answer.text
+    refused(http.get(where), 401, "no valid token")
+    refused(http.get(link.replace(study, other)), 401, "is not valid")
+    refused(http.get(link[:-1] + ("0" if link[-1] != "0" else "1")), 401, "is not valid")
+    refused(http.get(link.replace("expires=", "expires=1")), 401, "is not valid")
+    assert (tmp_path / "link-key").stat().st_mode & 0o777 == 0o600
+    later = float(link.partition("expires=")[2].partition("&")[0]) + 1
+    monkeypatch.setattr(pages.time, "time", lambda: later)
+    refused(http.get(link), 401, "not any more")
+    hub.ledger.close()
