@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-import pytest
 from typer.testing import CliRunner
 
 from contract.answers import Info, LogPage, NewToken, QueueEntry, QueueView, UserView
-from orchestrator.cli import service, show, studies
+from orchestrator.cli import service, show
 from orchestrator.cli.app import app
 from orchestrator.cli.tables import print_queue
-from tests.orchestrator.results.test_report import paper_study, view
 
 SETTINGS = """
 home: /srv/maskray
@@ -28,16 +25,12 @@ class FakeClient:
 
     def __init__(self, role: str = "read", user: str = "eve") -> None:
         self.role, self.user = role, user
-        self.uploaded: list[str] = []
         self.made: list[str] = []
 
     def info(self) -> Info:
         fields: dict[str, Any] = {"version": "1", "mlflow_uri": "", "storage": ""}
         cluster = {"state": "ready", "nodes": []}
         return Info(**fields, cluster=cluster, user=self.user, role=self.role)
-
-    def upload_report(self, study: str, folder: Path) -> None:
-        self.uploaded.append(study)
 
     def users(self) -> list[UserView]:
         return [UserView(name="bob", role="admin", created_at=0.0)]
@@ -105,15 +98,3 @@ def test_a_log_moves_no_cursor(monkeypatch):
     monkeypatch.setattr(show, "trial_id", lambda _, trial: trial)
     shown = CliRunner().invoke(app, ["logs", "t"]).stdout
     assert shown == "\\x1b]0;title\\x07red \\x1b[31m\nstep 1\n"
-
-
-@pytest.mark.parametrize(
-    ("role", "user", "uploads"),
-    [("read", "ada", 0), ("submit", "eve", 0), ("submit", "ada", 1), ("admin", "eve", 1)],
-)
-def test_a_report_needs_no_right_to_upload_it(tmp_path, capsys, role, user, uploads):
-    client = FakeClient(role, user)
-    page, _ = studies._report(client, view(paper_study(tmp_path)[:1]), tmp_path / "out")  # type: ignore[arg-type]
-    assert page.exists()
-    assert len(client.uploaded) == uploads
-    assert ("kept here alone" in capsys.readouterr().err) == (uploads == 0)
