@@ -9,22 +9,22 @@ branch_labels = None
 depends_on = None
 
 
+# Never in a batch: on SQLite that may make the table anew, and dropping the old `studies` takes
+# all trials with it (ON DELETE CASCADE).
+
+
 def upgrade() -> None:
-    with op.batch_alter_table("studies", schema=None) as batch_op:
-        for name in ("looks", "verdicts"):
-            batch_op.add_column(sa.Column(name, sa.JSON(), server_default="[]", nullable=False))
-        batch_op.add_column(
-            sa.Column("judged", sa.Boolean(), server_default=sa.false(), nullable=False)
-        )
-    with op.batch_alter_table("trials", schema=None) as batch_op:
-        batch_op.add_column(sa.Column("training", sa.String(64), server_default="", nullable=False))
-        batch_op.create_index("ix_trials_training", ["training"])
+    for name in ("looks", "verdicts"):
+        op.add_column("studies", sa.Column(name, sa.JSON(), server_default="[]", nullable=False))
+    judged = sa.Column("judged", sa.Boolean(), server_default=sa.false(), nullable=False)
+    op.add_column("studies", judged)
+    training = sa.Column("training", sa.String(64), server_default="", nullable=False)
+    op.add_column("trials", training)
+    op.create_index("ix_trials_training", "trials", ["training"])
 
 
 def downgrade() -> None:
-    with op.batch_alter_table("studies", schema=None) as batch_op:
-        for name in ("looks", "verdicts", "judged"):
-            batch_op.drop_column(name)
-    with op.batch_alter_table("trials", schema=None) as batch_op:
-        batch_op.drop_index("ix_trials_training")
-        batch_op.drop_column("training")
+    for name in ("looks", "verdicts", "judged"):
+        op.drop_column("studies", name)
+    op.drop_index("ix_trials_training", "trials")
+    op.drop_column("trials", "training")
