@@ -5,7 +5,6 @@ For that reason a command imports what it needs inside its function, and not at 
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -27,6 +26,8 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         print(f"maskray {version('maskray')}")
         raise typer.Exit
 
