@@ -14,6 +14,7 @@ from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.rows import StudyRow
 from orchestrator.results.report import FILES, Contents, Format
 from orchestrator.server.mlflow import MLflow, TrackingDownError
+from orchestrator.server.routes.reports import DRAWING
 from orchestrator.server.views import study_views
 from orchestrator.settings import service_files
 
@@ -58,7 +59,8 @@ def _state(view: StudyView) -> str:
 def _make(row: StudyRow, view: StudyView, mlflow: MLflow | None) -> None:
     """The files beside the study's trials, and with its run in MLflow where it has one."""
     contents = Contents.of(view)
-    files = {FILES[form]: contents.rendered(form) for form in _FORMS}
+    with DRAWING:
+        files = {FILES[form]: contents.rendered(form) for form in _FORMS}
     files["table.txt"] = f"{contents.text()}\n".encode()
     storage = service_files(row.storage)
     for name, data in files.items():

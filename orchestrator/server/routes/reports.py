@@ -19,7 +19,7 @@ from orchestrator.server.errors import absent
 
 router = APIRouter(prefix="/v1/studies")
 
-_DRAWING = threading.Lock()  # matplotlib's state is the whole process's
+DRAWING = threading.Lock()  # matplotlib's state is the whole process's
 
 
 @router.get("/{study}/report", dependencies=READ)
@@ -32,9 +32,9 @@ def report(study: Id, hub: HubOfApp, form: Format | None = None) -> Response:
     if not matches:
         raise absent("study", study)
     if form is not None:
-        with _DRAWING:
+        with DRAWING:
             return Response(Contents.of(matches[0]).rendered(form))
-    with _DRAWING, scratch("report") as folder:
+    with DRAWING, scratch("report") as folder:
         built = build_report(matches[0], Path(folder) / study)
         files = {path.name: path.read_bytes() for path in sorted(built.folder.iterdir())}
     if matches[0].state in FINAL_STATES:
