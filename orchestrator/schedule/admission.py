@@ -74,10 +74,12 @@ class Admission:
         self._known_code: set[str] = set()
         self._problems: dict[str, str] = {}  # study -> what is wrong with its resources
         self._durations: dict[str, float] = {}  # seconds that a trial of this study took, at most
+        self._no_uri_since = 0.0  # when a local MLflow was first asked for in vain; 0 once it is
 
     def admit(self, cluster: Cluster, nodes: Sequence[Node], tracking_uri: str, now: float) -> None:
         """Starts what may start, stops what its budget ends; `waits` says why the others wait."""
         self._nodes = nodes
+        self._no_uri_since = 0.0 if tracking_uri else self._no_uri_since or now
         with self.ledger.reading() as transaction:
             live_attempts = queries.live_attempts(transaction)
             waiting = queries.waiting_trials(transaction)
@@ -320,7 +322,11 @@ class Admission:
         wanted = self.settings.mlflow != "" and (not study.mlflow_run_id or lacks_login)
         # MLflow may stay down for hours: a study then starts without its parent run, and gets one
         # later
-        return wanted and now - study.created_at < self.settings.mlflow_wait_s
+        if wanted and now - study.created_at < self.settings.mlflow_wait_s:
+            return True
+        # A trial that starts before a local server has its address would send nothing for good.
+        nowhere = self.settings.mlflow != "" and self._no_uri_since > 0
+        return nowhere and now - self._no_uri_since < self.settings.mlflow_wait_s
 
     def _measure_durations(self, transaction: Transaction, studies: set[str]) -> None:
         for study in studies:

@@ -70,7 +70,10 @@ class _Left:
 
 
 class Reconciler:
-    """The hands of one service. `tracking_uri` is "" until MLflow answers, and without MLflow."""
+    """The hands of one service.
+
+    tracking_uri: "" without MLflow, and until the address of a local one is known.
+    """
 
     def __init__(self, ledger: Ledger, settings: ServiceSettings) -> None:
         self.ledger = ledger

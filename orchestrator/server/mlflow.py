@@ -101,6 +101,7 @@ class MLflow:
     """
 
     def __init__(self, uri: str, timeout_s: float = 10.0) -> None:
+        self.uri = uri  # as given, with its login
         parts = urlsplit(uri)
         auth, headers = None, {}
         if parts.username:

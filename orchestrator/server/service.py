@@ -101,6 +101,8 @@ class Service:
         self._reports = Reports()
         self._introduced = bookkeeping.Introduced()
         self._tracking_uri = "" if settings.mlflow == "local" else settings.mlflow
+        # A trial is given the URI also while the server is down: its records go there later.
+        self.loop.tracking_uri = self._tracking_uri
         self._hang_timer = stack.HangTimer()
         self._examining = threading.Lock()
         self.pulse = Pulse(ledger, holder)
@@ -316,10 +318,9 @@ class Service:
             local = stack.ensure_mlflow(self.settings)
             if local.started:
                 LOG.info("started an MLflow server, %s", local.child.url)
-            uri = self._tracking_uri = local.child.url
-        if uri and (self._mlflow is None or self.loop.tracking_uri != uri):
+            uri = self._tracking_uri = self.loop.tracking_uri = local.child.url
+        if uri and (self._mlflow is None or self._mlflow.uri != uri):
             mlflow = MLflow(uri)
-            # trials get the URI once the server answers, and wait for it until then (mlflow_wait_s)
             if not mlflow.ready():
                 mlflow.close()
                 return
@@ -328,7 +329,7 @@ class Service:
                 LOG.warning("%s", self.loop.admission.mlflow_trouble)
                 mlflow.close()
                 return
-            self._mlflow, self.loop.tracking_uri = mlflow, uri
+            self._mlflow = mlflow
         if self._mlflow is not None:
             ledger, mlflow, now = self.ledger, self._mlflow, time.time()
             bookkeeping.make_parents(ledger, mlflow, now)

@@ -24,6 +24,7 @@ from contract.study import Resources
 from orchestrator.cluster.jobs import Job, UnreachableError
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import commands, queries
+from orchestrator.ledger.changes import set_parent_run
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import ATTEMPTS, EVENTS, STUDIES, TRIALS
 from orchestrator.schedule.reconcile import Reconciler
@@ -471,6 +472,23 @@ def test_a_study_waits_for_its_parent_run_but_not_for_ever(tmp_path):
     house.tick()
     assert house.loop.admission.waits[trial].why == "waits for the MLflow server"
     house.now += 30
+    house.tick()
+    assert house.state(trial) == "starting"
+    house.ledger.close()
+
+
+def test_a_trial_waits_for_the_address_of_a_local_mlflow_but_not_for_ever(tmp_path):
+    """Without it the trial's records would reach nobody, though its study has a parent run."""
+    house = House(tmp_path, mlflow_wait_s=30)
+    house.settings = house.settings.model_copy(update={"mlflow": "local"})
+    house.loop = Reconciler(house.ledger, house.settings)
+    study = house.submit(plan("a"))
+    set_parent_run(house.ledger, study, "experiment", "run")
+    house.now += 60
+    house.tick()
+    trial = f"{study}-000"
+    assert house.loop.admission.waits[trial].why == "waits for the MLflow server"
+    house.loop.tracking_uri = "http://127.0.0.1:5000"
     house.tick()
     assert house.state(trial) == "starting"
     house.ledger.close()

@@ -16,7 +16,7 @@ depends_on = None
 def upgrade() -> None:
     for name in ("looks", "verdicts"):
         op.add_column("studies", sa.Column(name, sa.JSON(), server_default="[]", nullable=False))
-    judged = sa.Column("judged", sa.Boolean(), server_default=sa.false(), nullable=False)
+    judged = sa.Column[bool]("judged", sa.Boolean(), server_default=sa.false(), nullable=False)
     op.add_column("studies", judged)
     training = sa.Column("training", sa.String(64), server_default="", nullable=False)
     op.add_column("trials", training)
