@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
@@ -295,6 +296,9 @@ class Study(Record):
         return tuple(range(self.seeds.most)) if isinstance(self.seeds, Looks) else self.seeds
 
 
+TRAINING_TAG = "maskray.training"
+
+
 class TrialPlan(Record):
     """One trial as the submitter's code expanded it. To the service `run` is data."""
 
@@ -305,11 +309,17 @@ class TrialPlan(Record):
     seed: int
     baseline: bool  # the arm that the others are compared with
     identity: str = Field(pattern=r"^[0-9a-f]{64}$")
-    # Of the training alone, without what evaluation reads; empty from an older version, and where
-    # it may not be shared.
-    training: str = Field("", pattern=r"^([0-9a-f]{64})?$")
     run: dict[str, JsonValue]
     tags: dict[str, str] = {}
+
+    @property
+    def training(self) -> str:
+        """The identity of the training alone, without what evaluation reads; empty if unknown.
+
+        A tag carries it, because an older client refuses a field that it does not know.
+        """
+        text = self.tags.get(TRAINING_TAG, "")
+        return text if re.fullmatch(r"[0-9a-f]{64}", text) else ""
 
 
 class Submission(Record):

@@ -34,7 +34,13 @@ FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w./-]*\.(?:py|c|md|yaml|json|pn
 FOLDER = re.compile(rf"`((?:{FOLDERS})/(?:[a-z_]+/)*)`")
 NAME = re.compile(rf"((?:{FOLDERS})/[\w./-]+\.py):([A-Za-z_][\w.]*)")
 # Each program that `maskray COMMAND` becomes, and which parses its own options.
-PROGRAMS = {"train": "train.py", "proposals": "propose.py", "sync": "sync.py"}
+PROGRAMS = {
+    "train": "train.py",
+    "proposals": "propose.py",
+    "sync": "sync.py",
+    "predict": "predict.py",
+    "export": "export.py",
+}
 
 document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 

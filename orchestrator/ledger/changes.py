@@ -169,7 +169,7 @@ def _add_trials(
             cause = f"taken from trial {source.id}, run by {ran_by}"
             taken.append({"study": study, "trial": trial, "at": now, "cause": cause})
         own = {"id": trial, "study": study, "position": position, "queued_at": now, "progress": {}}
-        rows.append({**own, **plan.model_dump(), **change})
+        rows.append({**own, **plan.model_dump(), "training": plan.training, **change})
     # in parts: a statement holds the JSON of all its runs at once
     for start in range(0, len(rows), 500):
         transaction.execute(insert(TRIALS), rows[start : start + 500])

@@ -13,7 +13,7 @@ from typing import Any
 from contract.fit import check_fit, same_data
 from contract.metrics import metric_names
 from contract.recipe import RunConfig
-from contract.study import Looks, Study, TrialPlan
+from contract.study import TRAINING_TAG, Looks, Study, TrialPlan
 from orchestrator.study.baseline import BaselineRun, Overrides
 from orchestrator.study.code_package import CodePackage
 from orchestrator.study.contrasts import arm_name, check_family
@@ -255,9 +255,18 @@ def _trials(
         "maskray.weights": weights,
         "maskray.proposals": proposals,
     }
+    tags = {name: value for name, value in tags.items() if value}
     plans = []
     for seed in seeds:
         seeded = run.model_copy(update={"seed": seed})
+        training = training_identity(
+            seeded,
+            manifest=train.hash,
+            weights=weights,
+            proposals=proposals,
+            source_hash=code.source_hash,
+            ranks=study.resources.ranks,
+        )
         plans.append(
             TrialPlan(
                 key=f"{arm_name(arm)}/seed-{seed}",
@@ -272,17 +281,9 @@ def _trials(
                     source_hash=code.source_hash,
                     ranks=study.resources.ranks,
                 ),
-                training=training_identity(
-                    seeded,
-                    manifest=train.hash,
-                    weights=weights,
-                    proposals=proposals,
-                    source_hash=code.source_hash,
-                    ranks=study.resources.ranks,
-                ),
                 # Whole, with its defaults: the code that runs it may have others.
                 run=seeded.model_dump(mode="json"),
-                tags={key: value for key, value in tags.items() if value},
+                tags=tags | ({TRAINING_TAG: training} if training else {}),
             )
         )
     return plans

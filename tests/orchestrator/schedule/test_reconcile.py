@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select, update
 
 from contract.attempt import LIVE_ATTEMPTS, AttemptSpec, Outcome, Progress, Result
-from contract.study import Resources
+from contract.study import TRAINING_TAG, Resources
 from orchestrator.cluster.jobs import Job, UnreachableError
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import commands, queries
@@ -321,7 +321,7 @@ def test_nothing_changes_while_ray_does_not_answer(house):
 
 def test_trials_that_differ_in_evaluation_alone_share_one_training(house):
     house.cluster.cpus = 4
-    training = {"training": identity("t")}
+    training = {"tags": {TRAINING_TAG: identity("t")}}
     one, other = (plan(name, identity(name)).model_copy(update=training) for name in "ab")
     study = house.submit(one, other)
     first, second = f"{study}-000", f"{study}-001"

@@ -144,7 +144,7 @@ def test_an_older_client_expands_with_our_package(older: CodePackage, tmp_path: 
         input=json.dumps(asked),
         capture_output=True,
         text=True,
-        check=True,
     )
+    assert done.returncode == 0, done.stderr
     here = expand(study, data=str(tmp_path / "data"), root=tmp_path, code=own)
     assert [TrialPlan.model_validate(trial) for trial in json.loads(done.stdout)] == [*here.trials]
