@@ -42,8 +42,9 @@ mini: $(STAMP)
 	test -s $(MINI)/start.safetensors || $(BIN)/python studies/mini/start.py $(MINI)/start $(MINI)/start.safetensors
 	$(BIN)/maskray run studies/mini/align.yaml
 
+# Files, not tests, are shared out: the tests of a file share its Ray head or its MLflow server.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest

@@ -112,7 +112,7 @@ def run_in(tree: Path, *arguments: str) -> str:
 def test_its_contract_tests_exist_and_pass(tree: Path) -> None:
     """Two arms (the record, and its other value): in three layouts, and with each mask head."""
     pytest_only = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "brier")
-    assert "12 passed" in run_in(tree, *pytest_only, "tests/model/test_arms.py")
+    assert "14 passed" in run_in(tree, *pytest_only, "tests/model/test_arms.py")
 
 
 def test_studies_and_reports_know_its_metrics_and_its_size(tree: Path) -> None:
