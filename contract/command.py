@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import traceback
@@ -13,6 +14,14 @@ from contract.machine.proxies import ask_this_machine_directly
 from contract.words import one_line
 
 SUCCESS, WORK_FAILED, INPUT_WRONG = 0, 1, 2
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """The two options that `run_command` reads itself."""
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def run_command(command: Callable[[], int], argv: Sequence[str]) -> int:

@@ -193,13 +193,19 @@ def options_of_command(command: Any) -> set[str]:
 def options_of_program(path: Path) -> set[str]:
     """What the program's `add_argument` calls declare; its imports are too slow to ask itself."""
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    return {
-        argument.value
-        for call in calls
-        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"
-        for argument in call.args
-        if isinstance(argument, ast.Constant)
-    } | {"--help"}
+    called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+    shared = {"--json", "--debug"} if "add_output_options" in called else set()
+    return (
+        shared
+        | {
+            argument.value
+            for call in calls
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument"
+            for argument in call.args
+            if isinstance(argument, ast.Constant)
+        }
+        | {"--help"}
+    )
 
 
 def maskray_options(words: list[str]) -> set[str]:

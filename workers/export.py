@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contract.command import SUCCESS, run_command
+from contract.command import SUCCESS, add_output_options, run_command
 
 if TYPE_CHECKING:
     from workers.inference.trained import Trained
@@ -45,10 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--size", metavar="HxW", default="", help="of the images that a program takes: 480x640"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_output_options(parser)
     return parser
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from contract.command import SUCCESS, WORK_FAILED, run_command
+from contract.command import SUCCESS, WORK_FAILED, add_output_options, run_command
 
 
 def main(argv: Sequence[str]) -> int:
@@ -60,10 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         help="turn images as their EXIF block says; auto: as the sizes in --annotations show, "
         "without them yes",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_output_options(parser)
     return parser
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from contract.attempt import LAST_WEIGHTS
-from contract.command import run_command
+from contract.command import add_output_options, run_command
 from contract.files import Files
 from contract.model import FixedProposals
 from contract.recipe import RunConfig
@@ -37,10 +37,7 @@ def main(argv: Sequence[str]) -> int:
         metavar="URI",
         help="the file to write; name it in model.proposals.uri",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_output_options(parser)
     return run_command(lambda: _propose(parser.parse_args(argv)), argv)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from contract.attempt import MLflowTracking
-from contract.command import run_command
+from contract.command import add_output_options, run_command
 from contract.files import Files, uri_join
 from contract.machine.folders import scratch
 from contract.words import one_line
@@ -23,10 +23,7 @@ def main(argv: Sequence[str]) -> int:
         prog="maskray sync", description="Sends a run's unsent records to its tracker."
     )
     parser.add_argument("folder", metavar="SPOOL_OR_TRIAL_FOLDER", help="a path or a URI")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_output_options(parser)
     return run_command(lambda: _sync(parser.parse_args(argv)), argv)
 
 

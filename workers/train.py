@@ -22,7 +22,7 @@ from contract.attempt import (
     Result,
     RunSpec,
 )
-from contract.command import run_command
+from contract.command import add_output_options, run_command
 from contract.files import Files
 from contract.recipe import RunConfig, apply_overrides, parse_run
 from contract.record import Message
@@ -74,10 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         help="from a stop request to the end by force, if no checkpoint was reached "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_output_options(parser)
     return parser
 
 
