@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 
 from contract.answers import StudyView
+from contract.files import uri_join
 from contract.study import FINAL_STATES
 from orchestrator.ledger import queries
 from orchestrator.ledger.opening import Ledger
@@ -16,7 +17,7 @@ from orchestrator.results.report import FILES, Contents, Format
 from orchestrator.server.mlflow import MLflow, TrackingDownError
 from orchestrator.server.routes.reports import DRAWING
 from orchestrator.server.views import study_views
-from orchestrator.settings import service_files
+from orchestrator.trial_folder import TrialFolder
 
 LOG = logging.getLogger("maskray")
 PAGE = f"report/{FILES['html']}"  # below a study's folder
@@ -62,9 +63,9 @@ def _make(row: StudyRow, view: StudyView, mlflow: MLflow | None) -> None:
     with DRAWING:
         files = {FILES[form]: contents.rendered(form) for form in _FORMS}
     files["table.txt"] = f"{contents.text()}\n".encode()
-    storage = service_files(row.storage)
+    folder = TrialFolder(uri_join(row.storage, row.id))  # where its trials can write too
     for name, data in files.items():
-        storage.write(f"{row.id}/report/{name}", data)
+        folder.write(f"report/{name}", data)
     if mlflow is not None and row.mlflow_run_id:
         for name, data in files.items():
             mlflow.put_artifact(row.mlflow_run_id, f"report/{name}", data)

@@ -13,8 +13,9 @@ from pathlib import PurePosixPath
 
 from fastapi import HTTPException, Request
 
+from orchestrator.trial_folder import REPORT_BYTES
+
 MAX_SUBMISSION = 256 << 20
-MAX_REPORT = 256 << 20
 _MAX_REPORT_FILES = 2000
 _MAX_NAME = 200  # characters of a file's name: file systems hold 255 bytes
 _UNPACKED = 4  # a package of sources may unpack to so many times the limit of its zip
@@ -53,7 +54,7 @@ def check_code(data: bytes, sha256: str, max_mib: int) -> None:
 def report_files(data: bytes) -> dict[str, bytes]:
     """The files of a packed report, by their path in it."""
     entries = [entry for entry in _entries(data, "report") if not entry.is_dir()]
-    too_large = sum(entry.file_size for entry in entries) > MAX_REPORT
+    too_large = sum(entry.file_size for entry in entries) > REPORT_BYTES
     if too_large or len(entries) > _MAX_REPORT_FILES:
         raise HTTPException(413, "report: unpacks to too much")
     with _sound("report"), zipfile.ZipFile(io.BytesIO(data)) as archive:

@@ -20,14 +20,14 @@ from pydantic import ValidationError
 from contract.answers import StudyView, TrialView
 from contract.attempt import SPEC_FILE
 from contract.data import DataConfig
+from contract.files import uri_join
 from contract.inspection.arms import ArmDetections, ArmsAnswer, ArmsPlan
 from contract.words import one_line
 from orchestrator.results.cells import Row, Table, arm_label, points
 from orchestrator.results.comparison import Comparison
 from orchestrator.results.facts import Facts
-from orchestrator.settings import service_files
 from orchestrator.study.contrasts import arm_name
-from orchestrator.trial_folder import ANSWER_BYTES, TrialFileError, TrialFolder
+from orchestrator.trial_folder import ANSWER_BYTES, REPORT_BYTES, TrialFileError, TrialFolder
 
 LOG = logging.getLogger("maskray")
 
@@ -51,10 +51,11 @@ def look_at_arms(
     if plan is None:
         return Arms(None)
     text = plan.model_dump_json()
-    name = f"{view.study}/report/arms-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
-    kept = service_files(view.storage) if view.storage else None
+    name = f"report/arms-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+    # The study's trials can write there too.
+    kept = TrialFolder(uri_join(view.storage, view.study)) if view.storage else None
     try:
-        if kept is not None and (raw := kept.read_part(name)) is not None:
+        if kept is not None and (raw := kept.read(name, REPORT_BYTES)) is not None:
             return Arms(ArmsAnswer.model_validate_json(raw))
         with tempfile.TemporaryDirectory() as folder:
             raw = _run(text, Path(folder))

@@ -23,7 +23,8 @@ from orchestrator.ledger.users import User
 from orchestrator.server.front.failures import Failures
 from orchestrator.server.front.refused_logins import RefusedLogins
 from orchestrator.server.hub import Hub
-from orchestrator.server.uploads import MAX_REPORT, MAX_SUBMISSION
+from orchestrator.server.uploads import MAX_SUBMISSION
+from orchestrator.trial_folder import REPORT_BYTES
 
 OPEN_PATHS = ("/v1/health", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 MAX_BODY = 1 << 20  # of a route that is not known for larger ones
@@ -54,7 +55,7 @@ def rule_of(method: str, path: str, max_code: int) -> Rule:
         case ("POST", "v1", "studies") | ("POST", "v1", "studies", "check"):
             return Rule(MAX_SUBMISSION)
         case ("PUT", "v1", "studies", _, "report"):
-            return Rule(MAX_REPORT, "storage")
+            return Rule(REPORT_BYTES, "storage")
         case ("GET", "v1", "studies", _, "report"):
             return Rule(waits="storage")
         case ("PUT", "v1", "code", _):

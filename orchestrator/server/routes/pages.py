@@ -12,13 +12,14 @@ from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.responses import HTMLResponse
 
 from contract.answers import PageLink
+from contract.files import uri_join
 from orchestrator.ledger import queries
 from orchestrator.local.processes import own_token
 from orchestrator.server.access import READ, HubOfApp, Id, reader
 from orchestrator.server.errors import absent
 from orchestrator.server.hub import Hub
 from orchestrator.server.reports import PAGE
-from orchestrator.settings import service_files
+from orchestrator.trial_folder import REPORT_BYTES, TrialFolder
 
 router = APIRouter()
 _VALID_S = 7 * 86400
@@ -62,7 +63,8 @@ def page(
         row = queries.study_row(transaction, study)
     if row is None:
         raise absent("study", study)
-    data = service_files(row.storage).read_part(f"{study}/{PAGE}")
+    # The study's trials can write there: no link of theirs may show a file of the service.
+    data = TrialFolder(uri_join(row.storage, study)).read(PAGE, REPORT_BYTES)
     if data is None:
         raise HTTPException(404, f"study {study}: its page is not made yet; try again in a minute")
     return HTMLResponse(data, headers=_HEADERS)

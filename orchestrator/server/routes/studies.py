@@ -32,13 +32,12 @@ from orchestrator.server.access import READ, HubOfApp, Id, Submitter, own_study
 from orchestrator.server.errors import absent, explain
 from orchestrator.server.hub import Hub
 from orchestrator.server.uploads import (
-    MAX_REPORT,
     MAX_SUBMISSION,
     body_of,
     check_report_names,
     report_files,
 )
-from orchestrator.trial_folder import TrialFolder
+from orchestrator.trial_folder import REPORT_BYTES, TrialFolder
 
 router = APIRouter(prefix="/v1/studies")
 
@@ -158,7 +157,7 @@ def _kept(row: StudyRow, borrowers: list[str], forgotten: bool) -> Forgotten:
 @router.put("/{study}/report")
 async def report(study: Id, request: Request, hub: HubOfApp, user: Submitter) -> ReportKept:
     """Keeps the files of a packed report beside the study's trials, and in MLflow."""
-    files = report_files(await body_of(request, MAX_REPORT))
+    files = report_files(await body_of(request, REPORT_BYTES))
     return await run_in_threadpool(_keep_report, hub, study, files, user)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -93,4 +94,30 @@ def test_a_page_takes_a_token_or_a_signature_of_its_own(
     later = float(link.partition("expires=")[2].partition("&")[0]) + 1
     monkeypatch.setattr(pages.time, "time", lambda: later)
     refused(http.get(link), 401, "not any more")
+    hub.ledger.close()
+
+
+@pytest.mark.parametrize("name", ["report/report.html", "report"])
+@pytest.mark.parametrize("odd", ["a link", "a pipe"])
+def test_what_a_trial_puts_in_the_place_of_the_report_is_not_followed(
+    tmp_path: Path, name: str, odd: str
+) -> None:
+    hub = FakeHub(tmp_path)
+    http = Http(build_app(hub, "1"))
+    study = post(http, "ann").json()["study"]
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "report.html").write_text("secret")
+    place = tmp_path / "studies" / study / name
+    place.parent.mkdir(parents=True)
+    if odd == "a pipe":
+        os.mkfifo(place)  # whose reader would wait for ever
+    else:
+        place.symlink_to(outside / Path(name).relative_to("report"))
+    refused(http.get(f"/studies/{study}", headers=by("eve")), 400, f"studies/{study}/report")
+    Reports().turn(hub.ledger, None, 1.0)
+    assert [path.read_text() for path in outside.iterdir()] == ["secret"]
+    answer = http.get(f"/studies/{study}", headers=by("eve"))
+    assert answer.status_code == (400 if name == "report" else 200), answer.text
+    assert "secret" not in answer.text
     hub.ledger.close()
