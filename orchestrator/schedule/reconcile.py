@@ -245,7 +245,8 @@ class Reconciler:
         step = progress.step if progress is not None and progress.attempt == number else 0
         ended = EndedAttempt(
             outcome=left.outcome,
-            has_result=left.result is not None,
+            # A trial that is done lends its numbers: without sound ones it is not done.
+            has_result=left.result is not None and not unsound,
             exit_code=job.exit_code if job else None,
             message=job.message if job else "Ray no longer knows its job",
             wish=trial.wish,

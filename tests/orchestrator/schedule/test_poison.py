@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.ledger import queries
+from orchestrator.ledger import commands, queries
 from orchestrator.server import views
 from tests.orchestrator.schedule.test_reconcile import House
 from tests.orchestrator.submissions import identity, plan
@@ -161,6 +161,23 @@ def test_while_it_runs_odd_progress_is_told_and_the_others_go_on(tmp_path, place
     with house.ledger.reading() as transaction:
         (view,) = views.study_views(transaction, {}, study)
     assert view.trials[0].state == "running"
+    house.ledger.close()
+
+
+@pytest.mark.parametrize("poison", [os.mkfifo, folder_in_its_place])
+def test_a_cancelled_trial_whose_progress_is_odd_lends_nobody_its_result(tmp_path, poison):
+    house = House(tmp_path)
+    study = house.submit(plan("a"))
+    trial = f"{study}-000"
+    house.tick(2)
+    house.act(commands.cancel_study, study)
+    house.cluster.end(f"{trial}-1")
+    progress = Path(house.trial(trial).folder, "progress.json")
+    progress.unlink(missing_ok=True)
+    poison(progress)
+    house.tick()
+    assert (house.state(trial), house.trial(trial).metrics) == ("cancelled", {})
+    assert house.state(f"{house.submit(plan('a'))}-000") == "queued"
     house.ledger.close()
 
 
