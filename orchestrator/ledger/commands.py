@@ -7,10 +7,11 @@ retry return whether there was anything to change.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from sqlalchemy import ColumnElement, delete, select, update
 
-from contract.study import FINAL_STATES, LIVE_TRIALS, StudyState, TrialState
+from contract.study import FINAL_STATES, LIVE_TRIALS, Looks, StudyState, TrialState
 from orchestrator.ledger import queries
 from orchestrator.ledger.changes import end_study_if_over, move_trials
 from orchestrator.ledger.events import record
@@ -69,10 +70,21 @@ def resume_study(transaction: Transaction, study: str, by: str, now: float) -> b
 
 
 def retry_study(transaction: Transaction, study: str, by: str, now: float) -> bool:
-    """Failed and cancelled trials go on from their last checkpoint, their failures forgotten."""
-    queries.lock_study(transaction, study)
-    ended = TRIALS.c.state.in_(("failed", "cancelled"))
-    return _retry(transaction, (TRIALS.c.study == study) & ended, study, by, now)
+    """Failed and cancelled trials go on from their last checkpoint, their failures forgotten.
+
+    Seeds that waited for a look when they were cancelled wait for it again.
+    """
+    row = queries.lock_study(transaction, study)
+    assert row is not None
+    of_study = TRIALS.c.study == study
+    held = 0
+    if isinstance(seeds := row.spec.seeds, Looks):
+        taken = row.looks[-1]["seeds"] if row.looks else 0
+        following = next((number for number in seeds.looks if number > taken), seeds.most)
+        cancelled = of_study & (TRIALS.c.state == "cancelled") & (TRIALS.c.attempts == 0)
+        held = _wait_again(transaction, cancelled & (TRIALS.c.seed >= following), "held", by, now)
+    ended = of_study & TRIALS.c.state.in_(("failed", "cancelled"))
+    return _reopened(transaction, study, held + _wait_again(transaction, ended, "queued", by, now))
 
 
 def retry_trial(transaction: Transaction, trial: str, by: str, now: float) -> bool:
@@ -82,18 +94,23 @@ def retry_trial(transaction: Transaction, trial: str, by: str, now: float) -> bo
     """
     study = _lock_study_of(transaction, trial)
     ended = TRIALS.c.state.in_(("failed", "cancelled", "spared"))
-    return _retry(transaction, (TRIALS.c.id == trial) & ended, study, by, now)
+    which = (TRIALS.c.id == trial) & ended
+    return _reopened(transaction, study, _wait_again(transaction, which, "queued", by, now))
 
 
-def _retry(
-    transaction: Transaction, which: ColumnElement[bool], study: str, by: str, now: float
-) -> bool:
-    changed = move_trials(
+def _wait_again(
+    transaction: Transaction,
+    which: ColumnElement[bool],
+    state: Literal["held", "queued"],
+    by: str,
+    now: float,
+) -> int:
+    return move_trials(
         transaction,
         which,
-        ("queued", f"retried by {by}"),
+        (state, f"retried by {by}"),
         now,
-        state="queued",
+        state=state,
         failures=0,
         lost=0,
         error="",
@@ -103,6 +120,10 @@ def _retry(
         queued_at=now,
         mlflow_closed=False,  # the run of the next attempt has to be ended too
     )
+
+
+def _reopened(transaction: Transaction, study: str, changed: int) -> bool:
+    """Whether there was anything to change; then the study is active, if it was over."""
     if not changed:
         return False
     query = update(STUDIES).where(STUDIES.c.id == study, STUDIES.c.state.in_(FINAL_STATES))

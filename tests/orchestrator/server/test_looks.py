@@ -174,6 +174,14 @@ def test_a_cancelled_study_ends_with_its_held_seeds(ledger: Ledger, tmp_path: Pa
     view = view_of(ledger, study)
     assert [one.verdict for one in view.verdicts] == ["not resolved"]
     assert len(view.looks) == 1  # there was nothing new to look at
+    with ledger.writing() as transaction:
+        assert commands.retry_study(transaction, study, "ann", 6.0)
+    assert counts(ledger, study) == {"done": 6, "queued": 4, "held": 10}  # as before
+    last = view_of(ledger, study).trials[-1].trial
+    with ledger.writing() as transaction:
+        commands.cancel_trial(transaction, last, "ann", 7.0)
+        commands.retry_trial(transaction, last, "ann", 8.0)
+    assert counts(ledger, study)["queued"] == 5  # a person wants that one
 
 
 def test_an_arm_that_diverged_takes_no_more_seeds_until_it_is_tried_again(
