@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 
 from contract.command import SUCCESS, WORK_FAILED, add_output_options, run_command
@@ -83,22 +83,24 @@ def _predict(arguments: argparse.Namespace) -> int:
     )
     from workers.inference.trained import load_trained
 
-    files, known = image_files(arguments.images), known_images(arguments.annotations)
+    pictures, results = out / "pictures", out / "results"
+    files = image_files(arguments.images, pictures)
+    known = known_images(arguments.annotations)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = load_trained(arguments.trained, arguments.weights, arguments.config, device)
-    pictures, results = out / "pictures", out / "results"
     for folder in (pictures, results):
         folder.mkdir(parents=True, exist_ok=True)
     print(f"{trained.source}: {len(trained.categories)} classes", file=sys.stderr)
-    summary, names = Summary(), Counter[str]()
+    summary, names = Summary(), set[str]()
     for one in predictions(trained, files, known, arguments.exif, summary):
         if isinstance(one, Bad):
             print(f"{one.path}: not predicted: {one.error}", file=sys.stderr)
             continue
         # two folders may hold files of one name
-        names[one.path.stem] += 1
-        twice = f"-{names[one.path.stem]}" if names[one.path.stem] > 1 else ""
-        picture(trained, one, arguments.score).save(pictures / f"{one.path.stem}{twice}.png")
+        numbered = (f"{one.path.stem}-{number}" for number in count(2))
+        name = next(name for name in chain([one.path.stem], numbered) if name not in names)
+        names.add(name)
+        picture(trained, one, arguments.score).save(pictures / f"{name}.png")
     if not summary.images:
         first = summary.bad[0]
         raise ValueError(

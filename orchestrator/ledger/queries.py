@@ -40,6 +40,14 @@ class Run(NamedTuple):
     proof: str = ""
 
 
+class Finished(NamedTuple):
+    """A trial that is over: its last attempt, and the step that it got to."""
+
+    folder: str
+    attempts: int
+    step: int
+
+
 class Twin(NamedTuple):
     """A queued trial that another one's result may spare."""
 
@@ -290,12 +298,12 @@ def _queued_trials(
     return sorted(trials, key=lambda trial: (order[trial.study.id], trial.position))
 
 
-def folders_of_training(transaction: Transaction, owner: str, training: str) -> list[str]:
-    """Folders of the owner's trials of this training that are over and took steps, the newest
-    first. Another owner may lie in what its client computed.
+def finished_trainings(transaction: Transaction, owner: str, training: str) -> list[Finished]:
+    """The owner's trials of this training that are over and took steps, the newest first. Another
+    owner may lie in what its client computed.
     """
     query = (
-        select(TRIALS.c.folder)
+        select(TRIALS.c.folder, TRIALS.c.attempts, TRIALS.c.best_step)
         .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
         .where(
             STUDIES.c.owner == owner,
@@ -305,7 +313,7 @@ def folders_of_training(transaction: Transaction, owner: str, training: str) -> 
         )
     )
     rows = transaction.execute(query.order_by(TRIALS.c.queued_at.desc()))
-    return list(rows.scalars()) if training else []
+    return [Finished(*row) for row in rows] if training else []
 
 
 def twins_of_finished(transaction: Transaction) -> list[Twin]:

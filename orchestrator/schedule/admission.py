@@ -9,10 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Protocol
 
-from contract.attempt import LAST_WEIGHTS, SPEC_FILE
+from contract.attempt import (
+    CHECKPOINT_FOLDER,
+    CHECKPOINT_MARKER,
+    CHECKPOINT_NAME,
+    LAST_WEIGHTS,
+    SPEC_FILE,
+)
 from contract.files import uri_join
 from orchestrator.cluster.jobs import Cluster
 from orchestrator.cluster.nodes import Node
@@ -151,9 +158,8 @@ class Admission:
             attempt = queries.attempt_row(transaction, trial, number)
             if row is None or study is None or attempt is None:
                 return
-            trained = queries.folders_of_training(transaction, study.owner, row.training)
         avoid, grace_s = attempt.avoid.split(), self.settings.grace_s
-        shared = "" if study.fresh else next(filter(_is_trained, trained), "")
+        shared = "" if study.fresh else self._trained(study.owner, row.training)
         spec = run_spec(row, study, number, avoid, tracking_uri, grace_s, shared)
         path = SPEC_FILE.format(attempt=number)
         TrialFolder(row.folder).write(path, json.dumps(spec, indent=1).encode())
@@ -239,10 +245,11 @@ class Admission:
         }
         # Identity or training -> the trial of it that waits in front.
         first: dict[tuple[str, str], str] = {}
+        trained = cache(self._trained)  # asks the storage
         for trial in sorted(waiting, key=lambda trial: (-trial.study.priority, trial.queued_at)):
             if problem := self._never_runs(trial.study):
                 give_up(self.ledger, trial.id, "person", problem, now)
-            elif why := self._awaits(trial, under_way, first, now):
+            elif why := self._awaits(trial, under_way, first, trained, now):
                 held.append(Wait(trial.id, 0, why))
             else:
                 free.add(trial.id)
@@ -272,6 +279,7 @@ class Admission:
         trial: QueuedTrial,
         under_way: Mapping[tuple[str, str], str],
         first: Mapping[tuple[str, str], str],
+        trained: Callable[[str, str], str],
         now: float,
     ) -> str:
         """What the trial waits for, other than resources; empty if for nothing."""
@@ -289,10 +297,21 @@ class Admission:
         ):
             key = (trial.study.owner, run)
             if key in under_way:
-                return f"{words} trial {under_way[key]}, under way"
-            if key in first:
-                return f"{words} trial {first[key]}, which waits first"
+                why = f"{words} trial {under_way[key]}, under way"
+            elif key in first:
+                why = f"{words} trial {first[key]}, which waits first"
+            else:
+                continue
+            # whoever only evaluates needs no other's steps
+            if run == trial.identity or not trained(*key):
+                return why
         return ""
+
+    def _trained(self, owner: str, training: str) -> str:
+        """The folder that a trial of this training can take its steps from; empty without one."""
+        with self.ledger.reading() as transaction:
+            over = queries.finished_trainings(transaction, owner, training)
+        return next((one.folder for one in over if _has_last_checkpoint(one)), "")
 
     def _lacks_code(self, study: StudyBrief) -> bool:
         code = study.code
@@ -335,10 +354,21 @@ class Admission:
                 self._durations[study] = _SAFETY * seconds
 
 
-def _is_trained(folder: str) -> bool:
-    """Whether a trial got to its last step there, whatever its evaluation came to."""
+def _has_last_checkpoint(trial: queries.Finished) -> bool:
+    """Whether a trial left its last step's checkpoint, whatever its evaluation came to.
+
+    One that only evaluated has the weights, but no checkpoint of its own.
+    """
+    names = (
+        CHECKPOINT_NAME.format(attempt=number, step=trial.step)
+        for number in range(trial.attempts, 0, -1)
+    )
+    markers = (f"{CHECKPOINT_FOLDER}/{name}/{CHECKPOINT_MARKER}" for name in names)
+    folder = TrialFolder(trial.folder)
     try:
-        return TrialFolder(folder).size(LAST_WEIGHTS) is not None
+        if folder.size(LAST_WEIGHTS) is None:  # it did not get to its last step
+            return False
+        return any(folder.size(marker) is not None for marker in markers)
     except TrialFileError as error:
         LOG.warning("%s: its training is not shared", error)
         return False

@@ -138,13 +138,13 @@ def _spoilt(other: Placed, mask: Mask, on_grid: bool) -> bool:
     seen = other.mask & ~mask
     if seen.sum() < MIN_VISIBLE * other.whole:
         return True
-    # What is seen of an object gives its box, which stays on the grid.
-    return on_grid and not other.crowd and _box(seen) != _box(other.mask)
-
-
-def _box(mask: Mask) -> tuple[int, int, int, int]:
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    return int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
+    if not on_grid or other.crowd or not (other.mask & mask).any():
+        return False
+    # The box of a hidden object is that of its pixels, and a tip of its outline may cover none.
+    rows, columns = (np.flatnonzero(seen.any(axis)) for axis in (1, 0))
+    box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    corners = np.concatenate(other.polygons)
+    return not np.allclose(box, [*corners.min(0), *corners.max(0)], rtol=0, atol=0.01)
 
 
 def _try_crowd(

@@ -68,19 +68,29 @@ class Summary:
     turned: int = 0
 
 
-def image_files(arguments: Sequence[Path]) -> list[Path]:
+def image_files(arguments: Sequence[Path], pictures: Path) -> list[Path]:
     """The files, and of a folder its JPEG and PNG files in the order of their names.
 
-    Raises ValueError for a folder that has none.
+    pictures: the folder to write to; what an earlier call left there is no input. Raises ValueError
+    for a folder that has no image.
     """
     files: list[Path] = []
+    written = pictures.resolve()
     for path in arguments:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+        inside = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in _SUFFIXES
+            and file.is_file()
+            and not file.resolve().is_relative_to(written)
+        )
         if not inside:
-            raise ValueError(f"{path}: no image in this folder ({', '.join(_SUFFIXES)})")
+            raise ValueError(
+                f"{path}: no image in this folder ({', '.join(_SUFFIXES)}) outside {pictures}"
+            )
         files += inside
     return list(dict.fromkeys(files))
 
@@ -114,15 +124,20 @@ def predictions(
     """
     device = next(trained.detector.parameters()).device
     ids = [category.id for category in trained.categories]
+    taken: dict[int, Path] = {}
     for number, path in enumerate(files, start=1):
         try:
             record = _known(path, known)
+            if record is not None and record.id in taken:
+                raise ValueError(f"is image {record.id} of --annotations, as {taken[record.id]} is")
             pixels, turned = _read(path, record, exif)
         except (OSError, RuntimeError, ValueError) as error:
             reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
             summary.bad.append(Bad(path, reason))
             yield summary.bad[-1]
             continue
+        if record is not None:
+            taken[record.id] = path
         height, width = pixels.shape[-2:]
         image = ImageRecord(
             id=record.id if record else number,

@@ -285,6 +285,11 @@ def _go_on(attempt: _Attempt, state: TrainState) -> None:
     if shared:
         state.take(_other_store(spec).load(shared))
         state.best = -1.0  # by another evaluation
+    elif spec.trained and world.is_first:
+        print_warning(
+            f"{spec.trained}: has no checkpoint of step {spec.run.loop.steps}; "
+            "this run trains from the first step"
+        )
     journal.restore(JournalState(), state.step)
     if shared:
         journal.event("trained", state.step, f"shares the training in {spec.trained}")

@@ -21,13 +21,13 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from contract.attempt import CHECKPOINT_FOLDER
+from contract.attempt import CHECKPOINT_FOLDER, CHECKPOINT_MARKER, CHECKPOINT_NAME
 from contract.files import Files, HashingSink
 from contract.record import Message, parse_record
 
 _CLAIM = f"{CHECKPOINT_FOLDER}/claim.json"
 _NAME = re.compile(r"^(\d{4,})-(\d{8,})$")
-_MARKER, _TENSORS, _PLAIN = "complete.json", "state.pt", "plain.json"
+_MARKER, _TENSORS, _PLAIN = CHECKPOINT_MARKER, "state.pt", "plain.json"
 # Checkpoints are what fills the disk of a trial's folder.
 WHEN_FULL = (
     "free some there, or lower loop.keep_checkpoints; the run then resumes from its last checkpoint"
@@ -134,7 +134,8 @@ class CheckpointStore:
         Raises FencedError, or RuntimeError if the disk is full.
         """
         self.check_claim()
-        folder = f"{CHECKPOINT_FOLDER}/{self._attempt:04d}-{snapshot.step:08d}"
+        name = CHECKPOINT_NAME.format(attempt=self._attempt, step=snapshot.step)
+        folder = f"{CHECKPOINT_FOLDER}/{name}"
         # after a rollback the same step comes again: its old marker must not vouch for new files
         self._storage.delete(f"{folder}/{_MARKER}")
         files = {}

@@ -322,7 +322,9 @@ def test_nothing_changes_while_ray_does_not_answer(house):
 def test_trials_that_differ_in_evaluation_alone_share_one_training(house):
     house.cluster.cpus = 4
     training = {"tags": {TRAINING_TAG: identity("t")}}
-    one, other = (plan(name, identity(name)).model_copy(update=training) for name in "ab")
+    one, other, third, fourth = (
+        plan(name, identity(name)).model_copy(update=training) for name in "abcd"
+    )
     study = house.submit(one, other)
     first, second = f"{study}-000", f"{study}-001"
     house.tick(2)
@@ -332,14 +334,27 @@ def test_trials_that_differ_in_evaluation_alone_share_one_training(house):
     )
     # Its evaluation is refused: the training is there all the same.
     weights = Path(house.trial(first).folder, "artifacts/weights-last.safetensors")
-    weights.parent.mkdir(parents=True)
-    weights.write_bytes(b"")
+    marker = Path(house.trial(first).folder, "checkpoints/0001-00000009/complete.json")
+    for file in (weights, marker):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"")
     refused = Outcome(state="failed", error_class="person", error="val: no masks", step=9)
     house.cluster.end(f"{first}-1", 2, refused, done=False)
     house.tick(2)
     assert house.state(first) == "failed"
     assert house.cluster.specs[f"{second}-1"].trained == house.trial(first).folder
     assert house.cluster.specs[f"{first}-1"].trained == ""
+    # The second took no step, so it left weights and no checkpoint; whoever only evaluates waits
+    # for nobody.
+    evaluated = Path(house.trial(second).folder, "artifacts/weights-last.safetensors")
+    evaluated.parent.mkdir(parents=True)
+    evaluated.write_bytes(b"")
+    house.cluster.end(f"{second}-1")
+    house.tick(2)
+    more = house.submit(third, fourth)
+    house.tick(2)
+    for number in range(2):
+        assert house.cluster.specs[f"{more}-00{number}-1"].trained == house.trial(first).folder
 
 
 def test_the_same_run_twice_is_paid_for_once(house):

@@ -117,9 +117,8 @@ def test_boxes_of_a_grid_lie_on_the_grid(tmp_path):
     synthesise(tmp_path, num_images=60, size=128, seed=0, kind="grid")
     boxes = np.array([annotation["bbox"] for annotation in objects(tmp_path, "train")])
     edges = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
-    off = np.abs(edges - GRID_PX * np.round(edges / GRID_PX))
-    assert (off > 0.01).mean() < 0.06  # a tip of a partly hidden object may cover no pixel
-    assert off.max() <= 2
+    # of hidden objects, too; COCO has two decimals
+    np.testing.assert_allclose(edges, GRID_PX * np.round(edges / GRID_PX), rtol=0, atol=0.011)
 
 
 def test_the_kinds_are_told_apart(tmp_path):

@@ -83,6 +83,26 @@ def test_a_bad_image_is_told_and_counted_and_costs_no_other(tmp_path, trained, i
     assert "none of 1 image(s) could be predicted; gone.jpg: no such" in capsys.readouterr().err
 
 
+def test_every_image_has_a_picture_and_an_earlier_call_is_no_input(
+    tmp_path, trained, images, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    good = sorted((images / "images" / "val").iterdir())[0]
+    for name in (f"1/{good.name}", f"2/{good.name}", f"3/{good.stem}-2{good.suffix}"):
+        Path(name).parent.mkdir()
+        shutil.copy(good, name)
+    for _ in range(2):
+        assert main([str(trained), ".", "--out", "out", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["images"] == 3
+    assert len(list(Path("out/pictures").iterdir())) == 3
+    annotations = images / "annotations" / "instances_val.json"
+    again = [str(trained), "1", "2", "--out", "out", "--annotations", str(annotations), "--json"]
+    assert main(again) == 1, "two files cannot be one image"
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["images"], [bad["file"] for bad in answer["bad"]]) == (1, [f"2/{good.name}"])
+    assert f"of --annotations, as 1/{good.name} is" in answer["bad"][0]["error"]
+
+
 def test_category_ids_are_the_data_sets_after_the_filter(tmp_path, packed, images):
     overrides = {"data__filter__categories": ["triangle", "ellipse"], "model__num_classes": 2}
     run: RunConfig = run_of(packed, loop__steps=1, **overrides)

@@ -289,7 +289,9 @@ def test_a_stop_file_ends_the_trial_with_a_checkpoint_and_the_next_attempt_resum
     assert again.events[0].kind == "resume"
 
 
-def test_a_run_that_shares_a_training_evaluates_it_alone_and_is_scored_anew(tmp_path, packed):
+def test_a_run_that_shares_a_training_evaluates_it_alone_and_is_scored_anew(
+    tmp_path, packed, capsys
+):
     first, second = tmp_path / "first", tmp_path / "second"
     assert go(spec_of(first, run_of(packed))).state == "done"
     other = run_of(packed, model__inference__detections_per_image=2, loop__best_metric="bbox/AP")
@@ -305,9 +307,11 @@ def test_a_run_that_shares_a_training_evaluates_it_alone_and_is_scored_anew(tmp_
     fewer = json.loads((second / shared.artifacts["detections/bbox"]).read_text())
     assert 0 < len(fewer) < len(json.loads((first / made.artifacts["detections/bbox"]).read_text()))
     assert (second / shared.artifacts["series"]).exists()
-    # Another seed has no such training: it takes its own steps.
-    alone_again = go(spec_of(tmp_path / "third", other, trained=str(tmp_path / "nowhere")))
+    # The second run took no step, so it has no checkpoint to take steps from; it says so.
+    capsys.readouterr()
+    alone_again = go(spec_of(tmp_path / "third", other, trained=str(second)))
     assert (alone_again.state, alone_again.events) == ("done", [])
+    assert f"{second}: has no checkpoint of step 4; this run trains" in capsys.readouterr().out
     scores = rescore(Files(str(second))).metrics
     assert scores == {name: shared.metrics[name] for name in scores}
     assert "segm/AP" in scores
