@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 240  # until a test gives up; nothing is timed
+PATIENCE_S = 400  # until a test gives up; nothing is timed, and other tests have the cores
 
 
 def wait_until(what: str, condition: Callable[[], Any], log: Path) -> Any:

@@ -19,6 +19,7 @@ import pytest
 
 from contract.attempt import Outcome
 from contract.files import Files
+from tests.orchestrator.waiting import PATIENCE_S
 from tests.workers.training.test_run import run_of, spec_of
 from workers.ray_entry import conclude, logged_to, read_spec
 
@@ -113,13 +114,18 @@ class Driver:
             self.process = subprocess.Popen(command, env=head.environment, stdout=log, stderr=log)
 
     def wait_for_step(self, progress: Path, at_least: int) -> None:
-        until = time.monotonic() + 120
+        until = time.monotonic() + PATIENCE_S
         while time.monotonic() < until:
-            assert self.process.poll() is None, self.log.read_text()
+            assert self.process.poll() is None, self.told()
             if progress.exists() and json.loads(progress.read_text())["step"] >= at_least:
                 return
             time.sleep(0.1)
-        raise AssertionError(f"no step {at_least} within 120 s: {self.log.read_text()}")
+        raise AssertionError(f"no step {at_least} within {PATIENCE_S} s: {self.told()}")
+
+    def told(self) -> str:
+        """What driver and ranks wrote."""
+        logs = [self.log, *sorted(self.attempt_folder.glob("rank-*.log"))]
+        return "\n".join(f"{log.name}:\n{log.read_text()}" for log in logs)
 
     def rank_process(self, rank: int) -> int:
         match = re.search(r"process (\d+)", (self.attempt_folder / f"rank-{rank}.log").read_text())
@@ -137,7 +143,7 @@ def test_a_trial_on_ray_stops_when_asked_resumes_and_reports_a_killed_rank(tmp_p
     try:
         first.wait_for_step(progress, 2)
         first.process.send_signal(signal.SIGINT)
-        assert first.process.wait(240) == 76, first.log.read_text()
+        assert first.process.wait(PATIENCE_S) == 76, first.told()
     finally:
         first.end()
     stopped = Outcome.model_validate_json((tmp_path / "attempts/1/outcome.json").read_text())
@@ -150,7 +156,7 @@ def test_a_trial_on_ray_stops_when_asked_resumes_and_reports_a_killed_rank(tmp_p
     try:
         second.wait_for_step(progress, stopped.step + 2)
         os.kill(second.rank_process(1), signal.SIGKILL)
-        assert second.process.wait(240) == 1, second.log.read_text()
+        assert second.process.wait(PATIENCE_S) == 1, second.told()
     finally:
         second.end()
     lost = Outcome.model_validate_json((tmp_path / "attempts/2/outcome.json").read_text())
@@ -165,7 +171,7 @@ def test_a_rank_that_hangs_ends_with_the_grace_time(tmp_path, packed, head):
         driver.wait_for_step(tmp_path / "progress.json", 2)
         os.kill(driver.rank_process(1), signal.SIGSTOP)
         driver.process.send_signal(signal.SIGTERM)
-        assert driver.process.wait(240) == 75, driver.log.read_text()
+        assert driver.process.wait(PATIENCE_S) == 75, driver.told()
     finally:
         driver.end()
     outcome = Outcome.model_validate_json((tmp_path / "attempts/1/outcome.json").read_text())
@@ -180,7 +186,7 @@ def test_a_node_that_ray_drains_preempts_the_trial(tmp_path, packed):
         driver = Driver(tmp_path, 1, packed, nodes)
         driver.wait_for_step(tmp_path / "progress.json", 2)
         nodes.drain_last()
-        assert driver.process.wait(240) == 75, driver.log.read_text()
+        assert driver.process.wait(PATIENCE_S) == 75, driver.told()
     finally:
         if driver is not None:
             driver.end()
