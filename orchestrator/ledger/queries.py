@@ -116,10 +116,17 @@ def unclosed_studies(transaction: Transaction) -> list[StudyRow]:
     )
 
 
-def reported_studies(transaction: Transaction, ended_after: float) -> list[StudyRow]:
-    """Studies whose report may change: those that are not over, or ended after that time."""
+def reported_studies(
+    transaction: Transaction, ended_after: float, unsent: Collection[str]
+) -> list[StudyRow]:
+    """Studies whose report may change: those that are not over, or ended after that time.
+
+    And those of `unsent` that have a run, which may get it still.
+    """
     recent = STUDIES.c.state.in_(OPEN_STUDY) | (STUDIES.c.ended_at > ended_after)
-    return _studies(transaction, recent)
+    return _studies(
+        transaction, recent | (STUDIES.c.id.in_(unsent) & (STUDIES.c.mlflow_run_id != ""))
+    )
 
 
 def unannounced_studies(transaction: Transaction) -> list[StudyRow]:

@@ -57,12 +57,12 @@ def make_parents(ledger: Ledger, mlflow: MLflow, now: float) -> None:
     with ledger.reading() as transaction:
         studies = queries.studies_without_parent(transaction, now - _JUST_OVER_S)
     for study in studies:
-        with _apart(f"study {study.id}"):
+        with apart(f"study {study.id}"):
             _make_parent(ledger, mlflow, study)
 
 
 @contextmanager
-def _apart(what: str) -> Iterator[None]:
+def apart(what: str) -> Iterator[None]:
     """What MLflow or the storage refuses of one study or trial must not stop the others.
 
     The next turn tries again.
@@ -117,7 +117,7 @@ class Introduced:
             if trial.id in self._done or not study.mlflow_experiment or now - asked < _ASK_EVERY_S:
                 continue
             self._asked_at[trial.id] = now
-            with _apart(f"trial {trial.id}"):
+            with apart(f"trial {trial.id}"):
                 for run in _runs_of(mlflow, trial, study):
                     self.run(ledger, mlflow, run.info.run_id, trial.id, study)
 
@@ -177,7 +177,7 @@ def close_runs(
         just_taken = trial.cached_from and now - trial.moved_at < _JUST_OVER_S
         if just_taken and not study.mlflow_experiment:
             continue  # its study gets a parent run in the next turn
-        with _apart(f"trial {trial.id}"):
+        with apart(f"trial {trial.id}"):
             why = _send_rest(trial, study, ship or _ship)
             if why:  # before MLflow refuses the next question too
                 lacks[trial.id] = _lack(trial, why, lacks.get(trial.id), now)
@@ -307,7 +307,7 @@ def _close_parents(ledger: Ledger, mlflow: MLflow, now: float) -> int:
     with ledger.reading() as transaction:
         studies = queries.unclosed_studies(transaction)
     for study in studies:
-        with _apart(f"study {study.id}"):
+        with apart(f"study {study.id}"):
             with ledger.reading() as transaction:
                 (view,) = study_views(transaction, {}, study.id)
             at = study.ended_at or now

@@ -27,6 +27,13 @@ def explain(problems: Sequence[ErrorDetails]) -> str:
     return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
+def ledger_trouble(error: LedgerError | LedgerBusyError) -> str:
+    """What a person is told of it."""
+    if isinstance(error, LedgerBusyError):
+        return "ledger: no connection became free in time; try again"
+    return f"ledger: {reason(error)}; try again"
+
+
 def add_errors(app: FastAPI) -> None:
     """Gives every error its answer: 400 for a request, 503 for a cluster or a storage."""
 
@@ -49,12 +56,9 @@ def add_errors(app: FastAPI) -> None:
 
     # The database is down, slow or refuses: in its words, and the next request may go well.
     @app.exception_handler(LedgerError)
-    async def ledger(_: Request, error: LedgerError) -> JSONResponse:
-        return _refusal(503, f"ledger: {reason(error)}; try again")
-
     @app.exception_handler(LedgerBusyError)
-    async def busy(_: Request, __: LedgerBusyError) -> JSONResponse:
-        return _refusal(503, "ledger: no connection became free in time; try again")
+    async def ledger(_: Request, error: LedgerError | LedgerBusyError) -> JSONResponse:
+        return _refusal(503, ledger_trouble(error))
 
     @app.middleware("http")
     async def no_nul(request: Request, call_next: RequestResponseEndpoint) -> Response:

@@ -31,7 +31,7 @@ class Hub(Protocol):
         """The MLflow server's URI; empty without one, and while a local one starts."""
 
     def experiment_id(self, name: str) -> str:
-        """MLflow's id of a study's experiment; empty while the server does not answer."""
+        """MLflow's id of a study's experiment; empty until the books have asked the server."""
 
     def driver_log(self, submission_id: str) -> str:
         """What Ray has of the output of a driver that still runs."""

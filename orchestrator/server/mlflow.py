@@ -150,12 +150,18 @@ class MLflow:
 
     def experiment(self, name: str, tags: Mapping[str, str]) -> str:
         """The id of the experiment of this name, made if there is none."""
-        params = {"experiment_name": name}
-        known = self._request("GET", f"{_API}/experiments/get-by-name", params=params, missing=True)
+        known = self.known_experiment(name)
         if known is not None:
-            return _parsed(_ExperimentAnswer, known).experiment.experiment_id
+            return known
         body = {"name": name, "tags": _pairs(tags)}
         return self._call(_Experiment, "POST", "experiments/create", json=body).experiment_id
+
+    def known_experiment(self, name: str) -> str | None:
+        params = {"experiment_name": name}
+        known = self._request("GET", f"{_API}/experiments/get-by-name", params=params, missing=True)
+        if known is None:
+            return None
+        return _parsed(_ExperimentAnswer, known).experiment.experiment_id
 
     def runs(self, experiment: str, condition: str) -> list[Run]:
         """The runs of an experiment that meet MLflow's search condition, at most a thousand."""
@@ -164,12 +170,8 @@ class MLflow:
 
     def run_by_tag(self, experiment: str, tag: str, value: str) -> Run | None:
         """A run with this tag, if there is one."""
-        return next(iter(self.runs_by_tag(experiment, tag, value)), None)
-
-    def runs_by_tag(self, experiment: str, tag: str, value: str) -> list[Run]:
-        """The runs with this tag, at most a thousand."""
         runs = self.runs(experiment, tag_condition(tag, value))
-        return [run for run in runs if Tag(key=tag, value=value) in run.data.tags]
+        return next((run for run in runs if Tag(key=tag, value=value) in run.data.tags), None)
 
     def create_run(self, experiment: str, name: str, tags: Mapping[str, str], at: float) -> str:
         """The id of a new run that started at `at`, Unix time."""
@@ -195,11 +197,6 @@ class MLflow:
     def set_tags(self, run: str, tags: Mapping[str, str]) -> None:
         body = {"run_id": run, "tags": _pairs(tags)}
         self._call(Message, "POST", "runs/log-batch", json=body)
-
-    def set_experiment_tags(self, experiment: str, tags: Mapping[str, str]) -> None:
-        for pair in _pairs(tags):
-            body = {"experiment_id": experiment, **pair}
-            self._call(Message, "POST", "experiments/set-experiment-tag", json=body)
 
     def log_inputs(self, run: str, datasets: Sequence[Mapping[str, JsonValue]]) -> None:
         """Notes which data a run reads; the same data twice is once."""
@@ -241,7 +238,9 @@ class MLflow:
         self._request("POST", "/api/3.0/mlflow/users/permissions/grant", json=grant)
 
     def remove_user(self, name: str) -> None:
-        self._call(Message, "DELETE", "users/delete", json={"username": name})
+        """Also where there is none: the answer to an earlier request may have been lost."""
+        body = {"username": name}
+        self._request("DELETE", f"{_API}/users/delete", json=body, missing=True)
 
     def put_artifact(self, run: str, name: str, data: bytes) -> None:
         """Stores a file of a run, through the server or in the place that the server names."""

@@ -98,6 +98,7 @@ class Service:
         self._logins = Logins(ledger, Path(settings.home)) if settings.mlflow_login_file else None
         self.loop.admission.logins = self._logins
         self._experiments: dict[str, str] = {}  # name -> MLflow's id
+        self._asked: set[str] = set()  # names whose id the books' thread looks up
         self._reports = Reports()
         self._introduced = bookkeeping.Introduced()
         self._tracking_uri = "" if settings.mlflow == "local" else settings.mlflow
@@ -137,11 +138,8 @@ class Service:
         return self._tracking_uri
 
     def experiment_id(self, name: str) -> str:
-        if name and name not in self._experiments and self._mlflow is not None:
-            try:
-                self._experiments[name] = self._mlflow.experiment(name, {})
-            except TrackingDownError as error:
-                LOG.warning("%s", error)
+        if name and name not in self._experiments:
+            self._asked.add(name)
         return self._experiments.get(name, "")
 
     def driver_log(self, submission_id: str) -> str:
@@ -286,7 +284,7 @@ class Service:
             self._hang_timer.answered()
 
     def _keep_books(self) -> None:
-        self._keep(self._turn_books, self._turn_webhooks)
+        self._keep(self._turn_books, self._turn_logins, self._turn_runs, self._turn_webhooks)
 
     def _keep_looks(self) -> None:
         # apart from the books: no seed waits for MLflow
@@ -300,7 +298,8 @@ class Service:
 
     def _keep(self, *turns: Callable[[], None]) -> None:
         while not self._ending.is_set():
-            # each in its own `try`: webhooks are sent while MLflow is down
+            # each in its own `try`: webhooks are sent while MLflow is down, runs end while it has
+            # trouble with a login
             for turn in turns:
                 try:
                     turn()
@@ -331,10 +330,19 @@ class Service:
                 return
             self._mlflow = mlflow
         if self._mlflow is not None:
+            bookkeeping.make_parents(self.ledger, self._mlflow, time.time())
+
+    def _turn_logins(self) -> None:
+        if self._logins is not None and self._mlflow is not None:
+            self._logins.keep(self._mlflow)
+
+    def _turn_runs(self) -> None:
+        if self._mlflow is not None:
             ledger, mlflow, now = self.ledger, self._mlflow, time.time()
-            bookkeeping.make_parents(ledger, mlflow, now)
-            if self._logins is not None:
-                self._logins.keep(mlflow)
+            while self._asked:
+                name = self._asked.pop()
+                if (known := mlflow.known_experiment(name)) is not None:
+                    self._experiments[name] = known
             self._introduced.live(ledger, mlflow, now)
             bookkeeping.close_runs(
                 ledger, mlflow, now, lacks=self._lacks, introduced=self._introduced

@@ -7,6 +7,7 @@ only some may do so at once: the others find threads left.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -19,13 +20,16 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orchestrator.ledger import users
+from orchestrator.ledger.events import record
+from orchestrator.ledger.opening import LedgerBusyError, LedgerError
 from orchestrator.ledger.users import User
+from orchestrator.server.errors import ledger_trouble
 from orchestrator.server.front.failures import Failures
-from orchestrator.server.front.refused_logins import RefusedLogins
 from orchestrator.server.hub import Hub
 from orchestrator.server.uploads import MAX_SUBMISSION
 from orchestrator.trial_folder import REPORT_BYTES
 
+LOG = logging.getLogger("maskray")
 OPEN_PATHS = ("/v1/health", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 MAX_BODY = 1 << 20  # of a route that is not known for larger ones
 _LARGE_AT_ONCE, _LARGE_WAIT_S = 4, 60.0  # bodies beyond MAX_BODY in memory
@@ -53,10 +57,12 @@ def rule_of(method: str, path: str, max_code: int) -> Rule:
     parts = path.strip("/").split("/")
     match (method, *parts):
         case ("POST", "v1", "studies") | ("POST", "v1", "studies", "check"):
-            return Rule(MAX_SUBMISSION)
+            return Rule(MAX_SUBMISSION, "storage")
         case ("PUT", "v1", "studies", _, "report"):
             return Rule(REPORT_BYTES, "storage")
-        case ("GET", "v1", "studies", _, "report"):
+        case ("GET", "v1", "studies", _, "report" | "keeps") | ("GET", "studies", _):
+            return Rule(waits="storage")
+        case ("DELETE", "v1", "studies", _):
             return Rule(waits="storage")
         case ("PUT", "v1", "code", _):
             return Rule(max_code, "storage")
@@ -72,7 +78,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, hub: Hub, refuse: Refuse) -> None:
         self._app, self._hub, self._refuse = app, hub, refuse
-        self._failures, self._refused = Failures(), RefusedLogins()
+        self._failures = Failures()
         self._large = asyncio.Semaphore(_LARGE_AT_ONCE)
         self._waiting = {
             "ray": (asyncio.Semaphore(_RAY_AT_ONCE), _RAY_WAIT_S, "the Ray cluster"),
@@ -121,11 +127,16 @@ class Gate:
     async def _user(self, request: Request) -> User:
         """Answers 401 without a valid token, later with each failure of one address."""
         address = request.client.host if request.client else "?"
-        user = await run_in_threadpool(self._look_up, request.headers.get("authorization", ""))
+        try:
+            user = await run_in_threadpool(self._look_up, request.headers.get("authorization", ""))
+        except (LedgerError, LedgerBusyError) as error:
+            raise HTTPException(503, ledger_trouble(error), {"Connection": "close"}) from error
         if user is not None:
             return user
-        await run_in_threadpool(self._refused.note, self._hub.ledger, address)
-        await self._failures.slow_down(address)
+        failure = self._failures.count(address)
+        if failure.told:
+            await run_in_threadpool(self._tell, failure.words)
+        await self._failures.slow_down(failure)
         raise HTTPException(
             401,
             "no valid token: set MASKRAY_TOKEN to yours (`maskray user NAME` gives one)",
@@ -135,6 +146,14 @@ class Gate:
     def _look_up(self, header: str) -> User | None:
         with self._hub.ledger.reading() as transaction:
             return users.user_of(transaction, header)
+
+    def _tell(self, words: str) -> None:
+        LOG.warning("login failed: %s", words)
+        try:
+            with self._hub.ledger.writing() as transaction:
+                record(transaction, "login-refused", words, study="")
+        except (LedgerError, LedgerBusyError) as error:  # the answer is 401 all the same
+            LOG.warning("%s", ledger_trouble(error))
 
     async def _places(self, stack: AsyncExitStack, rule: Rule, body: Body) -> None:
         if rule.waits:
@@ -180,7 +199,8 @@ class Body:
 
     def __init__(self, receive: Receive, limit: int, declared: int) -> None:
         self._receive, self._limit, self._declared = receive, limit, declared
-        self._size, self._began, self._whole = 0, time.monotonic(), declared == 0
+        self._size, self._whole = 0, declared == 0
+        self._began: float | None = None  # when its first piece was asked for
 
     @property
     def may_be_large(self) -> bool:
@@ -208,6 +228,8 @@ class Body:
         return message
 
     async def _next(self) -> Message:
+        if self._began is None:  # not before: the request may have waited for its place
+            self._began = time.monotonic()
         late_at = self._began + _FIRST_S + self._size / _LEAST_BYTES_PER_S
         try:
             left = min(_PIECE_S, max(late_at - time.monotonic(), 0.0))

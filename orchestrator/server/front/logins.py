@@ -14,6 +14,7 @@ from pathlib import Path
 from orchestrator.ledger import queries
 from orchestrator.ledger.opening import Ledger
 from orchestrator.local.processes import check_private, own_token
+from orchestrator.server.bookkeeping import apart
 from orchestrator.server.mlflow import MLflow
 
 _NAME, _PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"  # as MLflow names them
@@ -28,30 +29,33 @@ class Logins:
         self._key = own_token(home / "mlflow-logins-key").encode()
         # Several services may share a server: each removes its own users only.
         self._prefix = f"study-{ledger.name()}-"
-        self._made: set[str] | None = None  # names; None until the server was asked
+        self._made: set[str] = set()  # names
+        # by a service before this one, which may have died; None until the server was asked
+        self._left: set[str] | None = None
 
     def keep(self, mlflow: MLflow) -> None:
         """Raises TrackingDownError where the server does not answer; the next call goes on."""
         with self._ledger.reading() as transaction:
             studies = queries.open_studies(transaction)
         names = {self._prefix + study.id: study for study in studies.values()}
-        if self._made is None:  # a service before this one may have left some
-            left = {name for name in mlflow.users() if name.startswith(self._prefix)}
-        else:
-            left = self._made
-        for name in left - names.keys():
-            mlflow.remove_user(name)
-        made = (self._made or set()) & names.keys()
-        self._made = made
+        if self._left is None:
+            self._left = {name for name in mlflow.users() if name.startswith(self._prefix)}
+        over = (self._left | self._made) - names.keys()
+        for name in over:
+            with apart(f"MLflow's user {name}"):
+                mlflow.remove_user(name)
+                self._made.discard(name)
+                self._left.discard(name)
         for name, study in names.items():
             # only then has it an experiment
-            if study.mlflow_run_id and name not in made:
-                experiment = mlflow.experiment(study.mlflow_experiment, {})
-                mlflow.keep_user(name, self._password(name), experiment)
-                made.add(name)
+            if study.mlflow_run_id and name not in self._made:
+                with apart(f"MLflow's user {name}"):
+                    experiment = mlflow.experiment(study.mlflow_experiment, {})
+                    mlflow.keep_user(name, self._password(name), experiment)
+                    self._made.add(name)
 
     def made(self, study: str) -> bool:
-        return self._made is not None and self._prefix + study in self._made
+        return self._prefix + study in self._made
 
     def environment(self, study: str) -> dict[str, str]:
         """What a trial of this study logs in with."""

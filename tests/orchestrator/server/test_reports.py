@@ -12,7 +12,9 @@ from sqlalchemy import update
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.server import accept
+from orchestrator.server import reports as module
 from orchestrator.server.api import build_app
+from orchestrator.server.mlflow import TrackingDownError
 from orchestrator.server.reports import Reports
 from orchestrator.server.routes import pages
 from orchestrator.settings import ServiceSettings
@@ -49,7 +51,8 @@ def test_a_page_is_made_while_the_study_runs_and_once_at_its_end(tmp_path: Path)
     with ledger.writing() as transaction:
         transaction.execute(update(STUDIES).values(mlflow_run_id="r"))
         transaction.execute(update(TRIALS).values(state="running", metrics={}))
-    assert turn(2.0)
+    assert not turn(2.0)  # a change, and its page is a second old
+    assert turn(61.0)
     assert not turn(1000.0)
     progress = {"attempt": 0, "step": 1, "steps": 9, "phase": "training", "updated_at": 1.0}
     with ledger.writing() as transaction:
@@ -68,6 +71,53 @@ def test_a_page_is_made_while_the_study_runs_and_once_at_its_end(tmp_path: Path)
         f"report/{name}"
         for name in ("report.html", "report.json", "table.csv", "table.md", "table.txt")
     }
+    ledger.close()
+
+
+def test_the_last_report_gets_there_whatever_failed_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    settings = ServiceSettings(home=str(tmp_path))
+    odd, good = (
+        accept.accept(ledger, settings, submission(plan("a")), user, now)[0]
+        for user, now in (("a", 1.0), ("b", 2.0))
+    )
+    with ledger.writing() as transaction:
+        transaction.execute(update(STUDIES).values(state="done", ended_at=1.0))
+    tried: list[str] = []
+    trouble: list[Exception] = [KeyError("odd")]
+
+    def make(row: Any, view: Any, mlflow: Any) -> None:
+        tried.append(row.id)
+        if row.id == odd and trouble:
+            raise trouble[0]
+
+    monkeypatch.setattr(module, "_make", make)
+    reports = Reports()
+
+    def turn(now: float, mlflow: Any = None) -> list[str]:
+        tried.clear()
+        reports.turn(ledger, mlflow, now)
+        return list(tried)
+
+    assert turn(10.0) == [odd, good]
+    assert turn(15.0) == []
+    trouble[0] = OSError("the disk is full")
+    assert turn(20.0) == [odd]
+    assert turn(39.0) == []
+    trouble.clear()
+    assert turn(40.0) == [odd]
+    assert turn(3000.0, FakeMLflow()) == []
+    with ledger.writing() as transaction:  # now they have a run
+        transaction.execute(update(STUDIES).values(mlflow_run_id="r"))
+    assert turn(3001.0) == []
+    trouble.append(TrackingDownError("down"))
+    assert turn(3002.0, FakeMLflow()) == [odd, good]
+    trouble.clear()
+    # long after its end, and MLflow did not answer until now
+    assert turn(9999.0, FakeMLflow()) == [odd]
+    assert turn(99999.0, FakeMLflow()) == []
     ledger.close()
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.ledger import lease
 from orchestrator.ledger.opening import Ledger
+from orchestrator.server.mlflow import TrackingDownError
 from orchestrator.server.service import SeldomTwice, Service
 from orchestrator.settings import ServiceSettings
 
@@ -49,6 +50,38 @@ def test_an_unforeseen_error_in_the_books_does_not_end_their_thread(service, mon
         service._keep_books()
     assert len(turns) == 3
     assert caplog.text.count("bookkeeping failed") == 3
+
+
+def test_who_asks_for_an_experiments_id_waits_for_no_mlflow_and_makes_none(service):
+    class Slow:
+        asked: list[str] = []
+
+        def known_experiment(self, name: str) -> str | None:
+            self.asked.append(name)
+            return {"there": "7"}.get(name)
+
+    service._mlflow = Slow()
+    assert [service.experiment_id(name) for name in ("there", "gone", "")] == ["", "", ""]
+    assert Slow.asked == []
+    service._introduced.live = lambda *_: None
+    service._turn_runs()
+    assert sorted(Slow.asked) == ["gone", "there"]
+    assert [service.experiment_id(name) for name in ("there", "gone")] == ["7", ""]
+
+
+def test_trouble_with_a_login_does_not_keep_runs_from_ending(service, monkeypatch, caplog):
+    ended = []
+
+    class Logins:
+        def keep(self, mlflow: object) -> None:
+            raise TrackingDownError("status 500")
+
+    service._mlflow, service._logins = object(), Logins()
+    monkeypatch.setattr(service, "_turn_books", lambda: None)
+    monkeypatch.setattr(service, "_turn_runs", lambda: ended.append(1) or service.end())
+    service._keep_books()
+    assert ended == [1]
+    assert "status 500" in caplog.text
 
 
 def test_a_warning_is_let_through_once_a_minute():

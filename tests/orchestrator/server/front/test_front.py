@@ -13,12 +13,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from contract.answers import Staging
+from orchestrator.ledger.opening import LedgerBusyError
 from orchestrator.server.api import build_app
 from orchestrator.server.front import failures, gate
 from orchestrator.server.front.listener import BoundedProtocol, build_server
-from tests.orchestrator.server.test_api import FakeHub, by
+from tests.orchestrator.server.test_api import FakeHub, Http, by, refused, routes
 
 
 class StuckHub(FakeHub):
@@ -213,8 +215,79 @@ def test_too_many_slowed_logins_are_turned_away_at_once(monkeypatch):
 
     async def flood() -> list[object]:
         counted = failures.Failures()
-        tries = (counted.slow_down("10.0.0.9") for _ in range(failures._FREE + 10))
+        tries = (counted.slow_down(counted.count("::9")) for _ in range(failures._FREE + 10))
         return await asyncio.gather(*tries, return_exceptions=True)
 
     statuses = [getattr(result, "status_code", 0) for result in asyncio.run(flood())]
     assert statuses.count(429) == 7
+
+
+def test_a_flood_from_ever_new_addresses_is_told_as_one(monkeypatch):
+    monkeypatch.setattr(failures, "_ADDRESSES", 5)
+    counted = failures.Failures()
+    told = [counted.count(f"2001:db8::{number:x}") for number in range(200)]
+    assert [one.words for one in told if one.told][5:] == [
+        f"no valid token from many addresses, failure {count}" for count in (1, 10, 100)
+    ]
+
+
+def test_a_body_has_its_time_from_when_it_is_read(monkeypatch):
+    """A large one may have waited for its place as long as it has to arrive."""
+    clock = [1000.0]
+    monkeypatch.setattr(gate.time, "monotonic", lambda: clock[0])
+
+    async def receive() -> dict[str, object]:
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": b"x", "more_body": False}
+
+    async def late() -> gate.Body:
+        body = gate.Body(receive, 10, 1)
+        clock[0] += gate._LARGE_WAIT_S + 1
+        await body.receive()
+        return body
+
+    assert asyncio.run(late()).refused is None
+
+
+def test_a_ledger_that_is_down_is_503_with_a_token_and_401_without(tmp_path, monkeypatch, caplog):
+    hub = FakeHub(tmp_path)
+    http = Http(build_app(hub, "1"))
+
+    def busy() -> None:
+        raise LedgerBusyError("QueuePool limit of size 5 overflow 10 reached")
+
+    def down() -> None:
+        raise OperationalError("SELECT", {}, Exception("connection refused"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hub.ledger, "writing", busy)
+        refused(http.get("/v1/queue", headers=by("nobody")), 401, "no valid token")
+    assert "no connection became free" in caplog.text
+    for trouble, words in ((busy, "no connection became free in time"), (down, "refused")):
+        monkeypatch.setattr(hub.ledger, "reading", trouble)
+        refused(http.get("/v1/queue", headers=by("ann")), 503, words)
+    hub.ledger.close()
+
+
+# What its thread may stand still for. A new route has its line here and its rule in the gate.
+WAITS = {
+    "ray": "POST /v1/doctor, POST /v1/staging, GET /v1/staging/{name}",
+    "storage": "POST /v1/studies, POST /v1/studies/check, GET /v1/studies/{study}/keeps, "
+    "GET /v1/studies/{study}/report, PUT /v1/studies/{study}/report, DELETE /v1/studies/{study}, "
+    "GET /studies/{study}, "
+    "GET /v1/trials/{trial}/logs, HEAD /v1/code/{sha256}, PUT /v1/code/{sha256}, "
+    "GET /v1/manifests, POST /v1/gc",
+    "": "GET /v1/health, GET /metrics, GET /v1/info, POST /v1/shutdown, GET /v1/queue, "
+    "GET /v1/events, GET /v1/users, PUT /v1/users/{name}, DELETE /v1/users/{name}, "
+    "GET /v1/studies, GET /v1/studies/{study}, GET /v1/studies/{study}/submission, "
+    "GET /v1/studies/{study}/link, POST /v1/studies/{study}/priority, "
+    "POST /v1/studies/{study}/{action}, POST /v1/trials/{trial}/{action}, GET /v1/finished",
+}
+
+
+def test_every_route_has_its_rule(tmp_path):
+    hub = FakeHub(tmp_path)
+    every = [(method.upper(), path) for method, path in routes(Http(build_app(hub, "1")))]
+    found = {f"{method} {path}": gate.rule_of(method, path, 1).waits for method, path in every}
+    assert found == {route: kind for kind, named in WAITS.items() for route in named.split(", ")}
+    hub.ledger.close()
