@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -45,6 +45,21 @@ def polygon_mask(polygons: list[Points], height: int, width: int) -> Mask:
     """The union, rasterised as pycocotools does."""
     rles = rle_tools.frPyObjects([polygon.ravel().tolist() for polygon in polygons], height, width)
     return np.asarray(rle_tools.decode(rle_tools.merge(rles)), bool)
+
+
+def crowd(
+    rng: np.random.Generator, category: int, outline: Sequence[Points], height: int, width: int
+) -> Placed:
+    """Many small things of one category, annotated together. It may have no pixel."""
+    middle = np.array([rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height])
+    radius = 0.05 * max(height, width)
+    polygons = [
+        rounded(part * radius + shift, width, height)
+        for shift in middle + rng.normal(0, 2.5 * radius, (int(rng.integers(6, 12)), 2))
+        for part in outline
+    ]
+    mask = polygon_mask(polygons, height, width)
+    return Placed(category, polygons, mask, int(mask.sum()), crowd=True)
 
 
 def annotation(placed: Placed, annotation_id: int, image_id: int) -> JsonObject:

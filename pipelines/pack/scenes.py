@@ -22,6 +22,7 @@ from pipelines.pack.placed import (
     Mask,
     Placed,
     Points,
+    crowd,
     polygon_mask,
     rounded,
 )
@@ -49,7 +50,11 @@ def draw_scene(rng: np.random.Generator, size: int, *, outlines: int, on_grid: b
     image = _ground(rng, height, width)
     objects: list[Placed] = []
     if rng.random() < CROWD_RATE:  # first, so that it lies behind everything
-        _try_crowd(rng, image, objects, outlines)
+        category = int(rng.integers(1, outlines))
+        many = crowd(rng, category, OUTLINES[CATEGORIES[category]](), height, width)
+        if many.whole >= MIN_PIXELS:
+            _paint(rng, image, many.mask)
+            objects.append(many)
     wanted = int(rng.integers(FEWEST, MOST + 1))
     for _ in range(wanted * 4):  # an attempt may find no room
         if sum(not placed.crowd for placed in objects) >= wanted:
@@ -145,26 +150,6 @@ def _spoilt(other: Placed, mask: Mask, on_grid: bool) -> bool:
     box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
     corners = np.concatenate(other.polygons)
     return not np.allclose(box, [*corners.min(0), *corners.max(0)], rtol=0, atol=0.01)
-
-
-def _try_crowd(
-    rng: np.random.Generator, image: Canvas, objects: list[Placed], outlines: int
-) -> None:
-    """Many small things of one category, annotated together."""
-    height, width = image.shape[:2]
-    category = int(rng.integers(1, outlines))
-    outline = OUTLINES[CATEGORIES[category]]()
-    middle = np.array([rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height])
-    radius = 0.05 * max(height, width)
-    polygons = [
-        rounded(part * radius + shift, width, height)
-        for shift in middle + rng.normal(0, 2.5 * radius, (int(rng.integers(6, 12)), 2))
-        for part in outline
-    ]
-    mask = polygon_mask(polygons, height, width)
-    if mask.sum() >= MIN_PIXELS:
-        _paint(rng, image, mask)
-        objects.append(Placed(category, polygons, mask, int(mask.sum()), crowd=True))
 
 
 # --- appearance -----------------------------------------------------------------------------------

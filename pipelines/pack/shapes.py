@@ -17,6 +17,7 @@ from pipelines.pack.placed import (
     Mask,
     Placed,
     Points,
+    crowd,
     polygon_mask,
     rounded,
 )
@@ -72,7 +73,11 @@ def draw_shapes(rng: np.random.Generator, size: int, *, keypoints: bool) -> Draw
     objects: list[Placed] = []
     # The crowd comes first, so that it lies behind everything.
     if rng.random() < CROWD_RATE:
-        _try_crowd(rng, image, objects)
+        category = int(rng.integers(1, 4))  # not the first, which may be the person
+        many = crowd(rng, category, [list(SHAPES.values())[category]()], height, width)
+        if many.whole >= MIN_PIXELS:
+            _paint(rng, image, many.mask, category, 0.0)
+            objects.append(many)
     wanted = int(rng.integers(2, 6))
     for _ in range(wanted * 3):  # an attempt may find no room
         if sum(not placed.crowd for placed in objects) >= wanted:
@@ -118,23 +123,6 @@ def _try_object(
     _paint(rng, image, mask, category, turn)
     objects[:] = [replace(other, mask=other.mask & ~mask) for other in objects]
     objects.append(Placed(category, polygons, mask, int(mask.sum()), keypoints=points))
-
-
-def _try_crowd(rng: np.random.Generator, image: Canvas, objects: list[Placed]) -> None:
-    """Many small shapes of one category, annotated together."""
-    height, width = image.shape[:2]
-    category = int(rng.integers(1, 4))  # not the first, which may be the person
-    outline = list(SHAPES.values())[category]()
-    area = np.array([rng.uniform(0.2, 0.8) * width, rng.uniform(0.2, 0.8) * height])
-    radius = 0.05 * max(height, width)
-    polygons = [
-        rounded(outline * radius + area + rng.normal(0, 2.5 * radius, 2), width, height)
-        for _ in range(int(rng.integers(6, 12)))
-    ]
-    mask = polygon_mask(polygons, height, width)
-    if mask.sum() >= MIN_PIXELS:
-        _paint(rng, image, mask, category, 0.0)
-        objects.append(Placed(category, polygons, mask, int(mask.sum()), crowd=True))
 
 
 # --- appearance -----------------------------------------------------------------------------------
