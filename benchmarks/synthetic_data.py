@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as rle_tools
 from scipy.spatial import ConvexHull, QhullError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pipelines.coco.records import JsonObject
+from pipelines.coco.rle import mask_of
 from pipelines.pack.synth import Kind, synthesise
 
 FOREIGN = 0.05  # of a box's pixels
@@ -82,7 +82,7 @@ def figures(sources: list[tuple[Path, Path]]) -> Figures:
         names |= set(named.values())
         images += len(coco["images"])
         for pixels, objects in _images(coco, folder):
-            masks = [_mask(each, *pixels.shape[:2]) for each in objects]
+            masks = [mask_of(each["segmentation"], *pixels.shape[:2]) for each in objects]
             classes = np.array([each["category_id"] for each in objects])
             for k, (each, mask) in enumerate(zip(objects, masks, strict=True)):
                 if not mask.any():
@@ -117,15 +117,6 @@ def _images(coco: JsonObject, folder: Path) -> Iterator[tuple[NDArray[np.uint8],
     for image in coco["images"]:
         with Image.open(folder / image["file_name"]) as file:
             yield np.asarray(file.convert("RGB")), by_image[image["id"]]
-
-
-def _mask(annotation: JsonObject, height: int, width: int) -> Mask:
-    rle = annotation["segmentation"]
-    if isinstance(rle, list):
-        rle = rle_tools.merge(rle_tools.frPyObjects(rle, height, width))
-    elif isinstance(rle["counts"], list):
-        rle = rle_tools.frPyObjects(rle, height, width)
-    return np.asarray(rle_tools.decode(rle), bool)
 
 
 def _row(

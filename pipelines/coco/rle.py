@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as rle_tools
 
-from pipelines.coco.records import Polygons, Rle
+from pipelines.coco.records import JsonValue, Polygons, Rle
 
 
 def compressed(segmentation: Polygons | Rle, height: int, width: int) -> Rle:
@@ -24,6 +26,16 @@ def compressed(segmentation: Polygons | Rle, height: int, width: int) -> Rle:
 def decoded(segmentation: Polygons | Rle, height: int, width: int) -> NDArray[np.bool_]:
     """The mask as booleans (height, width)."""
     return np.asarray(rle_tools.decode(compressed(segmentation, height, width).json()), bool)
+
+
+def mask_of(segmentation: JsonValue, height: int, width: int) -> NDArray[np.bool_]:
+    """The mask of any of COCO's forms: polygons, compressed or uncompressed run lengths."""
+    coded: Any = segmentation
+    if isinstance(coded, list) or isinstance(coded["counts"], list):
+        coded = rle_tools.frPyObjects(coded, height, width)
+    if isinstance(coded, list):  # several polygons are one object
+        coded = rle_tools.merge(coded)
+    return np.asarray(rle_tools.decode(coded), bool)
 
 
 def run_lengths(text: str) -> list[int] | None:

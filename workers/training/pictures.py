@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as rle_tools
 from pydantic import BaseModel
 
+from pipelines.coco.rle import mask_of
 from pipelines.load.sample import read_image
 from pipelines.shards.dataset import Dataset
 
@@ -114,7 +115,7 @@ def drawn(
     coloured = [(thing, _COLOURS[thing.category_id % len(_COLOURS)]) for thing in objects]
     for thing, colour in coloured:
         if thing.segmentation:
-            mask = _mask(thing.segmentation, height, width)
+            mask = mask_of(thing.segmentation, height, width)
             canvas[mask] = 0.5 * canvas[mask] + 0.5 * np.asarray(colour, np.float32)
     # lines and text after the scaling, so that they stay sharp
     side = max(height, width)
@@ -152,15 +153,6 @@ def _label(
     draw.rectangle((x, top, ground[2] + 2, top + font_px + 3), fill=colour)
     bright = 0.3 * colour[0] + 0.59 * colour[1] + 0.11 * colour[2] > _BRIGHT
     draw.text((x + 2, top), text, fill=(0, 0, 0) if bright else (255, 255, 255), font=font)
-
-
-def _mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """Any of COCO's forms: polygons, compressed or uncompressed run lengths."""
-    if isinstance(segmentation, list) or isinstance(segmentation["counts"], list):
-        segmentation = rle_tools.frPyObjects(segmentation, height, width)
-    if isinstance(segmentation, list):  # several polygons are one object
-        segmentation = rle_tools.merge(segmentation)
-    return np.asarray(rle_tools.decode(segmentation), dtype=bool)
 
 
 def _gap(height: int, width: int) -> Pixels:
