@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from pydantic import TypeAdapter
 
-from contract.data import ManifestHeader
+from contract.data import DataConfig, ManifestHeader
 from contract.model import KeypointBranch, MaskBranch
 from contract.recipe import RunConfig
 from contract.record import Message, nearest
+
+Pairs: TypeAlias = tuple[tuple[str, str], ...]  # names of keypoints, left and right
 
 
 class Category(Message):
@@ -19,7 +22,7 @@ class Category(Message):
 
     name: str
     keypoints: tuple[str, ...] | None = None  # None in a dataset without keypoints
-    flip_pairs: tuple[tuple[str, str], ...] | None = None
+    flip_pairs: Pairs | None = None
 
 
 _CATEGORIES = TypeAdapter(tuple[Category, ...])
@@ -149,12 +152,12 @@ def _check_keypoints(
             f"{len(points)} keypoints; give one for each"
         )
     if run.data.flip_probability > 0:
-        mirrored(points, flip_pairs(run, named[0]))
+        mirrored(points, flip_pairs(run.data, named[0].flip_pairs))
 
 
-def flip_pairs(run: RunConfig, category: Category) -> tuple[tuple[str, str], ...] | None:
-    """The run's own pairs, else those of the dataset's category; None to find them by name."""
-    return category.flip_pairs if run.data.flip_pairs is None else run.data.flip_pairs
+def flip_pairs(cfg: DataConfig, own: Pairs | None) -> Pairs | None:
+    """The run's pairs, else the category's `own`; None to find them by name."""
+    return own if cfg.flip_pairs is None else cfg.flip_pairs
 
 
 def _listed(names: Sequence[str]) -> str:

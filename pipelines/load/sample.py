@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from contract.data import DataConfig
-from contract.fit import mirrored
+from contract.fit import flip_pairs, mirrored
 from pipelines.coco.records import CocoCategory
 from pipelines.load.images import decode, jitter_colour, resize, resized_size
 from pipelines.load.masks import Masks, mask_crops
@@ -177,4 +177,4 @@ def mirrored_keypoints(
     if cfg.flip_probability == 0:
         return tuple(range(count))
     own = next(category.flip_pairs for category in categories if category.keypoints)
-    return mirrored(named[0], own if cfg.flip_pairs is None else cfg.flip_pairs)
+    return mirrored(named[0], flip_pairs(cfg, own))
