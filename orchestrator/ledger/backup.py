@@ -12,10 +12,13 @@ from pathlib import Path
 
 from sqlalchemy import Engine, func, select, update
 
+from contract.attempt import LIVE_ATTEMPTS
+from contract.study import LIVE_TRIALS
+from contract.words import one_line
 from orchestrator.ledger.events import record
 from orchestrator.ledger.lease import drop_lease, take_lease
 from orchestrator.ledger.opening import Ledger, Transaction
-from orchestrator.ledger.tables import EVENTS, LEASE, STUDIES, TRIALS
+from orchestrator.ledger.tables import ATTEMPTS, EVENTS, LEASE, STUDIES, TRIALS
 from orchestrator.trial_folder import TrialFileError, TrialFolder
 
 RESTORED, SETTLED = "restored", "settled"  # events of the ledger itself
@@ -75,18 +78,24 @@ def _catch_up(transaction: Transaction, now: float) -> list[str]:
     """Attempts that were made after the copy have numbers that must not come again."""
     lines = []
     query = select(TRIALS.c.id, TRIALS.c.study, TRIALS.c.folder, TRIALS.c.attempts)
-    own = query.where(TRIALS.c.cached_from == "", TRIALS.c.state == "queued")
+    own = query.where(TRIALS.c.cached_from == "", TRIALS.c.state.in_(("queued", *LIVE_TRIALS)))
     for row in transaction.execute(own).all():
         try:
             names = TrialFolder(row.folder).names("attempts")
-        except (OSError, TrialFileError):
-            continue  # the trial's next attempt says what is wrong there
-        newest = max((int(name) for name in names if _ATTEMPT.fullmatch(name)), default=0)
-        if newest > row.attempts:
+        except (OSError, TrialFileError) as error:
+            text = f"nobody knows whether attempts were made after the backup: {one_line(error)}"
+        else:
+            newest = max((int(name) for name in names if _ATTEMPT.fullmatch(name)), default=0)
+            if newest <= row.attempts:
+                continue
             text = f"attempts up to {newest} were made after the backup; goes on from their files"
             transaction.execute(update(TRIALS).where(TRIALS.c.id == row.id).values(attempts=newest))
-            record(transaction, RESTORED, text, study=row.study, trial=row.id, at=now)
-            lines.append(f"{row.id}: {text}")
+            # A live trial's own one ended before those. Without one `mend` has the trial wait.
+            live = (ATTEMPTS.c.trial == row.id) & ATTEMPTS.c.state.in_(LIVE_ATTEMPTS)
+            ended = {"state": "lost", "cause": text, "ended_at": now}
+            transaction.execute(update(ATTEMPTS).where(live).values(ended))
+        record(transaction, RESTORED, text, study=row.study, trial=row.id, at=now)
+        lines.append(f"{row.id}: {text}")
     record(transaction, RESTORED, "from a backup", study="", at=now)
     return lines
 

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import select
 from typer.testing import CliRunner
 
+from contract.attempt import Outcome
 from orchestrator.cli.app import app
 from orchestrator.cluster.jobs import Job
 from orchestrator.ledger import backup, lease, queries
@@ -69,6 +70,39 @@ def test_after_a_restore_what_runs_is_adopted_or_ended_and_told(tmp_path):
     told = {row.kind: row.cause for row in rows}
     assert told["adopted"] == f"job {runs}-1 ran when the ledger was restored: adopted"
     assert "x-000-1 runs" in told["orphan"]
+    house.ledger.close()
+
+
+def test_a_trial_that_ran_at_the_backup_goes_on_after_its_later_attempts(tmp_path):
+    home, copy = tmp_path / "home", tmp_path / "copy"
+    home.mkdir()
+    house = House(home)
+    study = house.submit(plan("a"), plan("b", identity("b")))
+    trial, odd = f"{study}-000", f"{study}-001"
+    house.tick(2)
+    run("backup", str(copy), "--home", str(home))
+    house.cluster.end(f"{trial}-1", code=1, done=False)
+    house.tick(2)
+    # of the attempt that the copy does not know: its account must not be taken for a later one's
+    house.cluster.end(f"{trial}-2", 76, Outcome(state="stopped", step=4), done=False)
+    house.cluster.forget(f"{trial}-2")
+    house.ledger.close()
+    attempts = Path(house.cluster.specs[f"{odd}-1"].storage, "attempts")
+    attempts.rename(attempts.with_name("elsewhere"))
+    attempts.symlink_to("elsewhere")
+
+    done = run("restore", str(copy), "--home", str(home), "--replace")
+    assert f"{trial}: attempts up to 2 were made after the backup" in done.output
+    assert f"{odd}: nobody knows whether" in done.output
+    house.ledger = Ledger(f"sqlite:///{home / 'ledger.db'}")
+    house.loop = Reconciler(house.ledger, house.settings)
+    house.tick()
+    assert (house.state(trial), house.trial(trial).attempts) == ("starting", 3)
+    assert house.cluster.started.count(f"{trial}-2") == 1
+    assert (house.state(odd), "restored" in house.kinds(odd)) == ("running", True)
+    house.cluster.end(f"{trial}-3")
+    house.tick()
+    assert house.state(trial) == "done"
     house.ledger.close()
 
 
