@@ -166,7 +166,7 @@ class TrialFolder:
         if self._files.local is None:
             return self._files.folder_bytes(name)
         total = 0
-        with suppress(NotADirectoryError), self._folder([name]) as top:
+        with self._judged(name), suppress(NotADirectoryError), self._folder([name]) as top:
             for _, _, files, folder in os.fwalk(".", dir_fd=top) if top is not None else ():
                 for file in files:
                     with suppress(FileNotFoundError):  # a trial may delete it meanwhile
@@ -200,6 +200,10 @@ class TrialFolder:
             if error.errno in _NO_TRIALS_FILE:
                 raise self._refused(path, _NO_TRIALS_FILE[error.errno]) from None
             raise
+        except RecursionError:  # of `os.fwalk` and `rmtree`
+            raise self._refused(
+                path, "has folders nested too deep to walk; remove them by hand"
+            ) from None
 
     @contextmanager
     def _opened(self, path: str) -> Iterator[int | None]:

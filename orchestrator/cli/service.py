@@ -209,3 +209,6 @@ def gc(
     total = sum(removal.bytes for removal in answer.removals)
     verb = "removed" if answer.applied else "would be removed (--apply does it)"
     print(f"{total / _MIB:10.1f} MiB in {len(answer.removals)} folders {verb}")
+    if answer.applied and answer.freed_bytes < total:
+        stays = total - answer.freed_bytes
+        print(f"{stays / _MIB:10.1f} MiB of them stay; the service's log says why")

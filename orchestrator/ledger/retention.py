@@ -18,7 +18,7 @@ from contract.words import one_line
 from orchestrator.ledger.events import record
 from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.tables import STUDIES, TRIALS
-from orchestrator.trial_folder import TrialFolder
+from orchestrator.trial_folder import TrialFileError, TrialFolder
 
 LOG = logging.getLogger("maskray")
 _DAY_S = 86400
@@ -62,8 +62,8 @@ def plan_retention(
     for row in transaction.execute(query):
         try:
             size = TrialFolder(row.folder).bytes_below(CHECKPOINT_FOLDER)
-        except OSError as error:  # of one trial's folder: the others must not wait for it
-            LOG.warning("trial %s: %s; its checkpoints stay", row.id, one_line(error))
+        except (OSError, TrialFileError) as error:
+            _stays(row.id, error)
             continue
         if size:
             folder = uri_join(row.folder, CHECKPOINT_FOLDER)
@@ -81,10 +81,19 @@ def apply_retention(
         with ledger.reading() as transaction:
             still = plan_retention(transaction, now, checkpoints_days, removal.trial)
         if still:
-            TrialFolder(split(removal.folder)[0]).delete(CHECKPOINT_FOLDER)
+            try:
+                TrialFolder(split(removal.folder)[0]).delete(CHECKPOINT_FOLDER)
+            except (OSError, TrialFileError) as error:
+                _stays(removal.trial, error)
+                continue
             text = f"{removal.bytes} bytes, of a study that ended {checkpoints_days:g} days ago"
             with ledger.writing() as transaction:
                 study, trial = removal.study, removal.trial
                 record(transaction, "checkpoints-removed", text, study=study, trial=trial, at=now)
             freed += removal.bytes
     return freed
+
+
+def _stays(trial: str, error: OSError | TrialFileError) -> None:
+    """Of one trial's folder: the others must not wait for it."""
+    LOG.warning("trial %s: %s; its checkpoints stay", trial, one_line(error))

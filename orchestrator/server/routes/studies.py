@@ -121,12 +121,15 @@ def keeps(study: Id, hub: HubOfApp) -> Forgotten:
         if row is None:
             raise absent("study", study)
         borrowers = queries.borrowers(transaction, study)
-    return _kept(row, borrowers, forgotten=False)
+    return _kept(row, _bytes_of(row), borrowers, forgotten=False)
 
 
 @router.delete("/{study}")
 def forget(study: Id, hub: HubOfApp, user: Submitter, files: bool = False) -> Forgotten:
     """Removes a study that is over from the ledger; with `files` its folder, too."""
+    with hub.ledger.reading() as transaction:
+        # Before the ledger changes: a folder of the study's trials may be one that nobody can walk.
+        size = _bytes_of(own_study(transaction, study, user))
     with hub.ledger.writing() as transaction:
         row = own_study(transaction, study, user)
         borrowers = queries.borrowers(transaction, study)
@@ -137,19 +140,23 @@ def forget(study: Id, hub: HubOfApp, user: Submitter, files: bool = False) -> Fo
                 "studies first, or leave out --files"
             )
         commands.forget_study(transaction, study, user.name, time.time())
-    kept = _kept(row, borrowers, forgotten=True)
+    kept = _kept(row, size, borrowers, forgotten=True)
     if files:
         # After the ledger: a folder that cannot be deleted leaves no study without its files.
         TrialFolder(row.storage).delete(study)
     return kept.model_copy(update={"deleted": files})
 
 
-def _kept(row: StudyRow, borrowers: list[str], forgotten: bool) -> Forgotten:
+def _bytes_of(row: StudyRow) -> int:
+    return TrialFolder(row.storage).bytes_below(row.id)
+
+
+def _kept(row: StudyRow, size: int, borrowers: list[str], forgotten: bool) -> Forgotten:
     return Forgotten(
         study=row.id,
         forgotten=forgotten,
         folder=uri_join(row.storage, row.id),
-        bytes=TrialFolder(row.storage).bytes_below(row.id),
+        bytes=size,
         borrowers=borrowers,
     )
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 from sqlalchemy import select, update
@@ -78,3 +82,46 @@ def test_what_a_link_in_a_trials_folder_leads_to_is_neither_counted_nor_deleted(
     assert not (first / "checkpoints").exists()
     assert (precious / "data").exists()
     ledger.close()
+
+
+def nest(folder: Path, depth: int) -> None:
+    """Folders in folders; no path of the system is as long as theirs."""
+    handle = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=handle)
+        below = os.open("d", os.O_RDONLY, dir_fd=handle)
+        os.close(handle)
+        handle = below
+    os.close(handle)
+
+
+def test_one_trials_odd_checkpoints_hold_up_no_others(tmp_path, monkeypatch, caplog):
+    """1,100 nested folders raise RecursionError, one of another user PermissionError."""
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    plans = submission(*(plan(name, identity(name)) for name in "abc"))
+    study = accept.accept(ledger, ServiceSettings(home=str(tmp_path)), plans, "ann", 1.0)[0]
+    with ledger.writing() as transaction:
+        folders = [Path(row) for row in transaction.execute(select(TRIALS.c.folder)).scalars()]
+        for size, folder in enumerate(folders, start=1):
+            (folder / "checkpoints").mkdir(parents=True)
+            (folder / "checkpoints/data").write_bytes(b"x" * size)
+        commands.cancel_study(transaction, study, "ann", DAY)
+    nest(folders[0] / "checkpoints", 1100)
+    with ledger.reading() as transaction:
+        removals = plan_retention(transaction, 10 * DAY, 7)
+    assert [removal.bytes for removal in removals] == [3, 2]
+    rmtree, refused = shutil.rmtree, PermissionError(errno.EACCES, "Permission denied")
+
+    def denied(name: str, dir_fd: int) -> None:
+        if Path(f"/proc/self/fd/{dir_fd}").readlink() == folders[2]:
+            raise refused
+        rmtree(name, dir_fd=dir_fd)
+
+    monkeypatch.setattr(shutil, "rmtree", denied)
+    assert apply_retention(ledger, removals, 10 * DAY, 7) == 2
+    assert not (folders[1] / "checkpoints").exists()
+    stays = [line for line in caplog.messages if "its checkpoints stay" in line]
+    assert [line.split(":")[0] for line in stays] == [f"trial {study}-{n}" for n in ("000", "002")]
+    assert "nested too deep" in stays[0]
+    ledger.close()
+    subprocess.run(["rm", "-r", str(folders[0])], check=True)  # which pytest cannot

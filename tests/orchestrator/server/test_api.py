@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import math
+import subprocess
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from orchestrator.schedule.measures import Measures
 from orchestrator.server.api import build_app
 from orchestrator.server.front import failures
 from orchestrator.settings import ServiceSettings
+from tests.orchestrator.ledger.test_retention import nest
 from tests.orchestrator.submissions import identity, plan, submission
 
 USERS: dict[str, Role] = {"root": "admin", "ann": "submit", "bob": "submit", "eve": "read"}
@@ -297,6 +299,11 @@ def test_forgetting_names_what_it_keeps_and_spares_what_others_borrow(http, hub)
     answer = http.delete(f"/v1/studies/{source}?files=true", headers=by("ann"))
     refused(answer, 400, f"its files are the result of {borrower}:b")
     assert http.delete(f"/v1/studies/{borrower}", headers=by("ann")).status_code == 200
+    nest(folder, 1100)  # nobody can walk it: then the ledger keeps the study, too
+    answer = http.delete(f"/v1/studies/{source}?files=true", headers=by("ann"))
+    refused(answer, 400, "has folders nested too deep")
+    assert http.get(f"/v1/studies/{source}", headers=by("ann")).status_code == 200
+    subprocess.run(["rm", "-r", str(folder / "d")], check=True)
     answer = http.delete(f"/v1/studies/{source}?files=true", headers=by("ann"))
     assert answer.json()["deleted"]
     assert not folder.exists()
