@@ -149,17 +149,6 @@ class Files:
         """Raises FileNotFoundError, and ValueError for what is not JSON."""
         return json.loads(self.read(path))
 
-    def read_object(self, path: str) -> dict[str, Any] | None:
-        """A JSON object, numbers that are not finite replaced by None; None if absent or torn."""
-        data = self.read_part(path)
-        try:
-            value = json.loads(data or b"null")
-        except (
-            ValueError
-        ):  # a store without atomic replacement may show half a file: the next look sees all
-            return None
-        return finite(value) if isinstance(value, dict) else None
-
     def size(self, path: str) -> int | None:
         """Bytes of one file; None if there is none."""
         return self.sizes([path])[0]
