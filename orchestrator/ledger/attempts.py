@@ -6,6 +6,7 @@ is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
@@ -19,6 +20,8 @@ from orchestrator.ledger.events import record
 from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.rows import LiveAttempt
 from orchestrator.ledger.tables import ATTEMPTS, TRIALS
+
+NUMBER = re.compile("[1-9][0-9]{0,5}")  # of an attempt
 
 
 class AttemptChange(TypedDict, total=False):
@@ -77,30 +80,32 @@ def adopt_attempt(ledger: Ledger, trial: str, submission_id: str, now: float) ->
 
     False, and nothing changes, if the trial does not wait or the job is no newer attempt of it.
     """
-    number = submission_id.removeprefix(f"{trial}-")
+    name, _, digits = submission_id.rpartition("-")
+    if name != trial or not NUMBER.fullmatch(digits):
+        return False
+    number = int(digits)
     with ledger.writing() as transaction:
         row = queries.trial_row(transaction, trial)
         study = queries.lock_study(transaction, row.study) if row is not None else None
-        if row is None or study is None or study.state != "active" or not number.isdecimal():
+        if row is None or study is None or study.state != "active":
             return False
-        known = queries.attempt_row(transaction, trial, int(number))
-        if known is not None or int(number) < row.attempts or len(number) > 6:
+        known = queries.attempt_row(transaction, trial, number)
+        if known is not None or number < row.attempts:
             return False
-        change: TrialChange = {"state": "starting", "attempts": int(number), "moved_at": now}
+        change: TrialChange = {"state": "starting", "attempts": number, "moved_at": now}
         if not move_trial(transaction, trial, ["queued"], **change):
             return False
         transaction.execute(
             insert(ATTEMPTS).values(
                 trial=trial,
-                number=int(number),
+                number=number,
                 submission_id=submission_id,
                 state="submitted",
                 started_at=now,
             )
         )
         why = f"job {submission_id} ran when the ledger was restored: adopted"
-        study_id, at = row.study, int(number)
-        record(transaction, "adopted", why, study=study_id, trial=trial, attempt=at, at=now)
+        record(transaction, "adopted", why, study=row.study, trial=trial, attempt=number, at=now)
     return True
 
 

@@ -8,6 +8,7 @@ and the next tick replaces them.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
@@ -53,6 +54,7 @@ _FORCE_AFTER_S = 30.0  # beyond the grace: then Ray is asked again to end a job
 _SWEEP_S = 60.0  # between two looks for rows that contradict each other
 _MAX_MARKS = 1000  # events that the ledger keeps of a trial
 _MAX_ERROR = 2000  # characters
+_TRIAL = re.compile(r"[\w.-]{1,100}-[0-9]{3,8}", re.ASCII)  # the ledger holds no longer name
 
 
 class _Nodes(RootModel[list[Annotated[str, Field(pattern=r"^[\w.:-]{1,200}$")]]]):
@@ -124,14 +126,14 @@ class Reconciler:
             if not backup.unsettled(transaction):
                 return
         ours = [job for job in jobs.values() if job.metadata.get("maskray") == self.admission.mark]
-        adopted = [
-            job.submission_id
-            for job in ours
-            if job.state not in ENDED
-            and attempts.adopt_attempt(
-                self.ledger, job.metadata.get("trial", ""), job.submission_id, now
-            )
-        ]
+        adopted = []
+        for job in ours:
+            trial = _trial_of(job)
+            with self.troubles.apart(job.submission_id):
+                if job.state not in ENDED and attempts.adopt_attempt(
+                    self.ledger, trial, job.submission_id, now
+                ):
+                    adopted.append(job.submission_id)
         words = f"adopted {len(adopted)} of {len(ours)} jobs{''.join(f', {x}' for x in adopted)}"
         LOG.info("restored ledger: %s", words)
         backup.settle(self.ledger, words, now)
@@ -196,22 +198,27 @@ class Reconciler:
     def _end_orphans(self, cluster: Cluster, jobs: Mapping[str, Job], known: set[str]) -> None:
         """Ends jobs of ours whose attempt the ledger says is over, or does not know."""
         for submission, job in jobs.items():
-            if submission in known or job.metadata.get("maskray") != self.admission.mark:
-                continue
-            if job.state in ENDED:
-                cluster.forget(submission)
-                continue
-            with self.ledger.reading() as transaction:
-                state = queries.attempt_state(transaction, submission)
-            if state in LIVE_ATTEMPTS:  # it was started since `known` was read
-                continue
-            LOG.warning("ending orphaned job %s", submission)
-            cluster.stop(submission)
-            trial = job.metadata.get("trial", "")
+            if submission not in known and job.metadata.get("maskray") == self.admission.mark:
+                # by the job: a live trial's own trouble stays
+                with self.troubles.apart(submission):
+                    self._end_orphan(cluster, job)
+
+    def _end_orphan(self, cluster: Cluster, job: Job) -> None:
+        submission = job.submission_id
+        if job.state in ENDED:
+            cluster.forget(submission)
+            return
+        with self.ledger.reading() as transaction:
+            state = queries.attempt_state(transaction, submission)
+        if state in LIVE_ATTEMPTS:  # it was started since the live ones were read
+            return
+        LOG.warning("ending orphaned job %s", printable(submission))
+        cluster.stop(submission)
+        trial = _trial_of(job)
+        text = printable(f"job {submission} runs, the ledger says it is over: ended")
+        with self.ledger.writing() as transaction:
             study = trial.rpartition("-")[0]
-            text = f"job {submission} runs, the ledger says it is over: ended"
-            with self.ledger.writing() as transaction:
-                record(transaction, "orphan", text, study=study, trial=trial)
+            record(transaction, "orphan", text, study=study, trial=trial)
 
     # --- the end of an attempt ---
 
@@ -323,6 +330,12 @@ class Reconciler:
             words = (live.trial.id, live.attempt.number, after.state, after.cause)
             LOG.info("trial %s attempt %d: %s, %s", *words)
         return written
+
+
+def _trial_of(job: Job) -> str:
+    """Empty where the job names none: whoever reaches Ray, a trial too, can start any job."""
+    trial = job.metadata.get("trial", "")
+    return trial if _TRIAL.fullmatch(trial) else ""
 
 
 def _kind(after: NextState) -> str:

@@ -21,7 +21,7 @@ from sqlalchemy import select, update
 
 from contract.attempt import LIVE_ATTEMPTS, AttemptSpec, Outcome, Progress, Result
 from contract.study import TRAINING_TAG, Resources
-from orchestrator.cluster.jobs import Job, UnreachableError
+from orchestrator.cluster.jobs import Job, JobRefusedError, UnreachableError
 from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import commands, queries
 from orchestrator.ledger.changes import set_parent_run
@@ -465,12 +465,23 @@ def test_jobs_that_the_ledger_holds_for_over_are_ended_and_those_of_others_left_
     house.cluster.alive["other"] = Job(
         "other", "RUNNING", "", None, "n", {"maskray": "of another ledger"}
     )
-    house.cluster.alive["stray"] = Job(
-        "stray", "RUNNING", "", None, "n", {**job.metadata, "trial": "gone-000"}
-    )
+    # The first is one that Ray does not stop, the second says what no ledger can hold.
+    for name, of in (("held", "x"), ("odd", "\0" * 500), ("stray", "gone-000")):
+        metadata = {**job.metadata, "trial": of}
+        house.cluster.alive[name] = Job(name, "RUNNING", "", None, "n", metadata)
+    stop = house.cluster.stop
+
+    def refusing(name: str) -> None:
+        if name == "held":
+            raise JobRefusedError("job held: no")
+        stop(name)
+
+    house.cluster.stop = refusing
+    waiting = house.submit(plan("b", identity("b")))
     house.tick()
-    assert house.cluster.stops == ["stray"]
-    assert house.kinds("gone-000") == ["orphan"]
+    assert house.cluster.stops == ["odd", "stray"]
+    assert (house.kinds("gone-000"), house.kinds("")[-1]) == (["orphan"], "orphan")
+    assert house.state(f"{waiting}-000") == "starting"
 
 
 def test_a_missing_code_package_is_said(house):
