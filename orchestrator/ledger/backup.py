@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sqlite3
 import subprocess
 from contextlib import closing
 from pathlib import Path
 
-from sqlalchemy import Engine, func, select, update
+from sqlalchemy import Engine, func, inspect, select, update
 
 from contract.attempt import LIVE_ATTEMPTS
 from contract.study import LIVE_TRIALS
 from contract.words import one_line
+from orchestrator.ledger.attempts import NUMBER
 from orchestrator.ledger.events import record
 from orchestrator.ledger.lease import drop_lease, take_lease
 from orchestrator.ledger.opening import Ledger, Transaction
@@ -22,7 +22,6 @@ from orchestrator.ledger.tables import ATTEMPTS, EVENTS, LEASE, STUDIES, TRIALS
 from orchestrator.trial_folder import TrialFileError, TrialFolder
 
 RESTORED, SETTLED = "restored", "settled"  # events of the ledger itself
-_ATTEMPT = re.compile("[1-9][0-9]{0,5}")
 
 
 def dump(ledger: Ledger, target: Path) -> None:
@@ -44,8 +43,11 @@ def load(url: str, source: Path, replace: bool, now: float) -> list[str]:
     Raises RuntimeError while a service holds the ledger there, and ValueError if it has studies and
     `replace` is not set.
     """
-    ledger = Ledger(url)
+    # A newer maskray may have written it: what it holds goes, so it needs no migration.
+    ledger = Ledger(url, migrate=False)
     try:
+        if not inspect(ledger.engine).has_table(LEASE.name):
+            ledger.migrate()  # a new database
         take_lease(ledger, "restore", now)
         with ledger.reading() as transaction:
             there = transaction.execute(select(func.count()).select_from(STUDIES)).scalar()
@@ -85,7 +87,7 @@ def _catch_up(transaction: Transaction, now: float) -> list[str]:
         except (OSError, TrialFileError) as error:
             text = f"nobody knows whether attempts were made after the backup: {one_line(error)}"
         else:
-            newest = max((int(name) for name in names if _ATTEMPT.fullmatch(name)), default=0)
+            newest = max((int(name) for name in names if NUMBER.fullmatch(name)), default=0)
             if newest <= row.attempts:
                 continue
             text = f"attempts up to {newest} were made after the backup; goes on from their files"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
+from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import JsonValue
 
 from contract.files import file_sha256
 from contract.record import Message, parse_record
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
     from orchestrator.settings import ServiceSettings
 
 _ABOUT, _SETTINGS, _LEDGER, _CODE = "about.json", "settings.json", "ledger", "code"
+# Files of the service's home: the administrator's token, what signs links to reports, and what the
+# MLflow logins of trials that run are computed from.
+_SECRETS, _SECRET_NAMES = "secrets", ("token", "link-key", "mlflow-logins-key")
 
 Settings = Annotated[Path | None, typer.Option(help="The service's YAML file of settings.")]
 Home = Annotated[str, typer.Option(help="Folder of the service's own files; default: .maskray.")]
@@ -42,9 +47,10 @@ def backup(
     json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Copy a service's ledger, settings and code packages, also while it runs."""
+    """Copy a service's ledger, settings, keys and code packages, also while it runs."""
     from orchestrator.ledger import backup as copies
     from orchestrator.ledger.opening import Ledger
+    from orchestrator.local.processes import write_private
     from orchestrator.settings import code_files, ledger_url
 
     if folder.exists():
@@ -64,6 +70,10 @@ def backup(
     finally:
         ledger.close()
     (aside / _SETTINGS).write_text(record.model_dump_json(indent=1))
+    (aside / _SECRETS).mkdir(mode=0o700)
+    for name in _SECRET_NAMES:
+        if (Path(record.home) / name).exists():
+            write_private(aside / _SECRETS / name, (Path(record.home) / name).read_text("utf-8"))
     # after the ledger: each study that it holds has sent its package before
     packages = code_files(record)
     for name in packages.names():
@@ -74,7 +84,8 @@ def backup(
     about = About(made_at=time.time(), database=database, files=sums)
     (aside / _ABOUT).write_text(about.model_dump_json(indent=1))
     aside.rename(folder)
-    said = f"{folder}: the ledger ({database}), the settings and {len(sums) - 2} code packages"
+    num_packages = sum(name.startswith(f"{_CODE}/") for name in sums)
+    said = f"{folder}: the ledger ({database}), settings, keys and {num_packages} code packages"
     print_result({"folder": str(folder), "files": len(sums)}, said, json)
 
 
@@ -112,10 +123,36 @@ def restore(
         plain = name.removeprefix(f"{_CODE}/")
         if not packages.exists(plain):
             packages.write(plain, (folder / name).read_bytes())
+    changes += _restore_secrets(folder, about, Path(record.home))
+    changes += _other_settings(folder / _SETTINGS, record)
     restored = time.ctime(about.made_at)
     lines = [f"restored the ledger of {restored}", *changes]
     lines.append("the next service adopts or ends what runs: events `adopted`, `orphan`, `mended`")
     print_result({"made_at": about.made_at, "changes": changes}, "\n".join(lines), json)
+
+
+def _restore_secrets(folder: Path, about: About, home: Path) -> list[str]:
+    """They belong to the ledger: what people and trials have from the service stays valid."""
+    from orchestrator.local.processes import write_private
+
+    written = []
+    for name in _SECRET_NAMES:
+        if f"{_SECRETS}/{name}" not in about.files:
+            continue
+        text = (folder / _SECRETS / name).read_text("utf-8")
+        if not (home / name).exists() or (home / name).read_text("utf-8") != text:
+            write_private(home / name, text)
+            written.append(name)
+    return [f"{home}: the backup's {', '.join(written)}"] if written else []
+
+
+def _other_settings(path: Path, record: ServiceSettings) -> list[str]:
+    """The names alone: values may be secrets. The machine may be another one by intent."""
+    before: dict[str, JsonValue] = loads(path.read_text("utf-8"))
+    now = record.model_dump(mode="json")
+    differ = [name for name in now if before.get(name, now[name]) != now[name]]
+    text = f"{path}: these settings differ from those here, which stay: {', '.join(differ)}"
+    return [text] if differ else []
 
 
 def _settings(path: Path | None, home: str) -> ServiceSettings:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 from typer.testing import CliRunner
 
 from contract.attempt import Outcome
@@ -15,6 +15,7 @@ from orchestrator.cluster.jobs import Job
 from orchestrator.ledger import backup, lease, queries
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import EVENTS
+from orchestrator.local.processes import write_private
 from orchestrator.schedule.reconcile import Reconciler
 from orchestrator.server import accept
 from orchestrator.settings import ServiceSettings, code_files
@@ -31,6 +32,8 @@ def test_after_a_restore_what_runs_is_adopted_or_ended_and_told(tmp_path):
     home.mkdir()
     house = House(home)
     code_files(house.settings).write(f"{'a' * 64}.zip", b"zip")
+    for name in ("token", "link-key"):
+        write_private(home / name, f"the {name}")
     study = house.submit(plan("runs", identity("a")), plan("ended", identity("b")))
     runs, ended = f"{study}-000", f"{study}-001"
     done = run("backup", str(copy), "--home", str(home))
@@ -44,16 +47,32 @@ def test_after_a_restore_what_runs_is_adopted_or_ended_and_told(tmp_path):
     house.submit(plan("new", identity("c")))
     house.tick()
     mark = house.loop.admission.mark
+    for odd in (f"{ended}-{'9' * 5000}", f"{ended}-{2**63}", "7"):  # a trial can start any job
+        house.cluster.alive[odd] = Job(
+            odd, "RUNNING", "", None, "n", {"maskray": mark, "trial": ended}
+        )
     house.cluster.alive["x-000-1"] = Job(
         "x-000-1", "RUNNING", "", None, "n", {"maskray": mark, "trial": "x-000"}
     )
+    with house.ledger.writing() as transaction:  # the next version took it over
+        transaction.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     house.ledger.close()
 
     refused = run("restore", str(copy), "--home", str(home))
     assert "--replace puts the backup over it" in str(refused.exception)
     code_files(house.settings).delete(f"{'a' * 64}.zip")
-    done = run("restore", str(copy), "--home", str(home), "--replace")
+    (home / "token").unlink()
+    (home / "link-key").write_text("of another service")
+    (tmp_path / "service.yaml").write_text("webhook: https://chat.example.org/secret")
+    options = ("--settings", str(tmp_path / "service.yaml"), "--home", str(home))
+    done = run("restore", str(copy), *options, "--replace")
     assert done.exit_code == 0, done.output
+    for name in ("token", "link-key"):
+        assert (home / name).read_text() == f"the {name}"
+        for path in (home / name, copy / "secrets" / name):
+            assert path.stat().st_mode & 0o777 == 0o600
+    assert f"{home}: the backup's token, link-key\n" in done.output
+    assert "settings differ from those here, which stay: webhook\n" in done.output
     assert f"{ended}: attempts up to 1 were made after the backup" in done.output
     assert code_files(house.settings).read(f"{'a' * 64}.zip") == b"zip"
 
@@ -64,6 +83,7 @@ def test_after_a_restore_what_runs_is_adopted_or_ended_and_told(tmp_path):
     assert house.cluster.started.count(f"{runs}-1") == 1, "the job that ran is the attempt"
     assert house.trial(ended).attempts == 2
     assert "x-000-1" in house.cluster.stops
+    assert len(house.cluster.stops) == 5, "the odd jobs and that of the later study, too"
     with house.ledger.reading() as transaction:
         rows = transaction.execute(select(EVENTS.c.kind, EVENTS.c.cause)).all()
         assert not backup.unsettled(transaction)
@@ -149,6 +169,8 @@ def test_postgresql_is_dumped_and_restored(tmp_path, tmp_path_factory, monkeypat
         kept, _ = accept.accept(ledger, settings, submission(plan("a")), "ann", 1.0)
         backup.dump(ledger, tmp_path / "copy")
         lost, _ = accept.accept(ledger, settings, submission(plan("b")), "ann", 1.0)
+        with ledger.writing() as transaction:  # the next version took it over
+            transaction.execute(text("UPDATE alembic_version SET version_num = '9999'"))
         ledger.close()
         assert backup.load(url, tmp_path / "copy", True, 5.0) == []
         ledger = Ledger(url)
