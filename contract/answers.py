@@ -282,6 +282,7 @@ class ClusterView(Message):
 class Info(Message):
     version: str
     mlflow_uri: str  # as a browser on this machine opens it; empty without tracking
+    has_mlflow: bool = True  # without it `mlflow_uri` stays empty; an older service says nothing
     storage: str
     cluster: ClusterView
     user: str

@@ -107,16 +107,7 @@ def ui(
     Opens it in a browser where there is a screen.
     """
     client = open_client()
-    uri = client.info().mlflow_uri
-    for _ in range(_START_S):
-        if uri:
-            break
-        time.sleep(1.0)  # a local MLflow starts with its service
-        uri = client.info().mlflow_uri
-    if not uri:
-        raise RuntimeError(
-            "the service runs without MLflow; start it with --mlflow URI or --mlflow local"
-        )
+    uri = _mlflow_uri(client)
     page = mlflow_page(client, uri, name, parent)
     print_result({"mlflow": uri, "page": page}, page, json)
     has_screen = bool(os.environ.get("DISPLAY")) or sys.platform == "darwin"
@@ -128,6 +119,19 @@ def ui(
         say("no browser could be opened; the address is above")
 
 
+def _mlflow_uri(client: Client) -> str:
+    for _ in range(_START_S):
+        info = client.info()
+        if info.mlflow_uri:
+            return info.mlflow_uri
+        if not info.has_mlflow:
+            raise RuntimeError(
+                "the service runs without MLflow; start it with --mlflow URI or --mlflow local"
+            )
+        time.sleep(1.0)  # a local MLflow starts with its service
+    raise RuntimeError(f"the service has no MLflow server after {_START_S} s; its log says why")
+
+
 def mlflow_page(client: Client, uri: str, name: str, parent: bool) -> str:
     """The page of a study or a trial; of all experiments while there is no study."""
     from orchestrator.study.links import experiment_path, experiments_path, run_path
@@ -135,6 +139,8 @@ def mlflow_page(client: Client, uri: str, name: str, parent: bool) -> str:
     if not name and not client.studies(trials=False):
         return uri.rstrip("/") + experiments_path()
     trial = trial_id(client, name) if name and is_trial(client, name) else ""
+    if trial and parent:
+        raise ValueError(f"--parent: is for a study, and {name} is a trial; give one of the two")
     study = trial.rpartition("-")[0] if trial else study_id(client, name or "last")
     view = client.study(study)
     for _ in range(_START_S):

@@ -39,6 +39,7 @@ def info(request: Request, hub: HubOfApp, user: Reader) -> Info:
     return Info(
         version=request.app.version,
         mlflow_uri=hub.settings.mlflow_public or hub.tracking_uri(),
+        has_mlflow=hub.settings.mlflow != "",
         storage=storage_root(hub.settings),
         cluster=hub.cluster(),
         user=user.name,

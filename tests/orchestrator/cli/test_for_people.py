@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from contract.answers import Info, LogPage, NewToken, QueueEntry, QueueView, UserView
@@ -26,11 +27,13 @@ class FakeClient:
     def __init__(self, role: str = "read", user: str = "eve") -> None:
         self.role, self.user = role, user
         self.made: list[str] = []
+        self.asked = 0
 
     def info(self) -> Info:
-        fields: dict[str, Any] = {"version": "1", "mlflow_uri": "", "storage": ""}
+        self.asked += 1
+        fields: dict[str, Any] = {"version": "1", "mlflow_uri": "", "has_mlflow": False}
         cluster = {"state": "ready", "nodes": []}
-        return Info(**fields, cluster=cluster, user=self.user, role=self.role)
+        return Info(**fields, storage="", cluster=cluster, user=self.user, role=self.role)
 
     def users(self) -> list[UserView]:
         return [UserView(name="bob", role="admin", created_at=0.0)]
@@ -70,6 +73,20 @@ def test_a_user_who_has_a_token_gets_another_one_on_purpose_only(monkeypatch):
     assert CliRunner().invoke(app, ["user", "new"]).stdout == "t" * 20 + "\n"
     assert client.made == ["bob", "new"]
     assert CliRunner().invoke(app, ["users"]).stdout == "bob  admin\n"
+
+
+def test_ui_neither_waits_for_an_mlflow_that_will_not_come_nor_takes_a_trial_for_a_study(
+    monkeypatch,
+):
+    client = FakeClient()
+    monkeypatch.setattr(service, "open_client", lambda: client)
+    refused = CliRunner().invoke(app, ["ui"])
+    assert "the service runs without MLflow" in str(refused.exception)
+    assert client.asked == 1
+    monkeypatch.setattr(service, "is_trial", lambda *_: True)
+    monkeypatch.setattr(service, "trial_id", lambda _, name: name)
+    with pytest.raises(ValueError, match="--parent: is for a study, and s-000 is a trial"):
+        service.mlflow_page(client, "http://mlflow", "s-000", parent=True)
 
 
 def test_names_are_shown_as_they_are(capsys):
