@@ -7,6 +7,7 @@ trial (a person's cancel and the loop) one succeeds, and the other learns that i
 from __future__ import annotations
 
 import secrets
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypedDict, Unpack
 
@@ -14,13 +15,14 @@ from sqlalchemy import ColumnElement, func, insert, literal, select, update
 
 from contract.attempt import Wish
 from contract.files import uri_join
-from contract.study import FINAL_STATES, Looks, Submission, TrialPlan, TrialState
-from orchestrator.ledger import queries
+from contract.study import FINAL_STATES, Looks, Submission, TrialState
+from orchestrator.ledger import queries, sharing
 from orchestrator.ledger.events import record
 from orchestrator.ledger.opening import Ledger, Transaction
-from orchestrator.ledger.rows import OPEN_STUDY, Json, TrialRow
+from orchestrator.ledger.rows import OPEN_STUDY, Json
 from orchestrator.ledger.tables import EVENTS, STUDIES, TRIALS
-from orchestrator.study.proof import PROOF_TAG
+
+_TAKEN_AT_ONCE = 100  # results, in one transaction
 
 
 class TrialChange(TypedDict, total=False):
@@ -143,10 +145,11 @@ def _add_trials(
     owner: str,
     now: float,
 ) -> None:
-    finished: Mapping[queries.Run, tuple[TrialRow, str]] = {}
+    finished: Mapping[sharing.Run, sharing.Source] = {}
     seeds = submission.study.seeds
     if not submission.fresh:
-        finished = queries.finished_for(transaction, owner, [run_of(p) for p in submission.trials])
+        runs = [sharing.run_of(plan) for plan in submission.trials]
+        finished = sharing.finished_for(transaction, owner, runs)
     rows: list[Json] = []
     taken: list[Json] = []
     for position, plan in enumerate(submission.trials):
@@ -161,12 +164,12 @@ def _add_trials(
             "mlflow_run_id": "",
             "mlflow_closed": False,
         }
-        source, ran_by = finished.get(run_of(plan), (None, ""))
+        source = finished.get(sharing.run_of(plan))
         if isinstance(seeds, Looks) and plan.seed >= seeds.start:
             change["state"] = "held"  # also one with a result: a look must not see it before
         elif source is not None:
             change = _taken_from(source)
-            cause = f"taken from trial {source.id}, run by {ran_by}"
+            cause = f"taken from trial {source.id}, run by {source.ran_by}"
             taken.append({"study": study, "trial": trial, "at": now, "cause": cause})
         own = {"id": trial, "study": study, "position": position, "queued_at": now, "progress": {}}
         rows.append({**own, **plan.model_dump(), "training": plan.training, **change})
@@ -180,11 +183,7 @@ def _add_trials(
 # --- results of other trials ---------------------------------------------------------------------
 
 
-def run_of(plan: TrialPlan) -> queries.Run:
-    return queries.Run(plan.identity, plan.tags.get(PROOF_TAG, ""))
-
-
-def _taken_from(source: TrialRow) -> TrialChange:
+def _taken_from(source: sharing.Source) -> TrialChange:
     """What a trial takes over from a finished one with its identity."""
     return {
         "state": "done",
@@ -200,24 +199,37 @@ def _taken_from(source: TrialRow) -> TrialChange:
 def take_finished(ledger: Ledger, now: float) -> None:
     """Ends queued trials whose run another trial has finished meanwhile, with that one's result."""
     with ledger.reading() as transaction:
-        twins = queries.twins_of_finished(transaction)
+        twins = sharing.twins_of_finished(transaction)
         finished = {
-            owner: queries.finished_for(
+            owner: sharing.finished_for(
                 transaction, owner, {twin.run for twin in twins if twin.owner == owner}
             )
             for owner in {twin.owner for twin in twins}
         }
+    by_study: dict[str, list[tuple[str, sharing.Source]]] = defaultdict(list)
     for trial, study, owner, run in twins:
-        source, ran_by = finished[owner].get(run, (None, ""))
-        if source is None:  # another owner's, which nothing proves to be the same
-            continue
-        # one transaction for each, so that a long list keeps no other writer waiting
-        with ledger.writing() as transaction:
-            queries.lock_study(transaction, study)
-            if move_trial(transaction, trial, ["queued"], **_taken_from(source)):
-                text = f"taken from trial {source.id}, run by {ran_by}"
-                record(transaction, "cached", text, study=study, trial=trial, at=now)
-                end_study_if_over(transaction, study, now)
+        source = finished[owner].get(run)
+        if source is not None:  # not another owner's, which nothing proves to be the same
+            by_study[study].append((trial, source))
+    for study, taken in by_study.items():
+        # in parts, so that a long list keeps no other writer waiting
+        for start in range(0, len(taken), _TAKEN_AT_ONCE):
+            with ledger.writing() as transaction:
+                _take(transaction, study, taken[start : start + _TAKEN_AT_ONCE], now)
+
+
+def _take(
+    transaction: Transaction,
+    study: str,
+    taken: Sequence[tuple[str, sharing.Source]],
+    now: float,
+) -> None:
+    queries.lock_study(transaction, study)
+    for trial, source in taken:
+        if move_trial(transaction, trial, ["queued"], **_taken_from(source)):
+            text = f"taken from trial {source.id}, run by {source.ran_by}"
+            record(transaction, "cached", text, study=study, trial=trial, at=now)
+    end_study_if_over(transaction, study, now)
 
 
 # --- stopping and ending -------------------------------------------------------------------------
@@ -252,23 +264,26 @@ def ask_to_stop(
 
 
 def give_up(
-    ledger: Ledger, trial: str, error_class: Literal["budget", "person"], why: str, now: float
+    ledger: Ledger,
+    study: str,
+    trials: Sequence[str],
+    error_class: Literal["budget", "person"],
+    why: str,
+    now: float,
 ) -> None:
-    """Ends a queued trial that will never run.
+    """Ends queued trials of a study that will never run.
 
-    It is cancelled if the budget of its study is used up, and failed if a person must change
+    They are cancelled if the budget of the study is used up, and failed if a person must change
     something.
     """
     state: TrialState = "cancelled" if error_class == "budget" else "failed"
     with ledger.writing() as transaction:
-        row = queries.trial_row(transaction, trial)
-        if row is not None:
-            queries.lock_study(transaction, row.study)
-        if row is not None and move_trial(
-            transaction, trial, ["queued"], state=state, error=why, error_class=error_class
-        ):
-            record(transaction, state, why, study=row.study, trial=trial, at=now)
-            end_study_if_over(transaction, row.study, now)
+        queries.lock_study(transaction, study)
+        for start in range(0, len(trials), 500):  # SQLite's limit of parameters
+            which = TRIALS.c.id.in_(trials[start : start + 500]) & (TRIALS.c.state == "queued")
+            change: TrialChange = {"state": state, "error": why, "error_class": error_class}
+            move_trials(transaction, which, (state, why), now, **change)
+        end_study_if_over(transaction, study, now)
 
 
 def end_study_if_over(transaction: Transaction, study: str, now: float) -> str:

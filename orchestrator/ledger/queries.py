@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy import ColumnElement, Select, Table, func, or_, select
 
@@ -28,33 +28,8 @@ from orchestrator.ledger.rows import (
     TrialRow,
 )
 from orchestrator.ledger.tables import ATTEMPTS, EVENTS, STUDIES, TRIALS
-from orchestrator.study.proof import PROOF_TAG
 
 AnyRow = TypeVar("AnyRow")
-
-
-class Run(NamedTuple):
-    """What a trial runs: as its client says, and as the service knows (empty where it does not)."""
-
-    identity: str
-    proof: str = ""
-
-
-class Finished(NamedTuple):
-    """A trial that is over: its last attempt, and the step that it got to."""
-
-    folder: str
-    attempts: int
-    step: int
-
-
-class Twin(NamedTuple):
-    """A queued trial that another one's result may spare."""
-
-    trial: str
-    study: str
-    owner: str
-    run: Run
 
 
 def _columns(table: Table, record: type) -> list[ColumnElement[Any]]:
@@ -237,40 +212,6 @@ def trial_counts(transaction: Transaction, study: str = "") -> dict[str, dict[Tr
     return counts
 
 
-def finished_for(
-    transaction: Transaction, owner: str, wanted: Collection[Run]
-) -> dict[Run, tuple[TrialRow, str]]:
-    """The newest trial with a result of its own that `owner` may take for each run that has one,
-    and who ran it.
-
-    That is a trial of the owner's, or one of another owner with the same proof.
-    """
-    proofs: dict[str, set[str]] = defaultdict(set)
-    for run in wanted:
-        proofs[run.identity].add(run.proof)
-    newest: dict[Run, tuple[TrialRow, str]] = {}
-    identities = sorted(proofs)
-    # SQLite takes a limited number of parameters in one statement
-    for start in range(0, len(identities), 500):
-        part = identities[start : start + 500]
-        query = (
-            select(STUDIES.c.owner, *_columns(TRIALS, TrialRow))
-            .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
-            .where(
-                TRIALS.c.identity.in_(part), TRIALS.c.state == "done", TRIALS.c.cached_from == ""
-            )
-            .order_by(STUDIES.c.created_at)
-        )
-        # ordered by age: of two results of one run the later row takes the place of the earlier
-        for ran_by, *columns in transaction.execute(query):
-            trial = TrialRow(*columns)
-            proof = trial.tags.get(PROOF_TAG, "")
-            for asked in proofs[trial.identity]:
-                if ran_by == owner or (proof and proof == asked):
-                    newest[Run(trial.identity, asked)] = (trial, ran_by)
-    return newest
-
-
 def owners(transaction: Transaction, trials: Collection[str]) -> dict[str, str]:
     """Who submitted each of the trials; the ledger has forgotten those that are not in it."""
     names: dict[str, str] = {}
@@ -303,51 +244,6 @@ def _queued_trials(
     rows = transaction.execute(query)
     trials = [QueuedTrial(studies[row[0]], *row[1:]) for row in rows if row[0] in studies]
     return sorted(trials, key=lambda trial: (order[trial.study.id], trial.position))
-
-
-def finished_trainings(transaction: Transaction, owner: str, training: str) -> list[Finished]:
-    """The owner's trials of this training that are over and took steps, the newest first. Another
-    owner may lie in what its client computed.
-    """
-    query = (
-        select(TRIALS.c.folder, TRIALS.c.attempts, TRIALS.c.best_step)
-        .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
-        .where(
-            STUDIES.c.owner == owner,
-            TRIALS.c.training == training,
-            TRIALS.c.state.in_(FINAL_STATES),
-            TRIALS.c.best_step > 0,
-        )
-    )
-    rows = transaction.execute(query.order_by(TRIALS.c.queued_at.desc()))
-    return [Finished(*row) for row in rows] if training else []
-
-
-def twins_of_finished(transaction: Transaction) -> list[Twin]:
-    """Queued trials whose identity another trial has a result for by now.
-
-    A study that was submitted with `fresh` runs its trials anew, so they are not among them.
-    """
-    # A trial with attempts goes on from its own checkpoint, so it does not take another one's
-    # result.
-    done = TRIALS.alias("done")
-    results = select(done.c.identity).where(done.c.state == "done", done.c.cached_from == "")
-    query = (
-        select(TRIALS.c.id, TRIALS.c.study, STUDIES.c.owner, TRIALS.c.identity, TRIALS.c.tags)
-        .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
-        .where(
-            TRIALS.c.state == "queued",
-            TRIALS.c.attempts == 0,
-            STUDIES.c.state == "active",
-            STUDIES.c.fresh.is_(False),
-            TRIALS.c.identity.in_(results),
-        )
-        .order_by(STUDIES.c.created_at, TRIALS.c.study, TRIALS.c.position)
-    )
-    return [
-        Twin(trial, study, owner, Run(identity, tags.get(PROOF_TAG, "")))
-        for trial, study, owner, identity, tags in transaction.execute(query)
-    ]
 
 
 def unclosed_trials(transaction: Transaction) -> list[tuple[TrialBrief, StudyBrief]]:

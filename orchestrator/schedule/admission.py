@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 from contract.attempt import (
     CHECKPOINT_FOLDER,
@@ -23,7 +24,7 @@ from contract.attempt import (
 from contract.files import uri_join
 from orchestrator.cluster.jobs import Cluster
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import attempts, queries
+from orchestrator.ledger import attempts, queries, sharing
 from orchestrator.ledger.changes import ask_to_stop, give_up
 from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.rows import LiveAttempt, QueuedTrial, StudyBrief
@@ -101,21 +102,24 @@ class Admission:
         )
         decisions = decide(situation, self.settings.limits)
         waits = {wait.trial: wait for wait in held}
+        studies = {trial.id: trial.study.id for trial in free}
+        over: dict[tuple[str, str], list[str]] = defaultdict(list)
         for decision in decisions:
             if isinstance(decision, Wait):
                 waits[decision.trial] = decision
-                continue
-            with self._troubles.apart(decision.trial):
-                self._act(cluster, decision, tracking_uri, now)
+            elif isinstance(decision, GiveUp):
+                over[studies[decision.trial], decision.why].append(decision.trial)
+            else:
+                with self._troubles.apart(decision.trial):
+                    self._act(cluster, decision, tracking_uri, now)
+        self._give_up(over, "budget", now)
         self.waits = waits
         if self.settings.autoscale:
             lacking = [trial for trial in free if waits.get(trial.id, _FREE).lacks]
             head = min(lacking, key=lambda trial: waits[trial.id].position or 1, default=None)
             self._ask_for_capacity(cluster, live_attempts, head, now)
 
-    def _act(
-        self, cluster: Cluster, decision: Start | Stop | GiveUp, tracking_uri: str, now: float
-    ) -> None:
+    def _act(self, cluster: Cluster, decision: Start | Stop, tracking_uri: str, now: float) -> None:
         match decision:
             case Start():
                 number = attempts.start_attempt(
@@ -125,8 +129,17 @@ class Admission:
                     self.submit(cluster, decision.trial, number, tracking_uri)
             case Stop():
                 ask_to_stop(self.ledger, decision.trial, "budget", decision.why, now)
-            case GiveUp():
-                give_up(self.ledger, decision.trial, "budget", decision.why, now)
+
+    def _give_up(
+        self,
+        over: Mapping[tuple[str, str], Sequence[str]],
+        error_class: Literal["budget", "person"],
+        now: float,
+    ) -> None:
+        """over: study and reason -> its trials, all at once: a transaction for each is slow."""
+        for (study, why), trials in over.items():
+            with self._troubles.apart(study):
+                give_up(self.ledger, study, trials, error_class, why, now)
 
     def _ask_for_capacity(
         self,
@@ -236,6 +249,7 @@ class Admission:
         """
         held: list[Wait] = []
         free: set[str] = set()
+        over: dict[tuple[str, str], list[str]] = defaultdict(list)
         # By owner too: nobody waits for a run of another one who may lie in its identity.
         under_way = {
             (live.study.owner, run): live.trial.id
@@ -248,7 +262,7 @@ class Admission:
         trained = cache(self._trained)  # asks the storage
         for trial in sorted(waiting, key=lambda trial: (-trial.study.priority, trial.queued_at)):
             if problem := self._never_runs(trial.study):
-                give_up(self.ledger, trial.id, "person", problem, now)
+                over[trial.study.id, problem].append(trial.id)
             elif why := self._awaits(trial, under_way, first, trained, now):
                 held.append(Wait(trial.id, 0, why))
             else:
@@ -257,6 +271,7 @@ class Admission:
                     first[trial.study.owner, trial.identity] = trial.id
                     if trial.training:
                         first[trial.study.owner, trial.training] = trial.id
+        self._give_up(over, "person", now)
         return held, [trial for trial in waiting if trial.id in free]
 
     def _never_runs(self, study: StudyBrief) -> str:
@@ -310,7 +325,7 @@ class Admission:
     def _trained(self, owner: str, training: str) -> str:
         """The folder that a trial of this training can take its steps from; empty without one."""
         with self.ledger.reading() as transaction:
-            over = queries.finished_trainings(transaction, owner, training)
+            over = sharing.finished_trainings(transaction, owner, training)
         return next((one.folder for one in over if _has_last_checkpoint(one)), "")
 
     def _lacks_code(self, study: StudyBrief) -> bool:
@@ -354,7 +369,7 @@ class Admission:
                 self._durations[study] = _SAFETY * seconds
 
 
-def _has_last_checkpoint(trial: queries.Finished) -> bool:
+def _has_last_checkpoint(trial: sharing.Finished) -> bool:
     """Whether a trial left its last step's checkpoint, whatever its evaluation came to.
 
     One that only evaluated has the weights, but no checkpoint of its own.

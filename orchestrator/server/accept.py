@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
 
 from contract.study import Study, Submission, check_gpus
 from orchestrator.cluster.nodes import Node
-from orchestrator.ledger import changes, queries
+from orchestrator.ledger import changes, queries, sharing
 from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.rows import StudyRow
 from orchestrator.schedule.capacity import largest
@@ -26,12 +26,16 @@ from orchestrator.study.proof import with_proofs
 
 
 def check(
-    submission: Submission, settings: ServiceSettings, nodes: Sequence[Node], runs: bool = True
+    submission: Submission,
+    settings: ServiceSettings,
+    nodes: Sequence[Node],
+    runs: Callable[[], bool],
 ) -> None:
     """Raises ValueError of one line for what this service will never run.
 
     nodes: empty while the cluster is not known. runs: whether a trial has no result yet; without
-    one the study needs no cluster.
+    one the study needs no cluster. It is asked only about a study that the cluster cannot hold,
+    after everything else is checked.
     """
     if submission.code and not code_files(settings).exists(code_name(submission.code)):
         raise ValueError(
@@ -41,7 +45,10 @@ def check(
 
 
 def check_plan(
-    submission: Submission, settings: ServiceSettings, nodes: Sequence[Node], runs: bool
+    submission: Submission,
+    settings: ServiceSettings,
+    nodes: Sequence[Node],
+    runs: Callable[[], bool],
 ) -> None:
     """As `check`, of a study whose code stays where it is."""
     study = submission.study
@@ -55,13 +62,17 @@ def check_plan(
             "resources.gpus_per_rank is 0; remove one"
         )
     check_gpus(study.resources)
-    if runs:
-        _check_size(gang_of(study), settings, nodes)
     _check_paths(submission, settings)
+    too_large = _too_large(gang_of(study), settings, nodes)
+    if too_large and runs():
+        raise ValueError(too_large)
 
 
-def _check_size(gang: Gang, settings: ServiceSettings, nodes: Sequence[Node]) -> None:
-    """A trial must fit on the whole cluster; on one that grows, on the cluster at its largest."""
+def _too_large(gang: Gang, settings: ServiceSettings, nodes: Sequence[Node]) -> str:
+    """Why a trial never fits on the whole cluster, or on one that grows at its largest.
+
+    Empty if it does.
+    """
     at_most = ""
     if settings.autoscale:
         grown = largest(settings.node_shapes).items()
@@ -70,7 +81,8 @@ def _check_size(gang: Gang, settings: ServiceSettings, nodes: Sequence[Node]) ->
     # without nodes nobody knows what the cluster will hold: then the study waits
     if nodes and fit(gang, {node.id: node.total for node in nodes}) is None:
         whole = _size_in_words(nodes, gang)
-        raise ValueError(f"resources: a trial needs {needs(gang)}; {whole}{at_most}; ask for less")
+        return f"resources: a trial needs {needs(gang)}; {whole}{at_most}; ask for less"
+    return ""
 
 
 def _size_in_words(nodes: Sequence[Node], gang: Gang) -> str:
@@ -153,16 +165,16 @@ def _below(path: str, base: str) -> bool:
     return path == base or path.startswith(base.rstrip("/") + "/")
 
 
-def has_trials_to_run(
-    ledger: Ledger, settings: ServiceSettings, submission: Submission, owner: str
-) -> bool:
-    """Whether some trial of the submission has no result that its owner may take."""
+def has_trials_to_run(ledger: Ledger, submission: Submission, owner: str) -> bool:
+    """Whether some trial of the submission has no result that its owner may take.
+
+    Its paths are checked: a proof reads the manifests that the client names.
+    """
     if submission.fresh:
         return True
-    _check_paths(submission, settings)  # a proof reads the manifests that the client names
-    runs = {changes.run_of(trial) for trial in with_proofs(submission).trials}
+    runs = {sharing.run_of(trial) for trial in with_proofs(submission).trials}
     with ledger.reading() as transaction:
-        return len(queries.finished_for(transaction, owner, runs)) < len(runs)
+        return len(sharing.finished_for(transaction, owner, runs)) < len(runs)
 
 
 def accept(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
@@ -170,7 +171,7 @@ async def report(study: Id, request: Request, hub: HubOfApp, user: Submitter) ->
 
 def _submit(hub: Hub, body: bytes, user: User) -> Submitted:
     sent = _parsed(body)
-    runs = accept.has_trials_to_run(hub.ledger, hub.settings, sent, user.name)
+    runs = partial(accept.has_trials_to_run, hub.ledger, sent, user.name)
     accept.check(sent, hub.settings, hub.nodes(), runs)
     name, created = accept.accept(hub.ledger, hub.settings, sent, user.name, time.time())
     hub.wake()
@@ -179,7 +180,7 @@ def _submit(hub: Hub, body: bytes, user: User) -> Submitted:
 
 def _check(hub: Hub, body: bytes, user: User) -> Accepted:
     sent = _parsed(body)
-    runs = accept.has_trials_to_run(hub.ledger, hub.settings, sent, user.name)
+    runs = partial(accept.has_trials_to_run, hub.ledger, sent, user.name)
     accept.check_plan(sent, hub.settings, hub.nodes(), runs)
     return Accepted(trials=len(sent.trials))
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from contract.answers import ChangedTrial, Finished, LogPage, TrialAction
-from orchestrator.ledger import commands, queries
+from orchestrator.ledger import commands, queries, sharing
 from orchestrator.ledger.opening import Transaction
 from orchestrator.server.access import READ, HubOfApp, Id, Reader, Submitter, own_study
 from orchestrator.server.errors import absent
@@ -60,6 +60,6 @@ def finished(
     Of another user's the service knows once a study is submitted: only then can it compare.
     """
     with hub.ledger.reading() as transaction:
-        runs = [queries.Run(name) for name in identity]
-        rows = queries.finished_for(transaction, user.name, runs)
-    return Finished(finished={run.identity: row.id for run, (row, _) in rows.items()})
+        runs = [sharing.Run(name) for name in identity]
+        sources = sharing.finished_for(transaction, user.name, runs)
+    return Finished(finished={run.identity: source.id for run, source in sources.items()})

@@ -62,6 +62,18 @@ def house(ledger: Ledger, tmp_path: Path) -> SimpleNamespace:
     return SimpleNamespace(ledger=ledger, submit=submit, accept=take)
 
 
+@pytest.fixture
+def told(ledger: Ledger) -> list[str]:
+    """The statements that the database is told."""
+    statements: list[str] = []
+    event.listen(
+        ledger.engine,
+        "before_cursor_execute",
+        lambda *arguments: statements.append(arguments[2]),
+    )
+    return statements
+
+
 def states(ledger: Ledger) -> list[str]:
     with ledger.reading() as transaction:
         return list(transaction.execute(select(TRIALS.c.state).order_by(TRIALS.c.id)).scalars())
@@ -407,7 +419,7 @@ def test_people_and_the_loop_that_steer_one_study_at_once_leave_no_contradiction
             *(changing(house.ledger, commands.retry_trial, name) for name in names),
             *(changing(house.ledger, commands.cancel_trial, name) for name in names),
             partial(attempts.start_attempt, house.ledger, names[0], 2.0, "free"),
-            partial(give_up, house.ledger, names[1], "person", "no", 2.0),
+            partial(give_up, house.ledger, study, names[1:2], "person", "no", 2.0),
         )
         assert contradictions(house.ledger) == {}
         with house.ledger.reading() as transaction:
@@ -422,32 +434,49 @@ def test_equal_posts_at_once_are_one_study(house):
     assert sorted(created for _, created in answers) == [False] * 19 + [True]
 
 
-def test_cancelling_any_number_of_trials_takes_the_same_few_statements(house):
-    statements: list[str] = []
-    event.listen(
-        house.ledger.engine,
-        "before_cursor_execute",
-        lambda *arguments: statements.append(arguments[2]),
-    )
+def test_cancelling_any_number_of_trials_takes_the_same_few_statements(house, told):
     counts = []
     for size in (3, 30):
         trials = [plan(f"{i}", identity=f"{size:02d}{i:02d}" * 16) for i in range(size)]
         study, _ = house.submit(*trials)
         with house.ledger.writing() as transaction:
             move_trial(transaction, f"{study}-000", ["queued"], state="running", attempts=1)
-        statements.clear()
+        told.clear()
         with house.ledger.writing() as transaction:
             assert commands.cancel_study(transaction, study, "ann", 2.0)
-        counts.append(len(statements))
+        counts.append(len(told))
         with house.ledger.writing() as transaction:
             assert not commands.cancel_study(transaction, study, "ann", 2.0)
         with house.ledger.reading() as transaction:
             (view,) = views.study_views(transaction, {}, study)
-            told = [row for row in queries.events_after(transaction, 0, study) if row.trial]
+            events = [row for row in queries.events_after(transaction, 0, study) if row.trial]
         assert [trial.state for trial in view.trials] == ["stopping"] + ["cancelled"] * (size - 1)
-        assert sorted(row.trial for row in told) == [trial.trial for trial in view.trials]
-        assert {row.cause for row in told} == {"by ann, before it ran", "cancelled by ann"}
+        assert sorted(row.trial for row in events) == [trial.trial for trial in view.trials]
+        assert {row.cause for row in events} == {"by ann, before it ran", "cancelled by ann"}
     assert counts[0] == counts[1] <= 8
+
+
+def test_ending_any_number_of_trials_counts_their_study_once(house, told):
+    for size in (3, 30):
+        trials = [plan(f"{i}", identity=f"{size:02d}{i:02d}" * 16) for i in range(size)]
+        never, _ = house.submit(*trials)
+        twin, _ = house.submit(*trials)
+        names = [f"{never}-{i:03d}" for i in range(size)]
+        told.clear()
+        give_up(house.ledger, never, names, "budget", "spent", 2.0)
+        assert sum("count(" in statement for statement in told) == 1
+        with house.ledger.writing() as transaction:
+            done = {"state": "done", "metrics": {"segm/AP": 0.5}}
+            transaction.execute(update(TRIALS).where(TRIALS.c.study == never).values(done))
+        told.clear()
+        take_finished(house.ledger, 3.0)
+        assert sum("count(" in statement for statement in told) == 1
+        with house.ledger.reading() as transaction:
+            (view,) = views.study_views(transaction, {}, twin)
+            events = queries.events_after(transaction, 0, never)
+        assert (view.state, view.counts) == ("done", {"done": size})
+        assert [trial.cached_from for trial in view.trials] == names
+        assert [row.trial for row in events if row.cause == "spent"] == names
 
 
 def test_rows_that_contradict_each_other_are_mended_and_told(house):

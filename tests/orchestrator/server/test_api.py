@@ -20,6 +20,7 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import event
 
 from contract.answers import Check, ClusterView, Role, StagedNode, Staging
 from orchestrator.cluster.nodes import Node
@@ -279,7 +280,10 @@ def test_a_study_of_finished_trials_needs_no_cluster(http, hub):
     with hub.ledger.writing() as transaction:
         changes.move_trial(transaction, f"{source}-000", ["queued"], state="done")
     assert post(http, plans=(plan("a"),), resources={"ranks": 900}).status_code == 200
+    told: list[str] = []
+    event.listen(hub.ledger.engine, "before_cursor_execute", lambda *given: told.append(given[2]))
     study = post(http, plans=(plan("a"),)).json()["study"]
+    assert sum("trials.cached_from = " in one for one in told) == 1, "results are looked up once"
     [trial] = http.get(f"/v1/studies/{study}", headers=by("ann")).json()["trials"]
     assert trial["cached_name"] == f"{source}:a"
 
