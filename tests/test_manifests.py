@@ -19,7 +19,7 @@ import yaml
 from orchestrator.schedule.measures import Measures
 from orchestrator.server.front.metrics import exposition
 from orchestrator.settings import ServiceSettings
-from tests.orchestrator.server.test_api import FakeHub
+from tests.orchestrator.fake_hub import FakeHub
 from tests.test_compose import load, read
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from orchestrator.local.processes import write_private
 from orchestrator.schedule.reconcile import Reconciler
 from orchestrator.server import accept
 from orchestrator.settings import ServiceSettings, code_files
-from tests.orchestrator.schedule.test_reconcile import House
+from tests.orchestrator.fake_cluster import House
 from tests.orchestrator.submissions import identity, plan, submission
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.ledger import commands, queries
 from orchestrator.server import views
-from tests.orchestrator.schedule.test_reconcile import House
+from tests.orchestrator.fake_cluster import House
 from tests.orchestrator.submissions import identity, plan
 
 Poison = Callable[[Path], object]

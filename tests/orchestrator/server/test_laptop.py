@@ -10,8 +10,8 @@ import pytest
 
 from orchestrator.server.api import build_app
 from orchestrator.study.datasets import read_manifest
+from tests.orchestrator.fake_hub import FakeHub, Http, by
 from tests.orchestrator.server.front.test_front import House
-from tests.orchestrator.server.test_api import FakeHub, Http, by
 from tests.orchestrator.studies import write_dataset
 from tests.orchestrator.submissions import plan, submission
 

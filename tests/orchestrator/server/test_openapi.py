@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
 from orchestrator.server.api import build_app
-from tests.orchestrator.server.test_api import FakeHub, Http, by
+from tests.orchestrator.fake_hub import FakeHub, Http, by
 from tests.orchestrator.submissions import identity, plan, submission
 
 

@@ -18,7 +18,7 @@ from orchestrator.server.mlflow import TrackingDownError
 from orchestrator.server.reports import Reports
 from orchestrator.server.routes import pages
 from orchestrator.settings import ServiceSettings
-from tests.orchestrator.server.test_api import FakeHub, Http, by, post, refused
+from tests.orchestrator.fake_hub import FakeHub, Http, by, post, refused
 from tests.orchestrator.submissions import plan, submission
 
 

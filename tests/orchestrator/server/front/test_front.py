@@ -20,7 +20,7 @@ from orchestrator.ledger.opening import LedgerBusyError
 from orchestrator.server.api import build_app
 from orchestrator.server.front import failures, gate
 from orchestrator.server.front.listener import BoundedProtocol, build_server
-from tests.orchestrator.server.test_api import FakeHub, Http, by, refused, routes
+from tests.orchestrator.fake_hub import FakeHub, Http, by, refused, routes
 
 
 class StuckHub(FakeHub):

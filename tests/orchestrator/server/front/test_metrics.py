@@ -12,7 +12,7 @@ from orchestrator.schedule.decide import Wait
 from orchestrator.schedule.measures import Measures
 from orchestrator.server.api import build_app
 from orchestrator.server.front.metrics import OTHER, REASONS, STATES, reason_of
-from tests.orchestrator.server.test_api import FakeHub, Http, by
+from tests.orchestrator.fake_hub import FakeHub, Http, by
 from tests.orchestrator.submissions import plan, submission
 
 
