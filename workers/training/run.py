@@ -44,7 +44,6 @@ from workers.training.evaluate import (
     Scores,
     best_metric,
     evaluate_detector,
-    matches,
     num_processes,
 )
 from workers.training.loop import Ending, Parts, train
@@ -227,9 +226,10 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
         reporter = _Reporter(attempt, batches.dataset)
 
         def evaluate(now: TrainState, stopping: Callable[[], bool]) -> Scores | None:
+            last = now.step == run.loop.steps
             with now.evaluated_weights():
                 # before the scores: whatever becomes of the evaluation, the training stands
-                if world.is_first and now.step == run.loop.steps:
+                if world.is_first and last:
                     reporter.trained(now)
                 scores = evaluate_detector(
                     run.model,
@@ -240,6 +240,8 @@ def _run(attempt: _Attempt, stop: StopRequest, inputs: _Inputs) -> Outcome:
                     run.loop.eval_precision,
                     num_processes(run, world),
                     run.loop.eval_boundary,
+                    # the report tells the noise of a small validation set from them
+                    last and len(batches.dataset.rows()) <= MAX_IMAGES_OF_MATCHES,
                 )
                 # its workers hold memory that the training needs until the next evaluation
                 batches.close()
@@ -408,14 +410,8 @@ class _Reporter:
                 path = _detections(kind)
                 self._storage.write(path, json.dumps(results).encode())
                 self._journal.artifact(path, "detections")
-            self._keep_matches(scores)
-
-    def _keep_matches(self, scores: Scores) -> None:
-        """For the noise of a small validation set, which the report tells from these."""
-        if len(self._dataset.rows()) > MAX_IMAGES_OF_MATCHES:
-            return
-        for kind, one in matches(self._dataset, scores.results, self._loop.eval_boundary).items():
-            self._storage.write(_matches(kind), one.file())
+            for kind, matches in scores.matches.items():
+                self._storage.write(_matches(kind), matches.file())
 
     def _category_keys(self, scores: Scores) -> dict[str, str]:
         keys = category_keys({c for kind in _PER_CLASS for c in scores.per_class.get(kind, ())})
