@@ -15,7 +15,7 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 from contract.recipe import RunConfig
 from pipelines.pack.synth import synthesise
 from pipelines.shards.dataset import open_dataset
-from tests.workers.training.test_run import go, run_of, spec_of
+from tests.workers.trials import go, run_of, spec_of
 from workers.inference.trained import load_trained
 from workers.predict import main
 
