@@ -79,7 +79,7 @@ def to_torchvision(cfg: ModelConfig, detector: Detector) -> State:
         [
             ("image.channels", cfg.image.channels, "rgb"),
             ("image.resize", cfg.image.resize, "torchvision-detection"),
-            ("image.canvas_multiple_px", cfg.image.canvas_multiple_px, 32),
+            ("rpn.min_side_px", cfg.rpn.min_side_px, 1e-3),
             ("anchors.rounded", cfg.anchors.rounded, True),
             ("roi.samples", getattr(cfg.roi, "samples", 2), 2),
             ("roi.aligned", getattr(cfg.roi, "aligned", False), False),
@@ -146,6 +146,7 @@ def _unlike_theirs(cfg: ModelConfig, layout: str) -> list[_Difference]:
         [
             ("backbone.kind", backbone.kind, "resnet"),
             ("layout", cfg.layout, FPN()),
+            ("image.canvas_multiple_px", cfg.image.canvas_multiple_px, 32),
             ("anchors.sizes_px", cfg.anchors.sizes_px, Anchors().sizes_px),
             ("anchors.ratios", cfg.anchors.ratios, Anchors().ratios),
             ("proposals.kind", cfg.proposals.kind, "end_to_end"),

@@ -195,6 +195,7 @@ def options_of_program(path: Path) -> set[str]:
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     called = {call.func.id for call in calls if isinstance(call.func, ast.Name)}
     shared = {"--json", "--debug"} if "add_output_options" in called else set()
+    shared |= {"--weights", "--config"} if "add_trained_arguments" in called else set()
     return (
         shared
         | {

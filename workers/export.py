@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contract.command import SUCCESS, add_output_options, run_command
+from workers.inference.arguments import add_trained_arguments
 
 if TYPE_CHECKING:
+    from contract.model import ModelConfig
     from workers.inference.trained import Trained
 
 _FORMS = ("torchvision", "detectron2", "program", "torchscript")
@@ -28,20 +30,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Writes a trained detector for other programs: a state dict by the names of "
         "torchvision or detectron2, or a program of torch.export for images of one size.",
     )
-    parser.add_argument(
-        "trained", metavar="RUN|WEIGHTS", help="a run's folder, a trial (STUDY:KEY), or weights"
-    )
+    add_trained_arguments(parser)
     parser.add_argument("--to", choices=_FORMS, required=True, help="what to write")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write")
-    parser.add_argument(
-        "--weights",
-        choices=("last", "best"),
-        default="last",
-        help="which weights of a run (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--config", type=Path, metavar="RUN.yaml", help="a run file that says what WEIGHTS are"
-    )
     parser.add_argument(
         "--size", metavar="HxW", default="", help="of the images that a program takes: 480x640"
     )
@@ -115,7 +106,7 @@ def _state(trained: Trained, arguments: argparse.Namespace) -> str:
         return _torchvision_code(trained, out)
     state = to_detectron2(cfg, trained.detector)
     torch.save({"model": state, "__author__": "maskray", "matching_heuristics": False}, out)
-    return _detectron2_code(trained, out)
+    return detectron2_code(cfg, out)
 
 
 def _torchvision_code(trained: Trained, out: Path) -> str:
@@ -149,9 +140,8 @@ def _torchvision_code(trained: Trained, out: Path) -> str:
     return "\n".join(lines)
 
 
-def _detectron2_code(trained: Trained, out: Path) -> str:
+def detectron2_code(cfg: ModelConfig, out: Path) -> str:
     """The lines of a config under which detectron2 computes with these weights what we do."""
-    cfg = trained.model
     assert cfg.backbone.kind == "resnet"
     values = {
         "MODEL.WEIGHTS": str(out),
@@ -169,6 +159,8 @@ def _detectron2_code(trained: Trained, out: Path) -> str:
         "MODEL.ROI_HEADS.NMS_THRESH_TEST": cfg.inference.nms_iou,
         "MODEL.RPN.PRE_NMS_TOPK_TEST": cfg.rpn.pre_nms_test,
         "MODEL.RPN.POST_NMS_TOPK_TEST": cfg.rpn.post_nms_test,
+        "MODEL.RPN.NMS_THRESH": cfg.rpn.nms_iou,
+        "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": cfg.rpn.min_side_px,
         "TEST.DETECTIONS_PER_IMAGE": cfg.inference.detections_per_image,
     }
     if cfg.keypoints.kind == "keypoints":

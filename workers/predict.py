@@ -10,6 +10,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from contract.command import SUCCESS, WORK_FAILED, add_output_options, run_command
+from workers.inference.arguments import add_trained_arguments
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,12 +23,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Predicts on images. Writes DIR/pictures/ and COCO results in DIR/results/. "
         "Ends with 1 if an image could not be read; the others are predicted all the same.",
     )
-    parser.add_argument(
-        "trained",
-        metavar="RUN|WEIGHTS",
-        help="a run's folder, a trial (STUDY:KEY), or a file of weights: maskray's, torchvision's "
-        "or detectron2's",
-    )
+    add_trained_arguments(parser)
     parser.add_argument(
         "images", nargs="+", type=Path, metavar="IMAGES", help="JPEG and PNG files, or folders"
     )
@@ -37,15 +33,6 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.5,
         help="the least score in the pictures (default: %(default)s); the results hold all",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("last", "best"),
-        default="last",
-        help="which weights of a run (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--config", type=Path, metavar="RUN.yaml", help="a run file that says what WEIGHTS are"
     )
     parser.add_argument(
         "--annotations",

@@ -7,11 +7,10 @@ import json
 import sys
 from collections.abc import Sequence
 
-from contract.attempt import ARTIFACT_FOLDER, RESULT_FILE, Result
-from contract.command import run_command
+from contract.attempt import RESULT_FILE, Result
+from contract.command import add_output_options, run_command
 from contract.files import Files
-from contract.recipe import RunConfig, parse_run
-from contract.yaml import parse_yaml
+from workers.inference.trained import run_config
 from workers.training.build import open_datasets
 from workers.training.evaluate import Scores, score
 from workers.training.results import CocoResult
@@ -23,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="maskray rescore", description=__doc__)
     parser.add_argument("folder", metavar="TRIAL_FOLDER", help="folder or URI of a finished run")
     parser.add_argument("--data", default="", help="packed validation set; default: the run's own")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_output_options(parser)
     return run_command(lambda: _rescore(parser.parse_args(argv)), argv)
 
 
@@ -37,7 +36,9 @@ def rescore(storage: Files, data: str = "") -> Scores:
 
     Raises ValueError if the run left no detections, or the data do not fit it.
     """
-    run = _run(storage, data)
+    run = run_config(storage)
+    if data:
+        run = run.model_copy(update={"data": run.data.model_copy(update={"val": data})})
     try:
         result = Result.model_validate_json(storage.read(RESULT_FILE))
     except FileNotFoundError:
@@ -52,17 +53,6 @@ def rescore(storage: Files, data: str = "") -> Scores:
     # as the run itself opened them: aligned with its categories, and filtered
     _, val = open_datasets(run, cache="")
     return score(val.for_evaluation(run.data), detections, run.loop.eval_boundary)
-
-
-def _run(storage: Files, data: str) -> RunConfig:
-    path = f"{ARTIFACT_FOLDER}/config.yaml"
-    try:
-        text = storage.read(path).decode()
-    except FileNotFoundError:
-        raise ValueError(f"{storage.uri}: no run there ({path} is missing)") from None
-    run = parse_run(parse_yaml(text, storage.uri), storage.uri)
-    val = run.data.model_copy(update={"val": data or run.data.val})
-    return run.model_copy(update={"data": val})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from contract.attempt import (
     RunSpec,
 )
 from contract.command import add_output_options, run_command
-from contract.files import Files
+from contract.files import Files, uri_join
 from contract.recipe import RunConfig, apply_overrides, parse_run
 from contract.record import Message
 from contract.run_file import parse_overrides, read_run_file
@@ -215,7 +215,7 @@ def _report(outcome: Outcome, storage: Files, run: RunConfig, as_json: bool) -> 
         metrics = result.metrics
         named = {"last": "weights/last", "best": "weights/best"}
         paths = {name: result.artifacts.get(key) for name, key in named.items()}
-        weights = {name: f"{storage.uri}/{path}" for name, path in paths.items() if path}
+        weights = {name: uri_join(storage.uri, path) for name, path in paths.items() if path}
     if as_json:
         answer: dict[str, object] = {
             "state": outcome.state,
@@ -227,7 +227,7 @@ def _report(outcome: Outcome, storage: Files, run: RunConfig, as_json: bool) -> 
         print(json.dumps({**answer, "metrics": metrics, **error}))
     elif outcome.state == "done":
         shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in _SHOWN if name in metrics)
-        print(f"done: {shown}; {storage.uri}/{RESULT_FILE}")
+        print(f"done: {shown}; {uri_join(storage.uri, RESULT_FILE)}")
         for name, path in weights.items():
             words = f"best weights, by {best_metric(run)}" if name == "best" else "last weights"
             print(f"{words}: {path}")

@@ -120,8 +120,12 @@ def curves(
 
     boundary: by the boundaries of masks, which pycocotools alone does.
     """
+    return curves_of(evaluated(engine, truth, results, iou_type, sigmas, boundary))
+
+
+def curves_of(run: COCOeval) -> Curves:
+    """What the library makes of the detections that it has matched."""
     with contextlib.redirect_stdout(io.StringIO()):  # both libraries print as they go
-        run = evaluated(engine, truth, results, iou_type, sigmas, boundary)
         run.accumulate()
         run.summarize()
     assert run.eval is not None  # it is filled by `accumulate`
@@ -139,12 +143,13 @@ def evaluated(
 ) -> COCOeval:
     """The library's own object after it has matched detections with objects."""
     make = _hotcoco if engine == "hotcoco" and not boundary else _pycocotools
-    run = make(truth, results, iou_type)
-    if boundary:
-        run = BoundaryEval(run.cocoGt, run.cocoDt, iou_type)
-    if iou_type == "keypoints" and tuple(sigmas) != COCO_SIGMAS:
-        run.params.kpt_oks_sigmas = np.asarray(sigmas)
-    run.evaluate()
+    with contextlib.redirect_stdout(io.StringIO()):
+        run = make(truth, results, iou_type)
+        if boundary:
+            run = BoundaryEval(run.cocoGt, run.cocoDt, iou_type)
+        if iou_type == "keypoints" and tuple(sigmas) != COCO_SIGMAS:
+            run.params.kpt_oks_sigmas = np.asarray(sigmas)
+        run.evaluate()
     return run
 
 

@@ -22,6 +22,7 @@ from pipelines.coco.rle import compressed
 from pipelines.evaluate.checks import check_truth, checked_results, read_json, truth_of
 from pipelines.evaluate.engines import (
     COCO_SIGMAS,
+    Curves,
     Engine,
     IouType,
     Truth,
@@ -131,6 +132,13 @@ def evaluate(
     # hotcoco knows COCO's sigmas alone.
     engine = engine if scale == COCO_SIGMAS else "pycocotools"
     measured = curves(engine, known, ordered, iou_type, scale, boundary)
+    return evaluation_of(measured, known, ordered, iou_type)
+
+
+def evaluation_of(
+    measured: Curves, known: Truth, ordered: Sequence[CocoResult], iou_type: IouType
+) -> Evaluation:
+    """The numbers of an engine by name. known, ordered: as `compared` gave them to it."""
     names = stats_of(iou_type)
     stats = {name: float(value) for name, value in zip(names, measured.stats, strict=True)}
     per_class = _per_class(measured.precision, known.categories, iou_type)

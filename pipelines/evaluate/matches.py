@@ -5,7 +5,6 @@ Axes: D detections, T IoU thresholds, K categories by ascending id, I images by 
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools.cocoeval import COCOeval
 
 from pipelines.coco.collector import collector_paused
-from pipelines.evaluate.engines import IouType, evaluated
-from pipelines.evaluate.evaluation import compared
+from pipelines.evaluate.engines import IouType, curves_of, evaluated
+from pipelines.evaluate.evaluation import Evaluation, compared, evaluation_of
 from pipelines.shards.dataset import Dataset
 
 
@@ -38,16 +38,20 @@ class Matches(NamedTuple):
 
 
 @collector_paused()
-def matches_of(
+def evaluate_and_match(
     truth: Dataset | Path,
     results: Sequence[Mapping[str, Any]],
     iou_type: IouType,
     boundary: bool = False,
-) -> Matches:
-    """pycocotools' matches over all sizes, in its order: by category, then the best score first."""
+) -> tuple[Evaluation, Matches]:
+    """As `evaluate`, with the matches; both are of one comparison, by pycocotools."""
     known, ordered, sigmas = compared(truth, results, iou_type)
-    with contextlib.redirect_stdout(io.StringIO()):
-        run = evaluated("pycocotools", known, ordered, iou_type, sigmas, boundary)
+    run = evaluated("pycocotools", known, ordered, iou_type, sigmas, boundary)
+    return evaluation_of(curves_of(run), known, ordered, iou_type), _matches(run)
+
+
+def _matches(run: COCOeval) -> Matches:
+    """Over all sizes, in pycocotools' order: by category, then the best score first."""
     num_images, num_categories = len(run.params.imgIds), len(run.params.catIds)
     sizes = len(run.params.areaRng)
     bits = 1 << np.arange(len(run.params.iouThrs))

@@ -98,6 +98,18 @@ def test_another_epsilon_goes_into_the_weights():
         ("tiny", {}, to_torchvision, "backbone.norm.kind is 'gn'"),
         ("r50-c4-detectron2", {}, to_detectron2, "layout is"),
         ("vgg16-faster-rcnn", {}, to_torchvision, "backbone.kind is 'vgg16'"),
+        (
+            "r50-fpn-torchvision",
+            {"rpn": {"min_side_px": 4}},
+            to_torchvision,
+            "rpn.min_side_px is 4.0, not 0.001",
+        ),
+        (
+            "r50-fpn-detectron2",
+            {"image": {**dict(preset("r50-fpn-detectron2").image), "canvas_multiple_px": 64}},
+            to_detectron2,
+            "image.canvas_multiple_px is 64, not 32",
+        ),
     ],
 )
 def test_what_cannot_be_expressed_is_named_in_one_line(name, changes, to, words):

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.workers.training.test_run import run_of, spec_of
+from tests.workers.trials import run_of, spec_of
 from workers.training.build import initial_detector, open_datasets, train_loader_opener
 from workers.training.meter import Meter
 from workers.training.run import run_trial

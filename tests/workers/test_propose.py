@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from pipelines.load.proposals import ProposalTable
-from tests.workers.training.test_run import go, run_of, spec_of
+from tests.workers.trials import go, run_of, spec_of
 from workers.propose import main
 
 

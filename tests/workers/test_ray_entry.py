@@ -20,7 +20,7 @@ import pytest
 from contract.attempt import Outcome
 from contract.files import Files
 from tests.orchestrator.waiting import PATIENCE_S
-from tests.workers.training.test_run import run_of, spec_of
+from tests.workers.trials import run_of, spec_of
 from workers.ray_entry import conclude, logged_to, read_spec
 
 

@@ -24,7 +24,7 @@ from contract.recipe import parse_run
 from contract.run_file import merged
 from tests.nullgpu import null_cuda
 from tests.workers.ranks import run_ranks
-from tests.workers.training.test_run import run_of
+from tests.workers.trials import run_of
 from workers.tracking.console import progress_text
 from workers.train import main, next_attempt, read_run, share_of_cores
 from workers.training.world import World, end_with_launcher

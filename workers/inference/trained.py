@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import JsonValue, TypeAdapter
 from torch import Tensor
 
 from contract.attempt import BEST_WEIGHTS, CATEGORIES_FILE, CONFIG_FILE, LAST_WEIGHTS
-from contract.files import Files
+from contract.files import Files, uri_join
 from contract.machine.folders import scratch
 from contract.model import FileWeights, FrozenBatchNorm, ModelConfig, ResNet
 from contract.presets import preset
 from contract.recipe import RunConfig, apply_overrides, parse_run
 from contract.record import Message
-from contract.run_file import complete_run, merged
-from contract.yaml import parse_yaml, read_yaml
+from contract.run_file import read_run_file
+from contract.yaml import parse_yaml
 from model.accelerate import accelerate
 from model.build import build_detector
 from model.detector import Detector
@@ -71,10 +71,11 @@ def load_trained(
     without it a file of torchvision or detectron2 has the preset of its release. accelerated: with
     our kernels, of which a program of torch.export knows nothing. Raises ValueError of one line.
     """
-    if config is None:
-        storage, name = _run_of(str(source), which)
-        if storage is not None:
-            return trained_run(storage, name, device, accelerated)
+    storage, name = _run_of(str(source), which)
+    if storage is not None and config is None:
+        return trained_run(storage, name, device, accelerated)
+    if storage is not None and not Path(source).expanduser().is_file():
+        raise ValueError(f"{source}: its run says what its weights are; leave --config out")
     path = str(Path(source).expanduser())
     weights = initial_weights(FileWeights(path=path), ResNet())
     assert weights is not None
@@ -111,7 +112,7 @@ def trained_run(
     if accelerated:
         accelerate(detector)
     return Trained(
-        run.model, detector.eval(), _categories(storage, run), f"{storage.uri}/{weights}"
+        run.model, detector.eval(), _categories(storage, run), uri_join(storage.uri, weights)
     )
 
 
@@ -133,6 +134,10 @@ def _run_of(source: str, which: Which) -> tuple[Files | None, str]:
         raise ValueError(
             f"{source}: is neither the folder of a run, nor a file of weights, nor a trial "
             "(STUDY:KEY; see maskray status STUDY)"
+        )
+    if which == "best":
+        raise ValueError(
+            f"{source}: is one file, and --weights chooses one in a run's folder; leave it out"
         )
     folder = path.absolute().parent.parent
     own = (folder / CONFIG_FILE).is_file() and path.name in {
@@ -156,10 +161,8 @@ def _described(
 ) -> tuple[ModelConfig, str]:
     """What the weights of a bare file are, and in words how one knows."""
     if config is not None:
-        data, _ = read_yaml(config)
-        name = data.pop("preset", "")
-        run = merged(complete_run(str(name)), data)
-        data = apply_overrides(run, {"data.train": "unset", "data.val": "unset"})
+        unset: dict[str, JsonValue] = {"data.train": "unset", "data.val": "unset"}
+        data = apply_overrides(read_run_file(config), unset)
         return parse_run(data, str(config)).model, f"as {config} says"
     if layout == "maskray":
         raise ValueError(

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import BrokenExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -16,8 +16,9 @@ from contract.metrics import BOUNDARY, metric_names
 from contract.model import ModelConfig
 from contract.recipe import EvalPrecision, LoopConfig, RunConfig
 from model.structures import Batch
+from pipelines.evaluate.engines import IouType
 from pipelines.evaluate.evaluation import evaluate
-from pipelines.evaluate.matches import Matches, matches_of
+from pipelines.evaluate.matches import Matches, evaluate_and_match
 from pipelines.shards.dataset import Dataset
 from workers.training.prefetch import on_device
 from workers.training.results import CocoResult, Encoder, EncodingProcesses, Results
@@ -36,15 +37,16 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Scores:
-    """What an evaluation gives on rank 0. On the other ranks all three are empty.
+    """What an evaluation gives on rank 0. On the other ranks all are empty.
 
     metrics: "bbox/AP", "segm/AP75", "segm-argmax/AP", ... per_class: for names like "segm/AP", the
-    value of each category. results: every detection.
+    value of each category. results: every detection. matches: by kind of result, if asked for.
     """
 
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]]
     results: Results
+    matches: dict[str, Matches] = field(default_factory=dict)
 
 
 def evaluate_detector(
@@ -56,11 +58,12 @@ def evaluate_detector(
     precision: EvalPrecision = "fp32",
     num_processes: int = 0,
     boundary: bool = False,
+    keep_matches: bool = False,
 ) -> Scores | None:
     """Predicts and scores all images. Returns None on all ranks if some rank is `stopping`.
 
     num_processes: of this rank, which paste and encode masks; 0 does it between two batches.
-    boundary: with Boundary AP.
+    boundary: with Boundary AP. keep_matches: with what `Scores.matches` holds.
     """
     stream = on_device(([batch] for batch in batches), world.device)
     was_training = detector.training
@@ -99,7 +102,7 @@ def evaluate_detector(
         return Scores({}, {}, {})
     # the order of the ranks' parts does not matter: `evaluate` sorts the results
     together = {kind: [r for part in gathered for r in part[kind]] for kind in mine}
-    return score(batches.dataset, together, boundary)
+    return score(batches.dataset, together, boundary, keep_matches)
 
 
 def num_processes(run: RunConfig, world: World) -> int:
@@ -127,39 +130,27 @@ def best_metric(run: RunConfig) -> str:
 
 
 def score(
-    dataset: Dataset, results: Mapping[str, list[CocoResult]], boundary: bool = False
+    dataset: Dataset,
+    results: Mapping[str, list[CocoResult]],
+    boundary: bool = False,
+    keep_matches: bool = False,
 ) -> Scores:
     """pycocotools' numbers for every kind of result, and Boundary AP of masks where asked for."""
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {}
-    evaluations = {
-        kind: evaluate(
-            dataset,
-            of_kind,
-            "segm" if kind.startswith("segm") else kind,  # type: ignore[arg-type]
-        )
-        for kind, of_kind in results.items()
-    }
+    matches: dict[str, Matches] = {}
+    compared = dict(results)
     if boundary and "segm" in results:
-        evaluations[BOUNDARY] = evaluate(dataset, results["segm"], "segm", boundary=True)
-    for kind, evaluation in evaluations.items():
+        compared[BOUNDARY] = results["segm"]
+    for kind, of_kind in compared.items():
+        by_boundary = kind == BOUNDARY
+        iou_type: IouType = (
+            "segm" if by_boundary or kind.startswith("segm") else kind  # type: ignore[assignment]
+        )
+        if keep_matches:
+            evaluation, matches[kind] = evaluate_and_match(dataset, of_kind, iou_type, by_boundary)
+        else:
+            evaluation = evaluate(dataset, of_kind, iou_type, boundary=by_boundary)
         metrics |= {f"{kind}/{name}": value for name, value in evaluation.stats.items()}
         per_class |= {f"{kind}/{name}": values for name, values in evaluation.per_class.items()}
-    return Scores(metrics, per_class, dict(results))
-
-
-def matches(
-    dataset: Dataset, results: Mapping[str, list[CocoResult]], boundary: bool = False
-) -> dict[str, Matches]:
-    """By kind of result, as `score` takes them, which detection matched what."""
-    found = {
-        kind: matches_of(
-            dataset,
-            of_kind,
-            "segm" if kind.startswith("segm") else kind,  # type: ignore[arg-type]
-        )
-        for kind, of_kind in results.items()
-    }
-    if boundary and "segm" in results:
-        found[BOUNDARY] = matches_of(dataset, results["segm"], "segm", boundary=True)
-    return found
+    return Scores(metrics, per_class, dict(results), matches)

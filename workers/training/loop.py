@@ -110,7 +110,7 @@ def _train(run: RunConfig, world: World, parts: Parts) -> Ending:
     loader, batches = _opened(run, world, parts)
     try:
         # a stop or a kill came after the checkpoint of this step and before its evaluation ended
-        if state.step and due(loop, state.step).evaluation:
+        if state.step and (state.ended or due(loop, state.step).evaluation):
             scores = parts.evaluate(state, parts.stop.asked)
             if scores is None:
                 return Ending(_common_reason(parts.stop, world), None)

@@ -11,7 +11,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from contract.recipe import EVALUATION_FIELDS, RunConfig, parse_run
+from contract.recipe import EVALUATION_FIELDS, RunConfig, StepSchedule, parse_run
 from contract.record import Message, parse_record
 from workers.tracking.journal import JournalState
 from workers.tracking.spool import print_warning
@@ -71,7 +71,8 @@ class TrainState:
     """The state after `step` finished optimiser steps.
 
     best: highest value so far of the run's best metric. train_seconds: in steps, of which
-    wait_seconds for data. manifests: hashes of the data's manifests, by "train" and "val".
+    wait_seconds for data. manifests: hashes of the data's manifests, by "train" and "val". ended:
+    the checkpoint was the last of its run, and no checkpoint has the evaluation after it.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class TrainState:
         self.guard = GuardState()
         self.step = 0
         self.best = -1.0
+        self.ended = False
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -155,7 +157,8 @@ class TrainState:
         Raises ValueError if another configuration or other data wrote the checkpoint.
         """
         # before the first change: a checkpoint that is refused leaves the state as it is
-        _check_same_training(saved_state(snapshot.plain), self.run, self.manifests)
+        before = _check_same_training(saved_state(snapshot.plain), self.run, self.manifests)
+        self.ended = snapshot.step == before.loop.steps
         return self.take(snapshot)
 
     @torch.no_grad()
@@ -185,31 +188,35 @@ def check_same_training(
     _check_same_training(saved_state(plain), run, manifests)
 
 
-def _check_same_training(saved: SavedState, run: RunConfig, manifests: Mapping[str, str]) -> None:
-    check_same_run(saved.run, run)
+def _check_same_training(
+    saved: SavedState, run: RunConfig, manifests: Mapping[str, str]
+) -> RunConfig:
+    before = check_same_run(saved.run, run)
     uris = {"train": run.data.train, "val": run.data.val}
     # the path alone does not say which data it was: somebody may have packed it again
-    for name, before in saved.manifests.items():  # older checkpoints have none
-        now = manifests.get(name, before)
-        if now != before and name == "val":
+    for name, then in saved.manifests.items():  # older checkpoints have none
+        now = manifests.get(name, then)
+        if now != then and name == "val":
             # somebody mended it: no number of the training came from it
             print_warning(
                 f"data.val: {uris[name]} was packed anew since the checkpoint (manifest "
-                f"{before[:12]} then, {now[:12]} now); evaluations before and after differ in data"
+                f"{then[:12]} then, {now[:12]} now); evaluations before and after differ in data"
             )
-        elif now != before:
+        elif now != then:
             raise ValueError(
                 f"data.{name}: {uris[name]} is other data than the checkpoint was written on "
-                f"(manifest {before[:12]} then, {now[:12]} now); "
+                f"(manifest {then[:12]} then, {now[:12]} now); "
                 "put the old data back, or start in a new folder"
             )
+    return before
 
 
-def check_same_run(saved: Mapping[str, JsonValue], run: RunConfig) -> None:
-    """Raises ValueError with the first field in which a checkpoint's run differs from `run`.
+def check_same_run(saved: Mapping[str, JsonValue], run: RunConfig) -> RunConfig:
+    """The checkpoint's run. Raises ValueError with the first field in which it is not `run`.
 
-    Records are compared, not their JSON: a field that the saved run does not have counts as its
-    default. Otherwise each new field of RunConfig would refuse every older checkpoint.
+    More steps are no other run where no rate depends on their number. Records are compared, not
+    their JSON: a field that the saved run does not have counts as its default. Otherwise each new
+    field of RunConfig would refuse every older checkpoint.
     """
     try:
         before = parse_run(saved, "the checkpoint's run")
@@ -220,11 +227,17 @@ def check_same_run(saved: Mapping[str, JsonValue], run: RunConfig) -> None:
     for path, old, new in _differences(
         before.model_dump(mode="json"), run.model_dump(mode="json"), ""
     ):
-        if path not in _FREE_FIELDS:
-            raise ValueError(
-                f"the checkpoint was written with {path} = {old!r}, this run has {new!r}; "
-                "set it back, or start in a new folder"
-            )
+        if path in _FREE_FIELDS:
+            continue
+        more = path == "loop.steps" and run.loop.steps > before.loop.steps
+        if more and isinstance(run.schedule, StepSchedule):
+            continue
+        why = f" (schedule.kind {run.schedule.kind} spreads over all steps)" if more else ""
+        raise ValueError(
+            f"the checkpoint was written with {path} = {old!r}, this run has {new!r}{why}; "
+            "set it back, or start in a new folder"
+        )
+    return before
 
 
 def _differences(

@@ -15,7 +15,7 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn
 from contract.recipe import RunConfig
 from pipelines.pack.synth import synthesise
 from pipelines.shards.dataset import open_dataset
-from tests.workers.training.test_run import go, run_of, spec_of
+from tests.workers.trials import go, run_of, spec_of
 from workers.inference.trained import load_trained
 from workers.predict import main
 
@@ -141,19 +141,22 @@ def test_a_file_of_torchvision_has_the_preset_and_the_classes_of_its_release(tmp
 
 
 @pytest.mark.parametrize(
-    ("name", "line"),
+    ("arguments", "line"),
     [
         ("nowhere", "is neither the folder of a run, nor a file of weights, nor a trial"),
         (".", "no run there"),
         ("backbone.pth", "its names are a backbone alone"),
         ("ours.pth", "give the folder of its run, or --config RUN.yaml"),
+        ("ours.pth --weights best", "is one file, and --weights chooses one in a run's folder"),
+        (". --config run.yaml", "its run says what its weights are; leave --config out"),
     ],
 )
-def test_what_is_not_trained_is_refused_in_one_line(tmp_path, monkeypatch, capsys, name, line):
+def test_what_is_not_trained_is_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, line):
     monkeypatch.chdir(tmp_path)
     torch.save({"conv1.weight": torch.ones(1)}, "backbone.pth")
     torch.save({"box.class_logits.weight": torch.ones(1)}, "ours.pth")
-    assert main([name, "a.jpg", "--out", "out"]) == 2
+    name, *options = arguments.split()
+    assert main([name, "a.jpg", "--out", "out", *options]) == 2
     said = capsys.readouterr().err
     assert line in said
     assert said.count("\n") == 1

@@ -19,7 +19,7 @@ from contract.presets import preset
 from pipelines.pack.pack import PackOptions, pack
 from pipelines.pack.synth import synthesise
 from tests.builders import tiny_run
-from tests.workers.training.test_run import go, spec_of
+from tests.workers.trials import go, spec_of
 from workers.pretrained.weights import check_released, initial_weights
 from workers.training.build import initial_detector
 

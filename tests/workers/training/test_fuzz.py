@@ -16,7 +16,7 @@ from pipelines.pack.pack import PackOptions, pack
 from pipelines.shards.dataset import Dataset, open_dataset
 from tests.pipelines.odd_coco import fuzzed, odd_coco, write_case, write_images
 from tests.workers.fakes import alone
-from tests.workers.training.test_run import go, run_of, spec_of
+from tests.workers.trials import go, run_of, spec_of
 from workers.training.build import train_loader_opener
 
 pytestmark = pytest.mark.slow

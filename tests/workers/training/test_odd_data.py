@@ -13,7 +13,7 @@ import yaml
 from contract.attempt import Outcome, Result
 from pipelines.pack.pack import PackOptions, pack
 from pipelines.pack.synth import synthesise
-from tests.workers.training.test_run import go, run_of, spec_of
+from tests.workers.trials import go, run_of, spec_of
 from workers.training.build import open_datasets
 
 Coco = dict[str, Any]

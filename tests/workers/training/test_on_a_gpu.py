@@ -17,7 +17,7 @@ from model.structures import Batch
 from pipelines.load.loader import TrainLoader, TrainStep
 from tests.nullgpu import null_cuda
 from tests.workers.fakes import fake_trial, make_batch
-from tests.workers.training.test_run import run_of
+from tests.workers.trials import run_of
 from workers.training.build import initial_detector, open_datasets, train_loader_opener
 from workers.training.graphs import GraphedGradients, own_stream
 from workers.training.step import Gradients

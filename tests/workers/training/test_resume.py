@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 
 from contract.files import Files
-from contract.recipe import RunConfig
+from contract.recipe import CosineSchedule, RunConfig, StepSchedule
 from tests.workers.fakes import DyingStorage, Trial, die, fake_trial, small_run
 from tests.workers.ranks import run_ranks
+from workers.training.evaluate import Scores
+from workers.training.state import TrainState
 from workers.training.step import distributed
 from workers.training.world import World
 from workers.trial.stop import StopRequest
@@ -118,6 +121,31 @@ def test_a_stop_during_the_evaluation_repeats_it_after_the_resume(tmp_path):
     again: Trial = fake_trial(tmp_path, run, attempt=2)
     assert (again.ending.state, again.state.step) == ("done", 12)
     assert again.ending.scores is not None
+
+
+def test_a_finished_run_takes_more_steps_where_no_rate_depends_on_their_number(tmp_path):
+    schedule = StepSchedule(drop_steps=(6,), warmup_steps=2)
+    short, long = (
+        small_run(steps=steps).model_copy(update={"schedule": schedule}) for steps in (10, 14)
+    )
+    assert fake_trial(tmp_path / "t", short).ending.state == "done"
+    evaluated: list[int] = []
+
+    def evaluate(state: TrainState, stopping: Callable[[], bool]) -> Scores:
+        evaluated.append(state.step)
+        return Scores({"bbox/AP": 0.5}, {}, {})
+
+    more = fake_trial(tmp_path / "t", long, attempt=2, evaluate=evaluate)
+    assert evaluated == [10, 14], "the last checkpoint lacks what the evaluation after it found"
+    assert (more.state.step, more.digest) == (14, fake_trial(tmp_path / "whole", long).digest)
+    with pytest.raises(ValueError, match=r"written with loop\.steps = 14, this run has 10; set it"):
+        fake_trial(tmp_path / "t", short, attempt=3)
+    cosine = {"schedule": CosineSchedule(warmup_steps=2)}
+    fake_trial(tmp_path / "c", short.model_copy(update=cosine))
+    with pytest.raises(
+        ValueError, match=r"has 14 \(schedule\.kind cosine spreads over all steps\)"
+    ):
+        fake_trial(tmp_path / "c", long.model_copy(update=cosine), attempt=2)
 
 
 def test_a_run_resumes_on_another_number_of_ranks_with_the_same_global_batches(tmp_path):

@@ -17,9 +17,11 @@ from workers.trial.causes import (
     cause_of,
     causes_in_logs,
     classify,
+    explain_out_of_memory,
     memory_explained,
     most_telling,
 )
+from workers.trial.checkpoints import FencedError
 
 _TRAILER = (
     "\nCUDA kernel errors might be asynchronously reported at some other API call, so the "
@@ -171,3 +173,25 @@ def test_what_the_watchdog_left_in_a_log_is_the_cause_of_a_rank_that_it_ended(tm
     assert causes[1].error == "CUDA error: uncorrectable ECC error encountered"
     peers = [Cause(rank=5, error_class="collective", error="NCCL communicator was aborted")]
     assert most_telling([*causes[:2], *peers]) == causes[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("x"), "person"),
+        (FencedError("x"), "node"),
+        (OSError(5, "Input/output error"), "node"),
+        (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), "collective"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "unknown"),
+        (KeyError("x"), "unknown"),
+        (explain_out_of_memory([(8, 3, 800, 1344)], torch.device("cpu")), "out_of_memory"),
+    ],
+)
+def test_errors_fall_into_classes_that_the_orchestrator_decides_by(error, expected):
+    assert classify(error) == expected
+
+
+def test_the_cause_of_a_rank_explains_better_than_its_peers_loss():
+    lost = cause_of(RuntimeError("Connection closed by peer"), 0)
+    own = cause_of(torch.OutOfMemoryError("CUDA out of memory"), 3)
+    assert most_telling([lost, own]) == own

@@ -22,7 +22,7 @@ from orchestrator.results.noise.bootstrap import (
 from orchestrator.results.noise.images import _read
 from orchestrator.results.report import Contents
 from pipelines.evaluate.evaluation import evaluate
-from pipelines.evaluate.matches import matches_of
+from pipelines.evaluate.matches import evaluate_and_match
 from tests.orchestrator.results.test_report import PAPER, paper_study, view
 from tests.pipelines.evaluate.test_engines import random_coco
 
@@ -61,7 +61,9 @@ def test_weighted_images_are_repeated_images(seed: int, tmp_path: Path) -> None:
     coco = random_coco(seed)
     results = detections(coco, seed)
     (tmp_path / "gt.json").write_text(json.dumps(coco))
-    found = Matched(*matches_of(tmp_path / "gt.json", results, "bbox"))
+    own, matches = evaluate_and_match(tmp_path / "gt.json", results, "bbox")
+    assert own == evaluate(tmp_path / "gt.json", results, "bbox"), "one comparison gives both"
+    found = Matched(*matches)
     counts = resampled_counts(len(coco["images"]))[seed]
     for weights in (np.ones_like(counts), counts):
         again, of_again = repeated(coco, results, weights)
@@ -74,7 +76,7 @@ def test_weighted_images_are_repeated_images(seed: int, tmp_path: Path) -> None:
 
 def test_the_file_keeps_every_array_and_another_file_costs_no_report(tmp_path: Path) -> None:
     coco = random_coco(0)
-    found = matches_of(_written(tmp_path, coco), detections(coco, 0), "bbox")
+    _, found = evaluate_and_match(_written(tmp_path, coco), detections(coco, 0), "bbox")
     again = _read(found.file())
     assert again is not None
     assert all((one == other).all() for one, other in zip(found, vars(again).values(), strict=True))
@@ -106,7 +108,9 @@ def test_the_report_has_it_where_trials_left_their_matches(tmp_path: Path) -> No
     assert not Contents.of(view(trials, **PAPER)).comparison.with_images
     for trial in trials:
         coco = random_coco(0)
-        found = matches_of(_written(tmp_path, coco), detections(coco, trial.seed), "bbox")
+        _, found = evaluate_and_match(
+            _written(tmp_path, coco), detections(coco, trial.seed), "bbox"
+        )
         folder = Path(trial.storage)
         name = MATCHES.format(kind="segm")
         (folder / "m.npz").write_bytes(found.file())
