@@ -190,11 +190,6 @@ class Forgotten(Message):
     borrowers: list[str] = []  # of other studies, as STUDY:KEY
 
 
-class ReportKept(Message):
-    study: str
-    files: int
-
-
 class PageLink(Message):
     """Where a browser sees a study's page without a token. path: below the service's address."""
 

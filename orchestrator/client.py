@@ -33,7 +33,6 @@ from contract.answers import (
     PageLink,
     QueueView,
     Refusal,
-    ReportKept,
     Staging,
     StudyAction,
     StudyList,
@@ -246,15 +245,6 @@ class Client:
         if response.status_code != 200:
             raise self._refusal(response)
         return response.content
-
-    def upload_report(self, study: str, folder: Path) -> ReportKept:
-        """Keeps the files of a report with the study, and as artifacts of its MLflow run."""
-        packed = io.BytesIO()
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-                archive.write(path, path.relative_to(folder).as_posix())
-        path_there = f"/v1/studies/{study}/report"
-        return self._call(ReportKept, "PUT", path_there, content=packed.getvalue(), timeout=_LONG_S)
 
     def users(self) -> list[UserView]:
         return self._call(UserList, "GET", "/v1/users").users

@@ -25,7 +25,7 @@ from contract.words import printable
 
 SMALL_BYTES = 64 << 10  # progress, cursor
 ANSWER_BYTES = 16 << 20  # result, outcome, spec: per class metrics of 1,200 categories are 1 MB
-REPORT_BYTES = 256 << 20  # a study's page with its pictures; all files of a packed report
+REPORT_BYTES = 256 << 20  # a study's page with its pictures
 _DEPTH = 32  # of nested JSON; our own files have 4
 _LARGEST = 2**63  # SQL holds no larger integer
 _IN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 
-from ray._raylet import GcsClient
+from ray._raylet import RAY_INTERNAL_NAMESPACE_PREFIX, GcsClient
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 
@@ -36,8 +36,11 @@ def _living(client: GcsClient) -> list[str]:
 
 
 def _jobs(client: GcsClient) -> int:
-    """Those that run. A trial is one."""
-    return sum(not job.is_dead for job in client.get_all_job_info().values())
+    """Those that run. A trial is one; the dashboard is another, and never ends."""
+    running = (job for job in client.get_all_job_info().values() if not job.is_dead)
+    return sum(
+        not job.config.ray_namespace.startswith(RAY_INTERNAL_NAMESPACE_PREFIX) for job in running
+    )
 
 
 if __name__ == "__main__":

@@ -42,9 +42,6 @@ class Hub(Protocol):
 
     def staging(self, name: str) -> Staging: ...
 
-    def put_report(self, study: str, files: Mapping[str, bytes]) -> None:
-        """Adds a report to the artifacts of the study's MLflow run."""
-
     def measures(self) -> Measures:
         """What the service measures of itself."""
 

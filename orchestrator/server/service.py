@@ -149,17 +149,6 @@ class Service:
         except UnreachableError:
             return ""  # the log is still there once Ray answers again
 
-    def put_report(self, study: str, files: Mapping[str, bytes]) -> None:
-        with self.ledger.reading() as transaction:
-            row = queries.study_row(transaction, study)
-        if row is None or not row.mlflow_run_id or self._mlflow is None:
-            return
-        try:
-            for name, data in files.items():
-                self._mlflow.put_artifact(row.mlflow_run_id, f"report/{name}", data)
-        except TrackingDownError as error:
-            LOG.warning("report of %s is on the study's storage, not in MLflow: %s", study, error)
-
     def examine(self) -> list[Check]:
         """One examination at a time, once the cluster of this service answers."""
         with self._examining:

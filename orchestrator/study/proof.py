@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Mapping
 from functools import cache
 
+from pydantic import JsonValue
+
 from contract.data import MANIFEST_NAME
 from contract.files import Files
 from contract.study import Submission, TrialPlan
@@ -38,10 +40,17 @@ def with_proofs(submission: Submission) -> Submission:
         data = trial.run.get("data")
         named = [data.get(split) for split in ("train", "val")] if isinstance(data, dict) else []
         hashes = [manifest(uri) if isinstance(uri, str) else "" for uri in named]
-        if hashes and all(hashes):
+        if hashes and all(hashes) and not _begins_from_a_file(trial.run):
             tags[PROOF_TAG] = _proof(trial, code, submission.study.resources.ranks, hashes)
         trials.append(trial.model_copy(update={"tags": tags}))
     return submission.model_copy(update={"trials": tuple(trials)})
+
+
+def _begins_from_a_file(run: Mapping[str, JsonValue]) -> bool:
+    """Whether weights or proposals are a file's, whose bytes the service does not know."""
+    model = run.get("model")
+    parts = [model.get("weights"), model.get("proposals")] if isinstance(model, dict) else []
+    return any(isinstance(part, dict) and {"path", "uri"} & part.keys() for part in parts)
 
 
 def manifest_hash(uri: str) -> str:

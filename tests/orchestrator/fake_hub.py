@@ -32,7 +32,6 @@ class FakeHub:
         self.settings = ServiceSettings(home=str(home), **settings)
         self.ledger = Ledger(f"sqlite:///{home / 'ledger.db'}")
         self.ended = False
-        self.reports: dict[str, dict[str, bytes]] = {}
         with self.ledger.writing() as connection:
             for name, role in USERS.items():
                 auth.set_user(connection, name, role, f"token-of-{name}", time.time())
@@ -66,9 +65,6 @@ class FakeHub:
 
     def experiment_id(self, name: str) -> str:
         return ""
-
-    def put_report(self, study: str, files: dict[str, bytes]) -> None:
-        self.reports[study] = files
 
     def measures(self) -> Measures:
         return Measures()

@@ -190,11 +190,7 @@ def test_a_study_runs_its_errors_are_classed_and_mlflow_and_logs_keep_it(house, 
     cached = client.study(again.study)
     assert (cached.state, cached.trials[0].cached_from) == ("done", good.trial)
 
-    report = house.root / "report"
-    report.mkdir()
-    (report / "index.html").write_text("<p>table</p>")
-    client.upload_report(view.study, report)
-    assert (Path(view.storage) / view.study / "report/index.html").read_text() == "<p>table</p>"
+    house.until("report", (Path(view.storage) / view.study / "report/report.html").is_file)
     mlflow = MLflow(client.info().mlflow_uri)
     experiment = mlflow.experiment(view.study, {})
     parents = mlflow.runs(experiment, f"tags.`maskray.parent` = '{view.study}'")

@@ -27,7 +27,6 @@ from orchestrator.server.errors import ledger_trouble
 from orchestrator.server.front.failures import Failures
 from orchestrator.server.hub import Hub
 from orchestrator.server.uploads import MAX_SUBMISSION
-from orchestrator.trial_folder import REPORT_BYTES
 
 LOG = logging.getLogger("maskray")
 OPEN_PATHS = ("/v1/health", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
@@ -58,8 +57,6 @@ def rule_of(method: str, path: str, max_code: int) -> Rule:
     match (method, *parts):
         case ("POST", "v1", "studies") | ("POST", "v1", "studies", "check"):
             return Rule(MAX_SUBMISSION, "storage")
-        case ("PUT", "v1", "studies", _, "report"):
-            return Rule(REPORT_BYTES, "storage")
         case ("GET", "v1", "studies", _, "report" | "keeps") | ("GET", "studies", _):
             return Rule(waits="storage")
         case ("DELETE", "v1", "studies", _):

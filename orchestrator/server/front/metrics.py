@@ -20,7 +20,9 @@ REASONS = {
     "tries again ": "backoff",
     "its study runs ": "limits",
     "user ": "limits",
-    "the same run": "same_run",
+    "the most this service may": "limits",
+    "is the same run as ": "same_run",
+    "shares the training of ": "same_run",
     "waits for the MLflow": "mlflow",
     "its code package": "code",
     "the cluster": "cluster",
@@ -33,7 +35,13 @@ def reason_of(wait: Wait) -> str:
     """The kind of thing that a trial waits for."""
     if wait.lacks or wait.position:
         return "resources"
-    return next((reason for start, reason in REASONS.items() if start in wait.why), OTHER)
+    kinds = (
+        reason
+        for words, reason in REASONS.items()
+        # not in between, where others' words are: a path, or why MLflow refuses
+        if wait.why.startswith(words) or wait.why.endswith(words)
+    )
+    return next(kinds, OTHER)
 
 
 def exposition(hub: Hub) -> bytes:

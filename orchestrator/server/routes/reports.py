@@ -7,11 +7,10 @@ import threading
 import zipfile
 from pathlib import Path
 
-from fastapi import APIRouter
+from fastapi import APIRouter, HTTPException
 from fastapi.responses import Response
 
 from contract.machine.folders import scratch
-from contract.study import FINAL_STATES
 from orchestrator.results.report import Contents, Format, build_report
 from orchestrator.server import views
 from orchestrator.server.access import READ, HubOfApp, Id
@@ -24,9 +23,7 @@ DRAWING = threading.Lock()  # matplotlib's state is the whole process's
 
 @router.get("/{study}/report", dependencies=READ)
 def report(study: Id, hub: HubOfApp, form: Format | None = None) -> Response:
-    """The files of the report as a zip; one alone with `form`. MLflow gets those of a study that is
-    over.
-    """
+    """The files of the report as a zip; one alone with `form`."""
     with hub.ledger.reading() as transaction:
         matches = views.study_views(transaction, hub.waits(), study)
     if not matches:
@@ -37,10 +34,14 @@ def report(study: Id, hub: HubOfApp, form: Format | None = None) -> Response:
     with DRAWING, scratch("report") as folder:
         built = build_report(matches[0], Path(folder) / study)
         files = {path.name: path.read_bytes() for path in sorted(built.folder.iterdir())}
-    if matches[0].state in FINAL_STATES:
-        hub.put_report(study, files)
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
             archive.writestr(name, data)
     return Response(packed.getvalue(), media_type="application/zip")
+
+
+@router.put("/{study}/report", include_in_schema=False)
+def upload(study: Id) -> None:
+    """What clients of earlier versions send."""
+    raise HTTPException(410, f"study {study}: the service makes the report itself; send none")

@@ -1,4 +1,4 @@
-"""Studies: submitting, looking, changing, and their reports."""
+"""Studies: submitting, looking, changing, forgetting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from contract.answers import (
     ChangedStudy,
     Forgotten,
     Priority,
-    ReportKept,
     StudyAction,
     StudyList,
     StudyView,
@@ -32,13 +31,8 @@ from orchestrator.server import accept, views
 from orchestrator.server.access import READ, HubOfApp, Id, Submitter, own_study
 from orchestrator.server.errors import absent, explain
 from orchestrator.server.hub import Hub
-from orchestrator.server.uploads import (
-    MAX_SUBMISSION,
-    body_of,
-    check_report_names,
-    report_files,
-)
-from orchestrator.trial_folder import REPORT_BYTES, TrialFolder
+from orchestrator.server.uploads import MAX_SUBMISSION, body_of
+from orchestrator.trial_folder import TrialFolder
 
 router = APIRouter(prefix="/v1/studies")
 
@@ -162,13 +156,6 @@ def _kept(row: StudyRow, size: int, borrowers: list[str], forgotten: bool) -> Fo
     )
 
 
-@router.put("/{study}/report")
-async def report(study: Id, request: Request, hub: HubOfApp, user: Submitter) -> ReportKept:
-    """Keeps the files of a packed report beside the study's trials, and in MLflow."""
-    files = report_files(await body_of(request, REPORT_BYTES))
-    return await run_in_threadpool(_keep_report, hub, study, files, user)
-
-
 def _submit(hub: Hub, body: bytes, user: User) -> Submitted:
     sent = _parsed(body)
     runs = partial(accept.has_trials_to_run, hub.ledger, sent, user.name)
@@ -223,15 +210,3 @@ def _view(hub: Hub, study: str) -> StudyView:
         raise absent("study", study)
     known = hub.experiment_id(matches[0].mlflow_experiment)
     return matches[0].model_copy(update={"mlflow_experiment_id": known})
-
-
-def _keep_report(hub: Hub, study: str, files: Mapping[str, bytes], user: User) -> ReportKept:
-    with hub.ledger.reading() as transaction:
-        row = own_study(transaction, study, user)
-    check_report_names(files)
-    # The study's trials can write there: no link of theirs may lead the service elsewhere.
-    folder = TrialFolder(uri_join(row.storage, study))
-    for name, data in files.items():
-        folder.write(f"report/{name}", data)
-    hub.put_report(study, files)
-    return ReportKept(study=study, files=len(files))

@@ -1,4 +1,4 @@
-"""Packages and reports: none leaves its folder, and none lies about its size."""
+"""Code packages: none leaves its folder, and none lies about its size."""
 
 from __future__ import annotations
 
@@ -44,12 +44,6 @@ def test_a_code_package_is_kept_under_its_hash(http):
 )
 def test_a_package_cannot_leave_its_folder(http, name):
     refused(put_code(http, packed(name)), 400, "leaves the package")
-    study = post(http).json()["study"]
-    refused(
-        http.put(f"/v1/studies/{study}/report", content=packed(name), headers=by("ann")),
-        400,
-        "leaves the package",
-    )
 
 
 def test_a_package_holds_no_links_and_no_bomb(http, hub):
@@ -68,38 +62,9 @@ def test_a_zip_that_lies_about_a_file_is_refused(http):
     lie = data[:at] + (10).to_bytes(4, "little") + data[at + 4 :]
     sha256 = hashlib.sha256(lie).hexdigest()
     refused(http.put(f"/v1/code/{sha256}", content=lie, headers=by("ann")), 400, "code: ")
-    study = post(http, "ann").json()["study"]
-    path = f"/v1/studies/{study}/report"
-    refused(http.put(path, content=lie, headers=by("ann")), 400, "report: ")
 
 
-def test_a_report_is_kept_beside_its_trials(http, hub):
-    study = post(http).json()["study"]
-    refused(
-        http.put(f"/v1/studies/{study}/report", content=packed("a"), headers=by("bob")),
-        403,
-        "is ann's",
-    )
-    answer = http.put(
-        f"/v1/studies/{study}/report", content=packed("a/b.html", "hi"), headers=by("ann")
-    )
-    assert answer.json() == {"study": study, "files": 1}
-    assert (Path(hub.settings.home) / "studies" / study / "report/a/b.html").read_text() == "hi"
-    assert hub.reports[study] == {"a/b.html": b"hi"}
-
-
-@pytest.mark.parametrize("names", [("a", "a/b"), ("x" * 300,), (".",)])
-def test_a_report_of_impossible_names_is_refused(http, names):
-    study = post(http).json()["study"]
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        for name in names:
-            archive.writestr(name, "x")
-    answer = http.put(f"/v1/studies/{study}/report", headers=by("ann"), content=packed.getvalue())
-    refused(answer, 400, "is no name of a file")
-
-
-def test_links_of_a_trial_lead_neither_logs_nor_reports_out_of_its_folder(http, hub, tmp_path):
+def test_links_of_a_trial_lead_no_logs_out_of_its_folder(http, hub, tmp_path):
     study = post(http, "ann").json()["study"]
     secret = tmp_path / "secret"
     secret.mkdir()
@@ -110,9 +75,3 @@ def test_links_of_a_trial_lead_neither_logs_nor_reports_out_of_its_folder(http, 
     (folder / f"{study}-000/attempts/1").symlink_to(secret)
     logs = http.get(f"/v1/trials/{study}-000/logs", headers=by("ann"))
     refused(logs, 400, "lies below a file or a link")
-    (folder / "report").symlink_to(secret)
-    report = http.put(
-        f"/v1/studies/{study}/report", content=packed("a.html", "hi"), headers=by("ann")
-    )
-    refused(report, 400, "report/a.html: lies below a file or a link")
-    assert [path.name for path in secret.iterdir()] == ["rank-0.log"]

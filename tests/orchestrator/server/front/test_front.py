@@ -273,7 +273,7 @@ def test_a_ledger_that_is_down_is_503_with_a_token_and_401_without(tmp_path, mon
 WAITS = {
     "ray": "POST /v1/doctor, POST /v1/staging, GET /v1/staging/{name}",
     "storage": "POST /v1/studies, POST /v1/studies/check, GET /v1/studies/{study}/keeps, "
-    "GET /v1/studies/{study}/report, PUT /v1/studies/{study}/report, DELETE /v1/studies/{study}, "
+    "GET /v1/studies/{study}/report, DELETE /v1/studies/{study}, "
     "GET /studies/{study}, "
     "GET /v1/trials/{trial}/logs, HEAD /v1/code/{sha256}, PUT /v1/code/{sha256}, "
     "GET /v1/manifests, POST /v1/gc",

@@ -72,5 +72,9 @@ def test_every_reason_to_wait_has_a_kind():
     assert reason_of(Wait("t", 0, "user ann runs 3 trials, the most a user may")) == "limits"
     assert reason_of(Wait("t", 0, "tries again in 3 s after a failed attempt")) == "backoff"
     assert reason_of(Wait("t", 0, "waits for the MLflow server")) == "mlflow"
+    lack = "MLflow has not got all of it (the upload needs room); tried again"
+    assert reason_of(Wait("t", 0, lack)) == "mlflow"
+    assert reason_of(Wait("t", 0, "3 trials run, the most this service may")) == "limits"
+    assert reason_of(Wait("t", 0, "shares the training of trial a-000, under way")) == "same_run"
     assert reason_of(Wait("t", 0, "something new")) == OTHER
     assert OTHER not in REASONS.values()
