@@ -135,6 +135,8 @@ class Standing(Message):
     low: float
     high: float
     resolvable: float | None = None
+    quantile: float | None = None  # half of the interval is this many standard errors
+    df: float = 0.0  # 0 is not known
     seeds: int  # of the arm that has the fewest
     verdict: str
     trials: dict[str, list[str]]  # arm -> the identities of the trials that it rests on

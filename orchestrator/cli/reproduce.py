@@ -95,13 +95,13 @@ def rescore(
     """
     from orchestrator.local.connect import state_folder
     from orchestrator.results.report import build_report
-    from orchestrator.results.rescore import rescored
+    from orchestrator.results.rescore import SECOND_CHANCE, rescored
 
     client = open_client()
     view = client.study(study_id(client, study))
     scored = rescored(view, data, say)
     folder = out or state_folder() / "reports" / f"{view.study}-again"
-    page = build_report(scored.view, folder).page
+    page = build_report(scored.view, folder, SECOND_CHANCE).page
     print_result(
         {**scored.as_json(), "report": str(page)}, f"{scored.text()}\n\nreport: {page}", json
     )

@@ -117,13 +117,15 @@ def softmax_table(comparison: Comparison) -> Table:
         values = [arm.metrics.get(f"segm-{name}/AP") for name in MASK_INFERENCES]
         if any(values):  # the evaluation has these names for softmax arms alone
             configured = arm.metrics.get("segm/AP")
-            rows.append(Row.of(arm_label(arm), *map(mean_text, (configured, *values))))
+            bare = bool(comparison.early)
+            texts = (mean_text(value, bare) for value in (configured, *values))
+            rows.append(Row.of(arm_label(arm), *texts))
     names = (name.replace("_", " ") for name in MASK_INFERENCES)
     return Table(("arm", "as configured", *names), tuple(rows), left=1)
 
 
 def paper_table(facts: Facts, comparison: Comparison) -> Table:
-    """Our differences beside the published ones, and AP itself where no deviation is noted.
+    """Our differences beside the published ones: what sets every run apart moves AP itself.
 
     First the arms that have a published row, then the contrasts that are not an arm minus the
     baseline. Only contrasts of the family are judged.
@@ -132,10 +134,10 @@ def paper_table(facts: Facts, comparison: Comparison) -> Table:
         (one.asked.metric, tuple(sorted(one.asked.weights.items()))): one
         for one in besides(comparison, facts.papers)
     }
-    head = ("arm", "metric", "ours", "paper", "diff", "paper's diff")
+    head = ("arm", "metric", "diff", "paper's diff")
     rows = []
     for arm in comparison.arms:
-        row = facts.papers.get(arm_name(arm.arm))
+        row = None if arm.baseline else facts.papers.get(arm_name(arm.arm))
         for metric in dict.fromkeys([*row.metrics, *row.gains]) if row else ():
             if metric in arm.metrics:
                 weights = _against_baseline(comparison, arm)
@@ -144,7 +146,7 @@ def paper_table(facts: Facts, comparison: Comparison) -> Table:
     for one in judged.values():
         ours, published = points(one.difference, True), points(one.published, True)
         names = one.asked.name, metric_label(one.asked.metric)
-        rows.append(Row.of(*names, "", "", ours, published, *_judged(one)))
+        rows.append(Row.of(*names, ours, published, *_judged(one)))
     return Table((*head, "range for one seed", "beside the paper"), tuple(rows), left=2)
 
 
@@ -156,17 +158,12 @@ def _against_baseline(comparison: Comparison, arm: Arm) -> dict[str, float]:
 def _paper_row(
     facts: Facts, comparison: Comparison, arm: Arm, metric: str, one: Beside | None
 ) -> Row:
-    # Next to deviations that move AP itself, two APs side by side would be read as a result.
-    noted = bool(facts.earned.noted)
-    published = facts.papers[arm_name(arm.arm)].metrics.get(metric, math.nan)
     gain = published_difference(_against_baseline(comparison, arm), metric, facts.papers)
     return Row.of(
         arm_label(arm),
         metric_label(metric),
-        "-" if noted else mean_text(arm.metrics[metric]),
-        "-" if noted else points(published),
         _difference_cell(comparison, arm, metric).text,
-        "" if arm.baseline else points(gain, signed=True),
+        points(gain, signed=True),
         *_judged(one),
     )
 
@@ -174,7 +171,7 @@ def _paper_row(
 def _judged(one: Beside | None) -> tuple[str, str]:
     if one is None:
         return "", ""
-    return interval_text(one.low, one.high), one.judgement or "withheld"
+    return interval_text(one.low, one.high), one.judgement or ("withheld" if one.withheld else "-")
 
 
 def calibration_table(study: Study, comparison: Comparison) -> Table:
@@ -275,7 +272,9 @@ def _difference_cell(comparison: Comparison, arm: Arm, metric: str) -> Cell:
     if difference is None:
         return Cell("-", "diff")
     answer = comparison.answer(arm, metric)
-    colour = _colour(answer) if answer else ""
+    # The difference is of all seeds; a first verdict, of fewer, says nothing of it.
+    same = answer is not None and math.isclose(answer.estimate.difference, difference.mean)
+    colour = _colour(answer) if answer is not None and same else ""
     return Cell(points(difference.mean, signed=True), f"diff {colour}".strip())
 
 

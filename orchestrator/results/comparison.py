@@ -123,13 +123,17 @@ def compare_arms(trials: Sequence[TrialView], metrics: Sequence[str]) -> Compari
 
     Metrics beside `metrics` follow in alphabetical order.
     """
+    return _with_differences(Comparison(_arms(trials, metrics)), Design())
+
+
+def _arms(trials: Sequence[TrialView], metrics: Sequence[str]) -> tuple[Arm, ...]:
+    """Without differences, which take a design."""
     groups: dict[tuple[tuple[str, str], ...], list[TrialView]] = {}
     for trial in trials:
         groups.setdefault(tuple(trial.arm.items()), []).append(trial)
     # A name without "/" is a speed, not an evaluation: no arm is better by it.
     names = [*metrics, *sorted({m for t in trials for m in t.metrics if "/" in m} - set(metrics))]
-    comparison = Comparison(tuple(_arm(group, names) for group in groups.values()))
-    return _with_differences(comparison, Design())
+    return tuple(_arm(group, names) for group in groups.values())
 
 
 def _with_differences(comparison: Comparison, design: Design) -> Comparison:
@@ -157,12 +161,10 @@ def answer_study(
 
     machinery_only: withholds the answers as a whole. rule: the quantiles, at a look.
     """
-    comparison = compare_arms(trials, study.metrics)
-    early = unfinished(trials)
-    comparison = replace(comparison, machinery_only=machinery_only, early=early)
+    arms, early = _arms(trials, study.metrics), unfinished(trials)
+    comparison = Comparison(arms, machinery_only, early)
     if machinery_only or early:
-        return comparison
-    arms = comparison.arms
+        return _with_differences(comparison, Design())
     base = comparison.baseline
     primary = primary_of(study, values_of(arms))
     family = family_of(study, [arm.arm for arm in arms], base.arm if base else None, primary)

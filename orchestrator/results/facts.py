@@ -185,6 +185,8 @@ def _earned(
     has_gains = any(row.gains for row in papers.values())
     rows = []
     for trial in trials:
+        if trial.state != "done":
+            continue  # no number of the table is of it
         row = papers.get(arm_name(trial.arm))
         name = row.name if row else BASELINE_ROW if has_gains and trial.baseline else ""
         if name:

@@ -23,11 +23,10 @@ from orchestrator.results.statistics.boundaries import (
     conditional_power,
 )
 from orchestrator.results.statistics.contrasts import Estimate
-from orchestrator.results.statistics.verdicts import Verdict
+from orchestrator.results.statistics.verdicts import Verdict, verdict_of
 from orchestrator.study.contrasts import Asked, arm_name
 
 _SETTLED = frozenset(get_args(Verdict)) - {"", "not resolved"}
-_FLIPPED = {"better": "worse", "worse": "better"}
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,9 @@ def answers_of(view: StudyView, facts: Facts) -> Comparison:
     if any(trial.state not in FINAL_STATES for trial in trials):
         comparison = answer_study(study, trials, facts.folders)
         return replace(comparison, early=_waits(view, study.seeds), looks=tuple(view.looks))
-    # The report may be made before the service has noted the last look.
-    while (look := take_look(view, facts, at=0.0)) is not None:
+    # The report may be made before the service has noted the last look. That is no first verdict.
+    after = max((verdict.at for verdict in view.verdicts), default=0.0)
+    while (look := take_look(view, facts, after)) is not None:
         looks, verdicts = [*view.looks, look.taken], [*view.verdicts, *look.verdicts]
         view = view.model_copy(update={"looks": looks, "verdicts": verdicts})
     rule = _rule(study.seeds, view.looks[:-1])
@@ -196,6 +196,8 @@ def _given(view: StudyView, answer: Answer, arms: Sequence[Arm], at: float) -> S
         low=estimate.low,
         high=estimate.high,
         resolvable=seen if math.isfinite(seen) else None,
+        quantile=estimate.quantile,
+        df=estimate.df,
         seeds=estimate.seeds,
         verdict=answer.verdict,
         trials={
@@ -230,49 +232,47 @@ def _first(
     asked = answer.asked
     trials = {arm_name(arm.arm): {trial.identity for trial in arm.trials} for arm in arms}
     for standing in sorted(verdicts, key=lambda one: one.at):
-        sign = _same_question(asked, standing, trials)
-        if not sign:
+        first = _as_asked(asked, standing, trials)
+        if first is None:
             continue
         now = {arm_name(arm.arm): _identities(arm, asked.metric) for arm in arms}
-        used = {name for names in standing.trials.values() for name in names}
+        used = {name for names in first.trials.values() for name in names}
         more = {name for arm in asked.weights for name in now[arm]} - used
-        tried_again = more and standing.study != looked and not answer.withheld
+        tried_again = more and first.study != looked and not answer.withheld
         later = answer.estimate if tried_again else None
-        first = _flipped(standing) if sign < 0 else standing
-        verdict = next(word for word in get_args(Verdict) if word == first.verdict)
+        verdict = verdict_of(first.low, first.high, asked.margin / 100)
         return Answer(asked, _estimate(answer, first), verdict, first=first, later=later)
     return answer
 
 
-def _same_question(asked: Asked, standing: Standing, trials: Mapping[str, set[str]]) -> int:
-    """1 if the verdict is on this contrast, -1 if on its opposite, else 0.
+def _as_asked(asked: Asked, standing: Standing, trials: Mapping[str, set[str]]) -> Standing | None:
+    """The verdict in this contrast's arms and sign; None if it is on another contrast.
 
     An arm is the one that shares a trial: names and studies may differ.
     """
     if asked.metric != standing.metric or len(asked.weights) != len(standing.weights):
-        return 0
-    pairs = []
-    for arm, weight in asked.weights.items():
+        return None
+    names = {}
+    for arm in asked.weights:
         known = [n for n, ids in standing.trials.items() if not trials[arm].isdisjoint(ids)]
         if len(known) != 1:
-            return 0
-        pairs.append((weight, standing.weights[known[0]]))
+            return None
+        names[arm] = known[0]
     for sign in (1, -1):
-        if all(math.isclose(now, sign * then) for now, then in pairs):
-            return sign
-    return 0
-
-
-def _flipped(standing: Standing) -> Standing:
-    word, comma, rest = standing.verdict.partition(",")
-    return standing.model_copy(
-        update={
-            "difference": -standing.difference,
-            "low": -standing.high,
-            "high": -standing.low,
-            "verdict": f"{_FLIPPED.get(word, word)}{comma}{rest}",
-        }
-    )
+        pairs = ((now, sign * standing.weights[names[arm]]) for arm, now in asked.weights.items())
+        if all(math.isclose(now, then) for now, then in pairs):
+            low, high = sorted((sign * standing.low, sign * standing.high))
+            same = {
+                "weights": dict(asked.weights),
+                "trials": {arm: standing.trials[name] for arm, name in names.items()},
+                "difference": sign * standing.difference,
+                "low": low,
+                "high": high,
+                # The interval stands; this margin may be another than that of the first time.
+                "verdict": verdict_of(low, high, asked.margin / 100),
+            }
+            return standing.model_copy(update=same)
+    return None
 
 
 def _estimate(answer: Answer, first: Standing) -> Estimate:
@@ -283,4 +283,6 @@ def _estimate(answer: Answer, first: Standing) -> Estimate:
         high=first.high,
         resolvable=math.nan if first.resolvable is None else first.resolvable,
         seeds=first.seeds,
+        df=first.df,
+        quantile=math.nan if first.quantile is None else first.quantile,
     )

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, assert_never
 
@@ -55,17 +56,26 @@ class Contents:
     comparison: Comparison
 
     @classmethod
-    def of(cls, view: StudyView) -> Contents:
+    def of(cls, view: StudyView, withheld: str = "") -> Contents:
+        """withheld: why the contrasts of the family have no answers here."""
         facts = gather(view)
         comparison = answers_of(view, facts)
-        if comparison.answers:
-            from orchestrator.results.noise.images import with_images  # loads numpy
-
-            comparison = replace(comparison, with_images=with_images(facts, comparison))
+        if withheld:
+            comparison = replace(comparison, answers=(), notes=(withheld, *comparison.notes))
         return cls(view, facts, comparison)
 
+    @cached_property
+    def with_images(self) -> Comparison:
+        """The comparison with the noise of images, which some forms do not show: it takes time."""
+        if not self.comparison.answers:
+            return self.comparison
+        from orchestrator.results.noise.images import with_images  # loads numpy
+
+        found = with_images(self.view, self.facts, self.comparison)
+        return replace(self.comparison, with_images=found)
+
     def text(self) -> str:
-        return text_report(self.view, self.facts, self.comparison)
+        return text_report(self.view, self.facts, self.with_images)
 
     def rendered(self, form: Format) -> bytes:
         """The file of this form."""
@@ -74,7 +84,7 @@ class Contents:
             case "html":
                 from orchestrator.results.page import html_page  # loads matplotlib
 
-                return html_page(view, facts, comparison).encode()
+                return html_page(view, facts, self.with_images).encode()
             case "png":
                 from orchestrator.results.page import differences_png
 
@@ -86,18 +96,18 @@ class Contents:
             case "csv":
                 return csv_text(comparison).encode()
             case "json":
-                data = as_json(view, facts, comparison)
+                data = as_json(view, facts, self.with_images)
                 return f"{json.dumps(data, indent=2, allow_nan=False)}\n".encode()
             case _:
                 assert_never(form)
 
 
-def build_report(study: StudyView, folder: Path) -> Report:
+def build_report(study: StudyView, folder: Path, withheld: str = "") -> Report:
     """Writes the report of what the trials left so far.
 
-    `folder` gets report.html, table.txt, table.csv and report.json.
+    `folder` gets report.html, table.txt, table.csv and report.json. withheld: see `Contents.of`.
     """
-    contents = Contents.of(study)
+    contents = Contents.of(study, withheld)
     table = contents.text()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.txt").write_text(f"{table}\n", encoding="utf-8")
@@ -268,10 +278,7 @@ def _arm_json(facts: Facts, arm: Arm, early: bool) -> dict[str, Any]:
         "baseline": arm.baseline,
         "metrics": {name: asdict(summary) | hidden for name, summary in arm.metrics.items()},
         "differences": {name: asdict(pair) | hidden for name, pair in arm.differences.items()},
-        # Beside deviations that move all arms alike, the paper's AP itself says nothing.
-        "paper": {"metrics": {} if facts.earned.noted else row.metrics, "gains": row.gains}
-        if row
-        else {},
+        "paper": {"gains": row.gains} if row else {},
         "trials": [
             {
                 "trial": trial.trial,

@@ -12,6 +12,10 @@ from typing import Any
 from contract.answers import StudyView, TrialView
 from orchestrator.results.table import aligned
 
+SECOND_CHANCE = (
+    "these numbers were scored anew, which would be a second chance: no verdicts; those of the "
+    "study stand in its own report"
+)
 _TIMEOUT_S = 3600.0
 
 
@@ -79,12 +83,9 @@ def rescored(view: StudyView, data: str, say: Callable[[str], None]) -> Rescored
     if not changes:
         why = f"; {skipped[0]}" if skipped else ""
         raise ValueError(f"study {view.study}: no trial has detections to score{why}")
-    warning = (
-        "these numbers were scored anew; the verdicts of the study are those of its own report"
-    )
-    update = {"trials": trials, "verdicts": [], "warnings": [*view.warnings, warning]}
     shown = tuple(view.spec.get("metrics") or ())
-    return Rescored(view.model_copy(update=update), tuple(changes), tuple(skipped), shown)
+    new_view = view.model_copy(update={"trials": trials})
+    return Rescored(new_view, tuple(changes), tuple(skipped), shown)
 
 
 def _scored(folder: str, data: str) -> dict[str, float]:

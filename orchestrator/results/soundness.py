@@ -63,12 +63,17 @@ def reasons(
 
 
 def whole_seeds_cancelled(trials: Sequence[TrialView]) -> set[int]:
-    """The seeds of which a person cancelled every trial: that chooses no arm."""
-    seeds = {trial.seed for trial in trials}
+    """The seeds of which a person cancelled every trial: that chooses no arm.
+
+    Where each arm has seeds of its own, one trial is no whole seed.
+    """
+    by_seed: dict[int, list[TrialView]] = {}
+    for trial in trials:
+        by_seed.setdefault(trial.seed, []).append(trial)
     return {
         seed
-        for seed in seeds
-        if all(trial.state == "cancelled" for trial in trials if trial.seed == seed)
+        for seed, members in by_seed.items()
+        if len(members) > 1 and all(trial.state == "cancelled" for trial in members)
     }
 
 

@@ -321,10 +321,10 @@ def _close_parents(ledger: Ledger, mlflow: MLflow, now: float) -> int:
 
 
 def study_metrics(trials: Sequence[TrialView], spec: Study) -> dict[str, float]:
-    """Means of the metrics that the study asks for, and differences with their intervals.
+    """Means and differences of the metrics that the study asks for.
 
-    The report has the rest; here it would drown the charts. The names are as MLflow takes them:
-    `ARM/METRIC/mean`, `ARM/METRIC/difference/low`, ...
+    The report has the rest, intervals too: they are of its whole family. The names are as MLflow
+    takes them: `ARM/METRIC/mean`, `ARM/METRIC/difference`.
     """
     values: dict[str, float] = {}
     asked = (contrast.metric for contrast in spec.contrasts.values() if contrast.metric)
@@ -338,11 +338,8 @@ def study_metrics(trials: Sequence[TrialView], spec: Study) -> dict[str, float]:
                 values[f"{name}/mean"] = arm.metrics[metric].mean
             if pair := arm.differences.get(metric):
                 values[f"{name}/difference"] = pair.mean
-                values[f"{name}/difference/low"] = pair.low
-                values[f"{name}/difference/high"] = pair.high
-    # one seed has no interval: its ends are not finite, and MLflow refuses such a value
     keys = tracker_keys(values)
-    return {keys[name]: value for name, value in values.items() if math.isfinite(value)}
+    return {keys[name]: value for name, value in values.items()}
 
 
 def send_webhooks(ledger: Ledger, url: str) -> None:

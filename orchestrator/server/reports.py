@@ -93,7 +93,8 @@ def _renewed(
 def _state(view: StudyView) -> str:
     """Changes whenever the page of a study would say something new."""
     trials = (f"{trial.trial} {trial.state} {trial.attempts}" for trial in view.trials)
-    return "\n".join([view.state, *trials])
+    given = f"{len(view.looks)} looks, {len(view.verdicts)} verdicts"
+    return "\n".join([view.state, given, *trials])
 
 
 def _make(row: StudyRow, view: StudyView, mlflow: MLflow | None) -> None:

@@ -64,7 +64,10 @@ def study_views(
             mlflow_run_id=row.mlflow_run_id,
             counts={str(state): count for state, count in counts.get(row.id, {}).items()},
             looks=[LookTaken.model_validate(look) for look in row.looks],
-            verdicts=[Standing.model_validate(verdict) for verdict in row.verdicts],
+            # The difference of a contrast that is closed tells how the next look may go.
+            verdicts=[Standing.model_validate(verdict) for verdict in row.verdicts]
+            if row.state in FINAL_STATES
+            else [],
             trials=[
                 _trial_view(row, trial, waits, attempts.get(trial.id, []), sources, owners)
                 for trial in trials.get(row.id, [])

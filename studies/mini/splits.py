@@ -26,7 +26,7 @@ def runs(table: Path, metrics: list[str]) -> NDArray[np.float64]:
     values: dict[str, dict[str, float]] = {}
     with table.open(newline="") as file:
         for row in csv.DictReader(file):
-            if row["metric"] in metrics and row["value"]:
+            if row["state"] == "done" and row["metric"] in metrics and row["value"]:
                 values.setdefault(f"{row['arm']}/{row['seed']}", {})[row["metric"]] = float(
                     row["value"]
                 )

@@ -33,7 +33,8 @@ class Headline:
         text = f"{start} {interval}, {verdict_text(self.answer)}"
         if self.beside is None:
             return text
-        return f"{text}; paper {points(self.beside.published, True)}: {self.beside.judgement}"
+        judged = f": {self.beside.judgement}" if self.beside.judgement else ""
+        return f"{text}; paper {points(self.beside.published, True)}{judged}"
 
     @property
     def kind(self) -> str:

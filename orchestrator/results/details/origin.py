@@ -10,6 +10,7 @@ from contract.study import Study
 from orchestrator.results.cells import Row, Table, arm_label
 from orchestrator.results.comparison import Comparison
 from orchestrator.results.facts import Facts
+from orchestrator.results.trial_files import SeenRun
 
 _SHORT = 12  # characters of a hash: enough to find it
 
@@ -82,9 +83,15 @@ def _command(view: StudyView, facts: Facts) -> str:
     """With the commit where there was one; a tree with changes has its package alone."""
     known = next(iter(facts.trials.values()), None)
     commit = known.tags.get("maskray.commit", "") if known else ""
-    data = f" --data {known.run.val.rsplit('/', 1)[0]}" if known and "/" in known.run.val else ""
+    data = f" --data {_folder(known.run)}" if known and _folder(known.run) else ""
     code = f" --code {commit[:_SHORT]}" if commit and not commit.endswith("-dirty") else ""
     return f"maskray run {view.name}.yaml{data}{code} --fresh"
+
+
+def _folder(run: SeenRun) -> str:
+    """The folder that --data names: of train and val, the only splits that it evaluates on."""
+    (of_train, _, train), (of_val, _, val) = run.train.rpartition("/"), run.val.rpartition("/")
+    return of_val if (of_train, train, val) == (of_val, "train", "val") else ""
 
 
 def _all(values: Iterable[str]) -> str:

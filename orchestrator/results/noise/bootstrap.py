@@ -6,6 +6,7 @@ thresholds, I images, B resamples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,18 +77,29 @@ def resampled_counts(num_images: int, resamples: int = RESAMPLES) -> NDArray[np.
 
 
 def two_way(
-    weights: Mapping[str, float], by_trial: Mapping[str, Sequence[Floats]]
+    weights: Mapping[str, float],
+    by_seed: Mapping[str, Mapping[int, Floats]],
+    trainings: Mapping[str, str],
 ) -> tuple[float, float]:
     """The 95% interval of a contrast over resampled seeds and, the same for all arms, images.
 
-    by_trial: arm -> for each of its seeds the metric of every resample of images (B).
+    by_seed: arm -> seed -> the metric of every resample of images (B). trainings: arm -> the
+    training that it shares with others: their seeds are drawn together. NaN if they share none.
     """
     generator = np.random.default_rng(_GENERATOR)
     total: Floats | float = 0.0
+    drawn: dict[str, NDArray[np.int64]] = {}
     for arm, weight in weights.items():
-        table = np.stack(by_trial[arm])  # seeds, B
-        chosen = generator.integers(0, len(table), size=table.shape)
-        total = total + weight * np.take_along_axis(table, chosen, axis=0).mean(axis=0)
+        training = trainings.get(arm, arm)
+        together = [by_seed[one] for one in weights if trainings.get(one, one) == training]
+        seeds = sorted(set.intersection(*map(set, together)))
+        if not seeds:
+            return math.nan, math.nan
+        table = np.stack([by_seed[arm][seed] for seed in seeds])  # seeds, B
+        if training not in drawn:
+            drawn[training] = generator.integers(0, len(table), size=table.shape)
+        chosen = np.take_along_axis(table, drawn[training], axis=0)
+        total = total + weight * chosen.mean(axis=0)
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.asarray(total), [tail, 1 - tail])
     return float(low), float(high)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
+import logging
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
-from contract.answers import TrialView
+from contract.answers import StudyView, TrialView
 from contract.attempt import MATCHES, MAX_IMAGES_OF_MATCHES
-from orchestrator.results.comparison import Answer, Comparison
+from contract.files import uri_join
+from contract.words import one_line
+from orchestrator.results.comparison import Answer, Comparison, shared_trainings
 from orchestrator.results.facts import Facts
 from orchestrator.results.media import artifact
 from orchestrator.results.noise.bootstrap import (
+    RESAMPLES,
     THRESHOLDS,
     Floats,
     Matched,
@@ -23,6 +31,11 @@ from orchestrator.results.noise.bootstrap import (
     two_way,
 )
 from orchestrator.study.contrasts import arm_name
+from orchestrator.trial_folder import SMALL_BYTES, TrialFileError, TrialFolder
+
+LOG = logging.getLogger("maskray")
+_MOST_BYTES = 2**28  # of one trial's arrays, unpacked
+_KEPT = TypeAdapter(dict[str, tuple[FiniteFloat, FiniteFloat]])
 
 
 @dataclass(frozen=True)
@@ -33,51 +46,130 @@ class _Resampled:
     values: Floats
 
 
-_MOST_BYTES = 2**28  # of one trial's arrays, unpacked
+_Intervals = dict[str, tuple[float, float]]
+_NONE = math.nan, math.nan
+_Behind = dict[str, dict[int, TrialView]]  # arm -> seed -> a trial that the estimate rests on
 _Known = dict[tuple[str, str], _Resampled | None]  # (trial id, metric) -> what was made of it
 
 
-def with_images(facts: Facts, comparison: Comparison) -> dict[str, tuple[float, float]]:
+def with_images(view: StudyView, facts: Facts, comparison: Comparison) -> _Intervals:
     """Contrast's name -> its interval, where trials left their matches: of small validation sets.
 
-    As fractions.
+    As fractions. It takes seconds a trial, so the intervals are kept beside the study's report.
     """
+    asked = [
+        (answer, behind)
+        for answer in comparison.answers
+        if answer.verdict and _left_matches(facts, answer, behind := _behind(answer, comparison))
+    ]
+    if not asked:
+        return {}
+    trainings = shared_trainings(comparison.arms, facts.folders.weights)
+    name = f"report/images-{_digest(facts, asked, trainings)}.json"
+    folder = TrialFolder(uri_join(view.storage, view.study)) if view.storage else None
+    kept = _read_kept(folder, name) if folder is not None else None
+    if kept is not None:
+        return kept
     known: _Known = {}
-    intervals = {}
-    for answer in comparison.answers:
-        by_trial = _by_trial(facts, comparison, answer, known)
-        if by_trial:
-            intervals[answer.asked.name] = two_way(answer.asked.weights, by_trial)
+    intervals: _Intervals = {}
+    for answer, behind in asked:
+        by_seed = _by_seed(facts, answer.asked.metric, behind, known)
+        low, high = two_way(answer.asked.weights, by_seed, trainings) if by_seed else _NONE
+        if not math.isnan(low):
+            intervals[answer.asked.name] = low, high
+    if folder is not None:
+        try:
+            folder.write(name, _KEPT.dump_json(intervals))
+        except (OSError, TrialFileError) as error:
+            LOG.warning("%s; computed anew for the next report", one_line(error))
     return intervals
 
 
-def _by_trial(
-    facts: Facts, comparison: Comparison, answer: Answer, known: _Known
-) -> Mapping[str, Sequence[Floats]]:
-    """Arm -> the resampled metric of each seed; empty where one of them is not known."""
-    weights, metric = answer.asked.weights, answer.asked.metric
-    tables: dict[str, list[Floats]] = {}
-    images = set()
+def _behind(answer: Answer, comparison: Comparison) -> _Behind:
+    """The trials that the estimate rests on: those of a first verdict, or all with a number."""
+    behind: _Behind = {}
     for arm in comparison.arms:
-        done = [trial for trial in arm.trials if trial.state == "done"]
-        for trial in done if weights.get(arm_name(arm.arm)) else ():
+        name, summary = arm_name(arm.arm), arm.metrics.get(answer.asked.metric)
+        if name not in answer.asked.weights or summary is None:
+            continue
+        first = None if answer.first is None else answer.first.trials[name]
+        behind[name] = {
+            trial.seed: trial
+            for trial in arm.trials
+            if trial.state == "done"
+            and trial.seed in summary.by_seed
+            and (first is None or trial.identity in first)
+        }
+    return behind
+
+
+def _left_matches(facts: Facts, answer: Answer, behind: _Behind) -> bool:
+    """Whether every trial names a file of matches: what it holds is seen later."""
+    kind, _, statistic = answer.asked.metric.partition("/")
+    name = MATCHES.format(kind=kind)
+    trials = [trial for by_seed in behind.values() for trial in by_seed.values()]
+    return (
+        statistic in THRESHOLDS
+        and len(behind) == len(answer.asked.weights)
+        and all(behind.values())
+        and all(name in facts.trials[trial.trial].result.artifacts for trial in trials)
+    )
+
+
+def _digest(
+    facts: Facts, asked: Sequence[tuple[Answer, _Behind]], trainings: Mapping[str, str]
+) -> str:
+    """Of all that the intervals follow from."""
+    rests_on = [
+        (
+            answer.asked.name,
+            answer.asked.metric,
+            dict(answer.asked.weights),
+            [
+                (arm, seed, trial.trial, facts.trials[trial.trial].result.attempt)
+                for arm, by_seed in behind.items()
+                for seed, trial in by_seed.items()
+            ],
+        )
+        for answer, behind in asked
+    ]
+    text = json.dumps([RESAMPLES, rests_on, dict(trainings)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_kept(folder: TrialFolder, name: str) -> _Intervals | None:
+    """What an earlier report left; None if nothing, or something else."""
+    try:
+        value = folder.json(name, SMALL_BYTES)
+        return None if value is None else _KEPT.validate_python(value)
+    except (OSError, TrialFileError, ValidationError) as error:
+        LOG.warning("%s; computed anew", one_line(error))
+        return None
+
+
+def _by_seed(
+    facts: Facts, metric: str, behind: _Behind, known: _Known
+) -> Mapping[str, Mapping[int, Floats]]:
+    """Arm -> seed -> the resampled metric; empty where one of them is not known."""
+    tables: dict[str, dict[int, Floats]] = {}
+    images = set()
+    for arm, by_seed in behind.items():
+        for seed, trial in by_seed.items():
             if (trial.trial, metric) not in known:
                 known[trial.trial, metric] = _resampled(facts, trial, metric)
             one = known[trial.trial, metric]
             if one is None:
                 return {}
             images.add(one.image_ids)
-            tables.setdefault(arm_name(arm.arm), []).append(one.values)
+            tables.setdefault(arm, {})[seed] = one.values
     # Arms on different images share no resample.
-    return tables if len(images) == 1 and len(tables) == len(weights) else {}
+    return tables if len(images) == 1 else {}
 
 
 def _resampled(facts: Facts, trial: TrialView, metric: str) -> _Resampled | None:
     kind, _, statistic = metric.partition("/")
     raw = artifact(facts, trial, MATCHES.format(kind=kind))
-    if statistic not in THRESHOLDS or raw is None:
-        return None
-    found = _read(raw)
+    found = None if raw is None else _read(raw)
     if found is None:
         return None
     counts = resampled_counts(len(found.image_ids))

@@ -59,6 +59,8 @@ def earned(table: str, trials: Sequence[tuple[Trained, str]]) -> Earned:
     open_: dict[str, None] = {}
     if not is_of_val2017(table):
         barred[f"table {table} is on test-dev, whose annotations are not public"] = None
+    if not trials:
+        barred["no finished trial"] = None
     for trial, row in trials:
         paper = published_run(table, row)
         if paper is None:
@@ -120,11 +122,7 @@ def _beside(answer: Answer, comparison: Comparison, rows: Mapping[str, PaperRow]
         return None
     low = high = math.nan
     if not answer.withheld:
-        seeds = {
-            arm_name(arm.arm): len(arm.metrics[asked.metric].by_seed)
-            for arm in comparison.arms
-            if asked.metric in arm.metrics
-        }
+        seeds = _seeds(answer, comparison)
         spread = deviation_of(estimate, seeds)
         low, high = one_seed_interval(
             estimate.difference, spread, estimate.df, asked.weights, seeds
@@ -139,3 +137,15 @@ def _beside(answer: Answer, comparison: Comparison, rows: Mapping[str, PaperRow]
         direction_of(estimate.difference, published),
         answer.withheld,
     )
+
+
+def _seeds(answer: Answer, comparison: Comparison) -> dict[str, int]:
+    """Arm -> the seeds behind the estimate: a first verdict has its own."""
+    if answer.first is not None:
+        return {arm: len(trials) for arm, trials in answer.first.trials.items()}
+    metric = answer.asked.metric
+    return {
+        arm_name(arm.arm): len(arm.metrics[metric].by_seed)
+        for arm in comparison.arms
+        if metric in arm.metrics
+    }

@@ -165,6 +165,9 @@ def test_a_whole_seed_that_was_cancelled_chooses_no_arm() -> None:
     ]
     courses = {trial.trial: Course(steps=90, eval_every_steps=30) for trial in gone}
     assert only([*two_arms(LOW, HIGH), *gone], courses).verdict == "better"
+    # Copies of one arm share no seed: to cancel the one trial of a seed does choose.
+    alone = only([*two_arms(LOW, HIGH), gone[1]], courses)
+    assert alone.withheld.startswith("roi=align/seed-3 was cancelled")
 
 
 def test_only_the_contrasts_of_a_lost_arm_are_withheld() -> None:

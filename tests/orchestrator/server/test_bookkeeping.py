@@ -29,7 +29,7 @@ from workers.tracking.records import Artifact, Tags
 from workers.tracking.spool import Spool
 
 
-def test_means_differences_and_their_intervals_are_metrics_with_names_that_mlflow_takes() -> None:
+def test_means_and_differences_are_metrics_with_names_that_mlflow_takes() -> None:
     """Two seeds, 0.30 and 0.32, and 0.40 and 0.42: the differences are 0.1 and 0.1."""
     base = [
         finished({"roi": "align"}, seed, True, metrics={"segm/AP": 0.30 + 0.02 * seed})
@@ -45,12 +45,10 @@ def test_means_differences_and_their_intervals_are_metrics_with_names_that_mlflo
     ]
     metrics = study_metrics(trials, tiny_study(metrics=["segm/AP", "segm/AP50"]))
     assert metrics["roi-align/segm/AP/mean"] == pytest.approx(0.31)
-    # t(0.975, 2) = 4.30265, and the spread of both arms is that of 0.30 and 0.32
-    low = 0.1 - 4.30265 * 0.0141421
-    assert metrics["roi-pool _2x_/segm/AP/difference/low"] == pytest.approx(low, rel=1e-4)
     assert metrics["roi-pool _2x_/segm/AP/difference"] == pytest.approx(0.1)
-    # what the study does not ask for would drown the charts of its parent run
-    assert len(metrics) == 2 + 3
+    # The intervals are the report's, of a whole family. What the study does not ask for would drown
+    # the charts of its parent run.
+    assert len(metrics) == 2 + 1
 
 
 def test_one_seed_has_no_interval() -> None:

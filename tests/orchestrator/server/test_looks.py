@@ -16,7 +16,8 @@ from contract.study import Baseline, Study, Submission, TrialPlan
 from orchestrator.ledger import changes, commands, queries
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import TRIALS
-from orchestrator.results.report import build_report
+from orchestrator.results.cells import arms_table
+from orchestrator.results.report import Contents, build_report
 from orchestrator.server import accept
 from orchestrator.server.looks import take_due
 from orchestrator.server.views import study_views
@@ -141,6 +142,8 @@ def test_an_arm_that_is_settled_stops_and_the_reference_goes_on(
     take_due(ledger, 3.0)
     view = view_of(ledger, study)
     assert view.looks[0].stopped == {"roi=align": "settled"}
+    assert view.looks[0].closed
+    assert not view.verdicts
     assert {t.arm["roi"] for t in view.trials if t.state == "queued"} == {"pool", "warp"}
     assert {t.arm["roi"] for t in view.trials if t.state == "spared"} == {"align"}
     assert not report(ledger, study, tmp_path)[1]["contrasts"]  # the study goes on
@@ -225,6 +228,59 @@ def test_the_first_verdict_stands_when_seeds_are_added(ledger: Ledger, tmp_path:
         assert f"of 3 seeds in study {first}, and stands; with 6 seeds" in table
         take_due(ledger, at)
     assert len(view_of(ledger, more).verdicts) == 1
+
+
+def test_a_loss_is_not_painted_as_the_win_that_it_was(ledger: Ledger, tmp_path: Path) -> None:
+    falls = [*CLEAR, 0.2, 0.2, 0.2]
+    first = submit(ledger, tmp_path, [0, 1, 2], ["pool", "align"])
+    finish(ledger, first, {"pool": POOL, "align": falls})
+    take_due(ledger, 3.0)
+    more = submit(ledger, tmp_path, list(range(6)), ["pool", "align"])
+    finish(ledger, more, {"pool": POOL, "align": falls})
+    shown = []
+    for study in (first, more):
+        comparison = Contents.of(view_of(ledger, study)).comparison
+        assert [answer.verdict for answer in comparison.answers] == ["better"]
+        cell = arms_table(comparison, ["segm/AP"]).rows[1].cells[-1]
+        shown.append((cell.text, cell.kind))
+    assert shown == [("+3.0", "diff better"), ("-3.5", "diff")]
+
+
+def test_a_first_interval_answers_another_margin_in_its_own_word(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    def study(margin: float, arms: Sequence[str]) -> str:
+        asked = {"c": {"of": arms[1], "minus": arms[0], "margin": margin}}
+        return submit(ledger, tmp_path, [0, 1, 2], arms, contrasts=asked)
+
+    first = study(5.0, ["pool", "align"])
+    finish(ledger, first, {"pool": POOL, "align": NEAR})
+    take_due(ledger, 3.0)
+    assert view_of(ledger, first).verdicts[0].verdict == "equivalent"
+    (known,) = report(ledger, first, tmp_path)[1]["contrasts"]
+    for arms in (["pool", "align"], ["align", "pool"]):
+        (answer,) = report(ledger, study(0.2, arms), tmp_path)[1]["contrasts"]
+        assert answer["first"]["study"] == first
+        assert answer["high"] - answer["low"] == pytest.approx(known["high"] - known["low"])
+        assert answer["verdict"] == answer["first"]["verdict"] == "not resolved"
+
+
+def test_a_reports_own_look_does_not_come_before_a_first_verdict(
+    ledger: Ledger, tmp_path: Path
+) -> None:
+    values = {"pool": POOL, "align": [0.303, 0.3005, 0.304, 0.305, 0.3055, 0.306]}
+    first = submit(ledger, tmp_path, [0, 1, 2], ["pool", "align"])
+    finish(ledger, first, values)
+    take_due(ledger, 3.0)
+    looks = {"start": 3, "most": 6, "looks": [3, 6]}
+    later = submit(ledger, tmp_path, looks, ["pool", "align"])
+    take_due(ledger, 4.0)
+    assert finish(ledger, later, values) == 6
+    for at in (5.0, 6.0):  # before and after the service has noted the last look
+        (answer,) = Contents.of(view_of(ledger, later)).comparison.answers
+        assert answer.first is not None
+        assert answer.first.study == first
+        take_due(ledger, at)
 
 
 def test_a_verdict_is_known_from_the_other_side_too(ledger: Ledger, tmp_path: Path) -> None:

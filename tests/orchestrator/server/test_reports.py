@@ -21,6 +21,11 @@ from orchestrator.settings import ServiceSettings
 from tests.orchestrator.fake_hub import FakeHub, Http, by, post, refused
 from tests.orchestrator.submissions import plan, submission
 
+STANDING = {
+    "name": "c", "metric": "segm/AP", "weights": {}, "difference": 0.0, "low": 0.0, "high": 0.0,
+    "seeds": 3, "verdict": "better", "trials": {}, "study": "s", "at": 1.0,
+}  # fmt: skip
+
 
 class FakeMLflow:
     def __init__(self) -> None:
@@ -63,6 +68,10 @@ def test_a_page_is_made_while_the_study_runs_and_once_at_its_end(tmp_path: Path)
         transaction.execute(update(TRIALS).values(state="done", metrics={"segm/AP": 0.25}))
         transaction.execute(update(STUDIES).values(state="done", ended_at=1002.0))
     assert turn(1003.0)
+    assert not turn(1003.5)
+    with ledger.writing() as transaction:
+        transaction.execute(update(STUDIES).values(verdicts=[STANDING]))
+    assert turn(1004.0)
     assert not turn(1e9)
     assert "25.0" in page.read_text()
     assert mlflow.tags["mlflow.note.content"].startswith("Does it help?")

@@ -12,6 +12,7 @@ from contract.study import Submission
 from orchestrator.results.planning.plan import make_plan
 from orchestrator.study.expand import expand
 from orchestrator.study.read import read_study
+from studies.mini.splits import runs
 from tests.orchestrator.studies import CODE, write_manifest
 
 ROOT = Path(__file__).parents[3]
@@ -44,3 +45,10 @@ def test_results_are_of_the_study_files_that_they_name() -> None:
     assert named
     for file, digest in named:
         assert hashlib.sha256((ROOT / file).read_bytes()).hexdigest() == digest, file
+
+
+def test_the_splits_deal_finished_runs_alone(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    rows = ["arm,seed,state,metric,value", "a,0,done,segm/AP,0.3", "a,1,cancelled,segm/AP,0.1"]
+    table.write_text("\n".join(rows))
+    assert runs(table, ["segm/AP"]).tolist() == [[0.3]]

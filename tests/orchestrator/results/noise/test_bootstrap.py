@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from contract.answers import TrialView
 from contract.attempt import MATCHES
+from orchestrator.results.looks import verdicts_of
+from orchestrator.results.noise import images
 from orchestrator.results.noise.bootstrap import (
     RESAMPLES,
     THRESHOLDS,
@@ -21,9 +24,11 @@ from orchestrator.results.noise.bootstrap import (
 )
 from orchestrator.results.noise.images import _read
 from orchestrator.results.report import Contents
+from orchestrator.trial_folder import TrialFolder
 from pipelines.evaluate.evaluation import evaluate
 from pipelines.evaluate.matches import evaluate_and_match
-from tests.orchestrator.results.test_report import PAPER, paper_study, view
+from tests.orchestrator.results.paper_study import ALIGN, PAPER, paper_study, paper_trial, view
+from tests.orchestrator.studies import finished
 from tests.pipelines.evaluate.test_engines import random_coco
 
 
@@ -92,36 +97,77 @@ def test_two_way_holds_both_noises() -> None:
     images = generator.normal(0, 0.01, RESAMPLES)  # shared by both arms
     weights = {"a": 1.0, "b": -1.0}
     # Images that move both arms alike move no difference.
-    alike = {"a": [0.3 + images] * 2, "b": [0.2 + images] * 2}
-    assert two_way(weights, alike) == pytest.approx((0.1, 0.1))
+    alike = {"a": dict.fromkeys((0, 1), 0.3 + images), "b": dict.fromkeys((0, 1), 0.2 + images)}
+    assert two_way(weights, alike, {}) == pytest.approx((0.1, 0.1))
     # Seeds alone: one arm's mean of two draws of 0.30 and 0.32.
-    seeds = {"a": [0 * images + 0.30, 0 * images + 0.32], "b": [0 * images + 0.2]}
-    assert two_way(weights, seeds) == pytest.approx((0.1, 0.12))
+    seeds = {"a": {0: 0 * images + 0.30, 1: 0 * images + 0.32}, "b": {0: 0 * images + 0.2}}
+    assert two_way(weights, seeds, {}) == pytest.approx((0.1, 0.12))
     # Independent images: 1.96 sd to each side.
-    apart = {"a": [0.3 + images], "b": [0.2 + 0 * images]}
-    low, high = two_way(weights, apart)
+    apart = {"a": {0: 0.3 + images}, "b": {0: 0.2 + 0 * images}}
+    low, high = two_way(weights, apart, {})
     assert (high - low) / 2 == pytest.approx(1.96 * 0.01, rel=0.2)
+    # Arms of one training differ by 0.01 in every seed, so in every resample of seeds.
+    one = {seed: images + value for seed, value in enumerate((0.30, 0.34, 0.26))}
+    both = {"a": one, "b": {seed: values - 0.01 for seed, values in one.items()}}
+    assert two_way(weights, both, {"a": "a", "b": "a"}) == pytest.approx((0.01, 0.01))
+    low, high = two_way(weights, both, {})
+    assert high - low > 0.02
 
 
-def test_the_report_has_it_where_trials_left_their_matches(tmp_path: Path) -> None:
+def test_the_report_has_it_where_trials_left_their_matches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trials = paper_study(tmp_path)
-    assert not Contents.of(view(trials, **PAPER)).comparison.with_images
+    assert not Contents.of(view(trials, **PAPER)).with_images.with_images
     for trial in trials:
-        coco = random_coco(0)
-        _, found = evaluate_and_match(
-            _written(tmp_path, coco), detections(coco, trial.seed), "bbox"
-        )
-        folder = Path(trial.storage)
-        name = MATCHES.format(kind="segm")
-        (folder / "m.npz").write_bytes(found.file())
-        result = {"attempt": 1, "artifacts": {name: "m.npz"}}
-        (folder / "result.json").write_text(json.dumps(result))
-    contents = Contents.of(view(trials, **PAPER))
-    low, high = contents.comparison.with_images["roi=RoIAlign"]
+        _leave(tmp_path, trial, trial.seed)
+    study = view(trials, **PAPER).model_copy(update={"storage": str(tmp_path / "kept")})
+    contents = Contents.of(study)
+    low, high = contents.with_images.with_images["roi=RoIAlign"]
     assert low < 0 < high  # both arms have the same detections here
     assert "Evaluation noise: 95% over seeds" in contents.text()
     (one,) = json.loads(contents.rendered("json"))["contrasts"]
     assert (one["low_with_images"], one["high_with_images"]) == (low, high)
+    assert not contents.comparison.with_images  # of the forms that do not show it
+
+    (kept,) = (tmp_path / "kept" / "s-1" / "report").iterdir()
+    with monkeypatch.context() as patch:  # it takes seconds a trial
+        patch.setattr(images, "average_precision", None)
+        assert Contents.of(study).with_images.with_images == {"roi=RoIAlign": (low, high)}
+    folder = TrialFolder(str(tmp_path))
+    for damaged in (b"[1]", b'{"roi=RoIAlign": [NaN, 1]}', b" " * 2**17):
+        kept.write_bytes(damaged)
+        assert images._read_kept(folder, str(kept.relative_to(tmp_path))) is None
+
+    # A contrast whose verdict is withheld has no interval of this kind either.
+    lost = finished(ALIGN, 3, state="failed", error_class="diverged")
+    withheld = Contents.of(view([*trials, lost], **PAPER))
+    assert withheld.comparison.answers[0].withheld
+    assert not withheld.with_images.with_images
+
+
+def test_the_seeds_after_a_first_verdict_are_not_behind_it(tmp_path: Path) -> None:
+    trials = [one.model_copy(update={"identity": one.key}) for one in paper_study(tmp_path)]
+    later = paper_trial(tmp_path, ALIGN, 3, 0.304).model_copy(update={"identity": "later"})
+    first = view(trials, **PAPER)
+    verdicts = list(verdicts_of(first, Contents.of(first).comparison, 1.0))
+    again = view([*trials, later], **PAPER).model_copy(update={"verdicts": verdicts})
+    for study, last in ((again, 2), (view([*trials, later], **PAPER), 3)):
+        comparison = Contents.of(study).comparison
+        behind = images._behind(comparison.answers[0], comparison)
+        assert {arm: max(by_seed) for arm, by_seed in behind.items()} == {
+            "roi=RoIPool": 2,
+            "roi=RoIAlign": last,
+        }
+
+
+def _leave(tmp_path: Path, trial: TrialView, seed: int) -> None:
+    coco = random_coco(0)
+    _, found = evaluate_and_match(_written(tmp_path, coco), detections(coco, seed), "bbox")
+    folder = Path(trial.storage)
+    (folder / "m.npz").write_bytes(found.file())
+    result = {"attempt": 1, "artifacts": {MATCHES.format(kind="segm"): "m.npz"}}
+    (folder / "result.json").write_text(json.dumps(result))
 
 
 def _written(folder: Path, coco: dict[str, Any]) -> Path:
