@@ -7,11 +7,12 @@ STAMP := $(VENV)/.installed
 DATA := .maskray/demo
 MINI := .maskray/mini
 
-.PHONY: help install demo mini test test-all check format bench gpu-check secrets clean
+.PHONY: help install demo mini screenshots test test-all check format bench gpu-check secrets clean
 
 help:
 	@echo "make demo      install, make synthetic COCO data, run studies/demo.yaml, print its table"
 	@echo "make mini      draw scenes, run studies/mini/align.yaml from nothing (docs/results.md)"
+	@echo "make screenshots  draw the pictures of docs/ again, of the study that make demo ran"
 	@echo "make test      install and run the test suite;  make test-all adds the slow tests"
 	@echo "make check     formatter, linter, strict types"
 	@echo "make bench     every program in benchmarks/ but chaos.py, which takes an hour, and the GPU's"
@@ -41,6 +42,11 @@ mini: $(STAMP)
 	$(BIN)/maskray data synth $(MINI)/start --kind scenes --images 2400 --seed 1
 	test -s $(MINI)/start.safetensors || $(BIN)/python studies/mini/start.py $(MINI)/start $(MINI)/start.safetensors
 	$(BIN)/maskray run studies/mini/align.yaml
+
+# The demo takes minutes, so it is not run again for a picture.
+screenshots: $(STAMP)
+	@test -d .maskray/studies || { echo "error: there is no study here; run make demo first" >&2; exit 2; }
+	$(BIN)/python docs/screenshots.py demo
 
 # Files, not tests, are shared out: the tests of a file share its Ray head or its MLflow server.
 test: $(STAMP)
