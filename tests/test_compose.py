@@ -85,6 +85,15 @@ def test_ports_are_published_on_one_address_alone():
     assert all(re.match(pattern, port) for port in ports)
 
 
+def test_the_service_believes_no_address_but_what_its_proxy_says():
+    tls = read("deploy/tls.yml")
+    (subnet,) = tls["networks"]["front"]["ipam"]["config"]
+    assert tls["services"]["service"]["environment"]["FORWARDED_ALLOW_IPS"] == subnet["subnet"]
+    inside = {name for *_, name, service in parts() if "front" in service.get("networks", [])}
+    assert inside == {"proxy", "service", "mlflow"}
+    assert tls["services"]["proxy"]["networks"] == ["front"]
+
+
 def test_what_runs_on_is_checked_and_bounded(compose):
     for name, service in [*compose["services"].items(), *read(WORKER)["services"].items()]:
         assert service["logging"]["options"].keys() == {"max-size", "max-file"}, name
