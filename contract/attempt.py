@@ -211,6 +211,7 @@ class ProbePlan(Record):
     storage: str
     folder: str  # below `storage`, of this examination alone
     mlflow: str = ""
+    study_logins: bool = False  # each study has an own login for MLflow, and the node has none
     patience_s: float = Field(60.0, gt=0)  # how long a probe waits for the others
 
 

@@ -9,7 +9,6 @@ sum numbers in pairs, as the ranks of a gang will.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
@@ -45,6 +44,7 @@ from contract.attempt import (
 )
 from contract.command import run_command
 from contract.files import Files
+from contract.machine.logins import NAME, authorization
 from contract.machine.proxies import proxy_for
 from model.cpu import native
 
@@ -87,7 +87,7 @@ def look(plan: ProbePlan) -> NodeReport:
         gpu_driver=_gpu_driver(),
         disk_free_gib=shutil.disk_usage(tempfile.gettempdir()).free / 2**30,
         shm_free_gib=_shm_free_gib(),
-        mlflow_error=_mlflow_error(plan.mlflow),
+        mlflow_error=mlflow_error(plan.mlflow, tries_login=not plan.study_logins),
     )
     try:
         store = _meet(plan)
@@ -219,32 +219,36 @@ def _shm_free_gib() -> float:
     return shutil.disk_usage(folder).free / 2**30 if folder.is_dir() else 0.0
 
 
-def _mlflow_error(uri: str) -> str:
+def mlflow_error(uri: str, *, tries_login: bool = True) -> str:
     """Why this node does not reach the tracking server; empty if it does, or if there is none."""
     if not uri.startswith(("http://", "https://")):
         return ""
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    url, login = authorization(uri, os.environ)
     try:
-        proxy = proxy_for(uri)
-        through = urllib.request.ProxyHandler({urlsplit(uri).scheme: proxy} if proxy else {})
+        proxy = proxy_for(url)
+        through = urllib.request.ProxyHandler({urlsplit(url).scheme: proxy} if proxy else {})
         opener = urllib.request.build_opener(through)
-        with opener.open(f"{uri.rstrip('/')}/health", timeout=10) as answer:
+        with opener.open(f"{url}/health", timeout=10) as answer:
             if answer.status != 200:
                 return f"status {answer.status}"
+        if not tries_login:
+            return ""
         # /health asks for no login: this does, with this node's own variables
         path = "/api/2.0/mlflow/experiments/search"
         body = json.dumps({"max_results": 1}).encode()
         json_type = {"Content-Type": "application/json"}
-        question = urllib.request.Request(uri.rstrip("/") + path, body, json_type)
-        if user:
-            password = os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
-            login = base64.b64encode(f"{user}:{password}".encode()).decode()
-            question.add_header("Authorization", f"Basic {login}")
+        question = urllib.request.Request(url + path, body, json_type)
+        if login:
+            question.add_header("Authorization", login)
         with opener.open(question, timeout=10):
             return ""
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            return f"refuses the login of user {user!r}: correct MLFLOW_TRACKING_USERNAME there"
+            if not login:
+                return "asks for a login: set MLFLOW_TRACKING_USERNAME and _PASSWORD there"
+            user = urlsplit(uri).username or os.environ.get(NAME, "")
+            whose = f"login of user {user!r}" if user else "token in MLFLOW_TRACKING_TOKEN"
+            return f"refuses the {whose}: correct it there (status {error.code})"
         return "" if error.code == 404 else _one_line(error)
     except (OSError, ValueError) as error:
         return _one_line(error)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 
+from contract.machine.logins import login_in
 from orchestrator.cluster.jobs import Cluster
 
 _PATIENCE_S = 8.0
@@ -33,12 +34,9 @@ def ray_worker(url: str) -> None:
 
 def mlflow(url: str) -> None:
     """The administrator's login is taken, and the database answers. `/health` shows neither."""
-    user, _, password = (SECRETS / "mlflow_login").read_text("utf-8").strip().partition(":")
-    body = {"max_results": 1}
+    login, body = login_in(SECRETS / "mlflow_login"), {"max_results": 1}
     path = f"{url}/api/2.0/mlflow/experiments/search"
-    answer = httpx.post(
-        path, json=body, auth=(user, password), timeout=_PATIENCE_S, trust_env=False
-    )
+    answer = httpx.post(path, json=body, auth=login, timeout=_PATIENCE_S, trust_env=False)
     answer.raise_for_status()
 
 
@@ -57,5 +55,5 @@ PARTS = {"ray-head": ray_head, "ray-worker": ray_worker, "mlflow": mlflow, "serv
 if __name__ == "__main__":
     try:
         PARTS[sys.argv[1]](sys.argv[2])
-    except (httpx.HTTPError, OSError, RuntimeError) as error:
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"{sys.argv[1]}: {' '.join(str(error).split())}")

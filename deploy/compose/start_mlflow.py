@@ -6,17 +6,18 @@ reads a password from its configuration once, when it makes the user. Here a cha
 
 from __future__ import annotations
 
-import configparser
 import os
 import sys
 import tempfile
 from pathlib import Path
 
+from contract.machine.logins import configuration_of, login_in
+
 
 def main(options: list[str], secrets: Path) -> None:
     """Becomes the server."""
     url = (secrets / "mlflow_url").read_text("utf-8").strip()
-    user, _, password = (secrets / "mlflow_login").read_text("utf-8").strip().partition(":")
+    user, password = login_in(secrets / "mlflow_login")
     os.environ |= {
         "MLFLOW_AUTH_CONFIG_PATH": str(_write_configuration(url, user)),
         "MLFLOW_BACKEND_STORE_URI": url,
@@ -31,19 +32,9 @@ def main(options: list[str], secrets: Path) -> None:
 
 
 def _write_configuration(url: str, user: str) -> Path:
-    # "%" begins a reference in such a file, and a URL may hold it
-    configuration = configparser.ConfigParser()
-    configuration["mlflow"] = {
-        "default_permission": "NO_PERMISSIONS",
-        "database_uri": url.replace("%", "%%"),
-        "admin_username": user,
-        # A login is a slow hash: without a cache each request costs one. The cache is each worker's
-        # own, so a login that was taken away still counts there for so long.
-        "auth_cache_ttl_seconds": "30",
-    }
     file = Path(tempfile.mkdtemp(prefix="mlflow-")) / "basic_auth.ini"
     with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as sink:
-        configuration.write(sink)
+        sink.write(configuration_of(url, user))
     return file
 
 

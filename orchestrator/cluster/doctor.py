@@ -25,9 +25,12 @@ _POLL_S = 0.3
 _MAX_WORDS = 300  # characters of a dead probe's last line
 
 
-def examine(cluster: Cluster, settings: ServiceSettings, tracking_uri: str) -> list[Check]:
+def examine(
+    cluster: Cluster, settings: ServiceSettings, tracking_uri: str, tracking_error: str = ""
+) -> list[Check]:
     """Sends a probe to every node and checks what they report.
 
+    tracking_error: why MLflow does not let the service in.
     Raises UnreachableError if Ray does not answer.
     """
     machines, name = cluster.machines(), f"doctor-{secrets.token_hex(4)}"
@@ -41,6 +44,7 @@ def examine(cluster: Cluster, settings: ServiceSettings, tracking_uri: str) -> l
             storage=root,
             folder=folder,
             mlflow=tracking_uri,
+            study_logins=settings.mlflow_login_file != "",
             patience_s=_MEET_S,
         )
         for index, machine in enumerate(machines)
@@ -64,6 +68,7 @@ def examine(cluster: Cluster, settings: ServiceSettings, tracking_uri: str) -> l
         failures=failures,
         ray_version=cluster.version(),
         tracking_uri=tracking_uri,
+        tracking_error=tracking_error,
         storage=root,
         storage_error=storage_error,
         service_lag_s=lag_s,
@@ -126,7 +131,9 @@ class _Probes:
         return reports, failures
 
     def _start(self, machine: Machine, plan: ProbePlan) -> None:
-        command = [self._settings.entry[0], "-m", "workers.probe", plan.model_dump_json()]
+        # a node of an older version knows no newer field
+        asked = plan.model_dump_json(exclude_defaults=True)
+        command = [self._settings.entry[0], "-m", "workers.probe", asked]
         name = f"{self._name}-{plan.index}"
         environment = {**self._settings.environment, "OMP_NUM_THREADS": "1"}
         # exec: the signal that ends the job must reach Python, and not a shell in front of it.

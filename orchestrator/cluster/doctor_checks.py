@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from contract.answers import Check
 from contract.attempt import GpuReport, NodeReport
+from contract.machine.logins import authorization
 from orchestrator.cluster.nodes import Machine
 
 MAX_CLOCK_S = 2.0  # the lease and the events of several hosts are in the same ledger
@@ -22,6 +23,7 @@ class Examination:
     failures: Mapping[str, str]
     ray_version: str
     tracking_uri: str
+    tracking_error: str  # of the service itself
     storage: str
     storage_error: str  # of the service itself
     # The service's clock minus the first node's, less what the time on the way can explain.
@@ -255,6 +257,8 @@ def _mlflow(examination: Examination, reports: Mapping[str, NodeReport]) -> Chec
     uri = examination.tracking_uri
     if not uri:
         return _check("mlflow", "the service runs without one", [], "")
-    wrong = _problems(reports, lambda report: report.mlflow_error)
-    remedy = "start it, or open its port to the nodes"
-    return _check("mlflow", f"{uri} answers every node", wrong, remedy)
+    own = examination.tracking_error
+    wrong = [f"the service: {own}"] if own else []
+    wrong += _problems(reports, lambda report: report.mlflow_error)
+    remedy = "start it, or open its port to the nodes; where it refuses, correct the login"
+    return _check("mlflow", f"{authorization(uri, {})[0]} answers every node", wrong, remedy)

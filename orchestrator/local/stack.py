@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
-import io
 import os
 import secrets
 import sys
@@ -11,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from contract.machine.logins import configuration_of, login_in
 from orchestrator.cluster.nodes import Node
 from orchestrator.local.processes import (
     ChildRecord,
@@ -100,19 +99,9 @@ def _login_database(home: Path) -> Path:
 
 def _with_login(home: Path, login_file: str) -> dict[str, str]:
     """The environment of a server that asks for a login."""
-    configuration = configparser.ConfigParser()
-    # "%" begins a reference in such a file
-    database = str(_login_database(home)).replace("%", "%%")
-    configuration["mlflow"] = {
-        "default_permission": "NO_PERMISSIONS",
-        "database_uri": f"sqlite:///{database}",
-        "auth_cache_ttl_seconds": "30",  # a login is a slow hash, and each request has one
-    }
-    text = io.StringIO()
-    configuration.write(text)
+    user, password = login_in(Path(login_file))
     file = home / "mlflow-logins.ini"
-    write_private(file, text.getvalue())
-    user, _, password = Path(login_file).read_text("utf-8").strip().partition(":")
+    write_private(file, configuration_of(f"sqlite:///{_login_database(home)}", user))
     return {
         "MLFLOW_AUTH_CONFIG_PATH": str(file),
         "MLFLOW_AUTH_ADMIN_USERNAME": user,

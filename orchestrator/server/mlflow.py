@@ -17,6 +17,7 @@ from pyarrow import fs
 from pydantic import JsonValue
 
 from contract.machine.certificates import trusted
+from contract.machine.logins import authorization
 from contract.machine.proxies import proxy_for, way_to
 from contract.metrics import tag_condition
 from contract.record import Message
@@ -102,23 +103,11 @@ class MLflow:
 
     def __init__(self, uri: str, timeout_s: float = 10.0) -> None:
         self.uri = uri  # as given, with its login
-        parts = urlsplit(uri)
-        auth, headers = None, {}
-        if parts.username:
-            auth = httpx.BasicAuth(parts.username, parts.password or "")
-        elif user := os.environ.get("MLFLOW_TRACKING_USERNAME"):
-            auth = httpx.BasicAuth(user, os.environ.get("MLFLOW_TRACKING_PASSWORD", ""))
-        elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-            headers = {"Authorization": f"Bearer {token}"}
-        # without user and password: messages show this URL
-        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-        port = f":{parts.port}" if parts.port else ""
-        self.url = f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
+        self.url, login = authorization(uri, os.environ)  # messages show the URL
         self._way = way_to(self.url)
         self._http = httpx.Client(
             base_url=self.url,
-            auth=auth,
-            headers=headers,
+            headers={"Authorization": login} if login else {},
             timeout=timeout_s,
             proxy=proxy_for(self.url),
             verify=trusted(),

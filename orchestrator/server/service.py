@@ -154,7 +154,7 @@ class Service:
         with self._examining:
             try:
                 uri = self.loop.tracking_uri or self._tracking_uri
-                return examine(self._ready_cluster(), self.settings, uri)
+                return examine(self._ready_cluster(), self.settings, uri, _login_error(uri))
             except UnreachableError as error:
                 remedy = "start the head, or correct `ray`"
                 return [Check(name="ray", ok=False, found=str(error), remedy=remedy)]
@@ -357,6 +357,17 @@ class Service:
             return False
         with self.ledger.reading() as transaction:
             return not queries.anything_to_do(transaction)
+
+
+def _login_error(uri: str) -> str:
+    """Why MLflow does not let the service in; empty if it does, or if there is none."""
+    if not uri:
+        return ""
+    mlflow = MLflow(uri)
+    try:
+        return mlflow.complaint()
+    finally:
+        mlflow.close()
 
 
 def serve(settings: ServiceSettings, first_token: str = "") -> int:

@@ -11,13 +11,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from contract.machine.logins import NAME, PASSWORD, login_in
 from orchestrator.ledger import queries
 from orchestrator.ledger.opening import Ledger
 from orchestrator.local.processes import check_private, own_token
 from orchestrator.server.bookkeeping import apart
 from orchestrator.server.mlflow import MLflow
-
-_NAME, _PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"  # as MLflow names them
 
 
 class Logins:
@@ -60,7 +59,7 @@ class Logins:
     def environment(self, study: str) -> dict[str, str]:
         """What a trial of this study logs in with."""
         name = self._prefix + study
-        return {_NAME: name, _PASSWORD: self._password(name)}
+        return {NAME: name, PASSWORD: self._password(name)}
 
     def _password(self, name: str) -> str:
         return hmac.new(self._key, name.encode(), hashlib.sha256).hexdigest()
@@ -68,11 +67,9 @@ class Logins:
 
 def administrator(path: Path) -> Mapping[str, str]:
     """The login in a file of USER:PASSWORD, as variables. Raises ValueError for another form."""
-    user, colon, password = path.read_text("utf-8").strip().partition(":")
-    if not (user and colon and password):
-        raise ValueError(f"{path}: is not USER:PASSWORD of an MLflow administrator")
+    user, password = login_in(path)
     check_private(path)
-    return {_NAME: user, _PASSWORD: password}
+    return {NAME: user, PASSWORD: password}
 
 
 def set_administrator(path: Path) -> None:

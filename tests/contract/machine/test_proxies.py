@@ -17,7 +17,7 @@ from orchestrator.client import Client, Connection
 from orchestrator.cluster.jobs import Cluster, UnreachableError
 from orchestrator.local.connect import _healthy
 from orchestrator.server.mlflow import MLflow
-from workers.probe import _mlflow_error
+from workers.probe import mlflow_error
 
 ROOT = Path(__file__).parents[3]
 NAMES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -88,7 +88,7 @@ def ask_mlflow(url: str) -> None:
 
 
 def probe_mlflow(url: str) -> None:
-    assert _mlflow_error(url) == ""
+    assert mlflow_error(url) == ""
 
 
 def find_service(url: str) -> None:

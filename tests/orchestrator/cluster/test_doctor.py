@@ -57,6 +57,7 @@ def lines(*reports: NodeReport, **fields: Any) -> dict[str, Check]:
         "failures": {},
         "ray_version": "2.60.0",
         "tracking_uri": "http://mlflow:5000",
+        "tracking_error": "",
         "storage": "s3://studies",
         "storage_error": "",
         "service_lag_s": 0.0,
@@ -123,6 +124,14 @@ def test_each_fault_fails_its_line_alone_and_says_the_remedy(
     assert [check.name for check in checks.values() if not check.ok] == [name]
     assert words in checks[name].found
     assert checks[name].remedy
+
+
+def test_a_login_of_the_service_that_is_refused_fails_the_line_of_mlflow() -> None:
+    uri = "http://ann:secret@mlflow:5000"
+    refused = lines(report(0), report(1), tracking_uri=uri, tracking_error="status 401")["mlflow"]
+    assert (refused.ok, refused.found) == (False, "the service: status 401")
+    good = lines(report(0), report(1), tracking_uri=uri)["mlflow"]
+    assert good.found == "http://mlflow:5000 answers every node"
 
 
 def test_the_doctor_says_which_precision_is_real_and_which_kernels_compute() -> None:
