@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "tutorial.md"
 # What makes the study as small as a test can pay.
 SMALLER = {
-    "--images 300": "--images 24",
+    "--images 500": "--images 24",
     "loop.steps: 300": "loop.steps: 4",
     "seeds: 3\n": "seeds: 1\n",
 }
