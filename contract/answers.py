@@ -188,6 +188,7 @@ class Forgotten(Message):
     forgotten: bool = True
     folder: str = ""
     bytes: int = 0  # below `folder`
+    whole: bool = True  # False: `folder` has more files than were counted
     deleted: bool = False  # the folder, with --files
     borrowers: list[str] = []  # of other studies, as STUDY:KEY
 
@@ -310,12 +311,12 @@ class UserRemoved(Message):
 
 
 class RemovalView(Message):
-    """A folder of checkpoints that a retention policy lets go."""
+    """A folder of checkpoints that a retention policy lets go, or of a forgotten study."""
 
     model_config = ConfigDict(from_attributes=True)
 
     study: str
-    trial: str
+    trial: str  # empty for the folder of a whole study
     folder: str
     bytes: int
 

@@ -261,6 +261,12 @@ class Client:
         body = {"checkpoints_days": checkpoints_days, "apply": apply}
         return self._call(Collected, "POST", "/v1/gc", json=body, timeout=600.0)
 
+    def collect_forgotten(self, apply: bool = False) -> Collected:
+        """Removes the folders that forgotten studies left; without `apply` it lists them."""
+        return self._call(
+            Collected, "POST", "/v1/gc/forgotten", params={"apply": apply}, timeout=600.0
+        )
+
     def examine(self) -> list[Check]:
         """What `maskray doctor` prints; lasts as long as the slowest node starts a process."""
         return self._call(Checks, "POST", "/v1/doctor", timeout=600.0).checks

@@ -14,9 +14,10 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from pydantic import BaseModel, JsonValue, ValidationError
 
@@ -54,6 +55,13 @@ class TrialFileError(ValueError):
 
 class OtherFormError(TrialFileError):
     """A regular file of sound size whose text is not the JSON that it should be."""
+
+
+class Use(NamedTuple):
+    """What a folder takes. `whole` is False if it holds more files than were counted."""
+
+    bytes: int
+    whole: bool
 
 
 class TrialFolder:
@@ -128,11 +136,11 @@ class TrialFolder:
             kind = TrialFileError if first["type"] in _OUT_OF_RANGE else OtherFormError
             raise kind(f"{self._files.describe(path)}: {problem}") from None
 
-    def names(self, folder: str) -> list[str]:
+    def names(self, folder: str = "") -> list[str]:
         """Names directly below `folder`, sorted; none if it does not exist."""
         if self._files.local is None:
             return self._files.names(folder)
-        with self._folder(_parts(folder)) as handle:
+        with self._folder(_parts(folder) if folder else []) as handle:
             return [] if handle is None else _names(handle)
 
     def write(self, path: str, data: bytes) -> None:
@@ -163,15 +171,22 @@ class TrialFolder:
 
     def bytes_below(self, name: str) -> int:
         """The size of all files below one of its folders, 0 without one. Links count nothing."""
+        return self.use(name, sys.maxsize).bytes
+
+    def use(self, name: str, most_files: int) -> Use:
+        """The same of at most so many files. A store behind a URI lists all of them at once."""
         if self._files.local is None:
-            return self._files.folder_bytes(name)
-        total = 0
+            return Use(self._files.folder_bytes(name), True)
+        total, left = 0, most_files
         with self._judged(name), suppress(NotADirectoryError), self._folder([name]) as top:
             for _, _, files, folder in os.fwalk(".", dir_fd=top) if top is not None else ():
-                for file in files:
+                for file in files[:left]:
                     with suppress(FileNotFoundError):  # a trial may delete it meanwhile
                         total += os.stat(file, dir_fd=folder, follow_symlinks=False).st_size
-        return total
+                left -= len(files)
+                if left < 0:
+                    return Use(total, False)
+        return Use(total, True)
 
     def delete(self, name: str) -> None:
         """Deletes one of its folders with all below it. What a link leads to stays."""

@@ -14,8 +14,6 @@ from orchestrator.cli.options import AsJson, Debug, StudyId, print_result, say
 if TYPE_CHECKING:
     from contract.answers import StudyAction
 
-_MIB = 1 << 20
-
 Target = Annotated[
     str, typer.Argument(metavar="STUDY_ID", help="A study; cancel and retry take a trial too.")
 ]
@@ -90,10 +88,12 @@ def forget(
     debug: Debug = False,
 ) -> None:
     """Remove a finished study from the ledger. Its files stay without --files, MLflow's always."""
+    from orchestrator.cli.tables import size_of
+
     client = open_client()
     kept = client.keeps(study_id(client, study))
-    where = f"{kept.folder} ({kept.bytes / _MIB:.1f} MiB)"
-    say(f"study {kept.study}: {where} {'is deleted' if files else 'stays'}; MLflow keeps its runs")
+    where = size_of(kept)
+    say(f"study {kept.study}: {where} {'are deleted' if files else 'stay'}; MLflow keeps its runs")
     for borrower in kept.borrowers:
         say(f"  {borrower} has its result from here")
     asked = sys.stdin.isatty() and not json
@@ -102,5 +102,5 @@ def forget(
     if asked and not yes and not typer.confirm(f"forget study {kept.study}?"):
         raise ValueError(f"study {kept.study} stays as it is")
     answer = client.forget(kept.study, files)
-    end = f"{where} is deleted" if answer.deleted else f"its files stay in {where}"
+    end = f"{where} are deleted" if answer.deleted else f"its files stay, {where}"
     print_result(answer, f"study {answer.study} is forgotten; {end}", json)

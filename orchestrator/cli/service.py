@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orchestrator.client import Client
 
 _MIB = 1 << 20
+_KEEP_DAYS = 30.0
 _START_S = 60  # in which a local MLflow server answers
 
 
@@ -196,7 +197,10 @@ def users(json: AsJson = False, debug: Debug = False) -> None:
 def gc(
     checkpoints_days: Annotated[
         float, typer.Option(min=0, help="Days to keep checkpoints after a study ended.")
-    ] = 30.0,
+    ] = _KEEP_DAYS,
+    forgotten: Annotated[
+        bool, typer.Option("--forgotten", help="Whole folders of forgotten studies instead.")
+    ] = False,
     apply: Annotated[
         bool, typer.Option("--apply", help="Remove; without it the list is only shown.")
     ] = False,
@@ -206,7 +210,13 @@ def gc(
     """Remove the checkpoints of studies that ended long ago; results, weights and reports stay.
     Shows first.
     """
-    answer = open_client().collect_garbage(checkpoints_days, apply)
+    if forgotten and checkpoints_days != _KEEP_DAYS:
+        raise ValueError("--checkpoints-days has no effect with --forgotten; leave one out")
+    client = open_client()
+    if forgotten:
+        answer = client.collect_forgotten(apply)
+    else:
+        answer = client.collect_garbage(checkpoints_days, apply)
     if json:
         print_json(answer)
         return

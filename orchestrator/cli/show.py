@@ -34,11 +34,20 @@ def status(
     if study:
         view = client.study(study_id(client, study))
         page = client.page_link(view.study)
+        try:
+            kept = client.keeps(view.study)
+            disk, words = (
+                kept.model_dump(include={"folder", "bytes", "whole"}),
+                tables.size_of(kept),
+            )
+        except (ValueError, RuntimeError) as error:  # a trial's folder that nobody can walk
+            disk, words = {}, f"not known: {error}"
         if json:
-            print_json({**view.model_dump(), "page": page})
+            print_json({**view.model_dump(), "page": page, "disk": disk})
         else:
             tables.print_study(view)
             print(f"page: {page}")
+            print(f"disk: {words}")
         return
     # The table counts trials by state, so it does not ask for the trials themselves.
     views = client.studies(trials=json)

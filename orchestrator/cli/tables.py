@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from contract.answers import QueueEntry, StudyView, TrialView
+from contract.answers import Forgotten, QueueEntry, StudyView, TrialView
 from contract.attempt import Progress
 from contract.study import FINAL_STATES
 from contract.words import printable
@@ -52,6 +52,11 @@ def print_studies(views: Sequence[StudyView], where: str) -> None:
 
 def print_study(view: StudyView) -> None:
     _print(study_table(view))
+
+
+def size_of(kept: Forgotten) -> str:
+    """In GiB, as `maskray plan` says what a study will take, and where."""
+    return f"{'' if kept.whole else 'more than '}{kept.bytes / 2**30:.2f} GiB in {kept.folder}"
 
 
 def print_queue(running: Sequence[QueueEntry], waiting: Sequence[QueueEntry]) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, delete, select, update
 from contract.study import FINAL_STATES, LIVE_TRIALS, Looks, StudyState, TrialState
 from orchestrator.ledger import queries
 from orchestrator.ledger.changes import end_study_if_over, move_trials
-from orchestrator.ledger.events import record
+from orchestrator.ledger.events import STUDY_FORGOTTEN, record
 from orchestrator.ledger.opening import Transaction
 from orchestrator.ledger.tables import ATTEMPTS, EVENTS, STUDIES, TRIALS
 
@@ -156,7 +156,7 @@ def forget_study(transaction: Transaction, study: str, by: str, now: float) -> N
     transaction.execute(delete(STUDIES).where(STUDIES.c.id == study))
     transaction.execute(delete(EVENTS).where(EVENTS.c.study == study))
     why = f"by {by}; its files stay in {row.storage}"
-    record(transaction, "study-forgotten", why, study=study, at=now)
+    record(transaction, STUDY_FORGOTTEN, why, study=study, at=now)
 
 
 def _lock_study_of(transaction: Transaction, trial: str) -> str:

@@ -9,6 +9,7 @@ from sqlalchemy import insert
 from orchestrator.ledger.opening import Transaction
 from orchestrator.ledger.tables import EVENTS
 
+STUDY_FORGOTTEN = "study-forgotten"  # the one event that outlives its study
 _LONGEST = 2000  # characters of a cause: an error of a stranger's code has no bound
 
 

@@ -29,7 +29,7 @@ class Removal:
     """A folder that a policy deletes. `bytes`: its size when the plan was made."""
 
     study: str
-    trial: str
+    trial: str  # empty for the folder of a whole study
     folder: str
     bytes: int
 

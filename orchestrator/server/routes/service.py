@@ -9,6 +9,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from contract.answers import Collected, Ending, Health, Info, RemovalView, Retention
+from orchestrator.ledger.forgotten import apply_forgotten, plan_forgotten
 from orchestrator.ledger.retention import apply_retention, plan_retention
 from orchestrator.server.access import ADMIN, READ, HubOfApp, Reader
 from orchestrator.server.front.metrics import exposition
@@ -56,6 +57,16 @@ def collect(body: Retention, hub: HubOfApp) -> Collected:
     freed = apply_retention(hub.ledger, removals, now, days) if body.apply else 0
     listed = [RemovalView.model_validate(removal) for removal in removals]
     return Collected(removals=listed, applied=body.apply, freed_bytes=freed)
+
+
+@router.post("/gc/forgotten", dependencies=ADMIN)
+def collect_forgotten(hub: HubOfApp, apply: bool = False) -> Collected:
+    """Lists the folders that forgotten studies left; with `apply` it deletes them."""
+    with hub.ledger.reading() as transaction:
+        removals = plan_forgotten(transaction, storage_root(hub.settings))
+    freed = apply_forgotten(hub.ledger, removals, time.time()) if apply else 0
+    listed = [RemovalView.model_validate(removal) for removal in removals]
+    return Collected(removals=listed, applied=apply, freed_bytes=freed)
 
 
 @router.post("/shutdown", dependencies=ADMIN)

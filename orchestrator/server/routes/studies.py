@@ -32,7 +32,7 @@ from orchestrator.server.access import READ, HubOfApp, Id, Submitter, own_study
 from orchestrator.server.errors import absent, explain
 from orchestrator.server.hub import Hub
 from orchestrator.server.uploads import MAX_SUBMISSION, body_of
-from orchestrator.trial_folder import TrialFolder
+from orchestrator.trial_folder import TrialFolder, Use
 
 router = APIRouter(prefix="/v1/studies")
 
@@ -42,6 +42,7 @@ _ACTIONS: Mapping[StudyAction, Callable[[Transaction, str, str, float], bool]] =
     "resume": commands.resume_study,
     "retry": commands.retry_study,
 }
+_COUNTED = 50_000  # files of a study whose sizes one request asks for
 _LARGEST_SEED = 2**31  # the ledger keeps seeds in an SQL integer of 32 bits
 
 
@@ -116,7 +117,7 @@ def keeps(study: Id, hub: HubOfApp) -> Forgotten:
         if row is None:
             raise absent("study", study)
         borrowers = queries.borrowers(transaction, study)
-    return _kept(row, _bytes_of(row), borrowers, forgotten=False)
+    return _kept(row, _use_of(row), borrowers, forgotten=False)
 
 
 @router.delete("/{study}")
@@ -124,7 +125,7 @@ def forget(study: Id, hub: HubOfApp, user: Submitter, files: bool = False) -> Fo
     """Removes a study that is over from the ledger; with `files` its folder, too."""
     with hub.ledger.reading() as transaction:
         # Before the ledger changes: a folder of the study's trials may be one that nobody can walk.
-        size = _bytes_of(own_study(transaction, study, user))
+        use = _use_of(own_study(transaction, study, user))
     with hub.ledger.writing() as transaction:
         row = own_study(transaction, study, user)
         borrowers = queries.borrowers(transaction, study)
@@ -135,23 +136,24 @@ def forget(study: Id, hub: HubOfApp, user: Submitter, files: bool = False) -> Fo
                 "studies first, or leave out --files"
             )
         commands.forget_study(transaction, study, user.name, time.time())
-    kept = _kept(row, size, borrowers, forgotten=True)
+    kept = _kept(row, use, borrowers, forgotten=True)
     if files:
         # After the ledger: a folder that cannot be deleted leaves no study without its files.
         TrialFolder(row.storage).delete(study)
     return kept.model_copy(update={"deleted": files})
 
 
-def _bytes_of(row: StudyRow) -> int:
-    return TrialFolder(row.storage).bytes_below(row.id)
+def _use_of(row: StudyRow) -> Use:
+    return TrialFolder(row.storage).use(row.id, _COUNTED)
 
 
-def _kept(row: StudyRow, size: int, borrowers: list[str], forgotten: bool) -> Forgotten:
+def _kept(row: StudyRow, use: Use, borrowers: list[str], forgotten: bool) -> Forgotten:
     return Forgotten(
         study=row.id,
         forgotten=forgotten,
         folder=uri_join(row.storage, row.id),
-        bytes=size,
+        bytes=use.bytes,
+        whole=use.whole,
         borrowers=borrowers,
     )
 

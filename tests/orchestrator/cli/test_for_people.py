@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from contract.answers import Info, LogPage, NewToken, QueueEntry, QueueView, UserView
+from contract.answers import (
+    Forgotten,
+    Info,
+    LogPage,
+    NewToken,
+    QueueEntry,
+    QueueView,
+    StudyView,
+    UserView,
+)
 from orchestrator.cli import service, show
 from orchestrator.cli.app import app
 from orchestrator.cli.tables import print_queue
@@ -115,3 +124,37 @@ def test_a_log_moves_no_cursor(monkeypatch):
     monkeypatch.setattr(show, "trial_id", lambda _, trial: trial)
     shown = CliRunner().invoke(app, ["logs", "t"]).stdout
     assert shown == "\\x1b]0;title\\x07red \\x1b[31m\nstep 1\n"
+
+
+@pytest.mark.parametrize(
+    ("counted", "words"),
+    [
+        (Forgotten(study="s", folder="/f/s", bytes=3 << 29), "1.50 GiB in /f/s"),
+        (Forgotten(study="s", folder="/f/s", whole=False), "more than 0.00 GiB in /f/s"),
+        (ValueError("s: has folders nested too deep"), "not known: s: has folders nested too deep"),
+    ],
+)
+def test_status_says_what_a_study_takes_or_why_nobody_knows(monkeypatch, counted, words):
+    class Client(FakeClient):
+        def study(self, study: str) -> StudyView:
+            fixed: dict[str, Any] = {"state": "done", "spec": {}, "priority": 0}
+            return StudyView(study=study, name="s", owner="eve", created_at=0, storage="", **fixed)
+
+        def page_link(self, study: str) -> str:
+            return "http://page"
+
+        def keeps(self, study: str) -> Forgotten:
+            if isinstance(counted, ValueError):
+                raise counted
+            return counted
+
+    monkeypatch.setattr(show, "open_client", Client)
+    monkeypatch.setattr(show, "study_id", lambda _, study: study)
+    done = CliRunner().invoke(app, ["status", "s"])
+    assert done.exit_code == 0, done.output
+    assert f"disk: {words}\n" in done.stdout
+
+
+def test_gc_refuses_an_age_beside_forgotten_folders():
+    done = CliRunner().invoke(app, ["gc", "--forgotten", "--checkpoints-days", "3"])
+    assert "--checkpoints-days has no effect with --forgotten" in str(done.exception)

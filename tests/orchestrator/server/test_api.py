@@ -125,6 +125,9 @@ def test_forgetting_names_what_it_keeps_and_spares_what_others_borrow(http, hub)
     kept = http.get(f"/v1/studies/{source}/keeps", headers=by("ann")).json()
     assert (kept["folder"], kept["bytes"], kept["forgotten"]) == (str(folder), 5, False)
     assert kept["borrowers"] == [f"{borrower}:b"]
+    listed = http.post("/v1/gc/forgotten?apply=true", headers=by("root")).json()
+    assert (listed["removals"], listed["freed_bytes"]) == ([], 0)
+    refused(http.post("/v1/gc/forgotten", headers=by("ann")), 403, "admin")
     answer = http.delete(f"/v1/studies/{source}?files=true", headers=by("ann"))
     refused(answer, 400, f"its files are the result of {borrower}:b")
     assert http.delete(f"/v1/studies/{borrower}", headers=by("ann")).status_code == 200

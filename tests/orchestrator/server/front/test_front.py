@@ -276,7 +276,7 @@ WAITS = {
     "GET /v1/studies/{study}/report, DELETE /v1/studies/{study}, "
     "GET /studies/{study}, "
     "GET /v1/trials/{trial}/logs, HEAD /v1/code/{sha256}, PUT /v1/code/{sha256}, "
-    "GET /v1/manifests, POST /v1/gc",
+    "GET /v1/manifests, POST /v1/gc, POST /v1/gc/forgotten",
     "": "GET /v1/health, GET /metrics, GET /v1/info, POST /v1/shutdown, GET /v1/queue, "
     "GET /v1/events, GET /v1/users, PUT /v1/users/{name}, DELETE /v1/users/{name}, "
     "GET /v1/studies, GET /v1/studies/{study}, GET /v1/studies/{study}/submission, "
