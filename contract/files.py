@@ -170,6 +170,11 @@ class Files:
         """Names directly below `folder`, sorted; none if it does not exist."""
         return sorted(info.base_name for info in self._below(folder, recursive=False))
 
+    def changed_at(self) -> dict[str, float]:
+        """The files directly in this folder, with the Unix time of their last change."""
+        infos = self._below("", recursive=False)
+        return {info.base_name: info.mtime_ns / 1e9 for info in infos if info.is_file}
+
     def folder_bytes(self, folder: str = "") -> int:
         """The size of all files below `folder`; 0 if it does not exist."""
         return sum(info.size or 0 for info in self._below(folder, recursive=True) if info.is_file)

@@ -33,6 +33,16 @@ class Limits(Record):
     lost_without_progress: int = Field(5, ge=1)
 
 
+class Keep(Record):
+    """After how many days the service deletes by itself what is of no use; 0 is never."""
+
+    checkpoints_days: float = Field(0.0, ge=0, le=36500)  # since the end of their study
+    # since a package of sources came, if no study of the ledger has it
+    code_days: float = Field(0.0, ge=0, le=36500)
+    # since a study was forgotten whose folder stayed
+    forgotten_days: float = Field(0.0, ge=0, le=36500)
+
+
 class NodeShape(Record):
     """Nodes that a growing cluster can have: what one of them holds, and how many there may be."""
 
@@ -83,6 +93,7 @@ class ServiceSettings(Record):
     max_code_mib: int = Field(64, ge=1)
     webhook: str = ""  # receives a JSON POST when a study ends
     limits: Limits = Limits()
+    keep: Keep = Keep()
 
     @model_validator(mode="after")
     def _both_of_tls(self) -> ServiceSettings:

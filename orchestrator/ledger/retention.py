@@ -1,6 +1,7 @@
-"""What may be deleted of studies that are over: their checkpoints.
+"""What may be deleted: checkpoints of studies that are over, and what no study has any more.
 
 `plan_retention` says what a policy would delete, and deletes nothing. `apply_retention` deletes it.
+`keep_storage_small` is the policy of a service, which runs by itself.
 """
 
 from __future__ import annotations
@@ -12,12 +13,19 @@ from dataclasses import dataclass
 from sqlalchemy import select
 
 from contract.attempt import CHECKPOINT_FOLDER
-from contract.files import split, uri_join
+from contract.files import Files, split, uri_join
 from contract.study import FINAL_STATES
 from contract.words import one_line
 from orchestrator.ledger.events import record
 from orchestrator.ledger.opening import Ledger, Transaction
-from orchestrator.ledger.tables import STUDIES, TRIALS
+from orchestrator.ledger.tables import EVENTS, STUDIES, TRIALS
+from orchestrator.settings import (
+    ServiceSettings,
+    code_files,
+    code_name,
+    service_files,
+    storage_root,
+)
 from orchestrator.trial_folder import TrialFileError, TrialFolder
 
 LOG = logging.getLogger("maskray")
@@ -97,3 +105,67 @@ def apply_retention(
 def _stays(trial: str, error: OSError | TrialFileError) -> None:
     """Of one trial's folder: the others must not wait for it."""
     LOG.warning("trial %s: %s; its checkpoints stay", trial, one_line(error))
+
+
+def keep_storage_small(ledger: Ledger, settings: ServiceSettings, now: float) -> int:
+    """Deletes what `settings.keep` lets go; the bytes that are free now."""
+    keep, freed = settings.keep, 0
+    if keep.checkpoints_days:
+        with ledger.reading() as transaction:
+            removals = plan_retention(transaction, now, keep.checkpoints_days)
+        freed += apply_retention(ledger, removals, now, keep.checkpoints_days)
+    if keep.code_days:
+        freed += _remove_code(ledger, code_files(settings), now, keep.code_days)
+    if keep.forgotten_days:
+        freed += _remove_forgotten(ledger, storage_root(settings), now, keep.forgotten_days)
+    return freed
+
+
+def _remove_code(ledger: Ledger, packages: Files, now: float, days: float) -> int:
+    """Packages of sources that no study of the ledger has."""
+    freed = 0
+    old = {name for name, at in packages.changed_at().items() if at < now - _DAY_S * days}
+    with ledger.reading() as transaction:
+        codes = transaction.execute(select(STUDIES.c.code).distinct()).scalars()
+        used = {code_name(code) for code in codes}
+    for name in sorted(old - used):
+        size = packages.size(name) or 0
+        packages.delete(name)
+        text = f"{name}: {size} bytes, {days:g} days old, of no study"
+        with ledger.writing() as transaction:
+            record(transaction, "code-removed", text, study="", at=now)
+        freed += size
+    return freed
+
+
+def _remove_forgotten(ledger: Ledger, storage: str, now: float, days: float) -> int:
+    """Folders of studies that somebody has forgotten, unless a study has a result from there.
+
+    Only those: of a folder that the ledger never knew, or knew before a restore, nobody has said
+    that it may go.
+    """
+    freed = 0
+    there = set(service_files(storage).names())
+    query = select(EVENTS.c.study).where(
+        EVENTS.c.kind == "study-forgotten", EVENTS.c.at < now - _DAY_S * days
+    )
+    with ledger.reading() as transaction:
+        forgotten = sorted(there.intersection(transaction.execute(query).scalars()))
+    for study in forgotten:
+        lent = TRIALS.c.cached_from.startswith(f"{study}-", autoescape=True)
+        with ledger.reading() as transaction:
+            known = select(STUDIES.c.id).where(STUDIES.c.id == study)
+            borrower = transaction.execute(select(TRIALS.c.id).where(lent)).first()
+            if borrower or transaction.execute(known).first():
+                continue
+        try:
+            size = TrialFolder(storage).bytes_below(study)
+            TrialFolder(storage).delete(study)
+        except (OSError, TrialFileError) as error:  # the others must not wait for it
+            LOG.warning("study %s: %s; its folder stays", study, one_line(error))
+            continue
+        text = f"{size} bytes, of a study that was forgotten {days:g} days ago"
+        with ledger.writing() as transaction:
+            record(transaction, "folder-removed", text, study=study, at=now)
+        freed += size
+    return freed

@@ -224,7 +224,12 @@ class MLflow:
             "resource_id": experiment,
             "permission": "EDIT",
         }
-        self._request("POST", "/api/3.0/mlflow/users/permissions/grant", json=grant)
+        try:
+            self._request("POST", "/api/3.0/mlflow/users/permissions/grant", json=grant)
+        except TrackingRefusedError as error:
+            # given by a service before this one, or by a request whose answer was lost
+            if "RESOURCE_ALREADY_EXISTS" not in str(error):
+                raise
 
     def remove_user(self, name: str) -> None:
         """Also where there is none: the answer to an earlier request may have been lost."""

@@ -34,6 +34,7 @@ from orchestrator.cluster.nodes import Node
 from orchestrator.ledger import lease, queries
 from orchestrator.ledger import users as auth
 from orchestrator.ledger.opening import Ledger, LedgerError, reason
+from orchestrator.ledger.retention import keep_storage_small
 from orchestrator.local import stack
 from orchestrator.local.connect import write_service_record
 from orchestrator.local.processes import check_private, own_home, own_token
@@ -53,6 +54,7 @@ from orchestrator.settings import ServiceSettings, ledger_url
 LOG = logging.getLogger("maskray")
 _REPORT_S = 5.0  # between two looks for studies whose page is old
 _BOOK_S = 2.0  # between two looks at MLflow
+_KEEP_S = 3600.0  # between two looks for what may be deleted
 _SAME_WARNING_S = 60.0  # between two log entries of one text
 _READY_S = 90.0  # for a head that is starting
 
@@ -79,7 +81,9 @@ class SeldomTwice(logging.Filter):
 
 
 class Service:
-    """Five threads: the loop (main), HTTP (uvicorn), books (MLflow, webhooks), looks, the lease."""
+    """Its threads: the loop (main), HTTP (uvicorn), books (MLflow, webhooks), looks, reports,
+    storage (what may be deleted) and the lease.
+    """
 
     def __init__(
         self, settings: ServiceSettings, ledger: Ledger, holder: str, ray_token: str
@@ -202,10 +206,13 @@ class Service:
         books = threading.Thread(target=self._keep_books, name="books", daemon=True)
         looks = threading.Thread(target=self._keep_looks, name="looks", daemon=True)
         reports = threading.Thread(target=self._keep_reports, name="reports", daemon=True)
+        # a thread of its own: a store may take minutes to delete
+        storage = threading.Thread(target=self._keep_storage, name="storage", daemon=True)
         renewals = threading.Thread(
             target=self.pulse.keep, args=(self._ending,), name="lease", daemon=True
         )
-        for thread in (http, books, looks, reports, renewals):
+        threads = (http, books, looks, reports, storage, renewals)
+        for thread in threads:
             thread.start()
         try:
             while not self._ending.is_set():
@@ -217,11 +224,8 @@ class Service:
         finally:
             self._ending.set()
             server.should_exit = True
-            http.join(10)
-            books.join(10)
-            looks.join(10)
-            reports.join(10)
-            renewals.join(10)
+            for thread in threads:
+                thread.join(10)
 
     def _turn(self) -> None:
         try:
@@ -285,7 +289,14 @@ class Service:
         if take_due(self.ledger, time.time()):
             self.wake()
 
-    def _keep(self, *turns: Callable[[], None]) -> None:
+    def _keep_storage(self) -> None:
+        self._keep(self._turn_storage, pause_s=_KEEP_S)
+
+    def _turn_storage(self) -> None:
+        if freed := keep_storage_small(self.ledger, self.settings, time.time()):
+            LOG.info("deleted %d bytes that the settings let go; the events say what", freed)
+
+    def _keep(self, *turns: Callable[[], None], pause_s: float = _BOOK_S) -> None:
         while not self._ending.is_set():
             # each in its own `try`: webhooks are sent while MLflow is down, runs end while it has
             # trouble with a login
@@ -298,7 +309,7 @@ class Service:
                     LOG.warning("books: %s", " ".join(str(error).split())[:500])
                 except Exception:
                     LOG.exception("bookkeeping failed; tried again")
-            self._ending.wait(_BOOK_S)
+            self._ending.wait(pause_s)
 
     def _turn_books(self) -> None:
         uri = self.settings.mlflow

@@ -42,13 +42,13 @@ FAKE = Path(__file__).with_name("fake_entry.py")
 class House:
     """A folder with its own service, whose trials are the fake entry."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, cpus: int) -> None:
         self.root = root
         self.home = root / ".maskray"
         self.home.mkdir()
         settings = {
             "entry": [sys.executable, str(FAKE)],
-            "ray_cpus": 2,
+            "ray_cpus": cpus,
             "ray_memory_mib": 80,
             "poll_s": 0.2,
             "grace_s": 10,
@@ -100,8 +100,8 @@ def _if(value: Any, condition: Callable[[Any], bool]) -> Any:
     return value if condition(value) else None
 
 
-@pytest.fixture(scope="module")
-def house() -> Iterator[House]:
+@contextlib.contextmanager
+def own_house(cpus: int = 2) -> Iterator[House]:
     root = Path(tempfile.mkdtemp(prefix="mr"))
     patch = pytest.MonkeyPatch()
     patch.setenv("HOME", str(root))
@@ -109,7 +109,7 @@ def house() -> Iterator[House]:
     patch.setattr(tempfile, "tempdir", None)
     for name in ("MASKRAY_SERVER", "MASKRAY_TOKEN"):
         patch.delenv(name, raising=False)
-    built = House(root)
+    built = House(root, cpus)
     try:
         yield built
     finally:
@@ -118,6 +118,12 @@ def house() -> Iterator[House]:
         left = [*marked_processes(ray_mark(built.home)), *marked_processes(mlflow_mark(built.home))]
         shutil.rmtree(root)
         assert left == []
+
+
+@pytest.fixture(scope="module")
+def house() -> Iterator[House]:
+    with own_house() as house:
+        yield house
 
 
 @pytest.fixture

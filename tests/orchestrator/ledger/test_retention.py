@@ -12,10 +12,10 @@ from sqlalchemy import select, update
 
 from orchestrator.ledger import commands
 from orchestrator.ledger.opening import Ledger
-from orchestrator.ledger.retention import apply_retention, plan_retention
-from orchestrator.ledger.tables import STUDIES, TRIALS
+from orchestrator.ledger.retention import apply_retention, keep_storage_small, plan_retention
+from orchestrator.ledger.tables import EVENTS, STUDIES, TRIALS
 from orchestrator.server import accept
-from orchestrator.settings import ServiceSettings
+from orchestrator.settings import Keep, ServiceSettings, code_files
 from tests.orchestrator.submissions import identity, plan, submission
 
 DAY = 86400.0
@@ -125,3 +125,51 @@ def test_one_trials_odd_checkpoints_hold_up_no_others(tmp_path, monkeypatch, cap
     assert "nested too deep" in stays[0]
     ledger.close()
     subprocess.run(["rm", "-r", str(folders[0])], check=True)  # which pytest cannot
+
+
+def test_a_service_deletes_by_itself_what_its_settings_let_go_and_no_more(tmp_path):
+    ledger = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}")
+    settings = ServiceSettings(home=str(tmp_path / "home"))
+    packages = code_files(settings)
+    for letter in "abc":
+        packages.write(f"{letter * 64}.zip", b"12345")
+    for letter in "ab":  # "c" has just come: its study may be about to
+        os.utime(packages.path(f"{letter * 64}.zip"), (DAY, DAY))
+
+    def accepted(name: str, trial: str, **fields: str) -> Path:
+        plans = submission(plan(trial, identity(trial)), name=name, **fields)
+        study = accept.accept(ledger, settings, plans, "ann", DAY)[0]
+        folder = tmp_path / "home/studies" / study
+        (folder / "000").mkdir(parents=True)
+        (folder / "000/data").write_bytes(b"x" * 100)
+        return folder
+
+    lends = accepted("lends", "shared")
+    with ledger.writing() as transaction:
+        done = update(TRIALS).where(TRIALS.c.study == lends.name)
+        transaction.execute(done.values(state="done"))
+        over = update(STUDIES).where(STUDIES.c.id == lends.name)
+        transaction.execute(over.values(state="done", ended_at=DAY))
+    borrows = accepted("borrows", "shared")
+    alone, active = accepted("alone", "x"), accepted("active", "y", code="a" * 64)
+    unknown = tmp_path / "home/studies/unknown"
+    unknown.mkdir()
+    (active / "000/checkpoints").mkdir()
+    with ledger.writing() as transaction:
+        commands.cancel_study(transaction, alone.name, "ann", DAY)
+        for study in (lends, alone):
+            commands.forget_study(transaction, study.name, "ann", 2 * DAY)
+
+    now = packages.changed_at()[f"{'c' * 64}.zip"] + 60
+    assert keep_storage_small(ledger, settings, now) == 0, "without settings it deletes nothing"
+    keep = Keep(checkpoints_days=3, code_days=3, forgotten_days=3)
+    assert keep_storage_small(ledger, settings.model_copy(update={"keep": keep}), now) == 105
+    assert packages.names() == [f"{letter * 64}.zip" for letter in "ac"]
+    left = [folder.exists() for folder in (lends, borrows, alone, active, unknown)]
+    assert left == [True, True, False, True, True]
+    with ledger.reading() as transaction:
+        told = transaction.execute(select(EVENTS.c.kind, EVENTS.c.study)).all()
+    assert ("folder-removed", alone.name) in told
+    assert ("code-removed", "") in told
+    assert keep_storage_small(ledger, settings.model_copy(update={"keep": keep}), now) == 0
+    ledger.close()

@@ -76,3 +76,18 @@ def test_a_user_who_is_gone_is_removed() -> None:
     mlflow.remove_user("study-x")
     with pytest.raises(TrackingRefusedError):
         mlflow.remove_user("study-x")
+
+
+def test_a_service_that_starts_again_takes_over_the_login_of_a_study_that_runs() -> None:
+    mlflow, refusals = MLflow("http://127.0.0.1:1"), ["RESOURCE_ALREADY_EXISTS", "INVALID"]
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/grant"):
+            return httpx.Response(400, json={"error_code": refusals.pop(0)})
+        return httpx.Response(200, json={"users": [{"username": "study-a"}]})
+
+    mlflow._http = httpx.Client(base_url=mlflow.url, transport=httpx.MockTransport(answer))
+    mlflow.keep_user("study-a", "password", "1")
+    with pytest.raises(TrackingRefusedError, match="INVALID"):
+        mlflow.keep_user("study-a", "password", "1")
+    mlflow.close()
