@@ -136,11 +136,11 @@ class TrialFolder:
             kind = TrialFileError if first["type"] in _OUT_OF_RANGE else OtherFormError
             raise kind(f"{self._files.describe(path)}: {problem}") from None
 
-    def names(self, folder: str = "") -> list[str]:
+    def names(self, folder: str) -> list[str]:
         """Names directly below `folder`, sorted; none if it does not exist."""
         if self._files.local is None:
             return self._files.names(folder)
-        with self._folder(_parts(folder) if folder else []) as handle:
+        with self._folder(_parts(folder)) as handle:
             return [] if handle is None else _names(handle)
 
     def write(self, path: str, data: bytes) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from contract.attempt import CHECKPOINT_FOLDER
 from contract.files import Files, split, uri_join
 from contract.study import FINAL_STATES
 from contract.words import one_line
-from orchestrator.ledger.events import record
+from orchestrator.ledger.events import STUDY_FORGOTTEN, record
 from orchestrator.ledger.opening import Ledger, Transaction
 from orchestrator.ledger.tables import EVENTS, STUDIES, TRIALS
 from orchestrator.settings import (
@@ -107,6 +108,57 @@ def _stays(trial: str, error: OSError | TrialFileError) -> None:
     LOG.warning("trial %s: %s; its checkpoints stay", trial, one_line(error))
 
 
+def plan_forgotten(
+    transaction: Transaction, storage: str, before: float = math.inf
+) -> list[Removal]:
+    """Folders below `storage` of studies that were forgotten before then, largest first."""
+    removals = []
+    for study in _forgotten(transaction, before) & set(service_files(storage).names()):
+        try:
+            size = TrialFolder(storage).bytes_below(study)
+        except (OSError, TrialFileError) as error:  # the others must not wait for it
+            LOG.warning("study %s: %s; its folder stays", study, one_line(error))
+            continue
+        removals.append(Removal(study, "", uri_join(storage, study), size))
+    return sorted(removals, key=lambda removal: (-removal.bytes, removal.study))
+
+
+def apply_forgotten(ledger: Ledger, removals: Sequence[Removal], now: float) -> int:
+    """Deletes what a plan lists; the bytes that are free now."""
+    freed = 0
+    for removal in removals:
+        with ledger.reading() as transaction:
+            still = removal.study in _forgotten(transaction, math.inf)
+        if still:
+            try:
+                TrialFolder(split(removal.folder)[0]).delete(removal.study)
+            except (OSError, TrialFileError) as error:
+                LOG.warning("study %s: %s; its folder stays", removal.study, one_line(error))
+                continue
+            text = f"{removal.bytes} bytes, of a study that was forgotten"
+            with ledger.writing() as transaction:
+                record(transaction, "folder-removed", text, study=removal.study, at=now)
+            freed += removal.bytes
+    return freed
+
+
+def _forgotten(transaction: Transaction, before: float) -> set[str]:
+    """Studies that somebody has forgotten, unless another study has a result of theirs.
+
+    Only those: another service may keep its studies below the same storage, and of a folder that
+    the ledger knew before a restore nobody has said that it may go.
+    """
+    events = select(EVENTS.c.study).where(EVENTS.c.kind == STUDY_FORGOTTEN)
+    if before < math.inf:
+        events = events.where(EVENTS.c.at < before)
+    forgotten = set(transaction.execute(events).scalars())
+    forgotten -= set(transaction.execute(select(STUDIES.c.id)).scalars())
+    borrowed = transaction.execute(
+        select(TRIALS.c.cached_from).where(TRIALS.c.cached_from != "").distinct()
+    )
+    return forgotten - {trial.rpartition("-")[0] for trial in borrowed.scalars()}
+
+
 def keep_storage_small(ledger: Ledger, settings: ServiceSettings, now: float) -> int:
     """Deletes what `settings.keep` lets go; the bytes that are free now."""
     keep, freed = settings.keep, 0
@@ -117,7 +169,10 @@ def keep_storage_small(ledger: Ledger, settings: ServiceSettings, now: float) ->
     if keep.code_days:
         freed += _remove_code(ledger, code_files(settings), now, keep.code_days)
     if keep.forgotten_days:
-        freed += _remove_forgotten(ledger, storage_root(settings), now, keep.forgotten_days)
+        before = now - _DAY_S * keep.forgotten_days
+        with ledger.reading() as transaction:
+            removals = plan_forgotten(transaction, storage_root(settings), before)
+        freed += apply_forgotten(ledger, removals, now)
     return freed
 
 
@@ -134,38 +189,5 @@ def _remove_code(ledger: Ledger, packages: Files, now: float, days: float) -> in
         text = f"{name}: {size} bytes, {days:g} days old, of no study"
         with ledger.writing() as transaction:
             record(transaction, "code-removed", text, study="", at=now)
-        freed += size
-    return freed
-
-
-def _remove_forgotten(ledger: Ledger, storage: str, now: float, days: float) -> int:
-    """Folders of studies that somebody has forgotten, unless a study has a result from there.
-
-    Only those: of a folder that the ledger never knew, or knew before a restore, nobody has said
-    that it may go.
-    """
-    freed = 0
-    there = set(service_files(storage).names())
-    query = select(EVENTS.c.study).where(
-        EVENTS.c.kind == "study-forgotten", EVENTS.c.at < now - _DAY_S * days
-    )
-    with ledger.reading() as transaction:
-        forgotten = sorted(there.intersection(transaction.execute(query).scalars()))
-    for study in forgotten:
-        lent = TRIALS.c.cached_from.startswith(f"{study}-", autoescape=True)
-        with ledger.reading() as transaction:
-            known = select(STUDIES.c.id).where(STUDIES.c.id == study)
-            borrower = transaction.execute(select(TRIALS.c.id).where(lent)).first()
-            if borrower or transaction.execute(known).first():
-                continue
-        try:
-            size = TrialFolder(storage).bytes_below(study)
-            TrialFolder(storage).delete(study)
-        except (OSError, TrialFileError) as error:  # the others must not wait for it
-            LOG.warning("study %s: %s; its folder stays", study, one_line(error))
-            continue
-        text = f"{size} bytes, of a study that was forgotten {days:g} days ago"
-        with ledger.writing() as transaction:
-            record(transaction, "folder-removed", text, study=study, at=now)
         freed += size
     return freed

@@ -9,8 +9,12 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from contract.answers import Collected, Ending, Health, Info, RemovalView, Retention
-from orchestrator.ledger.forgotten import apply_forgotten, plan_forgotten
-from orchestrator.ledger.retention import apply_retention, plan_retention
+from orchestrator.ledger.retention import (
+    apply_forgotten,
+    apply_retention,
+    plan_forgotten,
+    plan_retention,
+)
 from orchestrator.server.access import ADMIN, READ, HubOfApp, Reader
 from orchestrator.server.front.metrics import exposition
 from orchestrator.settings import storage_root

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from orchestrator.ledger import changes, commands
-from orchestrator.ledger.forgotten import apply_forgotten, plan_forgotten
 from orchestrator.ledger.opening import Ledger
+from orchestrator.ledger.retention import apply_forgotten, plan_forgotten
 from orchestrator.server import accept
 from orchestrator.settings import ServiceSettings, storage_root
 from orchestrator.trial_folder import TrialFolder
