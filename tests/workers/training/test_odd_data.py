@@ -127,7 +127,7 @@ def test_a_mended_val_goes_on_from_the_trained_weights(tmp_path, drawn, monkeypa
         raise ValueError("annotation 7: no scorer takes this")
 
     with monkeypatch.context() as patch:
-        patch.setattr("workers.training.evaluate.evaluate", refused)
+        patch.setattr("workers.training.evaluate.evaluate_and_match", refused)
         outcome = go(spec_of(tmp_path / "run", run))
     assert (outcome.state, outcome.error_class) == ("failed", "person")
     weights = tmp_path / "run/artifacts/weights-last.safetensors"
