@@ -50,7 +50,7 @@ screenshots: $(STAMP)
 
 # Files, not tests, are shared out: the tests of a file share its Ray head or its MLflow server.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
