@@ -114,10 +114,9 @@ def main() -> int:
         fill(settings, arguments.trials)
         ledger = Ledger(url)
         loop = Reconciler(ledger, settings)
-        # type: ignore[arg-type]
         turn = timed(lambda: loop.tick(FullCluster(), time.time()), arguments.pairs)
         with ledger.writing() as connection:
-            auth.set_user(connection, "ann", "read", "t" * 32, time.time())
+            auth.set_user(connection, "ann", "submit", "t" * 32, time.time())
         ledger.close()
         (home / "settings.json").write_text(settings.model_dump_json())
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
