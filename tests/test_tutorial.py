@@ -110,7 +110,8 @@ def install(tree: Path) -> None:
     # The tree goes first, so that no editable installation of another tree is found.
     paths = [str(tree), *{sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}]
     (packages / "tree.pth").write_text("\n".join(paths))
-    for script in Path(sysconfig.get_path("scripts")).iterdir():
+    scripts = [path for path in Path(sysconfig.get_path("scripts")).iterdir() if path.is_file()]
+    for script in scripts:
         head, _, rest = script.read_bytes().partition(b"\n")
         if head.startswith(b"#!") and b"python" in head and not script.is_symlink():
             copy = venv / "bin" / script.name
