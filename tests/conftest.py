@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 LONGEST = (
@@ -17,5 +19,7 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`make test` shares files out in this order (--no-loadscope-reorder), to two processes."""
+    missing = [name for name in LONGEST if not (Path(__file__).parents[1] / name).is_file()]
+    assert not missing, f"tests/conftest.py names files that are gone: {missing}"
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONGEST)))

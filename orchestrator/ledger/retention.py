@@ -72,7 +72,7 @@ def plan_retention(
         try:
             size = TrialFolder(row.folder).bytes_below(CHECKPOINT_FOLDER)
         except (OSError, TrialFileError) as error:
-            _stays(row.id, error)
+            _stays(f"checkpoints of trial {row.id}", error)
             continue
         if size:
             folder = uri_join(row.folder, CHECKPOINT_FOLDER)
@@ -93,7 +93,7 @@ def apply_retention(
             try:
                 TrialFolder(split(removal.folder)[0]).delete(CHECKPOINT_FOLDER)
             except (OSError, TrialFileError) as error:
-                _stays(removal.trial, error)
+                _stays(f"checkpoints of trial {removal.trial}", error)
                 continue
             text = f"{removal.bytes} bytes, of a study that ended {checkpoints_days:g} days ago"
             with ledger.writing() as transaction:
@@ -103,9 +103,9 @@ def apply_retention(
     return freed
 
 
-def _stays(trial: str, error: OSError | TrialFileError) -> None:
-    """Of one trial's folder: the others must not wait for it."""
-    LOG.warning("trial %s: %s; its checkpoints stay", trial, one_line(error))
+def _stays(what: str, error: OSError | TrialFileError) -> None:
+    """One folder has its own trouble: the others must not wait for it."""
+    LOG.warning("%s stay: %s", what, one_line(error))
 
 
 def plan_forgotten(
@@ -116,8 +116,8 @@ def plan_forgotten(
     for study in _forgotten(transaction, before) & set(service_files(storage).names()):
         try:
             size = TrialFolder(storage).bytes_below(study)
-        except (OSError, TrialFileError) as error:  # the others must not wait for it
-            LOG.warning("study %s: %s; its folder stays", study, one_line(error))
+        except (OSError, TrialFileError) as error:
+            _stays(f"files of study {study}", error)
             continue
         removals.append(Removal(study, "", uri_join(storage, study), size))
     return sorted(removals, key=lambda removal: (-removal.bytes, removal.study))
@@ -133,7 +133,7 @@ def apply_forgotten(ledger: Ledger, removals: Sequence[Removal], now: float) -> 
             try:
                 TrialFolder(split(removal.folder)[0]).delete(removal.study)
             except (OSError, TrialFileError) as error:
-                LOG.warning("study %s: %s; its folder stays", removal.study, one_line(error))
+                _stays(f"files of study {removal.study}", error)
                 continue
             text = f"{removal.bytes} bytes, of a study that was forgotten"
             with ledger.writing() as transaction:
