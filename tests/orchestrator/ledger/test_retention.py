@@ -121,7 +121,8 @@ def test_one_trials_odd_checkpoints_hold_up_no_others(tmp_path, monkeypatch, cap
     assert apply_retention(ledger, removals, 10 * DAY, 7) == 2
     assert not (folders[1] / "checkpoints").exists()
     stays = [line for line in caplog.messages if line.startswith("checkpoints of trial ")]
-    assert [line.split(":")[0] for line in stays] == [f"trial {study}-{n}" for n in ("000", "002")]
+    names = [f"checkpoints of trial {study}-{n} stay" for n in ("000", "002")]
+    assert [line.split(":")[0] for line in stays] == names
     assert "nested too deep" in stays[0]
     ledger.close()
     subprocess.run(["rm", "-r", str(folders[0])], check=True)  # which pytest cannot
