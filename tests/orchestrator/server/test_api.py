@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from orchestrator.ledger import changes
 from tests.orchestrator.fake_hub import by, post, refused, routes
-from tests.orchestrator.ledger.test_retention import nest
 from tests.orchestrator.submissions import identity, plan, submission
 
 
@@ -113,7 +112,7 @@ def test_tokens_stay_out_of_logs(http, caplog):
     assert "token-of" not in caplog.text
 
 
-def test_forgetting_names_what_it_keeps_and_spares_what_others_borrow(http, hub):
+def test_forgetting_names_what_it_keeps_and_spares_what_others_borrow(http, hub, nest):
     source = post(http, plans=(plan("a"),)).json()["study"]
     with hub.ledger.writing() as transaction:
         changes.move_trial(transaction, f"{source}-000", ["queued"], state="done")
@@ -131,11 +130,11 @@ def test_forgetting_names_what_it_keeps_and_spares_what_others_borrow(http, hub)
     answer = http.delete(f"/v1/studies/{source}?files=true", headers=by("ann"))
     refused(answer, 400, f"its files are the result of {borrower}:b")
     assert http.delete(f"/v1/studies/{borrower}", headers=by("ann")).status_code == 200
-    nest(folder, 1100)  # nobody can walk it: then the ledger keeps the study, too
+    deep = nest(folder)  # nobody can walk it: then the ledger keeps the study, too
     answer = http.delete(f"/v1/studies/{source}?files=true", headers=by("ann"))
     refused(answer, 400, "has folders nested too deep")
     assert http.get(f"/v1/studies/{source}", headers=by("ann")).status_code == 200
-    subprocess.run(["rm", "-r", str(folder / "d")], check=True)
+    subprocess.run(["rm", "-r", str(deep)], check=True)
     answer = http.delete(f"/v1/studies/{source}?files=true", headers=by("ann"))
     assert answer.json()["deleted"]
     assert not folder.exists()
