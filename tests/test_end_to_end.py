@@ -25,6 +25,7 @@ baseline:
   preset: r50-fpn
   set:
     model.weights.kind: none
+    model.backbone.depth: 18
     model.backbone.norm: {kind: gn, groups: 32}
     model.backbone.frozen_stages: 0
     model.image: {short_side_px: 128, max_side_px: 192}
@@ -39,11 +40,11 @@ baseline:
     loop.steps: 3
     loop.global_batch: 2
     loop.log_every_steps: 1
+resources: {ranks: 1, cpus_per_rank: 1}
 factors:
   roi:
     align: {}
     pool: {model.roi.kind: pool}
-resources: {ranks: 1, cpus_per_rank: 1}
 """
 
 
@@ -124,94 +125,57 @@ def pack_subset(house: House, coco_mini: Path, split: str, num_images: int, out:
     assert house.maskray("data", "verify", out)["samples"] == num_images
 
 
-def test_a_two_arm_study_on_real_images_ends_in_mlflow_and_a_report(house, coco_mini):
-    pack_subset(house, coco_mini, "train", 8, "coco/train")
-    pack_subset(house, coco_mini, "val", 4, "coco/val")
-    study = house.folder / "mini.yaml"
-    study.write_text(STUDY)
-
-    planned = house.maskray("plan", str(study), "--data", "coco")
-    assert [trial["cached"] for trial in planned["trials"]] == [False, False]
-
-    result = house.maskray("run", str(study), "--data", "coco")
-    assert result["state"] == "done"
-    assert [(trial["arm"], trial["state"]) for trial in result["trials"]] == [
-        ({"roi": "align"}, "done"),
-        ({"roi": "pool"}, "done"),
-    ]
-    assert all({"bbox/AP", "segm/AP75"} <= trial["metrics"].keys() for trial in result["trials"])
-    page = Path(result["report"]).read_text()
-    assert "align" in page
-    assert "pool" in page
-
-    database = sqlite3.connect(next(house.folder.glob(".maskray/**/mlflow.db")))
-    tags = dict(
-        database.execute(
-            "select key || '=' || value, run_uuid from tags where key = 'maskray.trial'"
-        )
-    )
-    assert len(tags) == 2
-    for run in tags.values():
-        metrics = {
-            key
-            for (key,) in database.execute(
-                "select distinct key from metrics where run_uuid = ?", (run,)
-            )
-        }
-        assert {
-            "loss/mask",
-            "loss/box_class",
-            "lr",
-            "bbox/AP",
-            "segm/AP",
-            "images_per_s",
-        } <= metrics
-        parameters = dict(
-            database.execute("select key, value from params where run_uuid = ?", (run,))
-        )
-        assert parameters["model.layout.kind"] == "fpn"
-        parent = database.execute(
-            "select value from tags where run_uuid = ? and key = 'mlflow.parentRunId'", (run,)
-        )
-        assert parent.fetchone() is not None
-    database.close()
-
-    again = house.maskray("plan", str(study), "--data", "coco")
-    assert [trial["cached"] for trial in again["trials"]] == [True, True]
-
-
-def test_a_trial_that_raises_is_reported_and_the_others_finish(house, coco_mini):
+def test_a_study_on_real_images_ends_in_mlflow_and_a_report_and_a_lost_arm_costs_no_other(
+    house, coco_mini
+):
     pack_subset(house, coco_mini, "train", 8, "coco/train")
     pack_subset(house, coco_mini, "val", 4, "coco/val")
     pack_subset(house, coco_mini, "train", 6, "broken")
     for shard in (house.folder / "broken").glob("shard-*.arrow"):  # only reading can find out
         shard.unlink()
-    study = house.folder / "half.yaml"
-    arms = "factors:\n  data:\n    whole: {}\n    broken: {data.train: broken}\nmax_attempts: 1\n"
-    other = (
-        STUDY.split("factors:")[0]
-        .replace("name: mini", "name: half")
-        .replace("steps: 3", "steps: 2")
-    )
-    study.write_text(other + arms)
+    study = house.folder / "mini.yaml"
+    study.write_text(f"{STUDY}    lost: {{data.train: broken}}\nmax_attempts: 1\n")
+
+    planned = house.maskray("plan", str(study), "--data", "coco")
+    assert [trial["cached"] for trial in planned["trials"]] == [False, False, False]
 
     result = house.maskray("run", str(study), "--data", "coco", status=1)
     assert result["state"] == "failed"
-    whole, lost = result["trials"]
-    assert (whole["state"], whole["attempts"]) == ("done", 1)
-    assert lost["state"] == "failed"
+    assert [(*trial["arm"].values(), trial["state"]) for trial in result["trials"]] == [
+        ("align", "done"),
+        ("pool", "done"),
+        ("lost", "failed"),
+    ]
+    *whole, lost = result["trials"]
+    assert all({"bbox/AP", "segm/AP75"} <= trial["metrics"].keys() for trial in whole)
     assert "shard" in lost["error"]
+    assert house.maskray("status", "last")["trials"][2]["error"] == lost["error"]
+    page = Path(result["report"]).read_text()
+    assert "align" in page
+    assert "pool" in page
 
-    shown = house.maskray("status", result["study"])
-    assert shown["trials"][1]["error"] == lost["error"]
     database = sqlite3.connect(next(house.folder.glob(".maskray/**/mlflow.db")))
-    failed = database.execute(
-        "select status from runs join tags using (run_uuid) "
-        "where key = 'maskray.trial' and value = ?",
-        (lost["trial"],),
-    )
-    assert failed.fetchone() == ("FAILED",)
+
+    def column(query: str, run: str) -> list[str]:
+        return [value for (value,) in database.execute(query, (run,))]
+
+    statuses = "select status from runs join tags using (run_uuid) where key = 'maskray.trial'"
+    assert column(f"{statuses} and value = ?", lost["trial"]) == ["FAILED"]
+    for trial in whole:
+        [run] = column(
+            "select run_uuid from tags where key = 'maskray.trial' and value = ?", trial["trial"]
+        )
+        metrics = set(column("select distinct key from metrics where run_uuid = ?", run))
+        told = {"loss/mask", "loss/box_class", "lr", "bbox/AP", "segm/AP", "images_per_s"}
+        assert told <= metrics
+        layout = "select value from params where run_uuid = ? and key = 'model.layout.kind'"
+        assert column(layout, run) == ["fpn"]
+        parent = "select value from tags where run_uuid = ? and key = 'mlflow.parentRunId'"
+        assert len(column(parent, run)) == 1
     database.close()
+
+    again = house.maskray("plan", str(study), "--data", "coco")
+    assert [trial["cached"] for trial in again["trials"]] == [True, True, False]
 
 
 # --- every documented command on real images --------------------------------------------------

@@ -40,7 +40,8 @@ def _columns(table: Table, record: type) -> list[ColumnElement[Any]]:
 def _rows(
     transaction: Transaction, record: Callable[..., AnyRow], query: Select[*tuple[Any, ...]]
 ) -> list[AnyRow]:
-    return [record(*row) for row in transaction.execute(query)]
+    # all at once: one by one, the driver is asked ten thousand times
+    return [record(*row) for row in transaction.execute(query).all()]
 
 
 # --- studies -------------------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def _queued_trials(
     # specifications.
     order = {study: index for index, study in enumerate(studies)}
     query = select(*_columns(TRIALS, QueuedTrial)).where(TRIALS.c.state.in_(states))
-    rows = transaction.execute(query)
+    rows = transaction.execute(query).all()
     trials = [QueuedTrial(studies[row[0]], *row[1:]) for row in rows if row[0] in studies]
     return sorted(trials, key=lambda trial: (order[trial.study.id], trial.position))
 

@@ -317,7 +317,9 @@ def test_a_killed_service_takes_up_what_ran_and_a_cancel_given_meanwhile(house, 
     service = recorded_child("service", house.home)
     os.kill(service.pid, signal.SIGKILL)
     house.until("death of the service", lambda: not service.alive())
-    assert psutil.pid_exists(house.pid(trial)), "the trial goes on without its service"
+    process = psutil.Process(house.pid(trial))
+    assert process.is_running(), "the trial goes on without its service"
+    assert process.nice() == psutil.Process().nice(), "it yields to others no more than we do"
     with house.client() as successor:
         successor.act_on_trial(f"{study}-001", "cancel")
         gate.touch()

@@ -24,9 +24,7 @@ _LOOK_EVERY_S = 0.25  # at the ledger, for a request that waits for an event
 def queue(hub: HubOfApp) -> Response:
     """What runs, and what waits in the order in which it would start."""
     with hub.ledger.reading() as transaction:
-        view = views.queue(transaction, hub.waits())
-    # As bytes: FastAPI would check and copy the ten thousand records of our own a second time.
-    return Response(view.model_dump_json(), media_type="application/json")
+        return views.answer(views.queue(transaction, hub.waits()))
 
 
 @router.get("/events", dependencies=READ)

@@ -9,6 +9,7 @@ from functools import partial
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import Response
 from pydantic import JsonValue, ValidationError
 
 from contract.answers import (
@@ -61,17 +62,17 @@ async def check(request: Request, hub: HubOfApp, user: Submitter) -> Accepted:
     return await run_in_threadpool(_check, hub, body, user)
 
 
-@router.get("", dependencies=READ)
-def studies(hub: HubOfApp, trials: bool = True) -> StudyList:
+@router.get("", dependencies=READ, response_model=StudyList)
+def studies(hub: HubOfApp, trials: bool = True) -> Response:
     """`trials=false` gives their counts by state alone, which stays quick with thousands."""
     with hub.ledger.reading() as transaction:
         every = views.study_views(transaction, hub.waits(), with_trials=trials)
-    return StudyList(studies=every)
+    return views.answer(StudyList(studies=every))
 
 
-@router.get("/{study}", dependencies=READ)
-def study(study: Id, hub: HubOfApp) -> StudyView:
-    return _view(hub, study)
+@router.get("/{study}", dependencies=READ, response_model=StudyView)
+def study(study: Id, hub: HubOfApp) -> Response:
+    return views.answer(_view(hub, study))
 
 
 @router.get("/{study}/submission", dependencies=READ)
@@ -96,8 +97,8 @@ def priority(study: Id, body: Priority, hub: HubOfApp, user: Submitter) -> Study
     return _view(hub, study)
 
 
-@router.post("/{study}/{action}")
-def act_on_study(study: Id, action: StudyAction, hub: HubOfApp, user: Submitter) -> ChangedStudy:
+@router.post("/{study}/{action}", response_model=ChangedStudy)
+def act_on_study(study: Id, action: StudyAction, hub: HubOfApp, user: Submitter) -> Response:
     """The study after the action, and whether there was anything to change."""
 
     def act(transaction: Transaction) -> bool:
@@ -106,7 +107,7 @@ def act_on_study(study: Id, action: StudyAction, hub: HubOfApp, user: Submitter)
 
     changed = hub.ledger.retried(act)
     hub.wake()
-    return ChangedStudy(**_view(hub, study).model_dump(), changed=changed)
+    return views.answer(ChangedStudy(**dict(_view(hub, study)), changed=changed))
 
 
 @router.get("/{study}/keeps", dependencies=READ)
