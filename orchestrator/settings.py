@@ -41,6 +41,8 @@ class Keep(Record):
     code_days: float = Field(0.0, ge=0, le=36500)
     # since a study was forgotten whose folder stayed
     forgotten_days: float = Field(0.0, ge=0, le=36500)
+    # since the end of their study: MLflow's copies of best weights that trials' folders have
+    copies_days: float = Field(0.0, ge=0, le=36500)
 
 
 class NodeShape(Record):

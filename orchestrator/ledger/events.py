@@ -10,6 +10,7 @@ from orchestrator.ledger.opening import Transaction
 from orchestrator.ledger.tables import EVENTS
 
 STUDY_FORGOTTEN = "study-forgotten"  # the one event that outlives its study
+COPY_REMOVED = "copy-removed"  # of a trial's weights, from MLflow
 _LONGEST = 2000  # characters of a cause: an error of a stranger's code has no bound
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import ColumnElement, Select, Table, func, or_, select
 
 from contract.attempt import LIVE_ATTEMPTS, AttemptState
 from contract.study import FINAL_STATES, LIVE_TRIALS, TrialPlan, TrialState
+from orchestrator.ledger.events import COPY_REMOVED
 from orchestrator.ledger.opening import Transaction
 from orchestrator.ledger.rows import (
     OPEN_STUDY,
@@ -253,6 +254,25 @@ def unclosed_trials(transaction: Transaction) -> list[tuple[TrialBrief, StudyBri
     query = select(*_columns(TRIALS, TrialBrief)).where(*over)
     studies = _briefs(transaction, STUDIES.c.id.in_(select(TRIALS.c.study).where(*over)))
     return [(trial, studies[trial.study]) for trial in _rows(transaction, TrialBrief, query)]
+
+
+def trials_with_copies(transaction: Transaction, ended_before: float) -> list[TrialBrief]:
+    """Trials of studies that ended before then, whose own run nobody has taken the copies from.
+
+    An event tells of each that has been through; a trial that was tried again has new copies.
+    """
+    told = (
+        select(EVENTS.c.id)
+        .where(EVENTS.c.trial == TRIALS.c.id, EVENTS.c.kind == COPY_REMOVED)
+        .where(EVENTS.c.at >= STUDIES.c.ended_at)
+    )
+    query = (
+        select(*_columns(TRIALS, TrialBrief))
+        .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
+        .where(STUDIES.c.state.in_(FINAL_STATES), STUDIES.c.ended_at < ended_before)
+        .where(TRIALS.c.cached_from == "", TRIALS.c.mlflow_run_id != "", ~told.exists())
+    )
+    return _rows(transaction, TrialBrief, query)
 
 
 def anything_to_do(transaction: Transaction) -> bool:

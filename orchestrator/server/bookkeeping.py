@@ -17,13 +17,14 @@ from typing import NamedTuple, TypeAlias
 import httpx
 
 from contract.answers import TrialView
-from contract.attempt import SPOOL_CURSOR, SPOOL_LATER, SPOOL_RECORDS
+from contract.attempt import BEST_WEIGHTS, SPOOL_CURSOR, SPOOL_LATER, SPOOL_RECORDS
 from contract.machine.certificates import trusted
 from contract.machine.proxies import proxy_for
 from contract.metrics import tag_condition, tracker_keys
 from contract.record import Message
 from contract.study import Study, StudyState, TrialState
 from orchestrator.ledger import changes, queries
+from orchestrator.ledger.events import COPY_REMOVED, record
 from orchestrator.ledger.opening import Ledger, LedgerError
 from orchestrator.ledger.rows import StudyBrief, StudyRow, TrialBrief
 from orchestrator.results.comparison import compare_arms
@@ -374,3 +375,24 @@ def send_webhooks(ledger: Ledger, url: str) -> None:
             LOG.warning("webhook of study %s: %s; tried again later", study.id, kind)
             return  # nobody is there: the other studies would wait for their time-out one by one
         changes.note_webhook(ledger, study.id)
+
+
+def remove_copies(ledger: Ledger, mlflow: MLflow, days: float, now: float) -> int:
+    """Deletes MLflow's copy of the best weights of studies that ended `days` ago; the bytes.
+
+    Only where the trial's folder still has them.
+    """
+    with ledger.reading() as transaction:
+        trials = queries.trials_with_copies(transaction, now - 86400 * days)
+    freed = 0
+    for trial in trials:
+        with apart(f"trial {trial.id}: MLflow's copy of its weights"):
+            size = TrialFolder(trial.folder).size(BEST_WEIGHTS)
+            if size is None:
+                continue
+            mlflow.delete_artifact(trial.mlflow_run_id, BEST_WEIGHTS.rpartition("/")[2])
+            text = f"{size} bytes: MLflow's copy of the best weights, which are in {trial.folder}"
+            with ledger.writing() as transaction:
+                record(transaction, COPY_REMOVED, text, study=trial.study, trial=trial.id, at=now)
+            freed += size
+    return freed

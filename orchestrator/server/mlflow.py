@@ -238,25 +238,40 @@ class MLflow:
 
     def put_artifact(self, run: str, name: str, data: bytes) -> None:
         """Stores a file of a run, through the server or in the place that the server names."""
+        match self._place(run, name):
+            case str(path):
+                self._request("PUT", path, content=data, timeout=60.0)
+            case Path() as target:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+            case filesystem, path:
+                with filesystem.open_output_stream(path) as stream:
+                    stream.write(data)
+
+    def delete_artifact(self, run: str, name: str) -> None:
+        """Deletes a file of a run, if it is there and the run is."""
+        match self._place(run, name):
+            case str(path):
+                self._request("DELETE", path, missing=True, timeout=60.0)
+            case Path() as target:
+                target.unlink(missing_ok=True)
+            case filesystem, path:
+                if filesystem.get_file_info(path).type == fs.FileType.File:
+                    filesystem.delete_file(path)
+
+    def _place(self, run: str, name: str) -> str | Path | tuple[fs.FileSystem, str]:
+        """Of a run's file: the server's route, or what the server itself names (files, a store)."""
         answer = self._call(_RunAnswer, "GET", "runs/get", params={"run_id": run})
         uri = answer.run.info.artifact_uri
         root = urlsplit(uri)
-        # The server takes the bytes itself, or names the store that it reads them from.
         if root.scheme == "mlflow-artifacts":
             path = quote(f"{root.path.strip('/')}/{name}")
-            self._request(
-                "PUT", f"/api/2.0/mlflow-artifacts/artifacts/{path}", content=data, timeout=60.0
-            )
-            return
+            return f"/api/2.0/mlflow-artifacts/artifacts/{path}"
         if root.scheme in ("", "file"):
             # a plain path is no URI: "#" and "%" are part of it
-            target = Path(unquote(root.path) if root.scheme else uri) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-            return
+            return Path(unquote(root.path) if root.scheme else uri) / name
         filesystem, path = fs.FileSystem.from_uri(uri)
-        with filesystem.open_output_stream(f"{path}/{name}") as stream:
-            stream.write(data)
+        return filesystem, f"{path}/{name}"
 
     def _call(self, answer: type[AnyAnswer], method: str, path: str, **options: Any) -> AnyAnswer:
         response = self._request(method, f"{_API}/{path}", **options)

@@ -45,7 +45,7 @@ from orchestrator.schedule.measures import Measures
 from orchestrator.schedule.reconcile import Reconciler
 from orchestrator.server import bookkeeping
 from orchestrator.server.api import build_app
-from orchestrator.server.front.listener import build_server
+from orchestrator.server.front.listener import build_server, listen
 from orchestrator.server.front.logins import Logins, set_administrator
 from orchestrator.server.mlflow import MLflow, TrackingDownError
 from orchestrator.server.pulse import Pulse
@@ -294,7 +294,11 @@ class Service:
         self._keep(self._turn_storage, pause_s=_KEEP_S)
 
     def _turn_storage(self) -> None:
-        if freed := keep_storage_small(self.ledger, self.settings, time.time()):
+        now, days = time.time(), self.settings.keep.copies_days
+        freed = keep_storage_small(self.ledger, self.settings, now)
+        if days and self._mlflow is not None:
+            freed += bookkeeping.remove_copies(self.ledger, self._mlflow, days, now)
+        if freed:
             LOG.info("deleted %d bytes that the settings let go; the events say what", freed)
 
     def _keep(self, *turns: Callable[[], None], pause_s: float = _BOOK_S) -> None:
@@ -411,7 +415,7 @@ def serve(settings: ServiceSettings, first_token: str = "") -> int:
     try:
         _set_first_admin(ledger, settings, first_token)
         # bound before the service starts anything: a port that is taken must not cost a Ray head
-        listener = _listen(settings, bool(first_token or settings.token_file))
+        listener = listen(settings, bool(first_token or settings.token_file))
         path = settings.ray_token_file
         ray_token = (
             Path(path).read_text("utf-8").strip() if path else os.environ.get("RAY_AUTH_TOKEN", "")
@@ -459,28 +463,6 @@ def _set_first_admin(ledger: Ledger, settings: ServiceSettings, first_token: str
         check_private(path)
     with ledger.writing() as transaction:
         auth.set_user(transaction, "admin", "admin", token, time.time())
-
-
-def _listen(settings: ServiceSettings, has_token: bool) -> socket.socket:
-    wide = settings.host not in ("127.0.0.1", "::1", "localhost")
-    if wide and not has_token:
-        raise ValueError(
-            f"host {settings.host}: beyond this machine needs your own token: "
-            "set MASKRAY_TOKEN or token_file"
-        )
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    # a service that starts again within a minute finds its port still in TIME_WAIT
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.port))
-    except OSError as error:
-        listener.close()
-        raise RuntimeError(
-            f"port {settings.port} on {settings.host}: {error.strerror}; choose another one"
-        ) from error
-    listener.listen(128)
-    return listener
 
 
 def _version() -> str:

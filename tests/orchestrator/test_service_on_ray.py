@@ -206,6 +206,12 @@ def test_a_study_runs_its_errors_are_classed_and_mlflow_and_logs_keep_it(house, 
     )
     values = {metric.key: metric.value for metric in parent.data.metrics}
     assert values == {"a-good/bbox/AP/mean": 0.3}  # the primary metric: the report has the rest
+    mlflow.put_artifact(parent.info.run_id, "weights a%.bin", b"12345")
+    [copy] = house.root.rglob("weights a%.bin")
+    for _ in range(2):  # twice is no error
+        mlflow.delete_artifact(parent.info.run_id, "weights a%.bin")
+        assert not copy.exists()
+    assert (copy.parent / "study.yaml").exists()
     mlflow.close()
 
 

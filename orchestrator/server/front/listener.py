@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 from typing import Any
 
 import h11
@@ -100,3 +101,29 @@ def build_server(app: ASGIApp, settings: ServiceSettings) -> uvicorn.Server:
             ssl_keyfile=settings.tls_key or None,
         )
     )
+
+
+def listen(settings: ServiceSettings, has_token: bool) -> socket.socket:
+    """Binds the port. has_token: the service has one that its owner chose.
+
+    Raises RuntimeError if the port is taken.
+    """
+    wide = settings.host not in ("127.0.0.1", "::1", "localhost")
+    if wide and not has_token:
+        raise ValueError(
+            f"host {settings.host}: beyond this machine needs your own token: "
+            "set MASKRAY_TOKEN or token_file"
+        )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    # a service that starts again within a minute finds its port still in TIME_WAIT
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise RuntimeError(
+            f"port {settings.port} on {settings.host}: {error.strerror}; choose another one"
+        ) from error
+    listener.listen(128)
+    return listener

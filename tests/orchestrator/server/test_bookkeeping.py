@@ -13,13 +13,19 @@ import pytest
 from rich.console import Console
 from sqlalchemy import update
 
-from contract.attempt import SPOOL_CURSOR, SPOOL_RECORDS
+from contract.attempt import BEST_WEIGHTS, SPOOL_CURSOR, SPOOL_RECORDS
 from orchestrator.cli.tables import study_table
 from orchestrator.ledger import queries
 from orchestrator.ledger.opening import Ledger
 from orchestrator.ledger.tables import STUDIES, TRIALS
 from orchestrator.server import accept
-from orchestrator.server.bookkeeping import Lack, close_runs, send_webhooks, study_metrics
+from orchestrator.server.bookkeeping import (
+    Lack,
+    close_runs,
+    remove_copies,
+    send_webhooks,
+    study_metrics,
+)
 from orchestrator.server.mlflow import Run, RunData, RunInfo, Tag, TrackingRefusedError
 from orchestrator.server.views import study_views
 from orchestrator.settings import ServiceSettings
@@ -63,6 +69,10 @@ class FakeMLflow:
         self.ended: list[str] = []
         self.tags: dict[str, dict[str, str]] = {}
         self.metrics: dict[str, dict[str, float]] = {}
+        self.deleted: list[tuple[str, str]] = []
+
+    def delete_artifact(self, run: str, name: str) -> None:
+        self.deleted.append((run, name))
 
     def run_by_tag(self, experiment: str, tag: str, value: str) -> None:
         return None
@@ -132,6 +142,28 @@ def test_a_pipe_in_one_trials_spool_holds_up_no_other(tmp_path: Path, poison: st
     close_runs(ledger, FakeMLflow(), 2.0, shipped.append, lacks)  # type: ignore[arg-type]
     assert shipped == [str(good)]
     assert "is a pipe" in lacks[f"{study}-000"].wait.why
+    ledger.close()
+
+
+def test_copies_of_weights_go_once_where_their_trial_has_them_still(tmp_path: Path) -> None:
+    ledger, day = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}"), 86400.0
+    plans = submission(*(plan(name, name * 64) for name in "abc"))
+    study, _ = accept.accept(ledger, ServiceSettings(home=str(tmp_path)), plans, "ann", 1.0)
+    for number in range(2):  # the third trial has no best weights any more
+        path = tmp_path / "studies" / study / f"{study}-00{number}" / BEST_WEIGHTS
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"12345")
+    with ledger.writing() as transaction:
+        transaction.execute(update(TRIALS).values(state="done", mlflow_run_id="r-" + TRIALS.c.key))
+        transaction.execute(update(STUDIES).values(state="done", ended_at=day))
+    mlflow = FakeMLflow()
+    frees = [remove_copies(ledger, mlflow, 3, at * day) for at in (3.9, 4.1, 9)]  # type: ignore[arg-type]
+    assert frees == [0, 10, 0]
+    assert mlflow.deleted == [(f"r-{name}", "weights-best.safetensors") for name in "ab"]
+    # a trial that was tried again made another copy
+    with ledger.writing() as transaction:
+        transaction.execute(update(STUDIES).values(ended_at=20 * day))
+    assert remove_copies(ledger, mlflow, 3, 30 * day) == 10  # type: ignore[arg-type]
     ledger.close()
 
 
