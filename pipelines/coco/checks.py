@@ -63,7 +63,7 @@ class Problem:
 
     def __str__(self) -> str:
         what = self.what if len(self.what) < 300 else f"{self.what[:300]}..."
-        return f"{self.file}: {self.kind} {str(self.id)[:80]}: {what}; {self.remedy}"
+        return f"{self.file}: {self.kind} {self.id}: {what}; {self.remedy}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,11 +142,16 @@ def is_path_below(name: str) -> bool:
 
 
 def id_of(raw: JsonValue) -> int | float | str | None:
-    """What names a record in a message, whatever it is."""
+    """What names a record in a message, whatever it is: on one line, and not longer than one."""
     if not isinstance(raw, dict):
         return repr(raw)[:40]
     value = raw.get("id", "without id")
-    return value if value is None or isinstance(value, int | float | str) else repr(value)
+    # an id is anything: a text with a line break, a number of 400 digits
+    if value is None or isinstance(value, int | float | str):
+        text = str(value)
+        if len(text) <= 80 and text.isprintable():
+            return value
+    return shortened(value)
 
 
 def read_image(raw: JsonValue, folders: Collection[str] = ()) -> CocoImage:

@@ -60,6 +60,8 @@ BAD_ANNOTATIONS = {
     "iscrowd is 2": {"iscrowd": 2},
     "its category names none": {"keypoints": [1, 2, 2]},
     "no integer id": {"id": "two"},
+    "no integer id of 64": {"id": "two\nlines"},
+    "no integer id of": {"id": 10**100},
 }
 
 
@@ -75,7 +77,8 @@ def test_a_bad_annotation_is_named_with_file_id_and_remedy(tmp_path, finding):
     with pytest.raises(ValueError, match=r"instances\.json") as caught:
         pack_folder(tmp_path)
     message = str(caught.value)
-    expected_id = bad["id"] if finding != "no integer id" else "two"
+    shown = {"two\nlines": r"'two\nlines'", 10**100: f"1{'0' * 79}..."}
+    expected_id = shown.get(bad["id"], bad["id"])
     assert f"annotation {expected_id}" in message
     assert "\n" not in message
     assert finding in message
