@@ -71,7 +71,8 @@ def gather(view: StudyView) -> Facts:
     study = Study.model_validate(view.spec)
     machinery = _machinery_only(study)
     primary = primary_of(study, {metric for trial in view.trials for metric in trial.metrics})
-    facts = {trial.trial: _trial_facts(trial, study, primary) for trial in view.trials}
+    base = _base(study)
+    facts = {trial.trial: _trial_facts(trial, study, base, primary) for trial in view.trials}
     papers = rows_of(study, [trial.arm for trial in view.trials]) if study.paper_table else {}
     earns = _earned(study, view.trials, facts, papers)
     folders = Folders(
@@ -92,13 +93,15 @@ def gather(view: StudyView) -> Facts:
     )
 
 
-def _trial_facts(trial: TrialView, study: Study, primary: str) -> TrialFacts:
+def _trial_facts(
+    trial: TrialView, study: Study, base: BaselineRun | None, primary: str
+) -> TrialFacts:
     result = read_result(trial)
     spec = read_spec(trial, result)
     if spec.run is not None:
         run, trained = spec.run, _trained(trial, spec)
     else:
-        known = _run_of(study, trial)
+        known = _run_of(study, base, trial)
         run = seen(SeenRun, known) if known else SeenRun()
         trained = Trained(trial.key, known, unread="its folder is gone or still empty")
     metrics = list(dict.fromkeys([primary, *study.metrics]))
@@ -115,20 +118,32 @@ def _trained(trial: TrialView, spec: SeenSpec) -> Trained:
         return Trained(trial.key, None, *images, unread=str(error))
 
 
-def _run_of(study: Study, trial: TrialView) -> RunConfig | None:
-    """The arm's run from the study alone, where it starts from a preset."""
-    # A trial that waits has no spec in its folder, and the report is made while the study runs.
+def _base(study: Study) -> BaselineRun | None:
+    """What the arms start from, where that is a preset of this code."""
     if not study.baseline.preset:
         return None  # the run file is on the submitter's machine
+    try:
+        return BaselineRun.of(study, Path())
+    except ValueError:
+        return None  # the study's own code has a field that this code does not know
+
+
+def _run_of(study: Study, base: BaselineRun | None, trial: TrialView) -> RunConfig | None:
+    """The arm's run from the study alone.
+
+    A trial that waits has no spec in its folder, and the report is made while the study runs.
+    """
+    if base is None:
+        return None
     overrides = {
         path: value
         for factor, level in trial.arm.items()
         for path, value in study.factors.get(factor, {}).get(level, {}).items()
     }
     try:
-        return BaselineRun.of(study, Path()).arm(overrides, trial.key)
+        return base.arm(overrides, trial.key)
     except ValueError:
-        return None  # the study's own code has a field that this code does not know
+        return None  # as above
 
 
 def _precision(trials: Sequence[TrialView], facts: Mapping[str, TrialFacts]) -> str:
