@@ -53,7 +53,7 @@ class FullCluster:
         ]
 
 
-def fill(settings: ServiceSettings, trials: int, studies: int = 40) -> None:
+def fill(settings: ServiceSettings, trials: int, studies: int) -> None:
     ledger = Ledger(settings.ledger)
     run = run_preset("tiny")
     for index in range(studies):
@@ -127,14 +127,16 @@ def main() -> int:
         with (home / "log").open("w") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            while (child := find_child("service", home)) is None or child.pid != process.pid:
+            # A service that starts makes the page of each study first, one after another.
+            pages = home / "studies"
+            while (
+                (child := find_child("service", home)) is None
+                or child.pid != process.pid
+                or len(list(pages.glob("*/report/report.html"))) < arguments.studies
+            ):
                 if process.poll() is not None:
                     raise RuntimeError((home / "log").read_text())
                 time.sleep(0.05)
-            # A service that starts makes the page of each study first, one after another.
-            pages = home / "studies"
-            while len(list(pages.glob("*/report/report.html"))) < arguments.studies:
-                time.sleep(0.5)
             with Client(Connection(child.url, "t" * 32)) as client:
                 one = client.studies(trials=False)[0].study
                 seconds = {
@@ -144,10 +146,8 @@ def main() -> int:
                     "queue": timed(client.queue, arguments.pairs),
                     "a turn of the loop": turn,
                 }
-                assert (
-                    len(client.queue().queue)
-                    == arguments.trials // arguments.studies * arguments.studies
-                )
+                each = arguments.trials // arguments.studies
+                assert len(client.queue().queue) == each * arguments.studies
                 every = [view.study for view in client.studies(trials=False)]
                 seconds["cancelling every study"] = timed(
                     lambda: [client.act_on_study(study, "cancel") for study in every], 1

@@ -257,9 +257,9 @@ def unclosed_trials(transaction: Transaction) -> list[tuple[TrialBrief, StudyBri
 
 
 def trials_with_copies(transaction: Transaction, ended_before: float) -> list[TrialBrief]:
-    """Trials of studies that ended before then, whose own run nobody has taken the copies from.
+    """Trials of studies that ended before then, whose own run has all that it gets.
 
-    An event tells of each that has been through; a trial that was tried again has new copies.
+    An event tells of each whose copies are gone; a trial that was tried again has new ones.
     """
     told = (
         select(EVENTS.c.id)
@@ -270,7 +270,9 @@ def trials_with_copies(transaction: Transaction, ended_before: float) -> list[Tr
         select(*_columns(TRIALS, TrialBrief))
         .join(STUDIES, STUDIES.c.id == TRIALS.c.study)
         .where(STUDIES.c.state.in_(FINAL_STATES), STUDIES.c.ended_at < ended_before)
-        .where(TRIALS.c.cached_from == "", TRIALS.c.mlflow_run_id != "", ~told.exists())
+        .where(TRIALS.c.cached_from == "", TRIALS.c.mlflow_run_id != "")
+        # what is still to be sent may hold the copy
+        .where(TRIALS.c.mlflow_closed, ~told.exists())
     )
     return _rows(transaction, TrialBrief, query)
 

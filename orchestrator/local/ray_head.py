@@ -80,8 +80,7 @@ def _environment(plan: HeadPlan) -> dict[str, str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_worker_prestart": "0",
-        # A trial yields to other programs no more than `maskray train` does; Ray's own is 15, with
-        # which one busy program beside it takes almost a whole core from it.
+        # A trial yields to other programs no more than `maskray train` does; Ray's own is 15.
         "RAY_worker_niceness": "0",
     }
     return marked({**clean, **own}, plan.mark)

@@ -250,7 +250,13 @@ class MLflow:
 
     def delete_artifact(self, run: str, name: str) -> None:
         """Deletes a file of a run, if it is there and the run is."""
-        match self._place(run, name):
+        try:
+            place = self._place(run, name)
+        except TrackingRefusedError as error:
+            if "RESOURCE_DOES_NOT_EXIST" in str(error):
+                return  # the run is gone, and its files with it
+            raise
+        match place:
             case str(path):
                 self._request("DELETE", path, missing=True, timeout=60.0)
             case Path() as target:

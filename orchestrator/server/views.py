@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from fastapi.responses import Response
-from pydantic import BaseModel
-
 from contract.answers import (
     AttemptView,
     EventView,
@@ -34,11 +31,6 @@ _STOPPING: Mapping[Wish, str] = {
     "pause": "is being paused",
     "stall": "hangs, is being stopped",
 }
-
-
-def answer(record: BaseModel) -> Response:
-    """As bytes: FastAPI would check and copy the ten thousand records in it a second time."""
-    return Response(record.model_dump_json(), media_type="application/json")
 
 
 def study_views(

@@ -14,6 +14,7 @@ from contract.answers import EventPage, EventView, QueueView
 from orchestrator.ledger.opening import Ledger
 from orchestrator.server import views
 from orchestrator.server.access import READ, HubOfApp
+from orchestrator.server.routes.large import as_bytes
 
 router = APIRouter(prefix="/v1")
 
@@ -24,7 +25,7 @@ _LOOK_EVERY_S = 0.25  # at the ledger, for a request that waits for an event
 def queue(hub: HubOfApp) -> Response:
     """What runs, and what waits in the order in which it would start."""
     with hub.ledger.reading() as transaction:
-        return views.answer(views.queue(transaction, hub.waits()))
+        return as_bytes(views.queue(transaction, hub.waits()))
 
 
 @router.get("/events", dependencies=READ)

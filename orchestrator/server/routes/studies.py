@@ -32,6 +32,7 @@ from orchestrator.server import accept, views
 from orchestrator.server.access import READ, HubOfApp, Id, Submitter, own_study
 from orchestrator.server.errors import absent, explain
 from orchestrator.server.hub import Hub
+from orchestrator.server.routes.large import as_bytes
 from orchestrator.server.uploads import MAX_SUBMISSION, body_of
 from orchestrator.trial_folder import TrialFolder, Use
 
@@ -67,12 +68,12 @@ def studies(hub: HubOfApp, trials: bool = True) -> Response:
     """`trials=false` gives their counts by state alone, which stays quick with thousands."""
     with hub.ledger.reading() as transaction:
         every = views.study_views(transaction, hub.waits(), with_trials=trials)
-    return views.answer(StudyList(studies=every))
+    return as_bytes(StudyList(studies=every))
 
 
 @router.get("/{study}", dependencies=READ, response_model=StudyView)
 def study(study: Id, hub: HubOfApp) -> Response:
-    return views.answer(_view(hub, study))
+    return as_bytes(_view(hub, study))
 
 
 @router.get("/{study}/submission", dependencies=READ)
@@ -107,7 +108,7 @@ def act_on_study(study: Id, action: StudyAction, hub: HubOfApp, user: Submitter)
 
     changed = hub.ledger.retried(act)
     hub.wake()
-    return views.answer(ChangedStudy(**dict(_view(hub, study)), changed=changed))
+    return as_bytes(ChangedStudy(**dict(_view(hub, study)), changed=changed))
 
 
 @router.get("/{study}/keeps", dependencies=READ)
