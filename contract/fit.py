@@ -206,6 +206,18 @@ def mirrored(names: Sequence[str], pairs: Sequence[tuple[str, str]] | None) -> t
     )
 
 
+def flip_in_words(names: Sequence[str], partners: Sequence[int]) -> str:
+    """ "a flip swaps left_eye with right_eye and leaves nose in place"
+
+    For a person to read: a side in another language is one that `mirrored` does not see.
+    """
+    swapped = [f"{names[a]} with {names[b]}" for a, b in enumerate(partners) if a < b]
+    stays = [name for number, name in enumerate(names) if partners[number] == number]
+    parts = [f"swaps {', '.join(swapped)}"] if swapped else []
+    parts += [f"leaves {', '.join(stays)} in place"] if stays else []
+    return f"a flip {' and '.join(parts)}"
+
+
 def _of_pairs(place: dict[str, int], pairs: Sequence[tuple[str, str]]) -> tuple[int, ...]:
     swapped = list(range(len(place)))
     for one, two in pairs:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from contract.data import ManifestHeader
-from contract.fit import check_fit, mirrored
+from contract.fit import check_fit, flip_in_words, mirrored
 from tests.builders import tiny_run
 
 
@@ -56,6 +56,15 @@ def test_what_has_no_side_stays(names):
 def test_a_flip_that_nobody_can_pair_is_refused(names, message):
     with pytest.raises(ValueError, match=message):
         mirrored(names, None)
+
+
+def test_what_a_flip_swaps_is_told_with_what_it_leaves():
+    """Names of which we see some sides and not others: a person sees the ears."""
+    names = ["nose", "left_eye", "right_eye", "links_ohr", "rechts_ohr"]
+    told = "a flip swaps left_eye with right_eye and leaves nose, links_ohr, rechts_ohr in place"
+    assert flip_in_words(names, mirrored(names, None)) == told
+    assert flip_in_words(["l", "r"], (1, 0)) == "a flip swaps l with r"
+    assert flip_in_words(["tail"], (0,)) == "a flip leaves tail in place"
 
 
 def test_stated_pairs_hold():

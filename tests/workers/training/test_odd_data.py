@@ -115,7 +115,10 @@ def test_what_trains_is_evaluated(tmp_path, drawn, capsys):
     assert outcome.state == "done", outcome.error
     result = Result.model_validate_json((tmp_path / "run/result.json").read_text())
     assert {"keypoints/AP", "segm/AP", "bbox/AP"} <= set(result.metrics)
-    assert "without mask: boxes only" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "without mask: boxes only" in said
+    pairs = "left_eye with right_eye, left_ear with right_ear"
+    assert f"a flip swaps {pairs} and leaves nose in place" in said
 
 
 def test_a_mended_val_goes_on_from_the_trained_weights(tmp_path, drawn, monkeypatch):

@@ -22,10 +22,12 @@ from contract.attempt import (
     RunSpec,
 )
 from contract.files import Files
+from contract.fit import flip_in_words
 from contract.metrics import BOUNDARY, category_keys, renamed
 from contract.model import KeypointBranch, MaskBranch
 from contract.recipe import RunConfig
 from model.accelerate import complaints, kernels
+from pipelines.load.sample import mirrored_keypoints
 from pipelines.shards.dataset import Dataset
 from workers.tracking.journal import Journal
 from workers.tracking.spool import print_warning
@@ -61,7 +63,10 @@ def write_categories(storage: Files, dataset: Dataset) -> None:
 
 
 def objects_of(run: RunConfig, data: Dataset, world: World) -> str:
-    """Which objects train and which do not, in one line that rank 0 prints."""
+    """Which objects train and which do not, in one line that rank 0 prints.
+
+    Where images with keypoints are mirrored it also prints which of them change places.
+    """
     trained = data.for_training(run.data.filter)
     line = trained.index.census(trained.selection).line(
         masks=isinstance(run.model.mask, MaskBranch),
@@ -69,6 +74,11 @@ def objects_of(run: RunConfig, data: Dataset, world: World) -> str:
     )
     if world.is_first:
         print(line, flush=True)
+        if isinstance(run.model.keypoints, KeypointBranch) and run.data.flip_probability > 0:
+            count = run.model.keypoints.num_keypoints
+            partners = mirrored_keypoints(run.data, trained.categories, count)
+            names = next(c.keypoints for c in trained.categories if c.keypoints)
+            print(flip_in_words(names, partners), flush=True)
     return line
 
 
