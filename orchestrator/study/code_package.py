@@ -60,7 +60,7 @@ def package(root: Path, ref: str = "") -> CodePackage:
             raise ValueError(
                 f"--code {ref}: {root} is in no git tree of maskray, so it has no commits"
             )
-        return _pack(_installed(), "installed sources", "")
+        return _pack(installed(), "installed sources", "")
     if ref:
         commit = _commit(tree, ref)
         return _pack(_files_of_commit(tree, commit), f"commit {commit[:12]}", commit)
@@ -81,7 +81,7 @@ def source_hash(files: Mapping[str, bytes]) -> str:
 
 def installed_source_hash() -> str:
     """The hash of the sources that this process itself runs."""
-    return source_hash(_installed())
+    return source_hash(installed())
 
 
 def _pack(files: Mapping[str, bytes], origin: str, commit: str) -> CodePackage:
@@ -130,7 +130,7 @@ def _project_name(tree: Path) -> str:
         return ""
 
 
-def _installed() -> dict[str, bytes]:
+def installed() -> dict[str, bytes]:
     """The packages beside the one that this module belongs to, without what Python compiled."""
     top = Path(__file__).resolve().parents[2]
     return {

@@ -27,6 +27,7 @@ from orchestrator.study.identity import (
     weights_identity,
     weights_recipe,
 )
+from orchestrator.study.meaning.reach import own_meaning
 from orchestrator.study.read import check_study
 
 # Far above any study that people run; a slip in the seeds must not fill the ledger.
@@ -243,6 +244,7 @@ def _trials(
 ) -> list[TrialPlan]:
     """The arm once for each seed."""
     weights, proposals = weights_identity(run.model), proposals_identity(run.model)
+    reached = own_meaning().of(run)  # we run in the study's own code
     tags = {
         "maskray.code": code.sha256,
         "maskray.code_origin": code.origin,
@@ -264,7 +266,7 @@ def _trials(
             manifest=train.hash,
             weights=weights,
             proposals=proposals,
-            source_hash=code.source_hash,
+            code=reached,
             ranks=study.resources.ranks,
         )
         plans.append(
@@ -278,7 +280,7 @@ def _trials(
                     manifests=(train.hash, val.hash),
                     weights=weights,
                     proposals=proposals,
-                    source_hash=code.source_hash,
+                    code=reached,
                     ranks=study.resources.ranks,
                 ),
                 # Whole, with its defaults: the code that runs it may have others.

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from contract.files import Files, split
 from contract.model import (
     VGG16,
@@ -22,6 +24,7 @@ from contract.model import (
 )
 from contract.recipe import RunConfig, training_record
 from contract.record import nearest
+from orchestrator.study.meaning.reach import Reached
 
 # torchvision's ImageNet checkpoints: (backbone, name) -> (file, recipe). A file's name holds the
 # start of its SHA-256, so the name is enough: nothing is downloaded to plan a study.
@@ -104,22 +107,22 @@ def identity(
     manifests: tuple[str, str],
     weights: str,
     proposals: str,
-    source_hash: str,
+    code: Reached,
     ranks: int,
 ) -> str:
     """SHA-256 of the run and of all bytes that it depends on, as 64 hex digits.
 
-    manifests: hashes of the training and the validation manifest. Places of files do not count,
-    their bytes do. The number of ranks counts only under trained batch-norm, whose statistics are
-    per rank.
+    manifests: hashes of the training and the validation manifest. code: what of the sources the
+    run reaches. Places of files do not count, their bytes do. The number of ranks counts only under
+    trained batch-norm, whose statistics are per rank.
     """
     # Another path to the same manifest is the same trial: the manifest's hash counts in its place.
     record = run.model_dump(mode="json", exclude={"data": {"train", "val"}})
-    return _hash(run, record, list(manifests), (weights, proposals), source_hash, ranks)
+    return _hash(run, record, list(manifests), (weights, proposals), code, ranks)
 
 
 def training_identity(
-    run: RunConfig, *, manifest: str, weights: str, proposals: str, source_hash: str, ranks: int
+    run: RunConfig, *, manifest: str, weights: str, proposals: str, code: Reached, ranks: int
 ) -> str:
     """As `identity`, of the training alone: what only evaluation reads does not count.
 
@@ -129,7 +132,7 @@ def training_identity(
     data = record["data"]
     assert isinstance(data, dict)
     del data["train"]
-    return _hash(run, record, ["training", manifest], (weights, proposals), source_hash, ranks)
+    return _hash(run, record, ["training", manifest], (weights, proposals), code, ranks)
 
 
 def _hash(
@@ -137,18 +140,39 @@ def _hash(
     record: dict[str, Any],
     manifests: list[str],
     initial: tuple[str, str],
-    source_hash: str,
+    code: Reached,
     ranks: int,
 ) -> str:
+    _drop_unread(run, record, code)
     # The hash of weights and proposals stands for their whole record: places do not count.
     record["model"] |= {"weights": initial[0], "proposals": initial[1]}
     everything = {
         "run": record,
         "manifests": manifests,
-        "sources": source_hash,
+        "sources": code.sha256,
         "ranks": ranks if trains_batch_norm(run) else 0,
     }
     return hashlib.sha256(canonical(everything).encode()).hexdigest()
+
+
+def _drop_unread(value: Any, record: Any, code: Reached) -> None:
+    """Takes fields at their default out of `record` that no reached code can read.
+
+    So a field that came for another arm does not count, and one that is read does at any value.
+    """
+    if code.mentions is None or not isinstance(record, dict):
+        return
+    if isinstance(value, BaseModel):
+        for name, field in type(value).model_fields.items():
+            if name not in record:
+                continue
+            own = getattr(value, name)
+            required = field.is_required()
+            unread = name not in code.mentions and name != "kind"
+            if unread and not required and own == field.get_default(call_default_factory=True):
+                del record[name]
+            else:
+                _drop_unread(own, record[name], code)
 
 
 def trains_batch_norm(run: RunConfig) -> bool:

@@ -60,6 +60,16 @@ assert {"segm-soft", "segm-sharp"} < set(KINDS)
 check_metric("segm-sharp/AP")
 assert parameters(toy) == parameters(sigmoid)
 """
+REACHED = """
+from contract.presets import run_preset
+from contract.recipe import apply_overrides, parse_run
+from orchestrator.study.meaning.reach import own_meaning
+for loss in LOSSES:
+    places = {"data.train": "t", "data.val": "v", "model.mask.loss.kind": loss}
+    run = parse_run(apply_overrides(run_preset("tiny"), places), "tests")
+    reached = own_meaning().of(run)
+    print(reached.sha256, ("model.branches.brier", "BrierMasks") in reached.places)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +127,12 @@ def test_its_contract_tests_exist_and_pass(tree: Path) -> None:
 
 def test_studies_and_reports_know_its_metrics_and_its_size(tree: Path) -> None:
     run_in(tree, "-c", STUDY_SIDE)
+
+
+def test_the_results_of_the_other_arms_stay_valid(tree: Path) -> None:
+    """What `sigmoid` and `softmax` reach has the hash that it has without the new arm."""
+    ours = run_in(ROOT, "-c", f"LOSSES = ['sigmoid', 'softmax']{REACHED}").split()
+    theirs = run_in(tree, "-c", f"LOSSES = ['sigmoid', 'softmax', 'brier']{REACHED}").split()
+    assert theirs[:4] == ours == [ours[0], "False", ours[2], "False"]
+    assert theirs[4] not in ours
+    assert theirs[5] == "True"

@@ -11,7 +11,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
-from contract.recipe import EVALUATION_FIELDS, RunConfig, StepSchedule, parse_run
+from contract.recipe import EVALUATION_FIELDS, RunConfig, StepSchedule
 from contract.record import Message, parse_record
 from workers.tracking.journal import JournalState
 from workers.tracking.spool import print_warning
@@ -219,7 +219,7 @@ def check_same_run(saved: Mapping[str, JsonValue], run: RunConfig) -> RunConfig:
     field of RunConfig would refuse every older checkpoint.
     """
     try:
-        before = parse_run(saved, "the checkpoint's run")
+        before = parse_record(RunConfig, saved, "the checkpoint's run")
     except ValueError as error:
         raise ValueError(
             f"{error}; another version wrote it: resume with that one, or start in a new folder"
