@@ -123,12 +123,22 @@ class LoopConfig(Record):
     best_metric: str = (
         "segm/AP"  # names the kept best weights, without masks bbox/AP does; tables use the last
     )
-    eval_every_steps: int = Field(0, ge=0)  # 0 evaluates at the end alone
+    # 0 evaluates at the end alone; -1 four times, at most every 50 steps, for a curve and for
+    # whether an arm still learns
+    eval_every_steps: int = Field(-1, ge=-1)
     eval_batch: int = Field(8, ge=1)
     eval_precision: EvalPrecision = "fp32"  # of the network; boxes and masks are chosen in fp32
     # Boundary AP of masks as metrics of their own ("boundary/AP"), by size too; it costs time
     eval_boundary: bool = False
     guard: Guard = Guard()
+
+
+def steps_between_evaluations(every: int, steps: int) -> int:
+    """What `eval_every_steps` comes to in a run of that many steps; 0 is at the end alone."""
+    if every >= 0:
+        return every if every < steps else 0
+    quarter = max(50, -(-steps // 4))  # rounded up, so that the last one is the end itself
+    return quarter if quarter < steps else 0
 
 
 class RunConfig(Record):

@@ -15,6 +15,7 @@ from pydantic import AliasPath, Field, JsonValue, ValidationError
 
 from contract.answers import TrialView
 from contract.attempt import RESULT_FILE, SPEC_FILE, SPOOL_RECORDS
+from contract.recipe import steps_between_evaluations
 from contract.record import Message
 from orchestrator.trial_folder import ANSWER_BYTES, TrialFileError, TrialFolder, sound
 
@@ -27,9 +28,14 @@ class SeenRun(Message):
     steps: int = Field(0, validation_alias=AliasPath("loop", "steps"))
     global_batch: int = Field(0, validation_alias=AliasPath("loop", "global_batch"))
     precision: str = Field("", validation_alias=AliasPath("loop", "precision"))
-    eval_every_steps: int = Field(0, validation_alias=AliasPath("loop", "eval_every_steps"))
+    eval_every: int = Field(0, validation_alias=AliasPath("loop", "eval_every_steps"))
     train: str = Field("", validation_alias=AliasPath("data", "train"))
     val: str = Field("", validation_alias=AliasPath("data", "val"))
+
+    @property
+    def eval_every_steps(self) -> int:
+        """0 is at the end alone, or not known."""
+        return steps_between_evaluations(self.eval_every, self.steps)
 
     @property
     def images(self) -> int:

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from contract.recipe import LoopConfig, RunConfig
+from contract.recipe import LoopConfig, RunConfig, steps_between_evaluations
 from model.structures import Batch
 from pipelines.load.loader import TrainStep
 from workers.tracking.journal import Journal
@@ -174,7 +174,8 @@ def due(loop: LoopConfig, step: int, asked: Reason = "") -> _Due:
     A checkpoint stands before every evaluation and every end, so that neither is lost.
     """
     last = step == loop.steps
-    evaluation = last or bool(loop.eval_every_steps and step % loop.eval_every_steps == 0)
+    between = steps_between_evaluations(loop.eval_every_steps, loop.steps)
+    evaluation = last or bool(between and step % between == 0)
     checkpoint = evaluation or bool(asked) or step % loop.checkpoint_every_steps == 0
     log = last or step % loop.log_every_steps == 0
     # a checkpoint reads, too: the guard must see every loss before it is saved with the state

@@ -14,10 +14,27 @@ from tests.workers.fakes import FakeDetector, fake_trial, small_run
 from workers.tracking.series import Row
 from workers.training.evaluate import Scores
 from workers.training.guard import GuardState, first_bad_step, rolled_back
-from workers.training.loop import _guarded_loss
+from workers.training.loop import _guarded_loss, due
 from workers.training.optim import base_rate, build_optimiser, rate_factor
 from workers.training.step import apply_gradients
 from workers.trial.causes import DivergedError
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "evaluated"),
+    [
+        (-1, 160_000, [40_000, 80_000, 120_000, 160_000]),
+        (-1, 450, [113, 226, 339, 450]),  # at three quarters, and not twice near the end
+        (-1, 120, [50, 100, 120]),
+        (-1, 50, [50]),
+        (0, 400, [400]),
+        (150, 400, [150, 300, 400]),
+        (900, 400, [400]),
+    ],
+)
+def test_a_run_is_evaluated_four_times_unless_it_says_otherwise(every, steps, evaluated):
+    loop = LoopConfig(steps=steps, eval_every_steps=every)
+    assert [step for step in range(1, steps + 1) if due(loop, step).evaluation] == evaluated
 
 
 def test_a_loss_that_is_not_finite_is_bad_from_the_first_step():
