@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +24,32 @@ def main(argv: Sequence[str]) -> int:
         prog="maskray sync", description="Sends a run's unsent records to its tracker."
     )
     parser.add_argument("folder", metavar="SPOOL_OR_TRIAL_FOLDER", help="a path or a URI")
+    parser.add_argument(
+        "--mlflow",
+        default=os.environ.get("MLFLOW_TRACKING_URI", ""),
+        metavar="URI",
+        help="the MLflow server or store of a run that was trained without one "
+        "(default: MLFLOW_TRACKING_URI)",
+    )
+    parser.add_argument(
+        "--experiment",
+        default="maskray",
+        help="with --mlflow: MLflow experiment (default: maskray)",
+    )
+    parser.add_argument(
+        "--parent", default="", metavar="RUN_ID", help="with --mlflow: the run that it belongs to"
+    )
     add_output_options(parser)
     return run_command(lambda: _sync(parser.parse_args(argv)), argv)
 
 
 def _sync(arguments: argparse.Namespace) -> int:
-    sent = sync(arguments.folder)
+    tracker = None
+    if arguments.mlflow:
+        tracker = MLflowTracking(
+            uri=arguments.mlflow, experiment=arguments.experiment, parent_run_id=arguments.parent
+        )
+    sent = sync(arguments.folder, tracker)
     print(json.dumps({"sent": sent}) if arguments.json else f"{sent} records sent")
     return 0
 
@@ -37,8 +58,10 @@ def _warn(text: str) -> None:
     print(text, file=sys.stderr)  # stdout holds the answer alone
 
 
-def sync(where: str) -> int:
+def sync(where: str, other: MLflowTracking | None = None) -> int:
     """Ships all unsent records of a spool; returns how many.
+
+    other: the tracker of a run that has none. The spool keeps it, as if the run had begun with it.
 
     Raises ValueError if there is no spool or no tracker, RuntimeError if the tracker cannot be
     reached or some artifact cannot be stored.
@@ -52,10 +75,10 @@ def sync(where: str) -> int:
         destination = Destination.model_validate_json((folder / DESTINATION_FILE).read_bytes())
         tracking = destination.tracking
         if not isinstance(tracking, MLflowTracking):
-            raise ValueError(
-                f"{where}: its run has no tracker; "
-                "resume it with one (--mlflow), which sends all of it"
-            )
+            if other is None:
+                raise ValueError(f"{where}: its run has no tracker; name one with --mlflow URI")
+            tracking = other
+            destination = destination.model_copy(update={"tracking": other})
         storage = Files(destination.storage)
         tracker = MLflowTracker(tracking, destination.trial, destination.name, storage, _warn)
         spool = Spool(folder, take=False, warn=_warn)  # the run may be alive: it keeps its spool
@@ -64,6 +87,7 @@ def sync(where: str) -> int:
             while sent := ship_once(spool, tracker, _warn):
                 total += sent
             total += ship_postponed(spool, tracker, _warn)
+            remote.write(DESTINATION_FILE, destination.model_dump_json(indent=1).encode())
         except Exception as error:
             left = f"{total} records sent, the others stay in {where}"
             raise RuntimeError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -179,7 +180,7 @@ def close_runs(
         if just_taken and not study.mlflow_experiment:
             continue  # its study gets a parent run in the next turn
         with apart(f"trial {trial.id}"):
-            why = _send_rest(trial, study, ship or _ship)
+            why = _send_rest(mlflow, trial, study, ship)
             if why:  # before MLflow refuses the next question too
                 lacks[trial.id] = _lack(trial, why, lacks.get(trial.id), now)
             if trial.cached_from and study.mlflow_experiment:
@@ -222,7 +223,7 @@ def _make_light_run(
     mlflow.log_metrics(run_id, finite, now)
 
 
-def _send_rest(trial: TrialBrief, study: StudyBrief, ship: Ship) -> str:
+def _send_rest(mlflow: MLflow, trial: TrialBrief, study: StudyBrief, ship: Ship | None) -> str:
     """Sends what the trial could not send while it ran. Returns why that failed, "" if not."""
     # The folder of a trial that took another one's result is that one's.
     if not study.mlflow_experiment or trial.cached_from:
@@ -231,7 +232,13 @@ def _send_rest(trial: TrialBrief, study: StudyBrief, ship: Ship) -> str:
         unsent = _unsent(trial.folder)
     except TrialFileError as error:
         return str(error)
-    return (ship(trial.folder) or "") if unsent else ""
+    if not unsent:
+        return ""
+    if ship is not None:
+        return ship(trial.folder) or ""
+    # a trial may have been started without a tracker, before the server had an address
+    place = ("--experiment", study.mlflow_experiment, "--parent", study.mlflow_run_id)
+    return _ship(trial.folder, mlflow.uri, place)
 
 
 def _runs_of(mlflow: MLflow, trial: TrialBrief, study: StudyBrief) -> list[Run]:
@@ -269,13 +276,21 @@ def _unsent(folder: str) -> bool:
     return bool(postponed) or whole > (cursor.bytes if cursor is not None else 0)
 
 
-def _ship(folder: str) -> str:
+def _ship(folder: str, uri: str, place: Sequence[str]) -> str:
     """Returns why not all of it was sent, empty if all was."""
     # The spool's format is the workers' own, and this room imports no other: so their command is
     # spawned.
-    command = [sys.executable, "-m", "workers.sync", folder]
+    command = [sys.executable, "-m", "workers.sync", folder, *place]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SHIP_S, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_SHIP_S,
+            check=False,
+            # not as an argument, which every user of the machine can read: it may hold a password
+            env={**os.environ, "MLFLOW_TRACKING_URI": uri},
+        )
         last_lines = done.stderr.strip().splitlines() or ["no reason given"]
         why = last_lines[-1] if done.returncode else ""
     except subprocess.TimeoutExpired:

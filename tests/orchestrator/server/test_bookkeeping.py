@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ def test_one_seed_has_no_interval() -> None:
 class FakeMLflow:
     """Remembers what it was told of runs."""
 
+    uri = ""
+
     def __init__(self) -> None:
         self.ended: list[str] = []
         self.tags: dict[str, dict[str, str]] = {}
@@ -121,6 +124,34 @@ def test_what_a_trial_could_not_send_is_sent_before_its_run_is_closed(tmp_path: 
         close_runs(ledger, mlflow, 2.0, shipped.append)  # type: ignore[arg-type]
     assert shipped == [str(left)]
     assert mlflow.ended == ["FINISHED", "FINISHED"]
+    ledger.close()
+
+
+def test_a_trial_that_ran_without_a_tracker_is_sent_to_the_services(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It began before a local server had an address. The server's password is no argument."""
+    ledger, uri = Ledger(f"sqlite:///{tmp_path / 'ledger.db'}"), "https://ann:secret@mlflow.test"
+    settings = ServiceSettings(home=str(tmp_path))
+    study, _ = accept.accept(ledger, settings, submission(plan("a")), "ann", 1.0)
+    with ledger.writing() as transaction:
+        transaction.execute(update(TRIALS).values(state="done"))
+        transaction.execute(update(STUDIES).values(mlflow_experiment=study, mlflow_run_id="parent"))
+    folder = tmp_path / "studies" / study / f"{study}-000"
+    spool = Spool(folder / "spool")
+    spool.append(Tags(values={}))
+    spool.close()
+    seen: list[tuple[list[str], str]] = []
+
+    def run(command: list[str], *, env: dict[str, str], **_: object) -> subprocess.CompletedProcess:
+        seen.append((command[3:], env["MLFLOW_TRACKING_URI"]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    mlflow = FakeMLflow()
+    mlflow.uri = uri
+    monkeypatch.setattr(subprocess, "run", run)
+    close_runs(ledger, mlflow, 2.0)  # type: ignore[arg-type]
+    assert seen == [([str(folder), "--experiment", study, "--parent", "parent"], uri)]
     ledger.close()
 
 

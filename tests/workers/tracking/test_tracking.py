@@ -86,8 +86,13 @@ def test_a_run_first_trained_without_a_tracker_sends_that_part_once_it_has_one(
     train_untracked(attempt_of(tmp_path, 1, NoTracking()), 1)
     assert not (tmp_path / "spool/cursor.json").exists()
     assert "warning" not in capsys.readouterr().out
-    with pytest.raises(ValueError, match="its run has no tracker; resume it with one"):
+    with pytest.raises(ValueError, match="its run has no tracker; name one with --mlflow URI"):
         sync(str(tmp_path))
+    other = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'other.db')}"
+    shutil.copytree(tmp_path / "spool", tmp_path / "copy")
+    assert sync(str(tmp_path / "copy"), MLflowTracking(uri=other, experiment="study")) > 0
+    assert history(other) == [(1, 1.0)]
+    assert sync(str(tmp_path / "copy")) == 0  # it keeps its tracker
     journal = open_journal(
         attempt_of(tmp_path, 2, MLflowTracking(uri=own, experiment="study")),
         Files(str(tmp_path)),
