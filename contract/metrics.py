@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection
+from functools import cache
 from typing import get_args
 
 from contract.model import MaskBranch, MaskLoss, ModelConfig, NoKeypoints
@@ -21,15 +22,22 @@ BOX_STATS = (
 )  # fmt: skip
 KEYPOINT_STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 
-# Every way in which some mask loss makes a mask of its logits, and is evaluated by.
-MASK_INFERENCES: tuple[str, ...] = tuple(
-    dict.fromkeys(
-        inference for loss in get_args(get_args(MaskLoss)[0]) for inference in loss.inferences
-    )
-)
 # Masks again, by Boundary AP (Cheng et al. 2021): where `loop.eval_boundary` asks for it
 BOUNDARY = "boundary"
-KINDS = ("bbox", "segm", *(f"segm-{name}" for name in MASK_INFERENCES), BOUNDARY, "keypoints")
+
+
+@cache
+def mask_inferences() -> tuple[str, ...]:
+    """Every way in which some mask loss makes a mask of its logits, and is evaluated by."""
+    losses = get_args(get_args(MaskLoss)[0])
+    return tuple(dict.fromkeys(inference for loss in losses for inference in loss.inferences))
+
+
+@cache
+def all_kinds() -> tuple[str, ...]:
+    """Every kind of result that some model is scored on."""
+    masks = (f"segm-{name}" for name in mask_inferences())
+    return ("bbox", "segm", *masks, BOUNDARY, "keypoints")
 
 
 def result_kinds(model: ModelConfig) -> tuple[str, ...]:
@@ -56,7 +64,7 @@ def metric_names(model: ModelConfig, boundary: bool = False) -> list[str]:
 
 def all_metric_names() -> list[str]:
     """The names of all metrics of all models."""
-    return [f"{kind}/{name}" for kind in KINDS for name in stats_of(kind)]
+    return [f"{kind}/{name}" for kind in all_kinds() for name in stats_of(kind)]
 
 
 def check_metric(metric: str, where: str = "metrics") -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from contract.answers import StudyView
-from contract.metrics import MASK_INFERENCES
+from contract.metrics import mask_inferences
 from contract.study import Study
 from orchestrator.results.comparison import Answer, Arm, Comparison
 from orchestrator.results.facts import Facts
@@ -114,13 +114,13 @@ def softmax_table(comparison: Comparison) -> Table:
     """Mask AP of softmax arms under every inference that was evaluated."""
     rows = []
     for arm in comparison.arms:
-        values = [arm.metrics.get(f"segm-{name}/AP") for name in MASK_INFERENCES]
+        values = [arm.metrics.get(f"segm-{name}/AP") for name in mask_inferences()]
         if any(values):  # the evaluation has these names for softmax arms alone
             configured = arm.metrics.get("segm/AP")
             bare = bool(comparison.early)
             texts = (mean_text(value, bare) for value in (configured, *values))
             rows.append(Row.of(arm_label(arm), *texts))
-    names = (name.replace("_", " ") for name in MASK_INFERENCES)
+    names = (name.replace("_", " ") for name in mask_inferences())
     return Table(("arm", "as configured", *names), tuple(rows), left=1)
 
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from contract.files import Files, split
 from contract.model import (
     VGG16,
@@ -143,7 +141,6 @@ def _hash(
     code: Reached,
     ranks: int,
 ) -> str:
-    _drop_unread(run, record, code)
     # The hash of weights and proposals stands for their whole record: places do not count.
     record["model"] |= {"weights": initial[0], "proposals": initial[1]}
     everything = {
@@ -153,26 +150,6 @@ def _hash(
         "ranks": ranks if trains_batch_norm(run) else 0,
     }
     return hashlib.sha256(canonical(everything).encode()).hexdigest()
-
-
-def _drop_unread(value: Any, record: Any, code: Reached) -> None:
-    """Takes fields at their default out of `record` that no reached code can read.
-
-    So a field that came for another arm does not count, and one that is read does at any value.
-    """
-    if code.mentions is None or not isinstance(record, dict):
-        return
-    if isinstance(value, BaseModel):
-        for name, field in type(value).model_fields.items():
-            if name not in record:
-                continue
-            own = getattr(value, name)
-            required = field.is_required()
-            unread = name not in code.mentions and name != "kind"
-            if unread and not required and own == field.get_default(call_default_factory=True):
-                del record[name]
-            else:
-                _drop_unread(own, record[name], code)
 
 
 def trains_batch_norm(run: RunConfig) -> bool:

@@ -50,13 +50,13 @@ class BrierMasks:
         return dict(reversed(maps.items())) if self.sharpened else maps
 '''
 STUDY_SIDE = """
-from contract.metrics import KINDS, check_metric, result_kinds
+from contract.metrics import all_kinds, check_metric, result_kinds
 from contract.presets import preset
 from orchestrator.results.planning.checkpoint_size import parameters
 sigmoid = preset("r50-fpn")
 toy = sigmoid.model_validate({**dict(sigmoid), "mask": {"kind": "mask", "loss": {"kind": "brier"}}})
 assert {"segm-soft", "segm-sharp"} == set(result_kinds(toy)) - set(result_kinds(sigmoid))
-assert {"segm-soft", "segm-sharp"} < set(KINDS)
+assert {"segm-soft", "segm-sharp"} < set(all_kinds())
 check_metric("segm-sharp/AP")
 assert parameters(toy) == parameters(sigmoid)
 """

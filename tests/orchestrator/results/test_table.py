@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from contract.metrics import MASK_INFERENCES
+from contract.metrics import mask_inferences
 from orchestrator.results.cells import points
 from orchestrator.results.report import build_report
 from orchestrator.results.rescore import SECOND_CHANCE
@@ -127,7 +127,7 @@ def test_every_softmax_inference_is_named(tmp_path: Path) -> None:
 
 def test_softmax_inferences_have_no_interval_before_the_end() -> None:
     def metrics(value: float) -> dict[str, float]:
-        return {f"segm{name}/AP": value for name in ("", *(f"-{one}" for one in MASK_INFERENCES))}
+        return {f"segm{name}/AP": value for name in ("", *(f"-{one}" for one in mask_inferences()))}
 
     trials = [finished(POOL, s, True, metrics=metrics(0.3 + s / 100)) for s in range(3)]
     assert "31.0 ±2.5" in table(view(trials))

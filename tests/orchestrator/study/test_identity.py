@@ -21,13 +21,12 @@ from orchestrator.study.identity import (
     weights_identity,
 )
 from orchestrator.study.meaning.reach import Reached
-from orchestrator.study.meaning.view import Words
 
 PARTS: dict[str, Any] = {
     "manifests": ("a" * 64, "b" * 64),
     "weights": "none",
     "proposals": "end_to_end",
-    "code": Reached("c" * 64, None),
+    "code": Reached("c" * 64),
     "ranks": 2,
 }
 
@@ -56,7 +55,7 @@ def test_where_the_data_lies_does_not_count() -> None:
         {"manifests": ("b" * 64, "a" * 64)},
         {"weights": "resnet18-f37072fd.pth"},
         {"proposals": "e" * 64},
-        {"code": Reached("f" * 64, None)},
+        {"code": Reached("f" * 64)},
     ],
 )
 def test_each_part_counts(changed: dict[str, Any]) -> None:
@@ -68,15 +67,6 @@ def test_each_part_counts(changed: dict[str, Any]) -> None:
 )
 def test_each_choice_counts(changed: dict[str, Any]) -> None:
     assert identity(tiny(**changed), **PARTS) != identity(tiny(), **PARTS)
-
-
-def test_a_field_that_no_code_reads_counts_once_it_has_another_value() -> None:
-    reads_all = {*vars(tiny().model.inference), *vars(tiny().model), *vars(tiny())} - {"nms_iou"}
-    unread = PARTS | {"code": Reached("c" * 64, Words(reads_all))}
-    read = PARTS | {"code": Reached("c" * 64, Words(reads_all | {"nms_*"}))}
-    other = tiny(model__inference__nms_iou=0.6)
-    assert identity(tiny(), **unread) != identity(tiny(), **read)
-    assert identity(other, **unread) != identity(tiny(), **unread)
 
 
 def test_ranks_count_under_trained_batch_norm_alone() -> None:
