@@ -302,4 +302,13 @@ def _answer_row(answer: Answer) -> Row:
 
 
 def interval_text(low: float, high: float) -> str:
-    return "-" if math.isnan(low) else f"{points(low, True)} to {points(high, True)}"
+    return "-" if math.isnan(low) else f"{end(low)} to {end(high)}"
+
+
+def end(value: float, signed: bool = True) -> str:
+    """An end of an interval in points. One near zero keeps the digit that shows on which side."""
+    for digits in (1, 2, 3, 4):
+        text = f"{100 * value:+.{digits}f}" if signed else f"{100 * value:.{digits}f}"
+        if float(text):
+            return text
+    return points(value, signed)

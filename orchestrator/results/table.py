@@ -28,9 +28,7 @@ from orchestrator.results.statistics.contrasts import Estimate
 BESIDE = (
     "The paper has one seed an arm. Outside of the range for one seed our result contradicts it."
 )
-IMAGES = (
-    "Evaluation noise: 95% over seeds, and over seeds and validation images (two-way bootstrap)"
-)
+IMAGES = "Evaluation noise: 95% over seeds, and over seeds and resampled validation images"
 EXPLORATORY = "Exploratory: plain 95% intervals, each on its own; no verdicts"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from orchestrator.results.cells import metric_label, points, verdict_text
+from orchestrator.results.cells import end, metric_label, points, verdict_text
 from orchestrator.results.comparison import Answer, Comparison
 from orchestrator.results.facts import Facts
 from orchestrator.results.published.beside import Beside, besides
@@ -29,7 +29,7 @@ class Headline:
             first, *others = self.answer.withheld.split("; ")
             more = f" (and {len(others)} more, see the notes)" if others else ""
             return f"{start}, no verdict: {first}{more}"
-        interval = f"[{points(estimate.low)}, {points(estimate.high)}]"
+        interval = f"[{end(estimate.low, False)}, {end(estimate.high, False)}]"
         text = f"{start} {interval}, {verdict_text(self.answer)}"
         if self.beside is None:
             return text

@@ -1,4 +1,4 @@
-"""The noise of a small validation set: AP of resampled images, and of resampled seeds with them.
+"""The noise of a small validation set: AP of resampled images, and intervals that know of it.
 
 Pure functions on the matches of single detections. Axes: D detections of a category, T IoU
 thresholds, I images, B resamples.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.results.statistics.summary import CONFIDENCE
+from orchestrator.results.statistics.contrasts import Estimate
 
 RESAMPLES = 300
 NUM_THRESHOLDS = 10
@@ -76,30 +76,17 @@ def resampled_counts(num_images: int, resamples: int = RESAMPLES) -> NDArray[np.
     return generator.multinomial(num_images, share, size=resamples)
 
 
-def two_way(
-    weights: Mapping[str, float],
-    by_seed: Mapping[str, Mapping[int, Floats]],
-    trainings: Mapping[str, str],
-) -> tuple[float, float]:
-    """The 95% interval of a contrast over resampled seeds and, the same for all arms, images.
+def image_error(weights: Mapping[str, float], by_seed: Mapping[str, Sequence[Floats]]) -> float:
+    """The standard error of a contrast for want of images, with these seeds.
 
-    by_seed: arm -> seed -> the metric of every resample of images (B). trainings: arm -> the
-    training that it shares with others: their seeds are drawn together. NaN if they share none.
+    by_seed: arm -> of each seed the metric of every resample of images (B), which are the same for
+    all arms.
     """
-    generator = np.random.default_rng(_GENERATOR)
-    total: Floats | float = 0.0
-    drawn: dict[str, NDArray[np.int64]] = {}
-    for arm, weight in weights.items():
-        training = trainings.get(arm, arm)
-        together = [by_seed[one] for one in weights if trainings.get(one, one) == training]
-        seeds = sorted(set.intersection(*map(set, together)))
-        if not seeds:
-            return math.nan, math.nan
-        table = np.stack([by_seed[arm][seed] for seed in seeds])  # seeds, B
-        if training not in drawn:
-            drawn[training] = generator.integers(0, len(table), size=table.shape)
-        chosen = np.take_along_axis(table, drawn[training], axis=0)
-        total = total + weight * chosen.mean(axis=0)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.asarray(total), [tail, 1 - tail])
-    return float(low), float(high)
+    means = (weight * np.mean(by_seed[arm], axis=0) for arm, weight in weights.items())
+    return float(np.std(sum(means), ddof=1))
+
+
+def with_error(estimate: Estimate, error: float) -> tuple[float, float]:
+    """The estimate's interval, widened by another source of noise. NaN where it has none."""
+    half = estimate.quantile * math.hypot(estimate.error, error)
+    return estimate.difference - half, estimate.difference + half

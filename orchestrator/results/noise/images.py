@@ -18,7 +18,7 @@ from contract.answers import StudyView, TrialView
 from contract.attempt import MATCHES, MAX_IMAGES_OF_MATCHES
 from contract.files import uri_join
 from contract.words import one_line
-from orchestrator.results.comparison import Answer, Comparison, shared_trainings
+from orchestrator.results.comparison import Answer, Comparison
 from orchestrator.results.facts import Facts
 from orchestrator.results.media import artifact
 from orchestrator.results.noise.bootstrap import (
@@ -27,8 +27,9 @@ from orchestrator.results.noise.bootstrap import (
     Floats,
     Matched,
     average_precision,
+    image_error,
     resampled_counts,
-    two_way,
+    with_error,
 )
 from orchestrator.study.contrasts import arm_name
 from orchestrator.trial_folder import SMALL_BYTES, TrialFileError, TrialFolder
@@ -47,7 +48,6 @@ class _Resampled:
 
 
 _Intervals = dict[str, tuple[float, float]]
-_NONE = math.nan, math.nan
 _Behind = dict[str, dict[int, TrialView]]  # arm -> seed -> a trial that the estimate rests on
 _Known = dict[tuple[str, str], _Resampled | None]  # (trial id, metric) -> what was made of it
 
@@ -64,8 +64,7 @@ def with_images(view: StudyView, facts: Facts, comparison: Comparison) -> _Inter
     ]
     if not asked:
         return {}
-    trainings = shared_trainings(comparison.arms, facts.folders.weights)
-    name = f"report/images-{_digest(facts, asked, trainings)}.json"
+    name = f"report/images-{_digest(facts, asked)}.json"
     folder = TrialFolder(uri_join(view.storage, view.study)) if view.storage else None
     kept = _read_kept(folder, name) if folder is not None else None
     if kept is not None:
@@ -74,9 +73,11 @@ def with_images(view: StudyView, facts: Facts, comparison: Comparison) -> _Inter
     intervals: _Intervals = {}
     for answer, behind in asked:
         by_seed = _by_seed(facts, answer.asked.metric, behind, known)
-        low, high = two_way(answer.asked.weights, by_seed, trainings) if by_seed else _NONE
-        if not math.isnan(low):
-            intervals[answer.asked.name] = low, high
+        if by_seed:
+            error = image_error(answer.asked.weights, by_seed)
+            low, high = with_error(answer.estimate, error)
+            if not math.isnan(low):
+                intervals[answer.asked.name] = low, high
     if folder is not None:
         try:
             folder.write(name, _KEPT.dump_json(intervals))
@@ -116,15 +117,14 @@ def _left_matches(facts: Facts, answer: Answer, behind: _Behind) -> bool:
     )
 
 
-def _digest(
-    facts: Facts, asked: Sequence[tuple[Answer, _Behind]], trainings: Mapping[str, str]
-) -> str:
+def _digest(facts: Facts, asked: Sequence[tuple[Answer, _Behind]]) -> str:
     """Of all that the intervals follow from."""
     rests_on = [
         (
             answer.asked.name,
             answer.asked.metric,
             dict(answer.asked.weights),
+            (answer.estimate.low, answer.estimate.high),
             [
                 (arm, seed, trial.trial, facts.trials[trial.trial].result.attempt)
                 for arm, by_seed in behind.items()
@@ -133,7 +133,7 @@ def _digest(
         )
         for answer, behind in asked
     ]
-    text = json.dumps([RESAMPLES, rests_on, dict(trainings)])
+    text = json.dumps(["sum of variances", RESAMPLES, rests_on])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -149,19 +149,19 @@ def _read_kept(folder: TrialFolder, name: str) -> _Intervals | None:
 
 def _by_seed(
     facts: Facts, metric: str, behind: _Behind, known: _Known
-) -> Mapping[str, Mapping[int, Floats]]:
-    """Arm -> seed -> the resampled metric; empty where one of them is not known."""
-    tables: dict[str, dict[int, Floats]] = {}
+) -> Mapping[str, Sequence[Floats]]:
+    """Arm -> of each seed the resampled metric; empty where one of them is not known."""
+    tables: dict[str, list[Floats]] = {}
     images = set()
     for arm, by_seed in behind.items():
-        for seed, trial in by_seed.items():
+        for trial in by_seed.values():
             if (trial.trial, metric) not in known:
                 known[trial.trial, metric] = _resampled(facts, trial, metric)
             one = known[trial.trial, metric]
             if one is None:
                 return {}
             images.add(one.image_ids)
-            tables.setdefault(arm, {})[seed] = one.values
+            tables.setdefault(arm, []).append(one.values)
     # Arms on different images share no resample.
     return tables if len(images) == 1 else {}
 

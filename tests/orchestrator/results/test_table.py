@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from contract.metrics import mask_inferences
-from orchestrator.results.cells import points
+from orchestrator.results.cells import interval_text, points
 from orchestrator.results.report import build_report
 from orchestrator.results.rescore import SECOND_CHANCE
 from tests.orchestrator.results.paper_study import ALIGN, PAPER, POOL, paper_study, table, view
@@ -168,3 +170,16 @@ def test_the_report_names_the_precision_and_a_mixture_of_two(tmp_path: Path) -> 
     (Path(trials[0].storage) / "result.json").write_text('{"attempt": 1, "precision": "bf16"}')
     mixed = "5 trials in fp32 (convolutions in TF32), 1 trials in bf16: a difference between arms"
     assert f"Precision: {mixed}" in table(view(trials))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (-0.0503, -0.00037, "-5.0 to -0.04"),  # worse: it must not read as if it held 0
+        (0.112, 0.1617, "+11.2 to +16.2"),
+        (-0.01, 0.0, "-1.0 to +0.0"),
+        (-0.000002, 0.01, "-0.0002 to +1.0"),
+    ],
+)
+def test_an_end_near_zero_shows_its_side(low: float, high: float, text: str) -> None:
+    assert interval_text(low, high) == text

@@ -19,11 +19,13 @@ from orchestrator.results.noise.bootstrap import (
     THRESHOLDS,
     Matched,
     average_precision,
+    image_error,
     resampled_counts,
-    two_way,
+    with_error,
 )
 from orchestrator.results.noise.images import _read
 from orchestrator.results.report import Contents
+from orchestrator.results.statistics.contrasts import Contrast, Estimate
 from orchestrator.trial_folder import TrialFolder
 from pipelines.evaluate.evaluation import evaluate
 from pipelines.evaluate.matches import evaluate_and_match
@@ -92,26 +94,20 @@ def test_the_file_keeps_every_array_and_another_file_costs_no_report(tmp_path: P
     assert _read(b"") is None
 
 
-def test_two_way_holds_both_noises() -> None:
+def test_the_noise_of_images_adds_to_that_of_seeds() -> None:
     generator = np.random.default_rng(0)
     images = generator.normal(0, 0.01, RESAMPLES)  # shared by both arms
     weights = {"a": 1.0, "b": -1.0}
     # Images that move both arms alike move no difference.
-    alike = {"a": dict.fromkeys((0, 1), 0.3 + images), "b": dict.fromkeys((0, 1), 0.2 + images)}
-    assert two_way(weights, alike, {}) == pytest.approx((0.1, 0.1))
-    # Seeds alone: one arm's mean of two draws of 0.30 and 0.32.
-    seeds = {"a": {0: 0 * images + 0.30, 1: 0 * images + 0.32}, "b": {0: 0 * images + 0.2}}
-    assert two_way(weights, seeds, {}) == pytest.approx((0.1, 0.12))
-    # Independent images: 1.96 sd to each side.
-    apart = {"a": {0: 0.3 + images}, "b": {0: 0.2 + 0 * images}}
-    low, high = two_way(weights, apart, {})
-    assert (high - low) / 2 == pytest.approx(1.96 * 0.01, rel=0.2)
-    # Arms of one training differ by 0.01 in every seed, so in every resample of seeds.
-    one = {seed: images + value for seed, value in enumerate((0.30, 0.34, 0.26))}
-    both = {"a": one, "b": {seed: values - 0.01 for seed, values in one.items()}}
-    assert two_way(weights, both, {"a": "a", "b": "a"}) == pytest.approx((0.01, 0.01))
-    low, high = two_way(weights, both, {})
-    assert high - low > 0.02
+    alike = {"a": [0.3 + images, 0.32 + images], "b": [0.2 + images]}
+    assert image_error(weights, alike) == pytest.approx(0, abs=1e-12)
+    # Those that move one seed of two count by half.
+    apart = {"a": [0.3 + images, 0.32 + 0 * images], "b": [0.2 + 0 * images]}
+    assert image_error(weights, apart) == pytest.approx(0.005, rel=0.1)
+    contrast = Contrast("a", "segm/AP", weights)
+    estimate = Estimate(contrast, 0.1, 0.094, 0.106, 0.1, 2, 4.0, quantile=2.0)  # an error of 0.003
+    assert with_error(estimate, 0.0) == pytest.approx((0.094, 0.106))
+    assert with_error(estimate, 0.004) == pytest.approx((0.09, 0.11))
 
 
 def test_the_report_has_it_where_trials_left_their_matches(
@@ -124,7 +120,9 @@ def test_the_report_has_it_where_trials_left_their_matches(
     study = view(trials, **PAPER).model_copy(update={"storage": str(tmp_path / "kept")})
     contents = Contents.of(study)
     low, high = contents.with_images.with_images["roi=RoIAlign"]
-    assert low < 0 < high  # both arms have the same detections here
+    estimate = contents.comparison.answers[0].estimate
+    assert low == pytest.approx(estimate.low)  # both arms have the same detections here
+    assert high == pytest.approx(estimate.high)
     assert "Evaluation noise: 95% over seeds" in contents.text()
     (one,) = json.loads(contents.rendered("json"))["contrasts"]
     assert (one["low_with_images"], one["high_with_images"]) == (low, high)
