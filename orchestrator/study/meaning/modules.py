@@ -23,6 +23,7 @@ class Module:
     definitions: dict[str, list[ast.stmt]] = field(default_factory=dict)
     imports: Names = field(default_factory=dict)
     loads: set[str] = field(default_factory=set)  # what the imports may load, as dotted names
+    rebound: set[str] = field(default_factory=set)  # names that some function gives a value, too
 
     def __post_init__(self) -> None:
         for statement in self.tree.body:
@@ -33,6 +34,9 @@ class Module:
                 for _, bound, target in self.bindings(inner):
                     self.imports.setdefault(bound, set()).add(target)
                     self.loads.add(target)
+        for statement in self.tree.body:
+            own = set(_given(statement))
+            self.rebound |= {name for name in bound_in(statement) if name not in own}
 
     def bindings(self, statement: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str, str]]:
         """Of each name that an import gives: how it is written, the name, what it stands for."""
@@ -73,10 +77,12 @@ class Sources:
     """
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
-        self.paths = {module_name(path): path for path in files if path.endswith(".py")}
+        # sorted: where a module and a package have one name, Python takes the package
+        python = sorted((path for path in files if path.endswith(".py")), key=_is_package)
+        self.paths = {module_name(path): path for path in python}
         self._files = files
         self._modules: dict[str, Module | None] = {}
-        self._places: dict[str, frozenset[Place]] = {}
+        self._places: dict[str, frozenset[tuple[Place, str]]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.paths
@@ -99,8 +105,7 @@ class Sources:
         if name not in self._modules:
             try:
                 tree = ast.parse(self.content(name))
-                is_package = self.paths[name].endswith("__init__.py")
-                self._modules[name] = Module(name, is_package, tree)
+                self._modules[name] = Module(name, _is_package(self.paths[name]), tree)
             except (SyntaxError, ValueError, RecursionError, MemoryError):
                 self._modules[name] = None
         return self._modules[name]
@@ -108,13 +113,23 @@ class Sources:
     def places(self, dotted: str) -> frozenset[Place]:
         """Where a dotted name may lead, through imports of other modules.
 
-        Empty if it leads out of the sources.
+        Empty if it leads out of the sources. Attributes of what it leads to are left out.
         """
+        return frozenset(place for place, _ in self._ways(dotted))
+
+    def the_place(self, dotted: str) -> Place | None:
+        """The one place that the whole of a dotted name leads to."""
+        ways = self._ways(dotted)
+        [(place, more)] = ways if len(ways) == 1 else [(("", ""), "?")]
+        return place if not more else None
+
+    def _ways(self, dotted: str) -> frozenset[tuple[Place, str]]:
         if dotted not in self._places:
             self._places[dotted] = frozenset(self._resolve(dotted))
         return self._places[dotted]
 
-    def _resolve(self, dotted: str) -> Iterator[Place]:
+    def _resolve(self, dotted: str) -> Iterator[tuple[Place, str]]:
+        """Places, and the attributes that are asked of each."""
         ways, gone = [dotted], set[str]()
         while ways:
             way = ways.pop()
@@ -126,7 +141,7 @@ class Sources:
             module = self.module(name) if first else None
             imports = module.imports.get(first, ()) if module is not None else ()
             if module is None or first in module.definitions or not imports:
-                yield name, first
+                yield (name, first), more
             ways += [".".join(filter(None, (target, more))) for target in imports]
 
     def _split(self, dotted: str) -> tuple[str, str]:
@@ -137,6 +152,31 @@ class Sources:
             if name in self.paths:
                 return name, ".".join(parts[n:])
         return "", ""
+
+
+def bound_in(node: ast.AST) -> Iterator[str]:
+    """Every name that something in a node gives a value, in whatever scope."""
+    for inner in ast.walk(node):
+        match inner:
+            case ast.Name(id=name, ctx=ast.Store() | ast.Del()) | ast.arg(arg=name):
+                yield name
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield name
+            case ast.ClassDef(name=name) | ast.ExceptHandler(name=str(name)):
+                yield name
+            case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+                yield name
+            case ast.MatchMapping(rest=str(name)):
+                yield name
+            case ast.Global(names=names) | ast.Nonlocal(names=names):
+                yield from names
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                if inner is not node:
+                    yield from ((one.asname or one.name).partition(".")[0] for one in aliases)
+
+
+def _is_package(path: str) -> bool:
+    return path.endswith("__init__.py")
 
 
 def module_name(path: str) -> str:

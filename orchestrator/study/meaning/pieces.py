@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from orchestrator.study.meaning.inert import is_inert, is_plain_value
-from orchestrator.study.meaning.modules import Module, Place, Sources
+from orchestrator.study.meaning.inert import (
+    has_plain_decorators,
+    is_inert,
+    is_plain_test,
+    is_plain_value,
+)
+from orchestrator.study.meaning.modules import Module, Place, Sources, bound_in
 from orchestrator.study.meaning.records import Records
 
 # Fields of a node that say where it stands, or how it was spelt.
@@ -22,9 +28,6 @@ _NO_MEANING = frozenset({"ctx", "type_comment", "kind", "type_ignores"})
 _QUESTIONS = frozenset({"isinstance", "issubclass"})
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _RUN: Place = ("contract.recipe", "RunConfig")
-# The one call that reads another run than the trial's own: a checkpoint's, which must be equal.
-_SAME_RUN: Place = ("workers.training.state", "check_same_run")
-_READS_SAME_RUN = 'parse_record(RunConfig, saved, "the checkpoint\'s run")'
 
 
 @dataclass
@@ -44,12 +47,17 @@ class Piece:
 
 
 class Pieces:
-    """Makes each piece once for all runs that it is the same for."""
+    """Makes each piece once for all runs that it is the same for.
 
-    def __init__(self, sources: Sources, records: Records) -> None:
-        self.sources, self.records = sources, records
+    known: whether a statement is one that was looked at (see `known`). Such a one makes of a run's
+    record no other than the trial's own.
+    """
+
+    def __init__(
+        self, sources: Sources, records: Records, known: Callable[[Module, ast.stmt], bool]
+    ) -> None:
+        self.sources, self.records, self.known = sources, records, known
         self._made: dict[ast.stmt, list[Piece]] = {}
-        self._aliases: dict[Place, frozenset[Place]] = {}
 
     def of(
         self, module: Module, statement: ast.stmt, alive: frozenset[Place], made: frozenset[Place]
@@ -65,18 +73,24 @@ class Pieces:
         if isinstance(statement, ast.ClassDef) and place in self.records.bases:
             piece.text = spelling.record(statement, place, place in made)
             return piece  # it is another one when it is made
-        piece.text = spelling.statements([statement])
+        piece.text = spelling.statements([statement]) + spelling.scope()
         known.append(piece)
         return piece
 
     def named_records(self, place: Place) -> frozenset[Place]:
-        """The record at this place, or the ones of a union that has a name."""
-        if place in self.records.bases:
-            return frozenset({place})
-        if place not in self._aliases:
-            self._aliases[place] = frozenset()  # a union may name itself
-            self._aliases[place] = frozenset(self._members(place))
-        return self._aliases[place]
+        """The record at this place, or all that a value with a name is made of."""
+        found, todo, gone = set[Place](), [place], set[Place]()
+        while todo:
+            one = todo.pop()
+            if one in gone:
+                continue
+            gone.add(one)
+            if one in self.records.bases:
+                inner = f"{one[1]}."  # classes in a class
+                found |= {r for r in self.records.bases if r == one or r[1].startswith(inner)}
+            else:
+                todo += self._members(one)
+        return frozenset(found)
 
     def _members(self, place: Place) -> Iterator[Place]:
         module = self.sources.module(place[0]) if place[0] in self.sources else None
@@ -86,8 +100,7 @@ class Pieces:
                 for inner in ast.walk(statement.value) if statement.value else ():
                     path = path_of(inner) if isinstance(inner, ast.Name | ast.Attribute) else None
                     for dotted in module.dotted(path) if path else ():
-                        for target in self.sources.places(dotted):
-                            yield from self.named_records(target)
+                        yield from self.sources.places(dotted)
 
 
 class _Spelling:
@@ -108,6 +121,9 @@ class _Spelling:
         self._alive, self._piece = alive, piece
         self._types = False  # in an annotation or a question, which makes no object
         self._functions = 0  # around the node
+        self._annotation = False  # that pydantic may read
+        self._fields_of_a_run = False  # in a record whose values are the run's
+        self._dropped: list[ast.AST] = []
 
     def record(self, statement: ast.ClassDef, place: Place, made: bool) -> str:
         """A record of runs: nothing of a dead one, and of one that the run holds no fields."""
@@ -116,14 +132,32 @@ class _Spelling:
         if made:
             return self.statements([statement])
         written = self._pieces.records.written.get(place, frozenset())
-        fields = [part for part in statement.body if _is_field(self._module, part, written)]
-        own = [part for part in statement.body if part not in fields]
-        for part in fields:  # its value is in the run, but what it names stays named
+        body = [
+            _without_default(part) if _is_field(self._module, part, written) else part
+            for part in statement.body
+        ]
+        for part in statement.body:  # what a default names stays named
             self._piece.names |= _words(part)
+        self._fields_of_a_run = True
         shell = ast.ClassDef(
-            statement.name, statement.bases, statement.keywords, own, statement.decorator_list
+            statement.name, statement.bases, statement.keywords, body, statement.decorator_list
         )
         return self._node(shell)
+
+    def scope(self) -> str:
+        """What dropped code does to the function around it: names of its own, or a generator."""
+        if not self._dropped:
+            return ""
+        lost = Counter(name for node in self._dropped for name in bound_in(node))
+        every = Counter(bound_in(self._statement))
+        names = sorted(name for name, count in lost.items() if every[name] <= count)
+        kinds = {
+            type(inner).__name__
+            for node in self._dropped
+            for inner in ast.walk(node)
+            if isinstance(inner, ast.Yield | ast.YieldFrom | ast.Await | ast.Global | ast.Nonlocal)
+        }
+        return f"scope({names},{sorted(kinds)})" if names or kinds else ""
 
     def statements(self, parts: Iterable[ast.stmt]) -> str:
         return ";".join(self._node(part) for part in self._that_count(parts))
@@ -134,6 +168,7 @@ class _Spelling:
                 case ast.Expr(value=ast.Constant(value=str())) | ast.Pass():
                     continue  # a docstring, or nothing
                 case ast.If(test=test) if self._is_no(test):
+                    self._dropped += [test, *part.body]
                     yield from self._that_count(part.orelse)
                 case _:
                     yield part
@@ -159,9 +194,11 @@ class _Spelling:
             case ast.Name() | ast.Attribute():
                 return self._reference(node)
             case ast.IfExp() if self._is_no(node.test):
+                self._dropped += [node.test, node.body]
                 return self._node(node.orelse)
             case ast.Match():
                 cases = [case for case in node.cases if not self._is_never(case.pattern)]
+                self._dropped += [case for case in node.cases if case not in cases]
                 return f"Match({self._node(node.subject)},{self._any(cases)})"
             case ast.match_case(pattern=ast.MatchOr(patterns=ways)):
                 kept = [way for way in ways if not self._is_never(way)]
@@ -169,22 +206,29 @@ class _Spelling:
                 return self._fields(ast.match_case(pattern, node.guard, node.body))
             case ast.MatchClass():
                 return self._fields(node, types=("cls",))
-            case ast.Call(func=ast.Name(id=question)) if question in _QUESTIONS:
-                return f"Call({question},{self._of_types(node.args)})"
+            case ast.Call(func=ast.Name(id=question), args=[what, classes]) if (
+                question in _QUESTIONS and _is_classes(classes)
+            ):
+                return f"Call({question},{self._node(what)},{self._of_types(classes)})"
+            case ast.Constant(value=str(text)) if self._annotation:
+                self._quoted(text)
+                return self._fields(node)
             case ast.ClassDef():
                 return self._class(node)
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda():
-                self._functions += 1
-                text = self._fields(node, types=("returns",))
-                self._functions -= 1
-                return text
-            case ast.arg():
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                # a decorator may read the annotations, and make what they name
+                return self._function(node, read=not has_plain_decorators(self._module, node))
+            case ast.Lambda():
+                return self._function(node, read=False)
+            case ast.arg() if not self._annotation:
                 return self._fields(node, types=("annotation",))
             case ast.AnnAssign() if self._functions:
                 return self._fields(node, types=("annotation",))
-            case ast.AnnAssign(annotation=ast.Constant(value=str(text))):
-                self._quoted(text)
-                return self._fields(node)
+            case ast.AnnAssign() if node is not self._statement:
+                before, self._annotation = self._annotation, not self._fields_of_a_run
+                text = self._fields(node, types=("annotation",) if self._fields_of_a_run else ())
+                self._annotation = before
+                return text
             case ast.AnnAssign() | ast.Assign() if node is self._statement:
                 # a union of records has a name; whoever uses it as a value may make them
                 types = ("annotation", "value") if is_inert(self._module, node) else ()
@@ -203,15 +247,22 @@ class _Spelling:
                 parts.append(f"{name}={text}")
         return f"{type(node).__name__}({','.join(parts)})"
 
+    def _function(self, node: ast.AST, read: bool) -> str:
+        functions, annotation = self._functions, self._annotation
+        self._functions, self._annotation = functions + 1, read
+        text = self._fields(node, types=() if read else ("returns",))
+        self._functions, self._annotation = functions, annotation
+        return text
+
     def _class(self, node: ast.ClassDef) -> str:
         """A dataclass makes nothing of its annotations; pydantic makes what they name."""
-        functions, self._functions = self._functions, 0
+        functions = self._functions
         plain = any(
             path_of(one.func if isinstance(one, ast.Call) else one) == ["dataclass"]
             and self._module.imports.get("dataclass") == {"dataclasses.dataclass"}
             for one in node.decorator_list
         )
-        self._functions += plain  # so that its annotations are read as a function's
+        self._functions = int(plain)  # so that its annotations are read as a function's
         text = self._fields(node)
         self._functions = functions
         return text
@@ -252,23 +303,15 @@ class _Spelling:
 
     def _reads_the_run(self, place: Place) -> bool:
         """Whether only the trial's own run, or one that equals it, is read here."""
-        if place != _RUN:
-            return False
-        source = ast.unparse(self._statement)
-        here = (self._module.name, getattr(self._statement, "name", ""))
-        if here == ("contract.attempt", "RunSpec"):
-            return source.count("RunConfig") == 1 and "\n    run: RunConfig" in source
-        if here == _SAME_RUN:
-            calls = ast.unparse(ast.parse(_READS_SAME_RUN).body[0])
-            return calls in source and source.count("parse_record") == 1
-        return False
+        return place == _RUN and self._pieces.known(self._module, self._statement)
 
     def _place_of(self, node: ast.expr) -> Place | None:
         """The one place that a name leads to; None if it may be another one too."""
         path = path_of(node)
-        dotted = self._module.dotted(path) if path else []
-        places = self._pieces.sources.places(dotted[0]) if len(dotted) == 1 else frozenset()
-        return next(iter(places)) if len(places) == 1 else None
+        if path is None or path[0] in self._module.rebound:
+            return None
+        dotted = self._module.dotted(path)
+        return self._pieces.sources.the_place(dotted[0]) if len(dotted) == 1 else None
 
     # --- what no value of the run reaches ---------------------------------------------------
 
@@ -293,7 +336,7 @@ class _Spelling:
             case ast.BoolOp(op=ast.And(), values=[first, *rest]):
                 # what stands behind a "no" is not evaluated; what stands before it must be plain
                 return self._is_no(first) or (
-                    is_plain_value(self._module, first) and self._is_no_all(rest)
+                    is_plain_test(self._module, first) and self._is_no_all(rest)
                 )
             case _:
                 return False
@@ -318,9 +361,32 @@ def _is_field(module: Module, part: ast.stmt, written: frozenset[str]) -> bool:
     """Whether its value is in the JSON of a run, and making the class does nothing else with it."""
     match part:
         case ast.AnnAssign(target=ast.Name(id=name), value=value):
-            return name in written and (value is None or is_plain_value(module, value))
+            return name in written and (
+                value is None or is_plain_value(module, value, records=True)
+            )
         case _:
             return False
+
+
+def _without_default(part: ast.stmt) -> ast.stmt:
+    """A field with its name, its annotation and what else its `Field` says."""
+    assert isinstance(part, ast.AnnAssign)
+    value: ast.expr | None = None
+    if isinstance(part.value, ast.Call) and path_of(part.value.func) == ["Field"]:
+        rest = [k for k in part.value.keywords if k.arg not in ("default", "default_factory")]
+        value = ast.Call(part.value.func, [], rest)
+    return ast.AnnAssign(part.target, part.annotation, value, part.simple)
+
+
+def _is_classes(node: ast.expr) -> bool:
+    """Whether a question asks for classes by their names alone."""
+    match node:
+        case ast.Tuple(elts=parts):
+            return all(map(_is_classes, parts))
+        case ast.BinOp(op=ast.BitOr(), left=left, right=right):
+            return _is_classes(left) and _is_classes(right)
+        case _:
+            return path_of(node) is not None
 
 
 def _words(node: ast.AST) -> set[str]:

@@ -17,6 +17,12 @@ from dataclasses import dataclass, field
 
 from contract.recipe import RunConfig
 from orchestrator.study.code_package import SOURCES_OF_A_RUN, installed, source_hash
+from orchestrator.study.meaning.doubts import (
+    fingerprint,
+    is_doubtful,
+    named_by_text,
+    read_known,
+)
 from orchestrator.study.meaning.inert import is_inert
 from orchestrator.study.meaning.modules import Module, Place, Sources, module_name
 from orchestrator.study.meaning.pieces import Piece, Pieces
@@ -26,14 +32,6 @@ PROGRAM = "workers.ray_entry"  # of every trial
 
 # By these a class may hear of one that derives from it, and enter it somewhere.
 _HOOKS = (b"init_subclass__", b"__subclasses__", b"metaclass")
-# By these code may be named by a text, or all names of a module be meant.
-_BY_TEXT = {
-    "exec_module", "get_objects", "get_referrers", "get_type_hints", "getmembers", "import_module",
-    "load_module", "module_from_spec", "reload", "resolve_name", "run_module", "run_path",
-    "spec_from_file_location", "walk_packages",
-}  # fmt: skip
-_BUILT_IN = {"eval", "exec", "globals", "__import__", "locals"}
-_OF_SYS = {"sys.modules", "sys.path"}
 # Importing them does nothing that changes a number.
 _LIBRARIES = frozenset(sys.stdlib_module_names) | {"numpy", "pydantic", "torch", "torchvision"}
 
@@ -51,10 +49,13 @@ class Meaning:
             for name, content in files.items()
             if name.partition("/")[0] in SOURCES_OF_A_RUN
         }
-        self._sources = Sources(self._files)
-        self._records = records_of_runs()
-        self._pieces = Pieces(self._sources, self._records)
-        self._loaded = _loaded(self._sources, self._records.modules)
+        self.sources = Sources(self._files)
+        self._records, self._known = records_of_runs(), read_known()
+        self._pieces = Pieces(self.sources, self._records, self._is_known)
+        self.imported, self._by_text = _imported(self.sources, self._records.modules)
+        # whether all code is named as it is, and all records are made by their names
+        self._plain = self._has_no_doubts()
+        self._loaded = self.imported if self._plain else frozenset(self.sources.paths)
         self._reached: dict[frozenset[Place], Reached] = {}
 
     def of(self, run: RunConfig) -> Reached:
@@ -64,23 +65,39 @@ class Meaning:
             self._reached[held] = self._reach(held)
         return self._reached[held]
 
+    def _is_known(self, module: Module, statement: ast.stmt) -> bool:
+        return (module.name, fingerprint(statement)) in self._known
+
+    def _has_no_doubts(self) -> bool:
+        for name in self.imported:
+            if any(word in self.sources.content(name) for word in _HOOKS):
+                return False
+            module = self.sources.module(name)
+            for statement in module.tree.body if module is not None else ():
+                assert module is not None
+                doubtful = is_doubtful(self.sources, module, statement)
+                if doubtful and not self._is_known(module, statement):
+                    return False
+        return True
+
     def _reach(self, held: frozenset[Place]) -> Reached:
         everything = frozenset(self._records.bases)
-        made = frozenset[Place]() if self._loaded.plain else everything
+        plain, made = self._plain, frozenset[Place]() if self._plain else everything
         while True:  # what may run may make records, by which more may run
             alive = self._records.alive(held, made)
             rooms = [
                 _Room(module, self._pieces, alive, made)
-                for name in sorted(self._loaded.modules)
-                if (module := self._sources.module(name)) is not None
+                for name in sorted(self._loaded)
+                if (module := self.sources.module(name)) is not None
             ]
-            if self._loaded.plain:
-                _Sweep(rooms, self._sources, alive, self._loaded.by_text).sweep()
+            if plain and any(item.piece.values for room in rooms for item in room.items):
+                # a module is handed on as a value: any name in it may be meant
+                plain, made = False, everything
+                continue
+            if plain:
+                _Sweep(rooms, self.sources, alive, self._by_text).sweep()
             left = [item for room in rooms for item in room.items if not item.gone]
             makes = made.union(*(item.piece.makes for item in left))
-            # a module of records that is handed on as a value: any of them may be made
-            if any(item.piece.values & self._records.modules for item in left):
-                makes = everything
             if makes == made:
                 return self._hashed(rooms)
             made = makes
@@ -94,7 +111,7 @@ class Meaning:
                     places |= {(room.module.name, name) for name in item.gives}
         for name in sorted(self._files):
             own = module_name(name)
-            unread = own in self._loaded.modules and self._sources.module(own) is None
+            unread = own in self._loaded and self.sources.module(own) is None
             if not name.endswith(".py") or unread:
                 content = hashlib.sha256(self._files[name]).hexdigest()
                 digest.update(f"{name}\0{content}\n".encode())
@@ -112,20 +129,11 @@ class Reached:
 # --- what a trial imports -------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Loaded:
-    """modules: all that a trial may import. by_text: of these, the ones that a text names.
+def _imported(sources: Sources, records: Iterable[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """All modules that a trial may import, and of these the ones that a text names.
 
-    plain: whether all other code is named as it is. Where it is not, all modules may be imported.
+    records: the modules of a run's records.
     """
-
-    modules: frozenset[str]
-    by_text: frozenset[str]
-    plain: bool
-
-
-def _loaded(sources: Sources, records: Iterable[str]) -> _Loaded:
-    """records: the modules of a run's records."""
     loaded, texts, todo = set[str](), set[str](), [PROGRAM, *records]
     while todo:
         name = todo.pop()
@@ -135,76 +143,11 @@ def _loaded(sources: Sources, records: Iterable[str]) -> _Loaded:
         module = sources.module(name)
         if module is None:
             continue
-        for statement in module.tree.body:
-            by_text = _by_text(sources, module, statement)
-            if by_text is None:
-                return _Loaded(frozenset(sources.paths), frozenset(), plain=False)
-            texts.update(by_text)
-            todo += by_text
-        for dotted in (name, *module.loads):
+        named = [one for part in module.tree.body for one in named_by_text(sources, module, part)]
+        texts.update(named)
+        for dotted in (name, *module.loads, *named):
             todo += _prefixes(dotted)
-    hooked = any(word in sources.content(name) for name in loaded for word in _HOOKS)
-    return _Loaded(frozenset(loaded), frozenset(texts), plain=not hooked)
-
-
-def _by_text(sources: Sources, module: Module, statement: ast.stmt) -> list[str] | None:
-    """The modules that a statement names in a text; None if any code may be meant."""
-    found: list[str] = []
-    known = set[ast.AST]()
-    for inner in ast.walk(statement):
-        match inner:
-            case ast.Call(func=ast.Name(id="import_module") as func, args=[argument]):
-                package = _package(argument)
-                if package in sources or package in sources.packages:
-                    found += sources.below(package)
-                    known.add(func)
-            case ast.Constant(value=str(text)):
-                if text.endswith(".py"):  # a path: any file that may lie there
-                    end = f"/{text.lstrip('./')}"
-                    found += [n for n, path in sources.paths.items() if f"/{path}".endswith(end)]
-                words = text.replace(":", ".").removesuffix(".py").replace("/", ".").split(".")
-                for n in range(2, len(words) + 1):
-                    if (name := ".".join(words[:n])) in sources:
-                        found.append(name)
-            case ast.ImportFrom(names=[ast.alias(name="*")]):
-                return None
-    if any(_means_any_code(module, inner) for inner in ast.walk(statement) if inner not in known):
-        return None
-    return found
-
-
-def _means_any_code(module: Module, node: ast.AST) -> bool:
-    match node:
-        case ast.Import() | ast.ImportFrom():
-            targets = {target for _, _, target in module.bindings(node)}
-            # each use of `import_module` by its own name is looked at
-            targets -= {"importlib.import_module"}
-            return any(
-                target in _OF_SYS or target.rpartition(".")[2] in _BY_TEXT for target in targets
-            )
-        case ast.Name(id=name):
-            own = module.imports.get(name, set())
-            built_in = name in _BUILT_IN and name not in module.definitions and not own
-            return built_in or "importlib.import_module" in own
-        case ast.Call(func=ast.Name(id="vars" | "dir"), args=[]):
-            return True
-        case ast.Attribute(value=ast.Name(id=name), attr=attribute):
-            return f"{name}.{attribute}" in _OF_SYS or attribute in _BY_TEXT
-        case ast.Attribute(attr=attribute):
-            return attribute in _BY_TEXT
-        case _:
-            return False
-
-
-def _package(argument: ast.expr) -> str:
-    """The package that `import_module` surely gets a module of; empty if that is not known."""
-    match argument:
-        case ast.Constant(value=str(text)):
-            return text
-        case ast.JoinedStr(values=[ast.Constant(value=str(text)), *_]) if text.endswith("."):
-            return text[:-1]
-        case _:
-            return ""
+    return frozenset(loaded), frozenset(texts)
 
 
 # --- what nobody names -----------------------------------------------------------------------
@@ -214,13 +157,14 @@ def _package(argument: ast.expr) -> str:
 class _Item:
     """A top-level statement, or one name of an import.
 
-    gives: the names that it defines. target: of an import, what its name stands for. inert:
-    whether it does nothing but define.
+    gives: the names that it defines. target: of an import, what its name stands for. statement: the
+    import. inert: whether it does nothing but define.
     """
 
     piece: Piece
     gives: tuple[str, ...] = ()
     target: str = ""
+    statement: ast.stmt | None = None
     inert: bool = False
     gone: bool = False
 
@@ -244,7 +188,7 @@ class _Room:
             if isinstance(statement, ast.Import | ast.ImportFrom):
                 for text, bound, target in module.bindings(statement):
                     names = {target.rpartition(".")[2]} - {bound}  # only here, under another name
-                    self.items.append(_Item(Piece(text, names), (bound,), target))
+                    self.items.append(_Item(Piece(text, names), (bound,), target, statement))
             else:
                 piece = pieces.of(module, statement, alive, made)
                 inert = is_inert(module, statement)
@@ -266,6 +210,10 @@ class _Sweep:
         self._definers: dict[str, list[tuple[_Room, _Item]]] = {}
         self._values = set(by_text)  # modules of which any name may be meant
         for room in rooms:
+            if room.module.name in by_text:  # what it imports may be asked of it
+                self._named.update(
+                    name for item in room.items if item.target for name in item.gives
+                )
             for item in room.items:
                 if item.piece.text:
                     self._named.update(item.piece.names)
@@ -307,12 +255,30 @@ class _Sweep:
             for item in room.items:
                 if not item.target or item.gone or not self._is_gone(item.target):
                     continue
+                if self._is_first_to_load(room, item):
+                    continue
                 if used is None:
                     used = set().union(*(i.piece.names for i in room.items if not i.gone))
                 if item.gives[0] not in used:
                     self._remove(item)
                     went = True
         return went
+
+    def _is_first_to_load(self, room: _Room, item: _Item) -> bool:
+        """Whether the module of the name does something, when nothing beside it imports it."""
+        module = item.target.rpartition(".")[0]
+        beside = any(
+            other is not item and not other.gone and other.target.rpartition(".")[0] == module
+            for other in room.items
+            if other.statement is item.statement
+        )
+        acts = any(
+            other.piece.text and not other.inert and not other.target
+            for one in self._rooms
+            if one.module.name == module
+            for other in one.items
+        )
+        return acts and not beside
 
     def _is_gone(self, target: str) -> bool:
         """Whether all that a dotted name leads to went."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from contract.presets import run_preset
 from contract.recipe import RunConfig, apply_overrides, parse_run
 from orchestrator.study.code_package import installed
+from orchestrator.study.meaning.doubts import KNOWN, doubtful
 from orchestrator.study.meaning.reach import Meaning, own_meaning
 
 
@@ -133,3 +135,12 @@ def test_what_all_arms_reach_counts_for_all(edits: dict[str, tuple[str, str]]) -
     else:
         files = edited(edits)
     assert changed(files) == set(ARMS)
+
+
+def test_every_doubtful_statement_of_ours_was_looked_at() -> None:
+    """Else everything counts for every arm: `python -m orchestrator.study.meaning.doubts`."""
+    meaning = own_meaning()
+    listed = json.loads(KNOWN.read_text("utf-8"))
+    for module, hashes in doubtful(meaning.sources, iter(sorted(meaning.imported))).items():
+        assert set(hashes) <= set(listed[module]), module
+    assert len({meaning.of(run).sha256 for run in ARMS.values()}) == len(ARMS)

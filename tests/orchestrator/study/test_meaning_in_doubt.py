@@ -79,6 +79,26 @@ CASES = {
         "from contract import model as m\ndef build(c):\n"
         '    match getattr(m, "Softmax" + "Mask")():\n        case m.SoftmaxMask(): return 2',
     ),
+    "a record by the class of another": (
+        "from contract import model as m\ndef build(c):\n"
+        '    match type(c.mask)(loss={"kind": "softmax"}).loss:\n'
+        "        case m.SoftmaxMask(): return 1",
+        "from contract import model as m\ndef build(c):\n"
+        '    match type(c.mask)(loss={"kind": "softmax"}).loss:\n'
+        "        case m.SoftmaxMask(): return 2",
+    ),
+    "a parameter with the name of a module": (
+        "from contract import model as m\ndef build(c, m=None):\n"
+        "    match c:\n        case m.SoftmaxMask(): return 1",
+        "from contract import model as m\ndef build(c, m=None):\n"
+        "    match c:\n        case m.SoftmaxMask(): return 2",
+    ),
+    "dropped code that makes a name local": (
+        "from contract import model as m\nN = 5\ndef build(c):\n"
+        "    if isinstance(c.mask.loss, m.SoftmaxMask): OTHER = 1\n    return N",
+        "from contract import model as m\nN = 5\ndef build(c):\n"
+        "    if isinstance(c.mask.loss, m.SoftmaxMask): N = 1\n    return N",
+    ),
     "a record that is read from elsewhere": (
         "from contract import model as m\ndef build(c):\n"
         "    match m.ModelConfig.model_validate(OTHER).mask.loss:\n"
