@@ -6,12 +6,14 @@ import hashlib
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from contract.study import Submission
 from orchestrator.results.planning.plan import make_plan
 from orchestrator.study.expand import expand
 from orchestrator.study.read import read_study
+from studies.mini.blocks import blocks, correlation, squares
 from studies.mini.splits import runs
 from tests.orchestrator.studies import CODE, write_manifest
 
@@ -52,3 +54,20 @@ def test_the_splits_deal_finished_runs_alone(tmp_path: Path) -> None:
     rows = ["arm,seed,state,metric,value", "a,0,done,segm/AP,0.3", "a,1,cancelled,segm/AP,0.1"]
     table.write_text("\n".join(rows))
     assert runs(table, ["segm/AP"]).tolist() == [[0.3]]
+
+
+def test_the_correlation_of_blocks_is_the_intraclass_one(tmp_path: Path) -> None:
+    """Of arms that share most of their noise, and of arms that share none."""
+    rng = np.random.default_rng(0)
+    shared, own = rng.normal(size=400), rng.normal(size=(3, 400))
+    for share in (0.0, 0.8):
+        values = np.sqrt(share) * shared + np.sqrt(1 - share) * own + [[1.0], [2.0], [3.0]]
+        assert correlation([squares(values)]) == pytest.approx(share, abs=0.05)
+    lines = ["arm,seed,state,metric,value"]
+    lines += [
+        f"{arm},{seed},done,bbox/AP,{values[number, seed]}"
+        for number, arm in enumerate("abc")
+        for seed in range(4)
+    ]
+    (tmp_path / "table.csv").write_text("\n".join([*lines, "a,9,done,bbox/AP,1", "b,5,failed,x,"]))
+    assert (blocks(tmp_path / "table.csv", "bbox/AP") == values[:, :4]).all()
