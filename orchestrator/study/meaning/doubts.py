@@ -1,7 +1,7 @@
 """Statements that may name code, or make a record, in a way that no name shows.
 
 The ones in `known.json` were looked at: they make no record but the trial's own, and name no code
-but what `named_by_text` finds. It holds their hashes; `python -m orchestrator.study.meaning.doubts`
+but what `named_by_text` finds. It holds their hashes; `python -m orchestrator.study.meaning.relist`
 writes it anew. Any other one makes all code count.
 """
 
@@ -151,25 +151,3 @@ def doubtful(sources: Sources, modules: Iterator[str]) -> dict[str, list[str]]:
             if is_doubtful(sources, module, statement):
                 found.setdefault(name, []).append(fingerprint(statement))
     return {name: sorted(set(hashes)) for name, hashes in sorted(found.items())}
-
-
-def main() -> None:
-    from orchestrator.study.meaning.reach import own_meaning
-
-    meaning = own_meaning()
-    found = doubtful(meaning.sources, iter(sorted(meaning.imported)))
-    # the run's record is read by these two
-    for name, given in (
-        ("contract.attempt", "RunSpec"),
-        ("workers.training.state", "check_same_run"),
-    ):
-        module = meaning.sources.module(name)
-        assert module is not None
-        hashes = {*found.get(name, []), *map(fingerprint, module.definitions[given])}
-        found[name] = sorted(hashes)
-    KNOWN.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n", "utf-8")
-    print(f"{sum(map(len, found.values()))} statements in {len(found)} modules: {KNOWN.name}")
-
-
-if __name__ == "__main__":
-    main()

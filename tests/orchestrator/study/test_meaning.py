@@ -138,7 +138,7 @@ def test_what_all_arms_reach_counts_for_all(edits: dict[str, tuple[str, str]]) -
 
 
 def test_every_doubtful_statement_of_ours_was_looked_at() -> None:
-    """Else everything counts for every arm: `python -m orchestrator.study.meaning.doubts`."""
+    """Else everything counts for every arm: `python -m orchestrator.study.meaning.relist`."""
     meaning = own_meaning()
     listed = json.loads(KNOWN.read_text("utf-8"))
     for module, hashes in doubtful(meaning.sources, iter(sorted(meaning.imported))).items():
