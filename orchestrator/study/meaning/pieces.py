@@ -1,7 +1,7 @@
 """Top-level statements as pieces: what each means, what it names, and what no run can reach in it.
 
 What goes: comments, docstrings, the `case` of a record that does not live, the branch of an
-`isinstance` that asks for one, and the fields of a record, which count by their values.
+`isinstance` that asks for one, and the defaults of a record's fields, which count by their values.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class _Spelling:
         self._dropped: list[ast.AST] = []
 
     def record(self, statement: ast.ClassDef, place: Place, made: bool) -> str:
-        """A record of runs: nothing of a dead one, and of one that the run holds no fields."""
+        """A record of runs: nothing of a dead one; of one that no code makes, no defaults."""
         if self._is_dead(place) and is_inert(self._module, statement):
             return ""
         if made:

@@ -13,7 +13,7 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from contract.recipe import RunConfig
 from orchestrator.study.code_package import SOURCES_OF_A_RUN, installed, source_hash
@@ -169,17 +169,14 @@ class _Item:
     gone: bool = False
 
 
-@dataclass
 class _Room:
     """One module with what is left of it."""
-
-    module: Module
-    items: list[_Item] = field(default_factory=list)
 
     def __init__(
         self, module: Module, pieces: Pieces, alive: frozenset[Place], made: frozenset[Place]
     ) -> None:
-        self.module, self.items = module, []
+        self.module = module
+        self.items: list[_Item] = []
         given: dict[ast.stmt, list[str]] = {}
         for name, statements in module.definitions.items():
             for statement in statements:
@@ -230,7 +227,7 @@ class _Sweep:
         """Whether one went: a definition whose name nobody else says."""
         went = False
         for name in sorted(self._definers):
-            found = [(room, item) for room, item in self._definers.get(name, ()) if not item.gone]
+            found = [(room, item) for room, item in self._definers[name] if not item.gone]
             if not found or not all(self._may_go(room, item) for room, item in found):
                 continue
             if self._named[name] > sum(name in item.piece.names for _, item in found):
