@@ -135,8 +135,9 @@ def pack(
 
     After an interruption the same command goes on. Once all is packed it changes nothing.
     """
-    from pipelines.pack.pack import SKIPPED_NAME, PackOptions, default_workers
+    from pipelines.pack.pack import PackOptions, default_workers
     from pipelines.pack.pack import pack as pack_dataset
+    from pipelines.pack.whole import SKIPPED_NAME
 
     options = PackOptions(on_error, shard_mib, workers or default_workers(), exif)
     with bar("packing", as_json) as progress:
@@ -162,6 +163,54 @@ def pack(
         "remarks": {remark.kind: remark.count for remark in packed.remarks},
         "unchanged": packed.unchanged,
         "resumed_shards": packed.resumed_shards,
+        "manifest": manifest.hash,
+    }
+    return _done(as_json, content, "\n".join(lines))
+
+
+@data.command()
+def join(
+    uris: Annotated[
+        list[str],
+        typer.Argument(metavar="URI...", help="Packed datasets: folders, s3://... or gs://..."),
+    ],
+    out: Annotated[str, typer.Option(help="Folder or URI to write to.")],
+    union: Annotated[
+        bool,
+        typer.Option(
+            "--union",
+            help="Let them have other categories. What a dataset does not label trains as "
+            "background in its images.",
+        ),
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Join packed datasets into one, to train on all of them.
+
+    Categories match by name. The first dataset keeps its ids, those of the others move up.
+    """
+    from pipelines.pack.join import join as join_datasets
+
+    with bar("joining", as_json) as progress:
+        joined = join_datasets(uris, out, union=union, progress=progress)
+    manifest = joined.manifest
+    lines = [
+        f"{manifest.num_images} images, {manifest.num_annotations} annotations, "
+        f"{manifest.num_shards} shards: {out}"
+    ]
+    lines += ["was there already, unchanged"] if joined.unchanged else []
+    lines += [f"{uri}: {part}" for uri, part in zip(uris, joined.parts, strict=True)]
+    lines += [f"note: {remark}" for remark in joined.remarks]
+    content = {
+        "out": out,
+        "images": manifest.num_images,
+        "annotations": manifest.num_annotations,
+        "shards": manifest.num_shards,
+        "parts": [part.model_dump() for part in joined.parts],
+        "remarks": {remark.kind: remark.count for remark in joined.remarks},
+        "unchanged": joined.unchanged,
+        "resumed_shards": joined.resumed_shards,
         "manifest": manifest.hash,
     }
     return _done(as_json, content, "\n".join(lines))

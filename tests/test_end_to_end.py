@@ -261,6 +261,8 @@ def test_every_documented_command_walks_through_real_images(house, coco_mini):
     rle = [
         {**one, "segmentation": mask} for one, mask in zip(perfect, masks_of(truth), strict=True)
     ]
+    house.maskray("data", "join", "coco/train", "coco/val", "--out", "coco/both")
+    assert house.maskray("data", "verify", "coco/both")["samples"] == 12
     (house.folder / "dt.json").write_text(json.dumps(rle))
     for iou in ("bbox", "segm", "boundary"):
         got = house.maskray("eval", "--gt", "back.json", "--dt", "dt.json", "--iou", iou)
@@ -269,6 +271,7 @@ def test_every_documented_command_walks_through_real_images(house, coco_mini):
         assert house.maskray("schema", what)["properties"]
     study = house.folder / "walk.yaml"
     study.write_text(STUDY.replace("name: mini", "name: walk"))
+    assert house.maskray("plan", str(study), "--data", "coco")["trials"]
     sent = house.maskray("submit", str(study), "--data", "coco")
     assert house.maskray("queue") is not None
     house.maskray("cancel", sent["study"])

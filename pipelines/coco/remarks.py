@@ -25,6 +25,9 @@ RemarkKind = Literal[
     "bare_polygon",
     "all_crowds",
     "heading",
+    "unlabelled",
+    "same_image",
+    "licence",
 ]
 EXAMPLES = 3  # of each kind; the rest is counted
 
@@ -48,6 +51,11 @@ _WORDS: dict[RemarkKind, str] = {
     "all_crowds": "annotation{s}, all with iscrowd 1: nothing trains; write 0 for single objects",
     "heading": "categor{y} without objects that only head others: name those in "
     "data.filter.categories, or each counts in model.num_classes",
+    "unlabelled": "categor{y} that one of the datasets does not label: there it trains as "
+    "background",
+    "same_image": "image{s} that an earlier dataset has too (equal size and CRC-32): it trains "
+    "twice",
+    "licence": "licence id{s} that mean another licence in another dataset",
 }
 
 

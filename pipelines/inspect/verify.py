@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from contract.data import MANIFEST_NAME
-from contract.files import Files, retried
+from contract.files import Files
 from contract.machine.folders import scratch
 from pipelines.progress import Progress, silent
+from pipelines.shards.copies import copy_and_compare
 from pipelines.shards.index import Index
-from pipelines.shards.manifest import FileEntry, Manifest, read_manifest
+from pipelines.shards.manifest import Manifest, read_manifest
 from pipelines.shards.rows import damaged_rows
 
 
@@ -58,7 +58,7 @@ def _damages(
     entries = (manifest.index, *manifest.shards)
     for number, entry in enumerate(entries):
         copy = folder / "copy"
-        error = _compare(store, entry, copy)
+        error = copy_and_compare(store, entry, copy)
         if number == 0 and error is None:
             index = Index(copy.rename(folder / "index"))
         elif error is not None:
@@ -71,28 +71,3 @@ def _damages(
             yield from (Damage(entry.name, row, error) for row in rows or [None])
         copy.unlink(missing_ok=True)
         progress(number + 1, len(entries))
-
-
-def _compare(store: Files, entry: FileEntry, copy: Path) -> str | None:
-    """Copies a file while hashing it; what is wrong with it, or None."""
-    size = store.size(entry.name)
-    if size is None:
-        return 'missing; restore it or pack the data again with "maskray data pack"'
-
-    def read() -> str:
-        digest = hashlib.sha256()
-        store.copy_to(entry.name, copy, digest.update)
-        return digest.hexdigest()
-
-    sha256 = retried(read, store.describe(entry.name))
-    if sha256 == entry.sha256:
-        return None
-    # A wrong size says more than a wrong hash: the file was cut short, or is another one.
-    if size != entry.bytes:
-        return (
-            f"has {size} bytes, the manifest says {entry.bytes}; restore it or pack the data again"
-        )
-    return (
-        f"sha256 {sha256[:12]}..., the manifest says {entry.sha256[:12]}...; restore it or pack "
-        "the data again"
-    )

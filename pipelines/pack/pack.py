@@ -7,19 +7,15 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
-
-from contract.data import MANIFEST_NAME, SCHEMA_VERSION
-from contract.files import Files, file_sha256
+from contract.data import SCHEMA_VERSION
+from contract.files import Files
 from contract.machine.folders import own_name
-from pipelines.coco.checks import (
-    Problem,
-)
+from pipelines.coco.checks import Problem
 from pipelines.coco.decoding import Exif
 from pipelines.coco.remarks import Remark, Remarks
 from pipelines.pack import annotation_sorter as sorter
@@ -30,19 +26,24 @@ from pipelines.pack.shard import (
     ShardNote,
     ShardTask,
     chunks,
-    file_entry,
     is_readable,
     other_name,
     pack_shard,
     reporter,
 )
+from pipelines.pack.whole import (
+    PROGRESS_FOLDER,
+    Head,
+    existing,
+    finish,
+    finished,
+    known_problems,
+    known_remarks,
+    write_remarks,
+)
 from pipelines.progress import Progress, silent
-from pipelines.shards import schema
-from pipelines.shards.manifest import INDEX_NAME, FileEntry, Manifest, parse_manifest
+from pipelines.shards.manifest import Manifest
 
-PROGRESS_FOLDER = ".packing"
-SKIPPED_NAME = "skipped.json"
-REMARKS_NAME = "remarks.json"
 IMAGES_PER_LISTING = 1024  # file sizes asked for at a time
 
 
@@ -120,11 +121,11 @@ def pack(
             )
             for number, (first, last) in enumerate(ranges)
         ]
-        existing = _existing(out, source, options.num_workers)
-        if existing is not None and not _any_mended(out, tasks):
+        there = existing(out, source, options.num_workers)
+        if there is not None and not _any_mended(out, tasks):
             out.delete(PROGRESS_FOLDER)  # a crash after the manifest may have left it
-            known = _known_remarks(out)
-            return Packed(existing, existing.num_skipped, known, unchanged=True, resumed_shards=0)
+            known = known_remarks(out)
+            return Packed(there, there.num_skipped, known, unchanged=True, resumed_shards=0)
         notes, resumed = _pack_shards(tasks, options.num_workers, progress)
         notes = _with_one_rule(tasks, notes, options.num_workers)
         sum((note.boxes for note in notes), BoxForm()).check()
@@ -136,8 +137,15 @@ def pack(
             sum(note.annotations for note in notes),
             sum(note.crowds for note in notes),
         )
-        found = _write_remarks(out, remarks, any(note.masks for note in notes))
-        manifest = _finish(tasks, contents, notes, problems, source)
+        # Without any mask, no object lacks one.
+        masks = any(note.masks for note in notes)
+        found = tuple(remark for remark in remarks.all() if masks or remark.kind != "no_mask")
+        skipped = [*problems, *(problem for note in notes for problem in note.problems)]
+        if not any(note.shard.rows for note in notes):
+            raise ValueError(f"no image could be packed; the first: {notes[0].problems[0]}")
+        write_remarks(out, found)
+        head = Head(contents.category_fields, contents.info, contents.licenses, source)
+        manifest = finish(out, notes, skipped, head)
     return Packed(manifest, manifest.num_skipped, found, unchanged=False, resumed_shards=resumed)
 
 
@@ -159,23 +167,6 @@ def _with_one_rule(
     ]
     mended = {note.number: note for note in _run(wrong, num_workers)}
     return [mended.get(note.number, note) for note in notes]
-
-
-def _write_remarks(out: Files, remarks: Remarks, masks: bool) -> tuple[Remark, ...]:
-    """Leaves the remarks beside the dataset, and returns them."""
-    # Without any mask, no object lacks one.
-    found = tuple(remark for remark in remarks.all() if masks or remark.kind != "no_mask")
-    if found:
-        out.write_json(REMARKS_NAME, [remark.model_dump(mode="json") for remark in found])
-    else:
-        out.delete(REMARKS_NAME)  # an earlier run may have left one
-    return found
-
-
-def _known_remarks(out: Files) -> tuple[Remark, ...]:
-    if out.size(REMARKS_NAME) is None:
-        return ()
-    return tuple(Remark(**fields) for fields in json.loads(out.read(REMARKS_NAME)))
 
 
 def _plan(sorted_file: Path, images: Files, shard_mib: float) -> tuple[list[tuple[int, int]], str]:
@@ -209,42 +200,12 @@ def _digest(contents: str, listing: str, options: PackOptions) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _existing(out: Files, source: str, num_workers: int) -> Manifest | None:
-    """The dataset of these inputs if it is there and whole.
-
-    On this machine every hash is compared, elsewhere every size: hashes would fetch all shards.
-    """
-    if out.size(MANIFEST_NAME) is None:
-        return None
-    try:
-        manifest = parse_manifest(out.read(MANIFEST_NAME), out.describe(MANIFEST_NAME))
-    except RuntimeError:
-        return None  # it is damaged, and packing again is the remedy
-    if manifest.source != source:
-        raise ValueError(
-            f"{out.name}: holds a dataset packed from other inputs or options; choose another "
-            "--out or remove it first"
-        )
-    entries = (*manifest.shards, manifest.index)
-    if out.sizes([entry.name for entry in entries]) != [entry.bytes for entry in entries]:
-        return None
-    if (local := out.local) is not None:
-        with ThreadPoolExecutor(num_workers) as threads:
-            hashes = list(threads.map(lambda entry: file_sha256(local / entry.name), entries))
-        if hashes != [entry.sha256 for entry in entries]:
-            return None
-    return manifest
-
-
 def _any_mended(out: Files, tasks: Sequence[ShardTask]) -> bool:
     """Whether an image that was left out could be packed now.
 
     The digest of the inputs cannot tell: a mended file may have the size that it had before.
     """
-    if out.size(SKIPPED_NAME) is None:
-        return False
-    problems = [Problem(**fields) for fields in json.loads(out.read(SKIPPED_NAME))]
-    skipped = {problem.file for problem in problems if problem.kind == "image"}
+    skipped = {problem.file for problem in known_problems(out) if problem.kind == "image"}
     return any(
         is_readable(task, image)
         for task in (tasks if skipped else ())
@@ -270,24 +231,16 @@ def _pack_shards(
 
 
 def _finished(task: ShardTask) -> ShardNote | None:
-    """The note of an earlier run for this shard, if both of its files are whole.
+    """The note of an earlier run for this shard, if it still says what a new run would.
 
     None if an image was left out: it may have been mended.
     """
-    try:
-        note = ShardNote.model_validate_json(task.out.read(task.note_name))
-        whole = all(_is_whole(task.out, entry) for entry in (note.shard, note.index))
-    except (FileNotFoundError, ValueError):
-        return None  # a crash may cut a note short
+    note = finished(task)
+    if note is None:
+        return None
     mendable = any(problem.kind == "image" for problem in note.problems)
     turned_otherwise = note.exif.undecided and note.exif.rule != task.exif and not task.by_size
-    return note if whole and not mendable and not turned_otherwise else None
-
-
-def _is_whole(out: Files, entry: FileEntry) -> bool:
-    if out.size(entry.name) != entry.bytes:
-        return False
-    return out.local is None or file_sha256(out.local / entry.name) == entry.sha256
+    return note if not mendable and not turned_otherwise else None
 
 
 def _run(tasks: Sequence[ShardTask], num_workers: int) -> Iterator[ShardNote]:
@@ -304,59 +257,6 @@ def _run(tasks: Sequence[ShardTask], num_workers: int) -> Iterator[ShardNote]:
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)  # else all shards are packed first
             raise
-
-
-# --- the end --------------------------------------------------------------------------------------
-
-
-def _finish(
-    tasks: Sequence[ShardTask],
-    contents: sorter.Contents,
-    notes: Sequence[ShardNote],
-    problems: Sequence[Problem],
-    source: str,
-) -> Manifest:
-    """Joins the index, writes the report of skipped inputs, and last the manifest.
-
-    Readers look for the manifest, so they never see a part of a dataset.
-    """
-    out = tasks[0].out
-    num_rows = sum(note.shard.rows for note in notes)
-    if num_rows == 0:
-        raise ValueError(f"no image could be packed; the first: {notes[0].problems[0]}")
-    with scratch_folder(f"{own_name('pack')}-") as temporary:
-        path = temporary / INDEX_NAME
-        with pa.ipc.new_file(str(path), schema.INDEX) as writer:
-            for note in notes:
-                piece = pa.ipc.open_file(pa.py_buffer(out.read(note.index.name)))
-                writer.write_batch(piece.get_batch(0))
-        index = file_entry(path, INDEX_NAME, num_rows)
-        content = path.read_bytes()
-    out.write(INDEX_NAME, content)
-    skipped = [*problems, *(problem for note in notes for problem in note.problems)]
-    if skipped:
-        text = json.dumps([asdict(problem) for problem in skipped], indent=1)
-        out.write(SKIPPED_NAME, text.encode())
-    else:
-        out.delete(SKIPPED_NAME)  # an earlier run may have left one
-    manifest = Manifest(
-        schema_version=SCHEMA_VERSION,
-        num_images=num_rows,
-        num_annotations=sum(note.annotations for note in notes),
-        num_shards=len(notes),
-        categories=contents.category_fields,
-        has_masks=any(note.masks for note in notes),
-        has_keypoints=any(note.keypoints for note in notes),
-        shards=tuple(note.shard for note in notes),
-        index=index,
-        num_skipped=len(skipped),
-        source=source,
-        info=contents.info,
-        licenses=contents.licenses,
-    )
-    out.write(MANIFEST_NAME, manifest.dump())
-    out.delete(PROGRESS_FOLDER)
-    return manifest
 
 
 def default_workers() -> int:

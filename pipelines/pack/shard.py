@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -39,21 +39,15 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """One shard: the images of the sorted file with first <= sequence number < last."""
+class ShardPlace:
+    """Where one shard of a dataset in the making lies, its part of the index, and its note.
+
+    progress: the folder of notes and parts, below `out`.
+    """
 
     number: int
-    first: int
-    last: int
-    sorted_file: Path
-    sources: tuple[str, ...]
-    images: Files
     out: Files
     progress: str
-    categories: tuple[CocoCategory, ...]
-    on_error: OnError
-    exif: Exif  # the rule for images whose size does not tell
-    by_size: bool  # the size of an image decides where it tells
 
     @property
     def name(self) -> str:
@@ -66,6 +60,43 @@ class ShardTask:
     @property
     def index_name(self) -> str:
         return f"{self.progress}/{self.name}.index"
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder to write in. It lies beside the shard: a rename is atomic within one file
+        system only.
+        """
+        beside = self.out.local and self.out.local / self.progress
+        if beside is not None:
+            beside.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=beside) as folder:
+            yield Path(folder)
+
+    def keep(self, shard_part: Path, index: pa.RecordBatch) -> tuple[FileEntry, FileEntry]:
+        """Moves a written shard to its place, and its part of the index; the entries of both."""
+        index_part = shard_part.with_name("index")
+        with pa.ipc.new_file(str(index_part), schema.INDEX) as writer:
+            writer.write_batch(index)
+        shard_entry = file_entry(shard_part, self.name, index.num_rows)
+        index_entry = file_entry(index_part, self.index_name, index.num_rows)
+        self.out.move_in(shard_part, self.name)
+        self.out.move_in(index_part, self.index_name)
+        return shard_entry, index_entry
+
+
+@dataclass(frozen=True)
+class ShardTask(ShardPlace):
+    """One shard: the images of the sorted file with first <= sequence number < last."""
+
+    first: int
+    last: int
+    sorted_file: Path
+    sources: tuple[str, ...]
+    images: Files
+    categories: tuple[CocoCategory, ...]
+    on_error: OnError
+    exif: Exif  # the rule for images whose size does not tell
+    by_size: bool  # the size of an image decides where it tells
 
 
 class ExifCount(BaseModel):
@@ -99,6 +130,19 @@ class ShardNote(BaseModel):
     remarks: tuple[Remark, ...] = ()
     boxes: BoxForm = BoxForm()
     exif: ExifCount = ExifCount()
+    last_annotation: int = -1  # the greatest id, where another dataset follows
+
+
+def counts_of(index: pa.RecordBatch) -> dict[str, Any]:
+    """What a note says of a shard that its part of the index tells."""
+    flags = view(index["ann_flags"].flatten())
+    return {
+        "annotations": len(flags),
+        "crowds": int((flags & schema.CROWD).sum()),
+        "labels": frozenset(view(index["ann_label"].flatten()).tolist()),
+        "masks": bool((flags & schema.HAS_MASK).any()),
+        "keypoints": bool((flags & schema.HAS_KEYPOINTS).any()),
+    }
 
 
 def reporter(problems: list[Problem], on_error: OnError) -> Report:
@@ -142,34 +186,19 @@ def pack_shard(task: ShardTask) -> ShardNote:
     """
     problems: list[Problem] = []
     seen = _Seen()
-    # The scratch folder lies beside the shard: a rename is atomic within one file system only.
-    beside = task.out.local and task.out.local / task.progress
-    if beside is not None:
-        beside.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=beside) as folder:
-        shard_part, index_part = Path(folder) / task.name, Path(folder) / "index"
-        report = reporter(problems, task.on_error)
-        index = _write_rows(shard_part, _rows(task, report, seen), task)
-        with pa.ipc.new_file(str(index_part), schema.INDEX) as writer:
-            writer.write_batch(index)
-        shard = file_entry(shard_part, task.name, index.num_rows)
-        index_entry = file_entry(index_part, task.index_name, index.num_rows)
-        task.out.move_in(shard_part, task.name)
-        task.out.move_in(index_part, task.index_name)
-    flags = view(index["ann_flags"].flatten())
+    with task.scratch() as folder:
+        part = folder / task.name
+        index = _write_rows(part, _rows(task, reporter(problems, task.on_error), seen), task)
+        shard, index_entry = task.keep(part, index)
     note = ShardNote(
         number=task.number,
         shard=shard,
         index=index_entry,
-        annotations=len(flags),
-        crowds=int((flags & schema.CROWD).sum()),
-        labels=frozenset(view(index["ann_label"].flatten()).tolist()),
-        masks=bool((flags & schema.HAS_MASK).any()),
-        keypoints=bool((flags & schema.HAS_KEYPOINTS).any()),
         problems=tuple(problems),
         remarks=seen.remarks.all(),
         boxes=seen.boxes,
         exif=ExifCount(**seen.exif, rule=task.exif),
+        **counts_of(index),
     )
     # The note comes last: where there is one, both files are in their place.
     task.out.write(task.note_name, note.model_dump_json().encode())

@@ -178,6 +178,10 @@ class Index:
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         return shard, row - int(self.starts[shard])
 
+    def batch(self, shard: int) -> pa.RecordBatch:
+        """A shard's part of the index, of `schema.INDEX`."""
+        return self._shards[shard]
+
     def column(self, shard: int, name: str) -> NDArray[Any]:
         """image_id, width, height or crc32 of a shard's rows, as a view."""
         return view(self._shards[shard][name])

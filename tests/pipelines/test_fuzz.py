@@ -11,7 +11,8 @@ from hypothesis import given
 
 from pipelines.coco.checks import whole
 from pipelines.inspect.verify import verify
-from pipelines.pack.pack import SKIPPED_NAME, Packed, PackOptions, pack
+from pipelines.pack.pack import Packed, PackOptions, pack
+from pipelines.pack.whole import SKIPPED_NAME
 from pipelines.shards.dataset import open_dataset
 from tests.pipelines.odd_coco import fuzzed, odd_coco, write_case, write_images
 

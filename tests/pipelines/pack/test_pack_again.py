@@ -76,7 +76,7 @@ def test_an_interrupted_packing_goes_on_past_what_a_crash_cut_short(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(packing, "_finish", interrupted)
+        patched.setattr(packing, "finish", interrupted)
         with pytest.raises(KeyboardInterrupt):
             again()
     [note] = (tmp_path / "out/.packing").glob("*/shard-00000.arrow.json")

@@ -27,6 +27,7 @@ from contract.model import ImageInput
 from pipelines.__main__ import app
 from pipelines.inspect.verify import verify
 from pipelines.load.loader import EvalLoader, TrainLoader
+from pipelines.pack.join import join
 from pipelines.pack.pack import PackOptions, pack
 from pipelines.shards.cache import Cache
 from pipelines.shards.dataset import Dataset, open_dataset, stage_datasets
@@ -264,6 +265,14 @@ def test_packing_to_s3_gives_the_same_manifest_and_goes_on(bucket, s3, shapes):
         for entry in bucket[0].list_objects_v2(Bucket="data", Prefix="packed")["Contents"]
     ]
     assert not [key for key in keys if ".packing" in key]
+
+
+def test_datasets_of_a_bucket_join_there_as_they_do_on_this_machine(bucket, s3, shapes, tmp_path):
+    out = f"s3://data/both?{s3[1]}"
+    joined = join([bucket[1], str(shapes / "val")], out)
+    here = join([str(shapes / "train"), str(shapes / "val")], str(tmp_path / "both"))
+    assert joined.manifest == here.manifest
+    assert verify(out).errors == ()
 
 
 # --- the cache itself ---
