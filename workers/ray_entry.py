@@ -108,16 +108,7 @@ def _fit(spec: RunSpec, connected: threading.Event) -> list[str]:
     own, which aborts.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-    from workers.training.world import TIMEOUTS
-
-    backend = "nccl" if spec.gpus_per_rank else "gloo"
-    resources = {"CPU": spec.cpus_per_rank, **spec.rank_resources}
-    if spec.gpus_per_rank:
-        resources["GPU"] = spec.gpus_per_rank
     try:
         ray.init(
             address=os.environ.get("RAY_ADDRESS", "auto"),
@@ -125,6 +116,54 @@ def _fit(spec: RunSpec, connected: threading.Event) -> list[str]:
             logging_level="warning",
         )
         connected.set()
+        return _fit_alone(spec) if spec.ranks == 1 else _fit_gang(spec)
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+        return [_last_line(error)]
+    finally:
+        ray.shutdown()
+
+
+def _fit_alone(spec: RunSpec) -> list[str]:
+    """One rank, as a task on resources of its own.
+
+    It has no peers to meet, so it needs neither Ray Train nor its controller: two processes that
+    import torch, and with it half of a trial's time to its first step.
+    """
+    import ray
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    resources, elsewhere = _resources_of_a_rank(spec), _elsewhere(spec.avoid_nodes)
+    # A group, as Ray Train makes one for a gang: the service counts what groups hold.
+    group = placement_group([resources], bundle_label_selector=[elsewhere] if elsewhere else None)
+    patience_s = float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])
+    if not group.wait(patience_s):
+        needs = ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
+        return [f"no node has had {needs} free for {patience_s:.0f} s"]
+    task = ray.remote(train_rank).options(
+        num_cpus=spec.cpus_per_rank,
+        num_gpus=spec.gpus_per_rank,
+        resources=spec.rank_resources,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group),
+        max_retries=0,  # the ledger counts them for good
+    )
+    try:
+        ray.get(task.remote({"spec": spec.model_dump_json()}))
+    except ray.exceptions.RayError as error:
+        return [f"rank 0: {_last_line(error)}"]
+    return []
+
+
+def _fit_gang(spec: RunSpec) -> list[str]:
+    """Several ranks, by Ray Train: it places them together and makes their process group."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+
+    from workers.training.world import TIMEOUTS
+
+    backend = "nccl" if spec.gpus_per_rank else "gloo"
+    try:
         TorchTrainer(
             train_rank,
             train_loop_config={"spec": spec.model_dump_json()},
@@ -134,7 +173,7 @@ def _fit(spec: RunSpec, connected: threading.Event) -> list[str]:
             scaling_config=ScalingConfig(
                 num_workers=spec.ranks,
                 use_gpu=bool(spec.gpus_per_rank),
-                resources_per_worker=resources,
+                resources_per_worker=_resources_of_a_rank(spec),
                 placement_strategy="STRICT_PACK" if spec.max_nodes == 1 else "PACK",
                 label_selector=_elsewhere(spec.avoid_nodes),
             ),
@@ -152,17 +191,17 @@ def _fit(spec: RunSpec, connected: threading.Event) -> list[str]:
             f"rank {rank}: {_last_line(failure)}"
             for rank, failure in sorted(error.worker_failures.items())
         ]
-    except (
-        TrainingFailedError,
-        ray.exceptions.RayError,
-        ConnectionError,
-        RuntimeError,
-        ValueError,
-    ) as error:
+    except TrainingFailedError as error:
         return [_last_line(error)]
-    finally:
-        ray.shutdown()
     return []
+
+
+def _resources_of_a_rank(spec: RunSpec) -> dict[str, float]:
+    """In Ray's names."""
+    resources = {"CPU": spec.cpus_per_rank, **spec.rank_resources}
+    if spec.gpus_per_rank:
+        resources["GPU"] = spec.gpus_per_rank
+    return resources
 
 
 def _elsewhere(avoid: Sequence[str]) -> dict[str, str] | None:
@@ -179,14 +218,14 @@ def _last_line(error: BaseException) -> str:
 
 
 def train_rank(config: dict[str, str]) -> None:
-    """Ray Train calls this in every worker process.
+    """Ray calls this in the process of every rank; one rank alone has no process group.
 
     Raises if the attempt failed, so that Ray ends the other ranks.
     """
     ask_this_machine_directly()  # no `run_command` started this process
     spec = RunSpec.model_validate_json(config["spec"])
     storage = Files(spec.storage)
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ["RANK"]) if spec.ranks > 1 else 0
     with logged_to(storage, LOG_FILE.format(attempt=spec.attempt, rank=rank)):
         # inside, so that the log holds what goes wrong in these imports, too
         from workers.tracking.console import progress_shower, show_nothing

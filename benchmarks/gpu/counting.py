@@ -18,7 +18,7 @@ from tests.nullgpu import null_cuda
 from workers.training.meter import Meter
 from workers.training.prefetch import on_device
 from workers.training.results import Encoder
-from workers.trial.stop import FlagReader
+from workers.trial.flags import FlagReader
 
 
 @dataclass(frozen=True)

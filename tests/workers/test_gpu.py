@@ -15,7 +15,8 @@ from workers.training.run import run_trial
 from workers.training.state import TrainState
 from workers.training.step import LossSums, accumulate_gradients, apply_gradients
 from workers.training.world import World
-from workers.trial.stop import FlagReader, StopRequest
+from workers.trial.flags import FlagReader
+from workers.trial.stop import StopRequest
 
 pytestmark = [
     pytest.mark.gpu,

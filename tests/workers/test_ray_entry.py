@@ -99,19 +99,31 @@ def head(tmp_path_factory):
 
 
 class Driver:
-    """`python -m workers.ray_entry` on two ranks, with a run that does not end by itself."""
+    """`python -m workers.ray_entry` with a run that does not end by itself; two ranks, if no more
+    is said.
+    """
 
-    def __init__(self, folder: Path, attempt: int, packed: tuple[str, str], head: Head) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        attempt: int,
+        packed: tuple[str, str],
+        head: Head,
+        environment: dict[str, str] | None = None,
+        **fields: Any,
+    ) -> None:
         self.attempt_folder = folder / "attempts" / str(attempt)
         self.attempt_folder.mkdir(parents=True)
         run = run_of(packed, loop__steps=1_000_000)
-        spec = spec_of(folder, run, attempt=attempt, ranks=2, cpus_per_rank=1, grace_s=20)
+        gang = {"ranks": 2, "cpus_per_rank": 1, "grace_s": 20, **fields}
+        spec = spec_of(folder, run, attempt=attempt, **gang)
         path = self.attempt_folder / "spec.json"
         path.write_text(spec.model_dump_json())
         self.log = self.attempt_folder / "driver.log"
         with self.log.open("wb") as log:
             command = [sys.executable, "-m", "workers.ray_entry", "--spec", str(path)]
-            self.process = subprocess.Popen(command, env=head.environment, stdout=log, stderr=log)
+            env = {**head.environment, **(environment or {})}
+            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
 
     def wait_for_step(self, progress: Path, at_least: int) -> None:
         until = time.monotonic() + PATIENCE_S
@@ -162,6 +174,42 @@ def test_a_trial_on_ray_stops_when_asked_resumes_and_reports_a_killed_rank(tmp_p
     lost = Outcome.model_validate_json((tmp_path / "attempts/2/outcome.json").read_text())
     assert (lost.state, lost.error_class) == ("failed", "node"), lost
     assert "resume at step" in (tmp_path / "attempts/2/rank-0.log").read_text()
+
+
+def test_one_rank_alone_stops_when_asked_and_its_death_is_told(tmp_path, packed, head):
+    stopped = Driver(tmp_path, 1, packed, head, ranks=1)
+    try:
+        stopped.wait_for_step(tmp_path / "progress.json", 2)
+        stopped.process.send_signal(signal.SIGINT)
+        assert stopped.process.wait(PATIENCE_S) == 76, stopped.told()
+    finally:
+        stopped.end()
+    assert "rank 0 of 1" in (tmp_path / "attempts/1/rank-0.log").read_text()
+    ended = Outcome.model_validate_json((tmp_path / "attempts/1/outcome.json").read_text())
+    killed = Driver(tmp_path, 2, packed, head, ranks=1)
+    try:
+        killed.wait_for_step(tmp_path / "progress.json", ended.step + 2)
+        os.kill(killed.rank_process(0), signal.SIGKILL)
+        assert killed.process.wait(PATIENCE_S) == 1, killed.told()
+    finally:
+        killed.end()
+    lost = Outcome.model_validate_json((tmp_path / "attempts/2/outcome.json").read_text())
+    assert (lost.state, lost.error_class) == ("failed", "node"), lost
+    assert lost.error.startswith("Ray: rank 0: ")
+
+
+def test_one_rank_for_which_no_node_has_room_gives_up_and_says_what_it_needs(
+    tmp_path, packed, head
+):
+    soon = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"}
+    driver = Driver(tmp_path, 1, packed, head, soon, ranks=1, cpus_per_rank=64)
+    try:
+        assert driver.process.wait(PATIENCE_S) == 1, driver.told()
+    finally:
+        driver.end()
+    outcome = Outcome.model_validate_json((tmp_path / "attempts/1/outcome.json").read_text())
+    assert outcome.error_class == "node"
+    assert outcome.error == "Ray: no node has had CPU 64 free for 2 s"
 
 
 @pytest.mark.slow

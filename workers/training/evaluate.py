@@ -23,7 +23,7 @@ from pipelines.shards.dataset import Dataset
 from workers.training.prefetch import on_device
 from workers.training.results import CocoResult, Encoder, EncodingProcesses, Results
 from workers.training.world import World
-from workers.trial.causes import FEWER_EVALUATED, memory_explained
+from workers.trial.errors import FEWER_EVALUATED, memory_explained
 
 
 class Batches(Protocol):

@@ -42,9 +42,10 @@ from workers.training.step import (
     distributed,
 )
 from workers.training.world import World
-from workers.trial.causes import DivergedError, memory_explained
 from workers.trial.checkpoints import BackgroundWriter, CheckpointStore, step_of
-from workers.trial.stop import FlagReader, Reason, StopRequest
+from workers.trial.errors import DivergedError, memory_explained
+from workers.trial.flags import FlagReader
+from workers.trial.stop import Reason, StopRequest
 
 
 class Loader(Protocol):

@@ -30,15 +30,9 @@ from workers.training.evaluate import Scores, evaluate_detector, num_processes
 from workers.training.loop import Parts, train
 from workers.training.state import TrainState
 from workers.training.world import World, check_own_gpus
-from workers.trial.causes import (
-    Cause,
-    DivergedError,
-    cause_of,
-    common_cause,
-    record_cause,
-    write_outcome,
-)
+from workers.trial.causes import Cause, common_cause, record_cause, write_outcome
 from workers.trial.checkpoints import WHEN_FULL, CheckpointStore, FencedError
+from workers.trial.errors import DivergedError, cause_of
 from workers.trial.stop import StopRequest
 
 

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
-
-import torch
-from torch import Tensor
 
 from contract.attempt import ATTEMPT_STOP_FILE, PREEMPT_FILE, STOP_FILE, Outcome
 from contract.files import Files
 
 Reason = Literal["", "stopped", "preempted"]
-# On a GPU the host reads a flag this many steps late: by then its copy has arrived without a wait.
-_LAG_STEPS = 2
 # How often the files are looked at. Behind a URI each look is a request to a store.
 _LOCAL_PERIOD_S, _REMOTE_PERIOD_S = 0.25, 2.0
 
@@ -44,30 +38,6 @@ def reason_of(flags: Sequence[float]) -> Reason:
     """The common reason from flags summed over the ranks; a person's stop counts first."""
     stopped, preempted = flags
     return "stopped" if stopped else "preempted" if preempted else ""
-
-
-class FlagReader:
-    """Reads flags from the device without waiting for it: on a GPU, those of two steps before."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._waiting: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-
-    def read(self, flags: Tensor) -> Reason:
-        """Takes this step's flags; returns the reason, the same on all ranks in the same step."""
-        if not self._on_gpu:
-            return reason_of(flags.tolist())
-        # pinned, or the copy would wait for the device
-        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        host.copy_(flags, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._waiting.append((host, event))
-        if len(self._waiting) <= _LAG_STEPS:
-            return ""
-        oldest, copied = self._waiting.popleft()
-        copied.synchronize()
-        return reason_of(oldest.tolist())
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from contract.machine.folders import (
 from orchestrator.local import ray_head
 from pipelines.shards.cache import Cache
 from workers.tracking.spool import _spool_folder
-from workers.trial.causes import cause_of
+from workers.trial.errors import cause_of
 
 ROOT = Path(__file__).parents[3]
 

@@ -17,7 +17,7 @@ from workers.training.guard import GuardState, first_bad_step, rolled_back
 from workers.training.loop import _guarded_loss, due
 from workers.training.optim import base_rate, build_optimiser, rate_factor
 from workers.training.step import apply_gradients
-from workers.trial.causes import DivergedError
+from workers.trial.errors import DivergedError
 
 
 @pytest.mark.parametrize(

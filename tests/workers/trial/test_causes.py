@@ -11,17 +11,15 @@ import torch
 import torch.distributed as dist
 
 from contract.files import Files
-from workers.trial.causes import (
-    Cause,
+from workers.trial.causes import Cause, causes_in_logs, most_telling
+from workers.trial.checkpoints import FencedError
+from workers.trial.errors import (
     OutOfMemoryError,
     cause_of,
-    causes_in_logs,
     classify,
     explain_out_of_memory,
     memory_explained,
-    most_telling,
 )
-from workers.trial.checkpoints import FencedError
 
 _TRAILER = (
     "\nCUDA kernel errors might be asynchronously reported at some other API call, so the "

@@ -18,7 +18,6 @@ from contract.files import Files
 from contract.recipe import RunConfig
 from tests.workers.fakes import fake_trial, small_run
 from workers.training.state import check_same_run
-from workers.trial.causes import classify
 from workers.trial.checkpoints import (
     WHEN_FULL,
     BackgroundWriter,
@@ -26,6 +25,7 @@ from workers.trial.checkpoints import (
     FencedError,
     Snapshot,
 )
+from workers.trial.errors import classify
 from workers.trial.stop import StopRequest
 
 
