@@ -107,6 +107,14 @@ def sync(where: str, other: MLflowTracking | None = None) -> int:
     return total
 
 
+def destination_at(where: str) -> Destination:
+    """Where a run sends its records, from its folder or its spool.
+
+    Raises ValueError if there is no spool.
+    """
+    return Destination.model_validate_json(_spool_at(where).read(DESTINATION_FILE))
+
+
 def _copy_postponed(folder: Path, remote: Files) -> None:
     """The remote spool then has the artifacts that wait in `folder`, and no other."""
     here = {path.name: path for path in folder.glob(f"{LATER}*")}

@@ -36,6 +36,11 @@ def register(app: typer.Typer) -> None:
         help="Write weights by torchvision's or detectron2's names, or a program of torch.export.",
     )(_export)
     app.command(
+        "register",
+        context_settings=_PASS_ON,
+        help="Make a trial's weights a version of a model in MLflow.",
+    )(_register)
+    app.command(
         "sync", context_settings=_PASS_ON, help="Send to MLflow what a run could not send."
     )(_sync)
 
@@ -74,6 +79,10 @@ def _predict(context: typer.Context) -> None:
 
 def _export(context: typer.Context) -> None:
     become("workers.export", *_with_folder(context.args))
+
+
+def _register(context: typer.Context) -> None:
+    become("workers.register", *_with_folder(context.args))
 
 
 def _with_folder(arguments: Sequence[str]) -> list[str]:

@@ -356,7 +356,7 @@ class _Round:
             self.head, self.head_avoids = trial, avoid
             self._reserve()
             when = f", in about {duration(self.head_start_s)}" if self.head_start_s > 0 else ""
-            words = f"{why}; next, after trial {self.head_after} ends{when}"
+            words = f"{why}; next, after {self.head_after} ends{when}"
             self.decided.append(Wait(trial.trial, 1, words, True))
         self._hold(group, f"{why}; behind trial {self.head.trial}", lacks=True, in_line=True)
 
@@ -396,12 +396,13 @@ class _Round:
         counts = range(1, len(ends) + 1)
         first = bisect_left(counts, True, key=lambda number: self._starts_after(ends[:number]))
         if first < len(ends):
-            self.head_start_s, self.head_after = ends[first][:2]
+            self.head_start_s, trial = ends[first][:2]
+            self.head_after = f"trial {trial}"
             self.later = self._after(ends[: first + 1])
             return
         # Free and running together are less than the cluster: another program uses the rest. Its
         # end is not known, so the reservation is what the whole cluster has.
-        self.head_start_s, self.head_after = 0.0, "of another program"
+        self.head_start_s, self.head_after = 0.0, "another program"
         self.later = {node: dict(total) for node, total in self.total.items()}
 
     def _after(self, ends: Sequence[_End]) -> dict[str, dict[str, float]]:

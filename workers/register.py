@@ -1,0 +1,142 @@
+"""`python -m workers.register TRIAL --name NAME`: weights as a version of a model in MLflow."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from contract.attempt import BEST_WEIGHTS, CATEGORIES_FILE, CONFIG_FILE, LAST_WEIGHTS
+from contract.command import SUCCESS, add_output_options, run_command
+from contract.files import Files, file_sha256
+from contract.words import one_line
+from workers.sync import destination_at, sync
+from workers.tracking.mlflow_tracker import TRIAL_TAG, MLflowTracker
+from workers.tracking.spool import Destination, print_warning
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+# The folder among the artifacts of the trial's run. Below it lie the files that a run's folder has,
+# by their names there: what MLflow gives back is a folder that `maskray predict` takes.
+_FOLDER = "model"
+_SHA256_TAG = "maskray.sha256"
+_WEIGHTS = {"last": LAST_WEIGHTS, "best": BEST_WEIGHTS}
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A model version. unchanged: these weights of this run were one already."""
+
+    model: str
+    version: str
+    run_id: str
+    unchanged: bool
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="maskray register",
+        description="Makes the weights of a finished trial a version of a registered model.",
+    )
+    parser.add_argument("trial", metavar="TRIAL", help="a trial (STUDY:KEY) or a run's folder")
+    parser.add_argument("--name", required=True, help="of the model in MLflow")
+    parser.add_argument(
+        "--weights", choices=sorted(_WEIGHTS), default="last", help="which (default: %(default)s)"
+    )
+    parser.add_argument("--alias", default="", help="also let this alias mean the version")
+    add_output_options(parser)
+    return run_command(lambda: _register(parser.parse_args(argv)), argv)
+
+
+def _register(arguments: argparse.Namespace) -> int:
+    done = register(arguments.trial, arguments.name, arguments.weights, arguments.alias)
+    uri = f"models:/{done.model}/{done.version}"
+    was = " (was there already, unchanged)" if done.unchanged else ""
+    text = f"{uri}{was}\n{_use(uri)}"
+    print(json.dumps(asdict(done)) if arguments.json else text)
+    return SUCCESS
+
+
+def register(where: str, name: str, weights: str = "last", alias: str = "") -> Registered:
+    """Copies weights, configuration and classes of a run into MLflow and makes them a version.
+
+    weights: "last" or "best". What the run could not send to MLflow is sent before. Raises
+    ValueError if there are no such weights or the run has no tracker, RuntimeError if MLflow does
+    not take them.
+    """
+    storage, file = Files(where), _WEIGHTS[weights]
+    if not storage.exists(file):
+        raise ValueError(
+            f"{where}: has no {file}; a run writes the last weights when it is finished (resume "
+            "it), and the best ones at an evaluation with a score"
+        )
+    sync(where)
+    destination = destination_at(where)
+    assert destination.tracking.kind == "mlflow"  # else `sync` has refused
+    tracker = MLflowTracker(
+        destination.tracking, destination.trial, destination.name, storage, print_warning
+    )
+    try:
+        client = tracker.connect()
+        with tempfile.TemporaryDirectory() as folder:
+            local = storage.fetch(file, Path(folder))
+            sha256 = file_sha256(local)
+            there = _version_of(client, name, tracker.run_id, sha256)
+            if there is None:
+                for path in (CONFIG_FILE, CATEGORIES_FILE, file):
+                    copy = local if path == file else storage.fetch(path, Path(folder))
+                    parent = f"{_FOLDER}/{Path(path).parent}"
+                    client.log_artifact(tracker.run_id, str(copy), parent)
+        version = there or _new_version(client, name, tracker.run_id, destination, weights, sha256)
+        if alias:
+            client.set_registered_model_alias(name, alias, version)
+    except Exception as error:
+        raise RuntimeError(f"{name}: MLflow does not register it: {one_line(error)}") from error
+    return Registered(name, version, tracker.run_id, unchanged=there is not None)
+
+
+def _version_of(client: MlflowClient, name: str, run_id: str, sha256: str) -> str | None:
+    for version in client.search_model_versions(f"run_id='{run_id}'"):
+        if version.name == name and version.tags.get(_SHA256_TAG) == sha256:
+            return str(version.version)
+    return None
+
+
+def _new_version(
+    client: MlflowClient, name: str, run_id: str, run: Destination, weights: str, sha256: str
+) -> str:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = client.create_model_version(
+        name,
+        source=f"runs:/{run_id}/{_FOLDER}",
+        run_id=run_id,
+        tags={TRIAL_TAG: run.trial, _SHA256_TAG: sha256},
+        description=f"{weights} weights of {run.name}",
+    )
+    uri = f"models:/{name}/{version.version}"
+    client.update_model_version(name, version.version, f"{version.description}.\n\n{_use(uri)}")
+    return str(version.version)
+
+
+def _use(uri: str) -> str:
+    """How the version is used."""
+    return (
+        f"mlflow artifacts download -u {uri} -d DIR\nmaskray predict DIR IMAGES... --out PICTURES"
+    )
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))
