@@ -37,7 +37,17 @@ SHELVES = {
     ),
     "workers": (
         *("trial", "tracking", "pretrained", "training", "inference"),
-        *("train", "ray_entry", "propose", "probe", "rescore", "sync", "predict", "export"),
+        *(
+            "train",
+            "ray_entry",
+            "propose",
+            "probe",
+            "rescore",
+            "sync",
+            "register",
+            "predict",
+            "export",
+        ),
     ),
     "orchestrator": (
         *("settings", "trial_folder", "client", "study", "travel", "ledger", "cluster"),

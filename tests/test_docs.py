@@ -40,6 +40,7 @@ PROGRAMS = {
     "sync": "sync.py",
     "predict": "predict.py",
     "export": "export.py",
+    "register": "register.py",
 }
 OF_THE_READER = {"model/branches/dice.py"}  # the tutorial has its reader write it
 

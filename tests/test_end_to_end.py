@@ -200,7 +200,8 @@ SMALL = {
 }
 # They wait for a person, need a service of one's own or a bucket, or are what the others stand on.
 NOT_WALKED = {"watch", "ui", "serve", "user", "gc", "sync", "data stage", "data synth", "down"}
-NOT_WALKED |= {"predict", "export", "register", "backup", "restore", "--version"}  # have tests of their own
+# These have tests of their own.
+NOT_WALKED |= {"predict", "export", "register", "backup", "restore", "--version"}
 
 
 def reduced(house: House, name: str) -> Path:

@@ -8,23 +8,18 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from contract.attempt import BEST_WEIGHTS, CATEGORIES_FILE, CONFIG_FILE, LAST_WEIGHTS
 from contract.command import SUCCESS, add_output_options, run_command
 from contract.files import Files, file_sha256
 from contract.words import one_line
 from workers.sync import destination_at, sync
-from workers.tracking.mlflow_tracker import TRIAL_TAG, MLflowTracker
-from workers.tracking.spool import Destination, print_warning
-
-if TYPE_CHECKING:
-    from mlflow.tracking import MlflowClient
+from workers.tracking.mlflow_tracker import MLflowTracker, add_version, version_of
+from workers.tracking.spool import print_warning
 
 # The folder among the artifacts of the trial's run. Below it lie the files that a run's folder has,
 # by their names there: what MLflow gives back is a folder that `maskray predict` takes.
 _FOLDER = "model"
-_SHA256_TAG = "maskray.sha256"
 _WEIGHTS = {"last": LAST_WEIGHTS, "best": BEST_WEIGHTS}
 
 
@@ -86,47 +81,22 @@ def register(where: str, name: str, weights: str = "last", alias: str = "") -> R
         with tempfile.TemporaryDirectory() as folder:
             local = storage.fetch(file, Path(folder))
             sha256 = file_sha256(local)
-            there = _version_of(client, name, tracker.run_id, sha256)
+            there = version_of(client, name, tracker.run_id, sha256)
             if there is None:
                 for path in (CONFIG_FILE, CATEGORIES_FILE, file):
                     copy = local if path == file else storage.fetch(path, Path(folder))
                     parent = f"{_FOLDER}/{Path(path).parent}"
                     client.log_artifact(tracker.run_id, str(copy), parent)
-        version = there or _new_version(client, name, tracker.run_id, destination, weights, sha256)
+        version = there or add_version(client, name, tracker.run_id, _FOLDER, sha256)
+        if there is None:
+            words = f"{weights} weights of {destination.name}, {destination.trial}"
+            use = _use(f"models:/{name}/{version}")
+            client.update_model_version(name, version, f"{words}.\n\n{use}")
         if alias:
             client.set_registered_model_alias(name, alias, version)
     except Exception as error:
         raise RuntimeError(f"{name}: MLflow does not register it: {one_line(error)}") from error
     return Registered(name, version, tracker.run_id, unchanged=there is not None)
-
-
-def _version_of(client: MlflowClient, name: str, run_id: str, sha256: str) -> str | None:
-    for version in client.search_model_versions(f"run_id='{run_id}'"):
-        if version.name == name and version.tags.get(_SHA256_TAG) == sha256:
-            return str(version.version)
-    return None
-
-
-def _new_version(
-    client: MlflowClient, name: str, run_id: str, run: Destination, weights: str, sha256: str
-) -> str:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    version = client.create_model_version(
-        name,
-        source=f"runs:/{run_id}/{_FOLDER}",
-        run_id=run_id,
-        tags={TRIAL_TAG: run.trial, _SHA256_TAG: sha256},
-        description=f"{weights} weights of {run.name}",
-    )
-    uri = f"models:/{name}/{version.version}"
-    client.update_model_version(name, version.version, f"{version.description}.\n\n{_use(uri)}")
-    return str(version.version)
 
 
 def _use(uri: str) -> str:

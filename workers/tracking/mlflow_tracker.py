@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 TRIAL_TAG = "maskray.trial"
+SHA256_TAG = "maskray.sha256"  # of the weights of a model version
 # MLflow's own limits of one log_batch call, and of one value
 _MAX_METRICS, _MAX_PARAMS, _MAX_TAGS = 1000, 100, 100
 _MAX_PARAM_CHARS, _MAX_TAG_CHARS = 6000, 5000
@@ -240,6 +241,29 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     if experiment.lifecycle_stage != "active":
         raise RuntimeError(_deleted("experiment", experiment.experiment_id, name))
     return str(experiment.experiment_id)
+
+
+def version_of(client: MlflowClient, model: str, run_id: str, sha256: str) -> str | None:
+    """The version of a registered model that holds these weights of this run."""
+    for version in client.search_model_versions(f"run_id='{run_id}'"):
+        if version.name == model and version.tags.get(SHA256_TAG) == sha256:
+            return str(version.version)
+    return None
+
+
+def add_version(client: MlflowClient, model: str, run_id: str, folder: str, sha256: str) -> str:
+    """Makes a folder of the run's artifacts a version of a registered model; returns its number."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(model)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    made = client.create_model_version(
+        model, source=f"runs:/{run_id}/{folder}", run_id=run_id, tags={SHA256_TAG: sha256}
+    )
+    return str(made.version)
 
 
 def flattened(config: Mapping[str, JsonValue], prefix: str = "") -> dict[str, str]:
