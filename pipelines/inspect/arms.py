@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -270,4 +271,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    os.nice(10)  # pictures of a report wait for trials, which may share this machine
     sys.exit(run_command(lambda: main(sys.argv[1:]), sys.argv[1:]))
