@@ -191,9 +191,12 @@ def join(
     Categories match by name. The first dataset keeps its ids, those of the others move up.
     """
     from pipelines.pack.join import join as join_datasets
+    from pipelines.pack.pack import default_workers
 
     with bar("joining", as_json) as progress:
-        joined = join_datasets(uris, out, union=union, progress=progress)
+        joined = join_datasets(
+            uris, out, union=union, num_workers=default_workers(), progress=progress
+        )
     manifest = joined.manifest
     lines = [
         f"{manifest.num_images} images, {manifest.num_annotations} annotations, "

@@ -31,6 +31,7 @@ from contract.command import run_command
 from contract.files import Files, split
 from contract.machine.folders import own_name
 from contract.machine.proxies import ask_this_machine_directly
+from contract.words import one_line
 from workers.trial.causes import (
     causes_in_logs,
     exit_status,
@@ -139,7 +140,8 @@ def _fit_alone(spec: RunSpec) -> list[str]:
     patience_s = float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])
     if not group.wait(patience_s):
         needs = ", ".join(f"{name} {amount:g}" for name, amount in resources.items())
-        return [f"no node has had {needs} free for {patience_s:.0f} s"]
+        beside = f" beside {len(spec.avoid_nodes)} that it avoids" if spec.avoid_nodes else ""
+        return [f"no node{beside} has had {needs} free for {patience_s:.0f} s"]
     task = ray.remote(train_rank).options(
         num_cpus=spec.cpus_per_rank,
         num_gpus=spec.gpus_per_rank,
@@ -149,6 +151,8 @@ def _fit_alone(spec: RunSpec) -> list[str]:
     )
     try:
         ray.get(task.remote({"spec": spec.model_dump_json()}))
+    except ray.exceptions.OutOfMemoryError as error:
+        return [f"rank 0: {one_line(error)}"]  # what comes below is advice for Ray's operator
     except ray.exceptions.RayError as error:
         return [f"rank 0: {_last_line(error)}"]
     return []
@@ -231,10 +235,10 @@ def train_rank(config: dict[str, str]) -> None:
         from workers.tracking.console import progress_shower, show_nothing
         from workers.tracking.spool import print_warning
         from workers.training.run import run_trial
-        from workers.training.world import host_name, join_world
+        from workers.training.world import host_name, join_world, world_alone
         from workers.trial.stop import files_asking
 
-        world = join_world()
+        world = join_world() if spec.ranks > 1 else world_alone(spec.gpus_per_rank)
         print(
             f"rank {world.rank} of {world.size}, process {os.getpid()}, node {host_name()}",
             flush=True,

@@ -25,11 +25,12 @@ _WEIGHTS = {"last": LAST_WEIGHTS, "best": BEST_WEIGHTS}
 
 @dataclass(frozen=True)
 class Registered:
-    """A model version. unchanged: these weights of this run were one already."""
+    """A model version. tracker: MLflow's URI. unchanged: these weights of this run were one."""
 
     model: str
     version: str
     run_id: str
+    tracker: str
     unchanged: bool
 
 
@@ -52,8 +53,11 @@ def _register(arguments: argparse.Namespace) -> int:
     done = register(arguments.trial, arguments.name, arguments.weights, arguments.alias)
     uri = f"models:/{done.model}/{done.version}"
     was = " (was there already, unchanged)" if done.unchanged else ""
-    text = f"{uri}{was}\n{_use(uri)}"
-    print(json.dumps(asdict(done)) if arguments.json else text)
+    # A URI may hold a password, which no log should.
+    server = "" if "@" in done.tracker else f"export MLFLOW_TRACKING_URI={done.tracker}\n"
+    text = f"{uri}{was}\n{server}{_use(uri, arguments.weights)}"
+    content = asdict(done) | {"tracker": "" if not server else done.tracker}
+    print(json.dumps(content) if arguments.json else text)
     return SUCCESS
 
 
@@ -77,32 +81,38 @@ def register(where: str, name: str, weights: str = "last", alias: str = "") -> R
         destination.tracking, destination.trial, destination.name, storage, print_warning
     )
     try:
-        client = tracker.connect()
+        client = tracker.connect(create=False)
         with tempfile.TemporaryDirectory() as folder:
             local = storage.fetch(file, Path(folder))
-            sha256 = file_sha256(local)
-            there = version_of(client, name, tracker.run_id, sha256)
+            mark = f"{weights}-{file_sha256(local)}"
+            # A folder of their own: later weights of the run change no earlier version.
+            kept = f"{_FOLDER}/{mark[:21]}"
+            there = version_of(client, name, tracker.run_id, mark)
             if there is None:
                 for path in (CONFIG_FILE, CATEGORIES_FILE, file):
                     copy = local if path == file else storage.fetch(path, Path(folder))
-                    parent = f"{_FOLDER}/{Path(path).parent}"
+                    parent = f"{kept}/{Path(path).parent}"
                     client.log_artifact(tracker.run_id, str(copy), parent)
-        version = there or add_version(client, name, tracker.run_id, _FOLDER, sha256)
+        version = there or add_version(client, name, tracker.run_id, kept, mark)
         if there is None:
             words = f"{weights} weights of {destination.name}, {destination.trial}"
-            use = _use(f"models:/{name}/{version}")
+            use = _use(f"models:/{name}/{version}", weights)
             client.update_model_version(name, version, f"{words}.\n\n{use}")
         if alias:
             client.set_registered_model_alias(name, alias, version)
     except Exception as error:
         raise RuntimeError(f"{name}: MLflow does not register it: {one_line(error)}") from error
-    return Registered(name, version, tracker.run_id, unchanged=there is not None)
+    return Registered(
+        name, version, tracker.run_id, destination.tracking.uri, unchanged=there is not None
+    )
 
 
-def _use(uri: str) -> str:
+def _use(uri: str, weights: str) -> str:
     """How the version is used."""
+    which = "" if weights == "last" else f" --weights {weights}"
     return (
-        f"mlflow artifacts download -u {uri} -d DIR\nmaskray predict DIR IMAGES... --out PICTURES"
+        f"mlflow artifacts download -u {uri} -d DIR\n"
+        f"maskray predict DIR IMAGES... --out PICTURES{which}"
     )
 
 

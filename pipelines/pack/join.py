@@ -41,8 +41,6 @@ from pipelines.shards.mapping import MappedFile, view
 
 _INFO = "joined"  # the field of the manifest's `info` that says what was joined
 _LARGEST = 2**63 - 1  # of an id
-# What training reads of a category beside its name: datasets that both say it must say the same.
-_AGREED = ("keypoints", "flip_pairs")
 
 
 class Part(BaseModel):
@@ -139,7 +137,8 @@ def join(
     """Writes all images of several packed datasets into one, the first dataset's first.
 
     union: datasets may have other categories. An object of a category that only one of them labels
-    trains as background in the images of the others. Calls `progress(shards done, in all)`.
+    trains as background in the images of the others. num_workers: threads that compare the hashes
+    of a dataset which is there already. Calls `progress(shards done, in all)`.
 
     Raises ValueError for datasets that do not go together, RuntimeError for a damaged one.
     """
@@ -194,9 +193,9 @@ def _joined_categories(
     stores: Sequence[Files], manifests: Sequence[Manifest], union: bool
 ) -> tuple[JsonObject, ...]:
     """The categories of all datasets: the first's, then what each of the others adds."""
-    joined = dict(_by_name(manifests[0]))
+    joined = _by_name(stores[0], manifests[0])
     for store, manifest in zip(stores[1:], manifests[1:], strict=True):
-        own = _by_name(manifest)
+        own = _by_name(store, manifest)
         missing, added = joined.keys() - own.keys(), own.keys() - joined.keys()
         if (missing or added) and not union:
             parts = [
@@ -214,25 +213,45 @@ def _joined_categories(
                 joined[name] = _agreed(store, name, joined[name], one)
             else:
                 taken = {read_category(other).id for other in joined.values()}
-                id = read_category(one).id
-                joined[name] = {**one, "id": id if id not in taken else max(taken) + 1}
+                wanted = (read_category(one).id, max(taken) + 1, *range(len(taken) + 1))
+                free = next(id for id in wanted if id not in taken and id <= _LARGEST)
+                joined[name] = {**one, "id": free}
     return tuple(joined.values())
 
 
-def _by_name(manifest: Manifest) -> dict[str, JsonObject]:
-    return {read_category(fields).name: fields for fields in manifest.categories}
+def _by_name(store: Files, manifest: Manifest) -> dict[str, JsonObject]:
+    named: dict[str, JsonObject] = {}
+    for fields in manifest.categories:
+        name = read_category(fields).name
+        if name in named:
+            raise ValueError(
+                f"{store.name}: two categories are named {name!r}; give each a name of its own in "
+                "the annotation file and pack again"
+            )
+        named[name] = fields
+    return named
 
 
 def _agreed(store: Files, name: str, before: JsonObject, one: JsonObject) -> JsonObject:
     """The record of a category that two datasets have: the first's, with what it does not say."""
-    for key in _AGREED:
-        if before.get(key) and one.get(key) and before[key] != one[key]:
+    ours, theirs = read_category(before), read_category(one)
+    for key, said, other in (
+        # A dataset without keypoints says nothing of them; no pairs at all are something to say.
+        ("keypoints", ours.keypoints or None, theirs.keypoints or None),
+        ("flip_pairs", _pairs(ours.flip_pairs), _pairs(theirs.flip_pairs)),
+    ):
+        if said is not None and other is not None and said != other:
             raise ValueError(
                 f"{store.name}: category {name!r} has other {key} than in the datasets before it; "
                 "write the same in the annotation files and pack again"
             )
-    # A dataset without keypoints may say nothing of them.
-    return {**one, **{key: value for key, value in before.items() if value or key not in one}}
+        if said is None and other is not None:
+            before = {**before, key: one[key]}
+    return {**one, **before}
+
+
+def _pairs(pairs: tuple[tuple[str, str], ...] | None) -> set[frozenset[str]] | None:
+    return None if pairs is None else {frozenset(pair) for pair in pairs}
 
 
 def _sources(
@@ -281,8 +300,10 @@ def _remarks(
     """What was remarked of the datasets, and what their being together makes odd."""
     remarks = Remarks()
     for source in sources:
-        remarks.join(known_remarks(source.store))
-        own = _by_name(source.manifest)
+        known = known_remarks(source.store)
+        # That all are crowds need not be true of the whole; training says it if it is.
+        remarks.join(remark for remark in known if remark.kind != "all_crowds")
+        own = {category.name for category in source.manifest.coco_categories}
         missing = [name for c in categories if (name := read_category(c).name) not in own]
         if missing:
             where = f"{shortened(', '.join(missing))} in {source.store.name}"
@@ -296,12 +317,13 @@ def _remarks(
         for _, width, height in prints & seen:
             remarks.add("same_image", f"one of {width} x {height} px in {source.store.name}")
         seen |= prints
-    meanings: dict[object, set[str]] = {}
+    meanings: dict[str, set[str]] = {}
     for source in sources:
         for one in source.manifest.licenses:
-            meanings.setdefault(one.get("id"), set()).add(json.dumps(one, sort_keys=True))
+            number = json.dumps(one.get("id"))
+            meanings.setdefault(number, set()).add(json.dumps(one, sort_keys=True))
     for number, texts in meanings.items():
-        if len(texts) > 1:
+        if len(texts) > 1 and number != "null":
             remarks.add("licence", f"id {number}")
     return remarks.all()
 

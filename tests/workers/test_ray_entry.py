@@ -16,12 +16,14 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from contract.attempt import Outcome
 from contract.files import Files
 from tests.orchestrator.waiting import PATIENCE_S
 from tests.workers.trials import run_of, spec_of
 from workers.ray_entry import conclude, logged_to, read_spec
+from workers.training.world import world_alone
 
 
 class Head:
@@ -242,6 +244,18 @@ def test_a_node_that_ray_drains_preempts_the_trial(tmp_path, packed):
     outcome = Outcome.model_validate_json((tmp_path / "attempts/1/outcome.json").read_text())
     assert (outcome.state, outcome.step) == ("preempted", max(outcome.step, 2))
     assert any((tmp_path / "checkpoints").glob(f"0001-{outcome.step:08d}/complete.json"))
+
+
+def test_one_rank_has_the_device_that_ray_gave_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert world_alone(0).device == torch.device("cpu")  # the node's GPUs are other trials'
+    assert world_alone(1).device == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert world_alone(0).device == torch.device("cpu")
+    with pytest.raises(RuntimeError, match=r"torch reaches none there; .*maskray doctor"):
+        world_alone(0.5)
 
 
 def test_what_a_rank_prints_is_a_file_on_the_remote_storage(s3_uri):

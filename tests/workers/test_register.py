@@ -44,10 +44,23 @@ def test_weights_become_a_model_version_that_predicts(
     states = ours.detector.state_dict(), theirs.detector.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
+    # The best weights are another version, and change nothing of the first.
+    best = register(str(trial), "finder", "best")
+    assert (best.version, best.unchanged) == ("2", False)
+    kept = {v.version: v.source for v in client.search_model_versions("name='finder'")}
+    assert len(set(kept.values())) == 2
+    again = artifacts.download_artifacts("models:/finder/2", dst_path=str(tmp_path / "best"))
+    assert [path.name for path in Path(again).rglob("weights-*")] == ["weights-best.safetensors"]
+
     # The same weights are no second version; a model has the versions of several.
     assert register(str(trial), "finder").unchanged
     assert register(str(trial), "other").version == "1"
-    assert [str(v.version) for v in client.search_model_versions("name='finder'")] == ["1"]
+    assert len(client.search_model_versions("name='finder'")) == 2
+
+    # A deleted run is no reason to make an empty one.
+    client.delete_run(told["run_id"])
+    with pytest.raises(RuntimeError, match=r"has no run of trial t-1: .*runs restore"):
+        register(str(trial), "third")
 
 
 def test_what_cannot_be_registered_is_one_line(tmp_path: Path, packed: tuple[str, str]) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 TRIAL_TAG = "maskray.trial"
-SHA256_TAG = "maskray.sha256"  # of the weights of a model version
+WEIGHTS_TAG = "maskray.weights"  # of a model version: last or best, and their SHA-256
 # MLflow's own limits of one log_batch call, and of one value
 _MAX_METRICS, _MAX_PARAMS, _MAX_TAGS = 1000, 100, 100
 _MAX_PARAM_CHARS, _MAX_TAG_CHARS = 6000, 5000
@@ -96,8 +96,11 @@ class MLflowTracker:
         if postponed:
             raise PostponedError(postponed)
 
-    def connect(self) -> MlflowClient:
-        """The client, with `run_id` set. The first call asks which points the run already holds."""
+    def connect(self, create: bool = True) -> MlflowClient:
+        """The client, with `run_id` set. The first call asks which points the run already holds.
+
+        create: makes a run if there is none; else raises RuntimeError.
+        """
         if self._client is None:
             for name, value in _CLIENT_SETTINGS.items():
                 os.environ.setdefault(name, value)
@@ -123,6 +126,11 @@ class MLflowTracker:
                         for name in runs[0].data.metrics
                         for point in client.get_metric_history(self.run_id, name)
                     )
+                )
+            elif not create:
+                raise RuntimeError(
+                    f"experiment {self._cfg.experiment!r} has no run of trial {self._trial}: "
+                    '"mlflow runs restore --run-id ID" brings a deleted one back'
                 )
             else:
                 tags = {TRIAL_TAG: self._trial}
@@ -243,15 +251,15 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     return str(experiment.experiment_id)
 
 
-def version_of(client: MlflowClient, model: str, run_id: str, sha256: str) -> str | None:
-    """The version of a registered model that holds these weights of this run."""
+def version_of(client: MlflowClient, model: str, run_id: str, mark: str) -> str | None:
+    """The version of a registered model that holds the weights of this mark and run."""
     for version in client.search_model_versions(f"run_id='{run_id}'"):
-        if version.name == model and version.tags.get(SHA256_TAG) == sha256:
+        if version.name == model and version.tags.get(WEIGHTS_TAG) == mark:
             return str(version.version)
     return None
 
 
-def add_version(client: MlflowClient, model: str, run_id: str, folder: str, sha256: str) -> str:
+def add_version(client: MlflowClient, model: str, run_id: str, folder: str, mark: str) -> str:
     """Makes a folder of the run's artifacts a version of a registered model; returns its number."""
     from mlflow.exceptions import MlflowException
 
@@ -261,7 +269,7 @@ def add_version(client: MlflowClient, model: str, run_id: str, folder: str, sha2
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     made = client.create_model_version(
-        model, source=f"runs:/{run_id}/{folder}", run_id=run_id, tags={SHA256_TAG: sha256}
+        model, source=f"runs:/{run_id}/{folder}", run_id=run_id, tags={WEIGHTS_TAG: mark}
     )
     return str(made.version)
 

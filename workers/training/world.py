@@ -88,6 +88,22 @@ def join_world() -> World:
     return World(rank, size, _device(int(os.environ.get("LOCAL_RANK", "0"))), host_group)
 
 
+def world_alone(gpus: float) -> World:
+    """The world of one rank to which Ray gave so many GPUs.
+
+    A trial without any stays on the CPU, also on a node that has some: others use those. Raises
+    RuntimeError if torch does not reach the GPU that was given.
+    """
+    if not gpus:
+        return World(0, 1, torch.device("cpu"))
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            f"Ray gave this rank a GPU of {host_name()}, and torch reaches none there; "
+            '"maskray doctor" says what is wrong with the node'
+        )
+    return World(0, 1, _device(0))
+
+
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")

@@ -180,6 +180,49 @@ def test_a_category_has_the_keypoints_of_the_dataset_that_names_them(tmp_path):
         join([named, other], str(tmp_path / "three"))
 
 
+def test_ids_of_categories_are_the_first_datasets_also_from_zero(tmp_path):
+    """Label tools count from 0; a dataset of another tool has the same names from 1."""
+    zero = [{"id": 0, "name": "cat"}, {"id": 1, "name": "dog"}]
+    one = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}, {"id": 3, "name": "bird"}]
+    objects = [
+        [box_annotation(1 + k, category_id=c["id"]) for k, c in enumerate(categories)]
+        for categories in (zero, one)
+    ]
+    uris = [
+        packed(tmp_path / name, annotations, seed=seed, categories=categories)
+        for name, annotations, seed, categories in (
+            ("zero", objects[0], 1, zero),
+            ("one", objects[1], 2, one),
+        )
+    ]
+    joined = join(uris, str(tmp_path / "both"), union=True)
+    names = {c.id: c.name for c in joined.manifest.coco_categories}
+    assert names == {0: "cat", 1: "dog", 3: "bird"}
+    exported = open_dataset(str(tmp_path / "both")).coco()["annotations"]
+    assert [a["category_id"] for a in exported] == [0, 1, 0, 1, 3]
+    twins = packed(
+        tmp_path / "twins", [], categories=[{"id": 0, "name": "cat"}, {"id": 5, "name": "cat"}]
+    )
+    with pytest.raises(ValueError, match=r"twins.*two categories are named 'cat'"):
+        join([uris[0], twins], str(tmp_path / "three"), union=True)
+
+
+def test_pairs_that_a_dataset_names_are_not_overruled(tmp_path):
+    def person(name: str, seed: int, **fields: Any) -> str:
+        category = {**PERSON, "keypoints": ["l", "r"], **fields}
+        annotation = box_annotation(1, category_id=1, keypoints=[6, 6, 2, 9, 9, 1], num_keypoints=2)
+        return packed(tmp_path / name, [annotation], seed=seed, categories=[category])
+
+    silent = person("silent", 1)
+    swapped = person("swapped", 2, flip_pairs=[["l", "r"]])
+    other_way = person("other_way", 3, flip_pairs=[["r", "l"]])
+    none = person("none", 4, flip_pairs=[])
+    joined = join([silent, swapped, other_way], str(tmp_path / "three"))
+    assert joined.manifest.coco_categories[0].flip_pairs == (("l", "r"),)
+    with pytest.raises(ValueError, match="has other flip_pairs than"):
+        join([none, swapped], str(tmp_path / "two"))
+
+
 def test_what_cannot_be_joined_is_refused_in_one_line(two, tmp_path):
     out = str(tmp_path / "both")
     with pytest.raises(ValueError, match="at least two datasets"):
