@@ -269,7 +269,11 @@ def add_version(client: MlflowClient, model: str, run_id: str, folder: str, mark
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     made = client.create_model_version(
-        model, source=f"runs:/{run_id}/{folder}", run_id=run_id, tags={WEIGHTS_TAG: mark}
+        model,
+        source=f"runs:/{run_id}/{folder}",
+        run_id=run_id,
+        tags={WEIGHTS_TAG: mark},
+        await_creation_for=0,  # its files are there already
     )
     return str(made.version)
 
