@@ -10,12 +10,16 @@ import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from contract.command import SUCCESS, WORK_FAILED, run_app
 from pipelines.progress import bar
+
+if TYPE_CHECKING:
+    from pipelines.pack.join import Joined
+    from pipelines.pack.pack import Packed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -142,30 +146,13 @@ def pack(
     options = PackOptions(on_error, shard_mib, workers or default_workers(), exif)
     with bar("packing", as_json) as progress:
         packed = pack_dataset(annotations, images, out, options, progress)
-    manifest = packed.manifest
-    lines = [
-        f"{manifest.num_images} images, {manifest.num_annotations} annotations, "
-        f"{manifest.num_shards} shards: {out}"
-    ]
-    if packed.unchanged:
-        lines.append("was there already, unchanged")
+    lines, content = _dataset_told(out, packed)
     if packed.skipped:
         lines.append(
             f"left out {packed.skipped} bad inputs, listed in {out.rstrip('/')}/{SKIPPED_NAME}"
         )
     lines += [f"note: {remark}" for remark in packed.remarks]
-    content = {
-        "out": out,
-        "images": manifest.num_images,
-        "annotations": manifest.num_annotations,
-        "shards": manifest.num_shards,
-        "skipped": packed.skipped,
-        "remarks": {remark.kind: remark.count for remark in packed.remarks},
-        "unchanged": packed.unchanged,
-        "resumed_shards": packed.resumed_shards,
-        "manifest": manifest.hash,
-    }
-    return _done(as_json, content, "\n".join(lines))
+    return _done(as_json, {**content, "skipped": packed.skipped}, "\n".join(lines))
 
 
 @data.command()
@@ -197,26 +184,31 @@ def join(
         joined = join_datasets(
             uris, out, union=union, num_workers=default_workers(), progress=progress
         )
-    manifest = joined.manifest
+    lines, content = _dataset_told(out, joined)
+    lines += [f"{uri}: {part}" for uri, part in zip(uris, joined.parts, strict=True)]
+    lines += [f"note: {remark}" for remark in joined.remarks]
+    content |= {"parts": [part.model_dump() for part in joined.parts]}
+    return _done(as_json, content, "\n".join(lines))
+
+
+def _dataset_told(out: str, made: Packed | Joined) -> tuple[list[str], dict[str, Any]]:
+    """What `pack` and `join` both say of a dataset: the first lines, and fields of the JSON."""
+    manifest = made.manifest
     lines = [
         f"{manifest.num_images} images, {manifest.num_annotations} annotations, "
         f"{manifest.num_shards} shards: {out}"
     ]
-    lines += ["was there already, unchanged"] if joined.unchanged else []
-    lines += [f"{uri}: {part}" for uri, part in zip(uris, joined.parts, strict=True)]
-    lines += [f"note: {remark}" for remark in joined.remarks]
-    content = {
+    lines += ["was there already, unchanged"] if made.unchanged else []
+    return lines, {
         "out": out,
         "images": manifest.num_images,
         "annotations": manifest.num_annotations,
         "shards": manifest.num_shards,
-        "parts": [part.model_dump() for part in joined.parts],
-        "remarks": {remark.kind: remark.count for remark in joined.remarks},
-        "unchanged": joined.unchanged,
-        "resumed_shards": joined.resumed_shards,
+        "remarks": {remark.kind: remark.count for remark in made.remarks},
+        "unchanged": made.unchanged,
+        "resumed_shards": made.resumed_shards,
         "manifest": manifest.hash,
     }
-    return _done(as_json, content, "\n".join(lines))
 
 
 @data.command()

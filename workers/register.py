@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from contract.attempt import BEST_WEIGHTS, CATEGORIES_FILE, CONFIG_FILE, LAST_WEIGHTS
+from contract.attempt import CATEGORIES_FILE, CONFIG_FILE
 from contract.command import SUCCESS, add_output_options, run_command
 from contract.files import Files, file_sha256
+from contract.machine.folders import scratch
 from contract.words import one_line
+from workers.inference.files import WEIGHTS, Which, check_written
 from workers.sync import destination_at, sync
 from workers.tracking.mlflow_tracker import MLflowTracker, add_version, version_of
 from workers.tracking.spool import print_warning
@@ -20,7 +21,6 @@ from workers.tracking.spool import print_warning
 # The folder among the artifacts of the trial's run. Below it lie the files that a run's folder has,
 # by their names there: what MLflow gives back is a folder that `maskray predict` takes.
 _FOLDER = "model"
-_WEIGHTS = {"last": LAST_WEIGHTS, "best": BEST_WEIGHTS}
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("trial", metavar="TRIAL", help="a trial (STUDY:KEY) or a run's folder")
     parser.add_argument("--name", required=True, help="of the model in MLflow")
     parser.add_argument(
-        "--weights", choices=sorted(_WEIGHTS), default="last", help="which (default: %(default)s)"
+        "--weights", choices=sorted(WEIGHTS), default="last", help="which (default: %(default)s)"
     )
     parser.add_argument("--alias", default="", help="also let this alias mean the version")
     add_output_options(parser)
@@ -61,19 +61,15 @@ def _register(arguments: argparse.Namespace) -> int:
     return SUCCESS
 
 
-def register(where: str, name: str, weights: str = "last", alias: str = "") -> Registered:
+def register(where: str, name: str, weights: Which = "last", alias: str = "") -> Registered:
     """Copies weights, configuration and classes of a run into MLflow and makes them a version.
 
     weights: "last" or "best". What the run could not send to MLflow is sent before. Raises
     ValueError if there are no such weights or the run has no tracker, RuntimeError if MLflow does
     not take them.
     """
-    storage, file = Files(where), _WEIGHTS[weights]
-    if not storage.exists(file):
-        raise ValueError(
-            f"{where}: has no {file}; a run writes the last weights when it is finished (resume "
-            "it), and the best ones at an evaluation with a score"
-        )
+    storage, file = Files(where), WEIGHTS[weights]
+    check_written(storage, file)
     sync(where)
     destination = destination_at(where)
     assert destination.tracking.kind == "mlflow"  # else `sync` has refused
@@ -82,14 +78,16 @@ def register(where: str, name: str, weights: str = "last", alias: str = "") -> R
     )
     try:
         client = tracker.connect(create=False)
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch("register") as folder:
             local = storage.fetch(file, Path(folder))
             mark = f"{weights}-{file_sha256(local)}"
             # A folder of their own: later weights of the run change no earlier version.
-            kept = f"{_FOLDER}/{mark[:21]}"
+            kept = f"{_FOLDER}/{mark}"
             there = version_of(client, name, tracker.run_id, mark)
             if there is None:
-                for path in (CONFIG_FILE, CATEGORIES_FILE, file):
+                # A run of an older version has no file of categories.
+                others = [path for path in (CONFIG_FILE, CATEGORIES_FILE) if storage.exists(path)]
+                for path in (*others, file):
                     copy = local if path == file else storage.fetch(path, Path(folder))
                     parent = f"{kept}/{Path(path).parent}"
                     client.log_artifact(tracker.run_id, str(copy), parent)

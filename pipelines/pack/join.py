@@ -21,10 +21,11 @@ from pipelines.coco.checks import read_category
 from pipelines.coco.records import JsonObject
 from pipelines.coco.remarks import Remark, Remarks
 from pipelines.pack.scratch import scratch_folder
-from pipelines.pack.shard import ShardNote, ShardPlace, counts_of
+from pipelines.pack.shard import ShardNote, ShardPlace
 from pipelines.pack.whole import (
     PROGRESS_FOLDER,
     Head,
+    check_out,
     existing,
     finish,
     finished,
@@ -176,8 +177,7 @@ def join(
 
 
 def _check_different(stores: Sequence[Files], manifests: Sequence[Manifest], out: Files) -> None:
-    if out.local is not None and out.local.exists() and not out.local.is_dir():
-        raise ValueError(f"{out.name}: is a file; give --out a folder")
+    check_out(out)
     first: dict[str, str] = {}
     for store, manifest in zip(stores, manifests, strict=True):
         if store.path() == out.path():
@@ -213,7 +213,7 @@ def _joined_categories(
                 joined[name] = _agreed(store, name, joined[name], one)
             else:
                 taken = {read_category(other).id for other in joined.values()}
-                wanted = (read_category(one).id, max(taken) + 1, *range(len(taken) + 1))
+                wanted = (read_category(one).id, max(taken, default=0) + 1, *range(len(taken) + 1))
                 free = next(id for id in wanted if id not in taken and id <= _LARGEST)
                 joined[name] = {**one, "id": free}
     return tuple(joined.values())
@@ -377,18 +377,7 @@ def _write_shard(source: _Source, number: int, shift: int, place: ShardPlace) ->
                 _check_largest(source.store, "annotation", last)
                 writer.write_batch(source.moved(batch, shift))
         index = source.moved_index(source.index.batch(number))
-        shard, index_entry = place.keep(part, index)
-    note = ShardNote(
-        number=place.number,
-        shard=shard,
-        index=index_entry,
-        problems=(),
-        last_annotation=last,
-        **counts_of(index),
-    )
-    # The note comes last: where there is one, both files are in their place.
-    place.out.write(place.note_name, note.model_dump_json().encode())
-    return note
+        return place.keep(part, index, last_annotation=last)
 
 
 def _copied(store: Files, entry: FileEntry, copy: Path) -> Path:

@@ -34,6 +34,7 @@ from pipelines.pack.shard import (
 from pipelines.pack.whole import (
     PROGRESS_FOLDER,
     Head,
+    check_out,
     existing,
     finish,
     finished,
@@ -85,8 +86,7 @@ def pack(
             f"{images.name}: no such folder; give --images the folder that the file names are "
             "relative to"
         )
-    if out.local is not None and out.local.exists() and not out.local.is_dir():
-        raise ValueError(f"{out.name}: is a file; give --out a folder")
+    check_out(out)
     with scratch_folder(f"{own_name('pack')}-") as folder:
         sorted_file = folder / "sorted.sqlite"
         problems: list[Problem] = []

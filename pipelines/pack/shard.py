@@ -72,8 +72,10 @@ class ShardPlace:
         with tempfile.TemporaryDirectory(dir=beside) as folder:
             yield Path(folder)
 
-    def keep(self, shard_part: Path, index: pa.RecordBatch) -> tuple[FileEntry, FileEntry]:
-        """Moves a written shard to its place, and its part of the index; the entries of both."""
+    def keep(self, shard_part: Path, index: pa.RecordBatch, **said: Any) -> ShardNote:
+        """Moves a written shard and its part of the index to their places, then notes that both are
+        there. said: fields of the note that the index does not tell.
+        """
         index_part = shard_part.with_name("index")
         with pa.ipc.new_file(str(index_part), schema.INDEX) as writer:
             writer.write_batch(index)
@@ -81,7 +83,21 @@ class ShardPlace:
         index_entry = file_entry(index_part, self.index_name, index.num_rows)
         self.out.move_in(shard_part, self.name)
         self.out.move_in(index_part, self.index_name)
-        return shard_entry, index_entry
+        flags = view(index["ann_flags"].flatten())
+        note = ShardNote(
+            number=self.number,
+            shard=shard_entry,
+            index=index_entry,
+            annotations=len(flags),
+            crowds=int((flags & schema.CROWD).sum()),
+            labels=frozenset(view(index["ann_label"].flatten()).tolist()),
+            masks=bool((flags & schema.HAS_MASK).any()),
+            keypoints=bool((flags & schema.HAS_KEYPOINTS).any()),
+            **said,
+        )
+        # The note comes last: where there is one, both files are in their place.
+        self.out.write(self.note_name, note.model_dump_json().encode())
+        return note
 
 
 @dataclass(frozen=True)
@@ -126,23 +142,11 @@ class ShardNote(BaseModel):
     labels: frozenset[int] = frozenset()  # that some annotation has
     masks: bool
     keypoints: bool
-    problems: tuple[Problem, ...]
+    problems: tuple[Problem, ...] = ()
     remarks: tuple[Remark, ...] = ()
     boxes: BoxForm = BoxForm()
     exif: ExifCount = ExifCount()
     last_annotation: int = -1  # the greatest id, where another dataset follows
-
-
-def counts_of(index: pa.RecordBatch) -> dict[str, Any]:
-    """What a note says of a shard that its part of the index tells."""
-    flags = view(index["ann_flags"].flatten())
-    return {
-        "annotations": len(flags),
-        "crowds": int((flags & schema.CROWD).sum()),
-        "labels": frozenset(view(index["ann_label"].flatten()).tolist()),
-        "masks": bool((flags & schema.HAS_MASK).any()),
-        "keypoints": bool((flags & schema.HAS_KEYPOINTS).any()),
-    }
 
 
 def reporter(problems: list[Problem], on_error: OnError) -> Report:
@@ -189,20 +193,14 @@ def pack_shard(task: ShardTask) -> ShardNote:
     with task.scratch() as folder:
         part = folder / task.name
         index = _write_rows(part, _rows(task, reporter(problems, task.on_error), seen), task)
-        shard, index_entry = task.keep(part, index)
-    note = ShardNote(
-        number=task.number,
-        shard=shard,
-        index=index_entry,
-        problems=tuple(problems),
-        remarks=seen.remarks.all(),
-        boxes=seen.boxes,
-        exif=ExifCount(**seen.exif, rule=task.exif),
-        **counts_of(index),
-    )
-    # The note comes last: where there is one, both files are in their place.
-    task.out.write(task.note_name, note.model_dump_json().encode())
-    return note
+        return task.keep(
+            part,
+            index,
+            problems=tuple(problems),
+            remarks=seen.remarks.all(),
+            boxes=seen.boxes,
+            exif=ExifCount(**seen.exif, rule=task.exif),
+        )
 
 
 def file_entry(path: Path, name: str, num_rows: int) -> FileEntry:

@@ -35,6 +35,12 @@ class Head:
     source: str
 
 
+def check_out(out: Files) -> None:
+    """Raises ValueError if no dataset can be written there."""
+    if out.local is not None and out.local.exists() and not out.local.is_dir():
+        raise ValueError(f"{out.name}: is a file; give --out a folder")
+
+
 def existing(out: Files, source: str, num_workers: int) -> Manifest | None:
     """The dataset of these inputs if it is there and whole.
 

@@ -6,13 +6,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import torch
 from pydantic import JsonValue, TypeAdapter
 from torch import Tensor
 
-from contract.attempt import BEST_WEIGHTS, CATEGORIES_FILE, CONFIG_FILE, LAST_WEIGHTS
+from contract.attempt import CATEGORIES_FILE, CONFIG_FILE
 from contract.files import Files, uri_join
 from contract.machine.folders import scratch
 from contract.model import FileWeights, FrozenBatchNorm, ModelConfig, ResNet
@@ -26,11 +25,8 @@ from model.build import build_detector
 from model.detector import Detector
 from model.weights import layout_of, load_initial
 from pipelines.shards.dataset import open_dataset
+from workers.inference.files import WEIGHTS, Which, check_written
 from workers.pretrained.weights import initial_weights
-
-Which: TypeAlias = Literal["last", "best"]
-
-_WEIGHTS: dict[Which, str] = {"last": LAST_WEIGHTS, "best": BEST_WEIGHTS}
 
 
 class Category(Message):
@@ -97,11 +93,7 @@ def trained_run(
 ) -> Trained:
     """The detector of a run's folder with the weights of that name in it."""
     run = run_config(storage)
-    if not storage.exists(weights):
-        raise ValueError(
-            f"{storage.uri}: has no {weights}; a run writes the last weights when it is finished "
-            "(resume it), and the best ones at an evaluation with a score"
-        )
+    check_written(storage, weights)
     detector = build_detector(run.model, run.seed).to(device)
     # safetensors reads local files alone; behind a URI this is a copy
     with scratch("weights") as folder:
@@ -129,7 +121,7 @@ def _run_of(source: str, which: Which) -> tuple[Files | None, str]:
     """The run whose folder, or file of weights, `source` is; None for a file of no run."""
     path = Path(source).expanduser()
     if "://" in source or path.is_dir():
-        return Files(source), _WEIGHTS[which]
+        return Files(source), WEIGHTS[which]
     if not path.exists():
         raise ValueError(
             f"{source}: is neither the folder of a run, nor a file of weights, nor a trial "
@@ -140,9 +132,7 @@ def _run_of(source: str, which: Which) -> tuple[Files | None, str]:
             f"{source}: is one file, and --weights chooses one in a run's folder; leave it out"
         )
     folder = path.absolute().parent.parent
-    own = (folder / CONFIG_FILE).is_file() and path.name in {
-        Path(n).name for n in _WEIGHTS.values()
-    }
+    own = (folder / CONFIG_FILE).is_file() and path.name in {Path(n).name for n in WEIGHTS.values()}
     return (Files(str(folder)) if own else None), str(path.absolute().relative_to(folder))
 
 
